@@ -1,0 +1,122 @@
+"""What can be known about this machine before torch is imported: ports, paths, the model, a GPU.
+
+Each check raises StartError with the remedy, so that a start that cannot succeed fails in
+well under two seconds. Changes nothing but to create the data directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorica_server.config import EMBEDDED_MODEL, ServeConfig
+from lorica_server.errors import StartError
+from lorica_server.options import split_address
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def check_start(config: ServeConfig, environ: Mapping[str, str] | None = None) -> None:
+    """Run every check, cheapest first. Raises StartError."""
+    check_address("listen", config.listen)
+    if config.metrics_listen != "none":
+        check_address("metrics_listen", config.metrics_listen)
+    check_model(config.model, os.environ if environ is None else environ)
+    check_data_dir(config.data_dir)
+    if config.device.startswith("cuda"):
+        check_cuda(config.device)
+
+
+def check_address(name: str, address: str) -> None:
+    """Whether the server could listen there now. SO_REUSEPORT stays off: a second server must not share the port."""
+    host, port = split_address(address)
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(
+            f"{name}: the host of {address} is unknown ({error.strerror})", remedy="use an address of this machine"
+        ) from error
+    family, kind, protocol, _, where = infos[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+        except OSError as error:
+            flag = "--" + name.replace("_", "-")
+            raise StartError(
+                f"{name}: cannot listen on {address}: {error.strerror}",
+                remedy=f"stop what uses the port, or choose another with {flag} {host}:PORT (0: any free one)",
+            ) from error
+
+
+def check_model(model: str, environ: Mapping[str, str]) -> None:
+    """Whether `model` can be a base: the embedded one, a checkpoint directory, or a hub id within reach."""
+    if model == EMBEDDED_MODEL:
+        return
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartError(
+                f"model: {model} holds no config.json", remedy="give the directory of a Hugging Face checkpoint"
+            )
+        return
+    if path.exists():
+        raise StartError(f"model: {model} is not a directory", remedy="give the directory of a Hugging Face checkpoint")
+    if not _HUB_ID.fullmatch(model):
+        raise StartError(
+            f"model: there is no directory {model}, and it is not a hub id",
+            remedy=f"give a checkpoint directory, a hub id like org/name, or {EMBEDDED_MODEL}",
+        )
+    if _is_offline(environ) and not _hub_folder(model, environ).is_dir():
+        raise StartError(
+            f"model: {model} is not in the local cache and HF_HUB_OFFLINE is set",
+            remedy="unset HF_HUB_OFFLINE once to download it, or give a checkpoint directory",
+        )
+
+
+def check_data_dir(path: Path) -> None:
+    """Create the data directory if need be; it must be writable."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise StartError(
+            f"data_dir: cannot use {path}: {error.strerror}", remedy="choose another with --data-dir"
+        ) from error
+    if not writable:
+        raise StartError(f"data_dir: {path} is not writable", remedy="choose another with --data-dir")
+
+
+def check_cuda(device: str) -> None:
+    """Whether the driver knows the GPU asked for. Asks libcuda itself: importing torch would take seconds."""
+    index = int(device.partition(":")[2] or 0)
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        known = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    except (OSError, AttributeError):
+        known = False
+    if not known or count.value == 0:
+        raise StartError(
+            f"device: {device} asked for, and no CUDA driver with a GPU is here", remedy="use --device cpu or auto"
+        )
+    if index >= count.value:
+        raise StartError(
+            f"device: {device} asked for, and there are {count.value} GPUs",
+            remedy=f"use cuda:0 to cuda:{count.value - 1}",
+        )
+
+
+def _is_offline(environ: Mapping[str, str]) -> bool:
+    return environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _hub_folder(model: str, environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub caches `model`: its documented environment variables, in its order."""
+    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(cache).expanduser() / ("models--" + model.replace("/", "--"))

@@ -1,0 +1,145 @@
+"""Configuration: layers, origins, and refusals that say what, why and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorica_server.config import ServeConfig, defaults, options, resolve_config
+from lorica_server.errors import ConfigInvalid, StartError
+from lorica_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
+
+
+def test_layers_override_in_order_and_keep_their_origin(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("max_running: 8\nmax_queued: 9\nkv_bytes: 64MiB\ndrain_seconds: 5\n")
+    resolved = resolve_config(
+        file=file,
+        environ={"LORICA_MAX_QUEUED": "10", "LORICA_DRAIN_SECONDS": "6", "LORICA_DETERMINISTIC": "true"},
+        flags={"drain_seconds": 7, "max_rank": None},
+    )
+    config = resolved.config
+    assert (config.max_running, config.max_queued, config.kv_bytes) == (8, 10, 64 << 20)
+    assert (config.drain_seconds, config.deterministic) == (7.0, True)
+    assert config.max_rank == defaults()["max_rank"]
+    assert resolved.origins["max_running"] == f"file {file}"
+    assert resolved.origins["max_queued"] == "env LORICA_MAX_QUEUED"
+    assert resolved.origins["drain_seconds"] == "flag --drain-seconds"
+    assert resolved.origins["max_rank"] == "default"
+
+
+def test_the_environment_may_name_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("max_running: 3\n")
+    assert resolve_config(environ={"LORICA_CONFIG": str(file)}).config.max_running == 3
+
+
+def test_every_option_is_declared_and_its_default_is_within_its_own_bounds() -> None:
+    assert set(options()) == {entry.name for entry in dataclasses.fields(ServeConfig)} == set(defaults())
+    for name, value in defaults().items():
+        assert resolve_config(flags={name: value}).config is not None
+        assert options()[name].text, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"max_running": 0}, "at least 1"),
+        ({"max_running": "many"}, "whole number"),
+        ({"kv_bytes": "12 apples"}, "not a size"),
+        ({"drain_seconds": "nan"}, "number of seconds"),
+        ({"dtype": "int3"}, "unknown value"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"listen": "50051"}, "HOST:PORT"),
+        ({"listen": "localhost:99999"}, "0 to 65535"),
+        ({"listen": "none"}, "must be an address"),
+        ({"deterministic": "maybe"}, "neither true nor false"),
+        ({"model": "  "}, "must not be empty"),
+        ({"listen": "h:1", "metrics_listen": "h:1"}, "both"),
+        ({"max_batch_tokens": 8, "max_running": 9}, "max_batch_tokens"),
+        ({"max_runing": 9}, "unknown option"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_remedy(flags: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigInvalid, match=why) as caught:
+        resolve_config(flags=flags)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("- a\n", "mapping"),
+        ("a: [", "not YAML"),
+        ("max_runing: 1\n", "unknown option"),
+        ("max_running: {}\n", "one value"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, content: str, why: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigInvalid, match=why):
+        resolve_config(file=file)
+
+
+def test_a_typo_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        resolve_config(flags={"max_runing": 9})
+    assert "max_running" in caught.value.remedy
+
+
+def test_row_43_port_in_use() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(StartError, match="cannot listen") as caught:
+            check_address("listen", address)
+    assert "--listen" in caught.value.remedy
+    check_address("listen", address)
+
+
+def test_row_43_no_model(tmp_path: Path) -> None:
+    for model, why in (
+        (str(tmp_path / "absent"), "no directory"),
+        (str(tmp_path), "config.json"),
+        ("org/name", "HF_HUB_OFFLINE"),
+    ):
+        with pytest.raises(StartError, match=why):
+            check_model(model, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    (tmp_path / "hub" / "models--org--name").mkdir(parents=True)
+    check_model("org/name", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    check_model("lorica-tiny", {})
+
+
+def test_row_43_no_gpu_where_one_is_asked_for() -> None:
+    with pytest.raises(StartError, match="cuda:999"):
+        check_cuda("cuda:999")
+
+
+def test_row_43_data_dir_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartError, match="data_dir"):
+        check_data_dir(tmp_path / "file" / "below")
+
+
+def test_a_start_that_can_succeed_passes(tmp_path: Path) -> None:
+    flags = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", "data_dir": tmp_path / "data"}
+    check_start(resolve_config(flags=flags).config, {})
+    assert (tmp_path / "data").is_dir()
+
+
+def test_configuration_and_preflight_import_no_torch_and_are_quick() -> None:
+    script = (
+        "import sys, lorica_server.preflight; print([m for m in ('torch', 'grpc', 'transformers') if m in sys.modules])"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "[]"
+    assert time.monotonic() - begun < 10  # a bound for a busy machine; torch alone takes about as long
