@@ -1,0 +1,41 @@
+# syntax=docker/dockerfile:1
+
+# Lorica's server with the embedded base on a CPU. For a GPU build with
+#   --build-arg TORCH_INDEX=     (PyPI's own CUDA wheel), and run with --gpus all.
+
+FROM python:3.11-slim-bookworm AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PATH=/opt/lorica/bin:$PATH
+RUN python -m venv /opt/lorica
+WORKDIR /src
+# torch in a layer of its own: it is most of the image and changes least.
+COPY constraints.txt ./
+RUN pip install --no-deps "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+    && pip install "$(grep '^hatchling==' constraints.txt)" -c constraints.txt
+COPY . .
+RUN pip install --no-build-isolation -c constraints.txt ".[serve,train]"
+
+FROM python:3.11-slim-bookworm
+LABEL org.opencontainers.image.title="Lorica" \
+      org.opencontainers.image.description="Multi-tenant LoRA serving over gRPC" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --create-home lorica \
+    && install -d -o lorica -g lorica /data
+COPY --from=build /opt/lorica /opt/lorica
+ENV PATH=/opt/lorica/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/data/huggingface \
+    LORICA_DATA_DIR=/data/lorica \
+    LORICA_LISTEN=0.0.0.0:50051 \
+    LORICA_METRICS_LISTEN=0.0.0.0:9464
+USER 10001
+WORKDIR /home/lorica
+VOLUME ["/data"]
+# gRPC; Prometheus metrics.
+EXPOSE 50051 9464
+# A large base takes minutes to load and quantise: failures within the start period do not count.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["lorica", "health"]
+ENTRYPOINT ["lorica"]
+CMD ["serve"]

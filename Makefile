@@ -1,0 +1,87 @@
+# Everything lives in $(VENV); nothing global is installed or written.
+#   make demo                           train four adapters, serve them in one mixed batch
+#   make test                           the whole suite
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    on a machine without a GPU
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+PROTO_DIR := protos/lorica_protos/v1
+PROTOS := $(wildcard $(PROTO_DIR)/*.proto)
+SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test bench format protos clean lint lint-style lint-types lint-imports lint-protos lint-docker
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(VENV)/.lorica-run ## Virtual environment with everything that runs
+
+setup-dev: $(VENV)/.lorica-dev ## The same with test and lint tools
+
+# torch comes first and alone: its wheel (CPU, or CUDA with gigabytes of libraries) is the machine's choice.
+$(VENV)/.lorica-torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorica needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) install --quiet --constraint constraints.txt hatchling
+	@touch $@
+
+$(VENV)/.lorica-run: $(VENV)/.lorica-torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[serve,train]'
+	@touch $@
+
+$(VENV)/.lorica-dev: $(VENV)/.lorica-torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@ $(VENV)/.lorica-run
+
+demo: setup ## Train adapters, serve them together, print what came of it
+	$(BIN)/lorica demo
+
+test: setup-dev ## The test suite
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: setup-dev ## Mixed batches against base only, and against PEFT
+	$(BIN)/lorica bench $(BENCH_ARGS)
+
+lint: lint-style lint-types lint-imports lint-protos lint-docker ## Everything CI checks besides the tests
+
+lint-style: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lint-types: setup-dev
+	$(BIN)/mypy
+
+lint-imports: setup-dev
+	$(BIN)/lint-imports --no-cache --no-logo
+
+lint-protos: setup-dev
+	$(BIN)/buf lint protos
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(MAKE) --no-print-directory protos OUT="$$fresh" && \
+	for stub in "$$fresh"/lorica_protos/v1/* $(PROTO_DIR)/*_pb2*; do \
+	  cmp "$$fresh/lorica_protos/v1/$${stub##*/}" "$(PROTO_DIR)/$${stub##*/}" || { echo 'stubs are stale: run make protos'; exit 1; }; \
+	done
+
+lint-docker: setup-dev
+	$(BIN)/hadolint Dockerfile
+
+format: setup-dev ## Rewrite the sources as the linters want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: OUT := protos
+protos: setup-dev ## Generate the stubs again
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(OUT) --mypy_out=quiet:$(OUT) $(PROTOS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $(SERVICE_PROTOS)
+
+clean: ## Remove the virtual environment and every cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
