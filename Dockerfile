@@ -12,8 +12,10 @@ RUN python -m venv /opt/lorica
 WORKDIR /src
 # torch in a layer of its own: it is most of the image and changes least.
 COPY constraints.txt ./
-RUN pip install --no-deps "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-    && pip install "$(grep '^hatchling==' constraints.txt)" -c constraints.txt
+RUN grep '^torch==' constraints.txt > torch.txt \
+    && pip install --no-deps --requirement torch.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+    && grep '^hatchling==' constraints.txt > build.txt \
+    && pip install --constraint constraints.txt --requirement build.txt
 COPY . .
 RUN pip install --no-build-isolation -c constraints.txt ".[serve,train]"
 
