@@ -1,0 +1,336 @@
+"""The asyncio client: the same calls as `client.Client`, awaited. Files are read and written off the loop.
+
+Knows neither torch nor the server's code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lorica import convert, upload
+from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, OPTIONS
+from lorica.download import Download
+from lorica.errors import LoricaError, NotFound, Unavailable, from_call
+from lorica.retry import RetryPolicy
+from lorica.types import (
+    Adapter,
+    AdapterChanges,
+    FileProgress,
+    GenerateOptions,
+    Generation,
+    Message,
+    ModelInfo,
+    ProgressCallback,
+    Pulled,
+    Pushed,
+    StreamPart,
+)
+from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+class AsyncClient:
+    """A connection to a Lorica server at `address`; use with `async with` or `await close()` it.
+
+    Make it inside a running event loop. Every method raises a `lorica.errors.LoricaError`; timeouts are seconds.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self.address = address
+        self._retry = retry or RetryPolicy()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End running calls and close the channel."""
+        await self._channel.close()
+
+    # Inference
+
+    async def generate(
+        self,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Sequence[Message] | None = None,
+        adapter: str = "",
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """The whole answer to exactly one of text, token_ids or messages; `adapter` "" means the base."""
+        request = convert.generate_request(text, token_ids, messages, adapter, options)
+        return convert.generation(await self._call(self._inference.Generate, request, timeout))
+
+    def stream(
+        self,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Sequence[Message] | None = None,
+        adapter: str = "",
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncIterator[StreamPart]:
+        """As `generate`, in parts as tokens are made. Closing the iterator cancels the request."""
+        return self._stream(convert.generate_request(text, token_ids, messages, adapter, options), timeout)
+
+    async def tokenize(self, text: str | None = None, *, messages: Sequence[Message] | None = None) -> tuple[int, ...]:
+        """Token ids of a text (with special tokens) or of a chat in the model's template."""
+        request = convert.tokenize_request(text, messages)
+        return tuple((await self._call(self._inference.Tokenize, request, idempotent=True)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        response: inference_pb2.DetokenizeResponse = await self._call(
+            self._inference.Detokenize, request, idempotent=True
+        )
+        return response.text
+
+    async def model(self) -> ModelInfo:
+        """The base that the server holds, and its limits."""
+        request = inference_pb2.GetModelRequest()
+        return convert.model_info(await self._call(self._inference.GetModel, request, idempotent=True))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a running or waiting request; False when there is none of that id."""
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        response: inference_pb2.AbortResponse = await self._call(self._inference.Abort, request, idempotent=True)
+        return response.aborted
+
+    # Adapters
+
+    async def push(
+        self,
+        directory: str | PathLike[str],
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        allow_base_mismatch: bool = False,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Pushed:
+        """Upload a PEFT directory under `name`; a repeat after a cut goes on where the server stands.
+
+        Only adapter_config.json, adapter_model.safetensors and lorica.json travel; `Pushed.left_out` lists the rest.
+        `progress` is called from a worker thread.
+        """
+        bundle = await asyncio.to_thread(
+            upload.collect, Path(directory), name, labels or {}, allow_base_mismatch=allow_base_mismatch
+        )
+        attempt = 1
+        while True:
+            held = upload.held_bytes(bundle, await self._find_upload(bundle.upload_id))
+            try:
+                response = await self._upload(bundle, held, progress, timeout)
+            except LoricaError as error:
+                pause = upload.pause(self._retry, error, attempt)
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+                attempt += 1
+            else:
+                resumed = sum(held.values())
+                adapter = convert.adapter(response.adapter)
+                return Pushed(adapter, response.created, bundle.total - resumed, resumed, bundle.left_out)
+
+    async def query_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
+        """What the server durably holds of an upload that was not committed yet; NotFound when it knows none."""
+        request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
+        return convert.file_progress(await self._call(self._adapters.QueryUpload, request, idempotent=True))
+
+    async def adapters(self, *, page_size: int = 100) -> AsyncIterator[Adapter]:
+        """Every adapter, page by page."""
+        token = ""
+        while True:
+            request = adapters_pb2.ListAdaptersRequest(page_size=page_size, page_token=token)
+            page = await self._call(self._adapters.ListAdapters, request, idempotent=True)
+            for message in page.adapters:
+                yield convert.adapter(message)
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def adapter(self, name: str) -> Adapter:
+        """One adapter by name, alias or name@digest."""
+        request = adapters_pb2.GetAdapterRequest(adapter=name)
+        return convert.adapter(await self._call(self._adapters.GetAdapter, request, idempotent=True))
+
+    async def update(
+        self,
+        name: str,
+        *,
+        pinned: bool | None = None,
+        materialised: bool | None = None,
+        add_aliases: Sequence[str] = (),
+        remove_aliases: Sequence[str] = (),
+        set_labels: Mapping[str, str] | None = None,
+        remove_labels: Sequence[str] = (),
+    ) -> Adapter:
+        """Change what is given and nothing else. `materialised` is a wish: watch `residency.materialised`."""
+        changes = AdapterChanges(
+            pinned, materialised, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
+        )
+        request = convert.update_request(name, changes)
+        return convert.adapter(await self._call(self._adapters.UpdateAdapter, request, idempotent=True))
+
+    async def delete(self, name: str) -> None:
+        """Remove a name and its aliases; running requests end on their version."""
+        await self._call(self._adapters.DeleteAdapter, adapters_pb2.DeleteAdapterRequest(name=name))
+
+    async def pull(
+        self,
+        name: str,
+        directory: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Pulled:
+        """Write an adapter's files, byte for byte as uploaded, into `directory`; all or none appear."""
+        return await self._download(name, Download(Path(directory), overwrite=overwrite, report=progress), timeout)
+
+    async def verify(
+        self, name: str, *, progress: ProgressCallback | None = None, timeout: float | None = None
+    ) -> Pulled:
+        """Read an adapter back from the server and check every sha256, keeping nothing."""
+        return await self._download(name, Download(None, report=progress), timeout)
+
+    # Health
+
+    async def is_healthy(self, *, timeout: float = 5.0) -> bool:
+        """Whether the server answers SERVING; raises when it cannot be asked."""
+        response = await self._once(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def wait_healthy(self, timeout: float = 60.0, *, poll: float = 0.2) -> None:
+        """Return once the server serves; raises Unavailable with the last state after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        state = "not asked yet"
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if await self.is_healthy(timeout=max(0.05, min(left, 5.0))):
+                    return
+                state = "the server answers NOT_SERVING"
+            except LoricaError as error:
+                state = str(error)
+            await asyncio.sleep(min(poll, max(0.0, deadline - time.monotonic())))
+        raise Unavailable(f"not healthy after {timeout:g} s: {state}")
+
+    # Calls
+
+    async def _once(self, method: Callable[..., Any], request: object, timeout: float | None) -> Any:
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, self.address) from None
+
+    async def _call(
+        self,
+        method: Callable[..., Any],
+        request: object,
+        timeout: float | None = CALL_TIMEOUT,
+        *,
+        idempotent: bool = False,
+    ) -> Any:
+        attempt = 1
+        while True:
+            try:
+                return await self._once(method, request, timeout)
+            except LoricaError as error:
+                pause = self._retry.pause(error, attempt, idempotent=idempotent)
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+            attempt += 1
+
+    async def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> AsyncIterator[StreamPart]:
+        attempt = 1
+        while True:
+            started = False
+            call = self._inference.GenerateStream(request, timeout=timeout)
+            try:
+                async for response in call:
+                    started = True
+                    yield convert.stream_part(response)
+                return
+            except grpc.aio.AioRpcError as raised:
+                error = from_call(raised, self.address)
+            finally:
+                call.cancel()  # without effect on a call that has ended
+            pause = None if started else self._retry.pause(error, attempt, idempotent=False)
+            if pause is None:
+                raise error
+            await asyncio.sleep(pause)
+            attempt += 1
+
+    async def _find_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
+        try:
+            return await self.query_upload(upload_id)
+        except NotFound:
+            return ()
+
+    async def _upload(
+        self,
+        bundle: upload.Bundle,
+        held: Mapping[str, int],
+        progress: ProgressCallback | None,
+        timeout: float | None,
+    ) -> adapters_pb2.UploadAdapterResponse:
+        call = self._adapters.UploadAdapter(timeout=timeout)
+        messages = upload.messages(bundle, held, progress)
+        try:
+            while (message := await asyncio.to_thread(next, messages, None)) is not None:
+                await call.write(message)
+            await call.done_writing()
+            return await call
+        except asyncio.InvalidStateError:  # the server ended the call while we were writing: its status is the answer
+            response: adapters_pb2.UploadAdapterResponse = await self._status_of(call)
+            return response
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, self.address) from None
+        finally:
+            call.cancel()
+
+    async def _status_of(self, call: Any) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, self.address) from None
+
+    async def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
+        request = adapters_pb2.DownloadAdapterRequest(adapter=name)
+        with download:
+            call = self._adapters.DownloadAdapter(request, timeout=timeout)
+            try:
+                async for response in call:
+                    await asyncio.to_thread(download.feed, response)
+                return await asyncio.to_thread(download.finish)
+            except grpc.aio.AioRpcError as error:
+                raise from_call(error, self.address) from None
+            finally:
+                call.cancel()

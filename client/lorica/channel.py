@@ -1,0 +1,19 @@
+"""How both clients reach a server: the default address and the channel options.
+
+Opens nothing itself.
+"""
+
+from __future__ import annotations
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CALL_TIMEOUT = 30.0
+"""Seconds for calls that answer at once; generation and transfers have none unless the caller sets one."""
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", 64 << 20),  # prompt log-probabilities of a long context pass 4 MB
+    # The bounded retries above count on a channel that tries again soon; the default waits up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),  # no shared back-off with other channels of this process
+)

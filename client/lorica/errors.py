@@ -1,0 +1,210 @@
+"""What a call can fail with: one small family, filled from google.rpc rich details.
+
+Each class says who must act. `reason` is the server's UPPER_SNAKE word, `code` the gRPC status
+name; both are stable, the message is for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One field of the request that the server refused, by its protobuf path."""
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True)
+class ErrorDetails:
+    """The parts of google.rpc's rich details that Lorica's server sends."""
+
+    reason: str = ""
+    metadata: Mapping[str, str] | None = None
+    violations: tuple[FieldViolation, ...] = ()
+    retry_after: float | None = None  # seconds
+    resource: str = ""
+    quotas: tuple[str, ...] = ()
+
+
+class LoricaError(Exception):
+    """Base of the family. `str(error)` is one line fit for a terminal."""
+
+    code = "UNKNOWN"
+
+    def __init__(self, message: str, details: ErrorDetails | None = None, *, code: str | None = None) -> None:
+        super().__init__(message)
+        details = details or ErrorDetails()
+        self.message = message
+        self.code = code or type(self).code
+        self.reason = details.reason
+        self.metadata: Mapping[str, str] = details.metadata or {}
+        self.violations = details.violations
+        self.retry_after = details.retry_after
+        self.resource = details.resource
+        self.quotas = details.quotas
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        parts += [f"{v.field}: {v.description}" for v in self.violations if v.description not in self.message]
+        return "; ".join(parts)
+
+
+class InvalidArgument(LoricaError):
+    """The caller must change the request; `violations` names the fields."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class OutOfRange(InvalidArgument):
+    """The caller must resume an upload at the committed size."""
+
+    code = "OUT_OF_RANGE"
+
+
+class FailedPrecondition(LoricaError):
+    """The state forbids the call: a corrupt adapter, an adapter of another base."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class NotFound(LoricaError):
+    """No such adapter, version, alias or upload; `resource` names it."""
+
+    code = "NOT_FOUND"
+
+
+class AlreadyExists(LoricaError):
+    """A request id that is running, or an alias that is taken."""
+
+    code = "ALREADY_EXISTS"
+
+
+class Unauthenticated(LoricaError):
+    """The caller must present valid credentials."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(LoricaError):
+    """The caller's role does not allow the call."""
+
+    code = "PERMISSION_DENIED"
+
+
+class ResourceExhausted(LoricaError):
+    """A queue, quota or size limit is full; retry after `retry_after` seconds where it is set."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(LoricaError):
+    """No server there, or it starts or drains; retrying later may help."""
+
+    code = "UNAVAILABLE"
+
+
+class DeadlineExceeded(LoricaError):
+    """The timeout passed; the server has stopped working on the request."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(LoricaError):
+    """The call was cancelled, here or by the server."""
+
+    code = "CANCELLED"
+
+
+class Aborted(LoricaError):
+    """A concurrent change won; read again, then retry."""
+
+    code = "ABORTED"
+
+
+class Unimplemented(LoricaError):
+    """The server does not know the call: another version, or no Lorica server."""
+
+    code = "UNIMPLEMENTED"
+
+
+class ServerFault(LoricaError):
+    """The operator must act: an internal error; quote the request id of the message."""
+
+    code = "INTERNAL"
+
+
+class TransferError(LoricaError):
+    """What came over the wire is not what was announced: a wrong sha256, an unsafe file name, a gap."""
+
+    code = "DATA_LOSS"
+
+
+class LocalFilesError(LoricaError):
+    """The caller must act: the directory does not hold an adapter, or the target may not be written."""
+
+    code = "LOCAL"
+
+
+_BY_CODE: Mapping[str, type[LoricaError]] = {
+    kind.code: kind
+    for kind in (
+        InvalidArgument, OutOfRange, FailedPrecondition, NotFound, AlreadyExists, Unauthenticated, PermissionDenied,
+        ResourceExhausted, Unavailable, DeadlineExceeded, Cancelled, Aborted, Unimplemented, ServerFault, TransferError,
+    )
+}  # fmt: skip
+
+
+def from_call(call: grpc.Call | grpc.aio.AioRpcError, address: str) -> LoricaError:
+    """The family member for a failed call; the status name stays in `code` when no class is its own."""
+    code = call.code()
+    name = code.name if code is not None else "UNKNOWN"
+    kind = _BY_CODE.get(name, LoricaError)
+    message = call.details() or f"the server answered {name} without a message"
+    details = read_details(call.trailing_metadata() or ())
+    if kind is Unavailable and not details.reason:  # from the transport, not from a server
+        message = f"no server reachable at {address} ({message}); start one with `lorica serve`"
+    return kind(message, details, code=name)
+
+
+def read_details(metadata: object) -> ErrorDetails:
+    """Rich details out of trailing metadata (pairs); unreadable ones count as absent."""
+    raw = next((value for key, value in _pairs(metadata) if key == _DETAILS_KEY), None)
+    if not isinstance(raw, bytes):
+        return ErrorDetails()
+    status = status_pb2.Status()
+    try:
+        status.ParseFromString(raw)
+        return _collect(status)
+    except ValueError:  # protobuf's DecodeError
+        return ErrorDetails()
+
+
+def _pairs(metadata: object) -> list[tuple[str, object]]:
+    return [(key, value) for key, value in metadata]  # type: ignore[attr-defined]
+
+
+def _collect(status: status_pb2.Status) -> ErrorDetails:
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    retry, resource = error_details_pb2.RetryInfo(), error_details_pb2.ResourceInfo()
+    quota = error_details_pb2.QuotaFailure()
+    for detail in status.details:
+        for message in (info, bad, retry, resource, quota):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
+    return ErrorDetails(
+        reason=info.reason,
+        metadata=dict(info.metadata),
+        violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations),
+        retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
+        resource=resource.resource_name,
+        quotas=tuple(violation.description or violation.subject for violation in quota.violations),
+    )

@@ -1,0 +1,268 @@
+"""What the client gives back: frozen values with plain Python types.
+
+Knows no protobuf and no channel; `convert` fills these in. Times are aware datetimes in UTC,
+sizes bytes, log-probabilities natural.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TypedDict
+
+FinishReason = Literal["stop", "length", "aborted"]
+Tier = Literal["registered", "loaded", "resident"]
+MaterialisedState = Literal["none", "building", "ready", "refused"]
+AdapterHealth = Literal["ok", "corrupt"]
+
+
+class Message(TypedDict):
+    """One turn of a chat; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Everything optional of a generate call; see inference.proto for ranges. Unset means the server's default.
+
+    `logprobs` is the number of alternatives per token (0: the chosen token's own).
+    """
+
+    request_id: str
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    max_tokens: int
+    min_tokens: int
+    stop: str | list[str]
+    stop_token_ids: list[int]
+    include_stop: bool
+    ignore_eos: bool
+    logprobs: int
+    prompt_logprobs: int
+    return_token_ids: bool
+    echo: bool
+    priority: int
+    cache_salt: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one choice; `cached` prompt tokens came from the prefix cache."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One candidate at a position."""
+
+    token_id: int
+    logprob: float
+    text: bytes
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The chosen token's log-probability; None for the first prompt token, which nothing predicts."""
+
+    token_id: int
+    logprob: float | None
+    text: bytes
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the server made of the prompt. `adapter_digest` is None for the base."""
+
+    request_id: str
+    adapter_digest: str | None
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Why a choice ended; at most one of the stop details is set."""
+
+    reason: FinishReason
+    usage: Usage
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One finished continuation."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer of `generate`: at least one choice."""
+
+    prompt: Prompt
+    choices: tuple[Choice, ...]
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+
+@dataclass(frozen=True)
+class StreamPart:
+    """One message of `stream`: new text of choice `index`; `prompt` on the first, `finish` on each choice's last."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt: Prompt | None = None
+    usage: Usage | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server accepts and holds."""
+
+    context_tokens: int
+    max_batch_tokens: int
+    max_running_requests: int
+    max_queued_requests: int
+    kv_cache_tokens: int
+    max_rank: int
+    max_adapter_bytes: int
+    adapter_device_bytes: int
+    vocabulary: int
+    max_choices: int
+    max_logprobs: int
+    max_stop_strings: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The base that a server holds."""
+
+    model_id: str
+    architecture: str
+    fingerprint: str
+    chat_template_digest: str | None
+    compute_dtype: str
+    device: str
+    deterministic: bool
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where an adapter was at the moment of the call; `slot` only when resident."""
+
+    tier: Tier
+    slot: int | None
+    leases: int
+    materialised: MaterialisedState
+    materialised_reason: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One name and the version (`digest`) it points at."""
+
+    name: str
+    digest: str
+    kind: str
+    base_fingerprint: str | None  # None: the files declare none
+    base_mismatch: bool
+    max_rank: int
+    targets: tuple[str, ...]
+    size_bytes: int
+    labels: Mapping[str, str]
+    aliases: tuple[str, ...]
+    pinned: bool
+    created: datetime
+    updated: datetime
+    health: AdapterHealth
+    residency: Residency
+
+
+@dataclass(frozen=True)
+class FileProgress:
+    """How much of one file of an upload the server holds durably."""
+
+    file: str
+    committed: int
+    size: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as a manifest names it."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """The outcome of `push`. `created` is False when the name already pointed at this content."""
+
+    adapter: Adapter
+    created: bool
+    sent_bytes: int
+    resumed_bytes: int  # held by the server from an earlier, cut attempt
+    left_out: tuple[str, ...]  # files of the directory that no adapter upload carries
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The outcome of `pull` and `verify`; every file's sha256 was checked. `directory` is None for `verify`."""
+
+    digest: str
+    directory: Path | None
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class TransferProgress:
+    """Bytes of a push or pull that are done, out of `total`."""
+
+    file: str
+    done: int
+    total: int
+
+
+ProgressCallback = Callable[[TransferProgress], None]
+
+
+@dataclass(frozen=True)
+class AdapterChanges:
+    """What `update` shall change; only what is set."""
+
+    pinned: bool | None = None
+    materialised: bool | None = None
+    add_aliases: tuple[str, ...] = ()
+    remove_aliases: tuple[str, ...] = ()
+    set_labels: Mapping[str, str] = field(default_factory=dict)
+    remove_labels: tuple[str, ...] = ()

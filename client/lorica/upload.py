@@ -1,0 +1,131 @@
+"""What a push sends: the files of an adapter directory, an id that a later attempt finds again, the messages.
+
+Reads files and counts bytes; knows no channel and does not judge what is in the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorica.errors import LocalFilesError, LoricaError, NotFound, OutOfRange
+from lorica.retry import RetryPolicy
+from lorica.types import FileEntry, FileProgress, ProgressCallback, TransferProgress
+from lorica_protos.v1 import adapters_pb2
+
+REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
+OPTIONAL = ("lorica.json",)
+CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One adapter directory as it will be sent. `upload_id` follows from everything else, so a repeat resumes."""
+
+    name: str
+    directory: Path
+    files: tuple[FileEntry, ...]
+    left_out: tuple[str, ...]
+    labels: Mapping[str, str]
+    allow_base_mismatch: bool
+    upload_id: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
+
+def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base_mismatch: bool) -> Bundle:
+    """Read and hash what a push of `directory` sends. Raises LocalFilesError when it holds no adapter."""
+    if not directory.is_dir():
+        raise LocalFilesError(f"{directory} is not a directory; give the directory that save_pretrained wrote")
+    present = {path.name for path in directory.iterdir()}
+    missing = [file for file in REQUIRED if file not in present]
+    if missing:
+        raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}{_hint(present)}")
+    try:
+        sending = [file for file in (*REQUIRED, *OPTIONAL) if file in present]
+        files = tuple(_entry(directory / file) for file in sending)
+    except OSError as error:
+        raise LocalFilesError(f"cannot read {error.filename}: {error.strerror}") from error
+    return Bundle(
+        name,
+        directory,
+        files,
+        tuple(sorted(present - set(sending))),
+        labels,
+        allow_base_mismatch,
+        _upload_id(name, files, labels, allow_base_mismatch),
+    )
+
+
+def _hint(present: set[str]) -> str:
+    if "adapter_model.bin" in present:
+        return "; adapter_model.bin is a pickle and is never sent: save again with safe_serialization=True"
+    return "; is it the directory that save_pretrained wrote?"
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(path.name, file.tell(), sha256)
+
+
+def _upload_id(name: str, files: tuple[FileEntry, ...], labels: Mapping[str, str], allow_base_mismatch: bool) -> str:
+    content = [name, [[f.file, f.size, f.sha256] for f in files], sorted(labels.items()), allow_base_mismatch]
+    return "push-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
+
+
+def held_bytes(bundle: Bundle, progress: tuple[FileProgress, ...]) -> dict[str, int]:
+    """Bytes per file that the server holds from an earlier attempt."""
+    names = {entry.file for entry in bundle.files}
+    return {entry.file: entry.committed for entry in progress if entry.file in names}
+
+
+def messages(
+    bundle: Bundle, held: Mapping[str, int], report: ProgressCallback | None
+) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    """Begin, the bytes that the server does not hold yet, commit. Reads one chunk at a time."""
+    yield adapters_pb2.UploadAdapterRequest(
+        begin=adapters_pb2.UploadBegin(
+            upload_id=bundle.upload_id,
+            name=bundle.name,
+            manifest=[adapters_pb2.FileEntry(file=f.file, size=f.size, sha256=f.sha256) for f in bundle.files],
+            labels=bundle.labels,
+            allow_base_mismatch=bundle.allow_base_mismatch,
+        )
+    )
+    done = sum(held.values())
+    for entry in bundle.files:
+        for chunk in _chunks(bundle.directory / entry.file, held.get(entry.file, 0)):
+            yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+            done += len(chunk.data)
+            if report is not None:
+                report(TransferProgress(entry.file, done, bundle.total))
+    yield adapters_pb2.UploadAdapterRequest(commit=adapters_pb2.UploadCommit())
+
+
+def _chunks(path: Path, offset: int) -> Iterator[adapters_pb2.UploadChunk]:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while data := file.read(CHUNK_BYTES):
+                yield adapters_pb2.UploadChunk(file=path.name, offset=offset, data=data)
+                offset += len(data)
+    except OSError as error:
+        raise LocalFilesError(f"cannot read {path}: {error.strerror}") from error
+
+
+def pause(policy: RetryPolicy, error: LoricaError, attempt: int) -> float | None:
+    """Seconds before a push goes on from what the server then holds, or None to give up.
+
+    A push is idempotent: its id and its content decide the outcome. OUT_OF_RANGE and a NOT_FOUND of the
+    upload itself mean that another attempt moved it meanwhile.
+    """
+    if isinstance(error, OutOfRange | NotFound) and attempt < policy.attempts:
+        return policy.first
+    return policy.pause(error, attempt, idempotent=True)
