@@ -1,0 +1,157 @@
+"""The one interceptor: every call is timed, logged, and ends in a status of the error table.
+
+Wraps the request deserialiser, because grpc.aio answers malformed protobuf with UNKNOWN
+before any handler runs, and the behaviour, because it tells clients the exceptions of handlers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc import aio
+
+from lorica_server.api.status import answer_error
+from lorica_server.errors import INTERNAL, InvalidRequest
+from lorica_server.observe.logs import CALL_ID
+
+_LOG = logging.getLogger("lorica_server.access")
+_BUG = logging.getLogger("lorica_server.api")
+_QUIET = ("/grpc.health.v1.", "/grpc.reflection.")
+
+if TYPE_CHECKING:
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+else:
+    _Handler = grpc.RpcMethodHandler  # not generic at run time
+
+Observe = Callable[[str, str, float], None]
+"""(method, code name, seconds) of each finished call, for metrics."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """Stands for a request that could not be decoded, until the behaviour's wrapper refuses it."""
+
+
+@dataclass
+class _Call:
+    method: str
+    peer: str
+    begun: float
+    code: str = "OK"
+    reason: str = ""
+
+
+class ErrorInterceptor(aio.ServerInterceptor):
+    """Installed once, first in the chain."""
+
+    def __init__(self, observe: Observe | None = None) -> None:
+        self._observe = observe
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Wrap the handler found for this call; an unknown method stays None: UNIMPLEMENTED."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        return _Wrapped(handler, handler_call_details.method, self._end)
+
+    def _end(self, call: _Call) -> None:
+        seconds = time.monotonic() - call.begun
+        quiet = call.method.startswith(_QUIET) and call.code == "OK"
+        fields = {"method": call.method, "code": call.code, "seconds": seconds, "peer": call.peer}
+        if call.reason:
+            fields["reason"] = call.reason
+        _LOG.log(logging.DEBUG if quiet else logging.INFO, "call", extra={"fields": fields})
+        if self._observe is not None:
+            self._observe(call.method, call.code, seconds)
+
+
+class _Wrapped(_Handler):
+    """A handler of the same shape whose deserialiser and behaviour never raise to grpc."""
+
+    def __init__(self, handler: Any, method: str, end: Callable[[_Call], None]) -> None:
+        self.request_streaming = handler.request_streaming
+        self.response_streaming = handler.response_streaming
+        self.response_serializer = handler.response_serializer
+        self.request_deserializer = _tolerant(handler.request_deserializer)
+        self.unary_unary = handler.unary_unary and self._wrap(handler.unary_unary, method, end)
+        self.stream_unary = handler.stream_unary and self._wrap(handler.stream_unary, method, end)
+        self.unary_stream = handler.unary_stream and self._wrap(handler.unary_stream, method, end)
+        self.stream_stream = handler.stream_stream and self._wrap(handler.stream_stream, method, end)
+
+    def _wrap(self, behaviour: Any, method: str, end: Callable[[_Call], None]) -> Any:
+        run = self._run_stream if self.response_streaming else self._run_unary
+
+        async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+            call_id = uuid.uuid4().hex
+            token = CALL_ID.set(call_id)
+            call = _Call(method, context.peer() or "", time.monotonic())
+            try:
+                return await run(behaviour, self._checked(request), context)
+            except asyncio.CancelledError:
+                call.code = "CANCELLED"
+                raise
+            except aio.AbortError:  # a foreign behaviour (health, reflection) chose its own status
+                call.code = str(getattr(context.code(), "name", context.code()))
+                raise
+            except Exception as error:
+                answer = answer_error(error, call_id)
+                call.code, call.reason = answer.code.name, answer.verdict.reason
+                if answer.verdict is INTERNAL:
+                    _BUG.exception("unexpected error", extra={"fields": {"method": method}})
+                await context.abort(answer.code, answer.message, answer.trailers)
+            finally:
+                end(call)
+                CALL_ID.reset(token)
+
+        return wrapped
+
+    def _checked(self, request: Any) -> Any:
+        if self.request_streaming:
+            return _checked_stream(request)
+        if isinstance(request, Malformed):
+            raise InvalidRequest("", "the request is not a valid protobuf message of its type")
+        return request
+
+    @staticmethod
+    async def _run_unary(behaviour: Any, request: Any, context: Any) -> Any:
+        answer: Awaitable[Any] = behaviour(request, context)
+        return await answer
+
+    @staticmethod
+    async def _run_stream(behaviour: Any, request: Any, context: Any) -> None:
+        """A behaviour may be an async generator, or a coroutine that writes to the context itself."""
+        answer = behaviour(request, context)
+        if not hasattr(answer, "__aiter__"):
+            await answer
+            return
+        async with aclosing(answer) as messages:
+            async for message in messages:
+                await context.write(message)
+
+
+def _tolerant(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialise is None:
+        return None
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return deserialise(data)
+        except Exception:
+            return Malformed()
+
+    return tolerant
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, Malformed):
+            raise InvalidRequest("", "a message of the stream is not a valid protobuf message of its type")
+        yield request
