@@ -30,17 +30,20 @@ setup-dev: $(VENV)/.lorica-dev ## The same with test and lint tools
 # torch comes first and alone: its wheel (CPU, or CUDA with gigabytes of libraries) is the machine's choice.
 $(VENV)/.lorica-torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorica needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --no-deps torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) install --quiet --constraint constraints.txt hatchling
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing torch $(TORCH) into $(VENV) ...'
+	@$(PIP) install --quiet --no-deps torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(PIP) install --quiet --constraint constraints.txt hatchling
 	@touch $@
 
 $(VENV)/.lorica-run: $(VENV)/.lorica-torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[serve,train]'
+	@echo 'Installing Lorica and what it runs on ...'
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[serve,train]'
 	@touch $@
 
 $(VENV)/.lorica-dev: $(VENV)/.lorica-torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@echo 'Installing Lorica with its test and lint tools ...'
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@ $(VENV)/.lorica-run
 
 demo: setup ## Train adapters, serve them together, print what came of it
