@@ -1,0 +1,73 @@
+"""What the services need of the rest of the server, as they see it: the composition root fills these.
+
+Keeps the API free of the model, the tokenizer's library and the residency pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lorica_server.api.calls import Limits
+
+Tier = Literal["registered", "loaded", "resident"]
+Materialised = Literal["none", "building", "ready", "refused"]
+
+
+class Codec(Protocol):
+    """Text to token ids and back, by the base's own tokenizer and chat template. Safe from any thread."""
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 of the chat template, empty when the base has none."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the special tokens the base expects."""
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation rendered by the template. Raises ValueError when it refuses."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for."""
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Where an adapter is now. `reason` says why a dense copy was refused."""
+
+    tier: Tier = "registered"
+    slot: int | None = None
+    leases: int = 0
+    materialised: Materialised = "none"
+    reason: str = ""
+
+
+class AdapterStates(Protocol):
+    """Engine truth about adapters, and the wish to materialise one. Safe from any thread."""
+
+    def state(self, digest: str) -> AdapterState:
+        """Where the version is at this moment."""
+
+    def want_materialised(self, digest: str, wanted: bool) -> None:
+        """Build a dense copy in the background, or drop it. Outcome in `state`."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The base as GetModel tells it."""
+
+    model_id: str
+    architecture: str
+    fingerprint: str
+    compute_dtype: str
+    device: str
+    deterministic: bool
+    limits: Limits
