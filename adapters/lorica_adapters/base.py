@@ -1,0 +1,170 @@
+"""The one door to the base model: load it in NF4, guard it, fingerprint it. Server and trainer share it.
+
+Quantises from the checkpoint's own dtype and fingerprints before any cast, so that identity does not depend on where
+the base runs. Knows nothing of adapters or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from lorica_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec
+from lorica_adapters.frozen import logical_nf4
+from lorica_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
+
+
+class BaseRefused(Exception):
+    """The operator must act: this checkpoint cannot be served exactly. Says why and what would do."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """A frozen model in eval mode: NF4 linears, everything else in `compute_dtype`, no gradients."""
+
+    model: nn.Module
+    spec: BaseModelSpec
+    source: str
+    config: PretrainedConfig
+    config_json: dict[str, Any]  # raw, as the checkpoint stores it
+    compute_dtype: torch.dtype
+    device: torch.device
+
+
+def load_base(
+    source: str | Path,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    double_quant: bool = False,
+    revision: str | None = None,
+) -> LoadedBase:
+    """Loads a Hugging Face causal LM (hub id or directory) with NF4 linears (bitsandbytes through transformers).
+
+    `double_quant` quantises the block scales too (0.4 bit a weight less, another fingerprint); checkpoints that are
+    already NF4 keep their own. Raises BaseRefused, and OSError when the source cannot be read.
+    """
+    source, device = str(source), torch.device(device)
+    config_json, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    _refuse_foreign_quantisation(config_json)
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        dtype="auto",
+        quantization_config=None if "quantization_config" in config_json else quantisation,
+        device_map={"": device},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model.eval().requires_grad_(False)
+    switch_off_repacking(model)
+    spec = _describe(model, source, config_json)
+    _cast(model, compute_dtype)
+    return LoadedBase(model, spec, source, model.config, config_json, compute_dtype, device)
+
+
+def switch_off_repacking(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking NF4 weights in place at the first eval forward on AVX512-BF16 CPUs.
+
+    After that repacking its own `dequantize_4bit` returns garbage and gradients vanish.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def refingerprint(base: LoadedBase) -> str:
+    """The fingerprint recomputed from the NF4 content the model holds now.
+
+    Unquantised parameters enter as recorded at load: they were cast to the compute dtype since. To be called on a
+    model whose Linear4bit modules are still in place (the trainer's case).
+    """
+    return fingerprint(quantised_modules(base.model), base.spec.parameters, base.config_json)
+
+
+def quantised_modules(model: nn.Module) -> Iterator[tuple[str, QuantisedModule]]:
+    """Every NF4 module's logical content, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name, QuantisedModule(*logical_nf4(module))
+
+
+def _refuse_foreign_quantisation(config_json: dict[str, Any]) -> None:
+    declared = config_json.get("quantization_config")
+    if declared is None:
+        return
+    if not declared.get("load_in_4bit") or declared.get("bnb_4bit_quant_type") != "nf4":
+        method = declared.get("quant_method", "unknown")
+        raise BaseRefused(
+            f"the checkpoint is quantised by {method}, not as bitsandbytes NF4: give the unquantised checkpoint "
+            "(it is quantised at load) or one saved with load_in_4bit and bnb_4bit_quant_type nf4"
+        )
+
+
+def _describe(model: nn.Module, source: str, config_json: dict[str, Any]) -> BaseModelSpec:
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parameters = {
+        name: parameter_spec(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not (name.endswith(".weight") and isinstance(model.get_submodule(name[: -len(".weight")]), Linear4bit))
+    }
+    modules = {spec.name: spec for name, module in model.named_modules() if (spec := _module_spec(name, module))}
+    config = model.config.get_text_config()
+    return BaseModelSpec(
+        model_id=Path(source).name if Path(source).exists() else source,
+        architecture=model.config.model_type,
+        fingerprint=fingerprint(quantised_modules(model), parameters, config_json),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        tied_embeddings=head is not None and head.weight is embedding.weight,
+        embedding=names.get(id(embedding)),
+        head=names.get(id(head)),
+        modules=modules,
+        parameters=parameters,
+    )
+
+
+def _module_spec(name: str, module: nn.Module) -> ModuleSpec | None:
+    kind: ModuleKind
+    if isinstance(module, Linear4bit):
+        kind = "conv1d" if getattr(module, "source_cls", None) is Conv1D else "linear"
+        out_features, in_features = module.weight.quant_state.shape
+    elif isinstance(module, nn.Linear):
+        kind, out_features, in_features = "linear", module.out_features, module.in_features
+    elif isinstance(module, Conv1D):
+        kind, (in_features, out_features) = "conv1d", module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        kind, in_features, out_features = "embedding", module.num_embeddings, module.embedding_dim
+    elif isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:
+        kind, in_features, out_features = "norm", module.weight.numel(), module.weight.numel()
+    else:
+        return None
+    return ModuleSpec(name, kind, int(in_features), int(out_features), getattr(module, "bias", None) is not None)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts every floating parameter but the NF4 weights; buffers (rotary frequencies) keep their float32."""
+    quantised = {id(m.weight) for m in model.modules() if isinstance(m, Linear4bit)}
+    for parameter in model.parameters():
+        if id(parameter) not in quantised and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
