@@ -126,7 +126,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     stop_token: int | None = None
     failure: RequestFailure | None = None
-    usage: Usage | None = None  # on terminal events
+    usage: Usage | None = None  # so far; on every event with a token and on terminal ones
 
     @property
     def terminal(self) -> bool:

@@ -15,6 +15,10 @@ BASE_SLOT = -1
 """Slot of rows without an adapter."""
 
 
+class StepOutOfMemory(Exception):
+    """The runner could not hold this step. Raised before any token was drawn: the same chunks may run again, fewer."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The tokens of one request in one step.

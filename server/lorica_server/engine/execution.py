@@ -1,0 +1,61 @@
+"""Runs one plan and always has a result: what goes wrong in the runner ends requests, never the engine.
+
+Knows the runner's protocol and exceptions; knows no request.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Protocol
+
+from lorica_server.engine.plan import StepOutOfMemory, StepPlan, StepResult, StepTiming
+from lorica_server.requests import RequestFailure
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Whatever computes steps: the only holder of the device."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute every chunk of `plan`.
+
+        Raises StepOutOfMemory, with nothing drawn, when the step is too large; the chunks then come again
+        in smaller plans of the same step number. Any other exception fails all requests of the plan.
+        """
+        ...
+
+
+def run_contained(runner: Runner, plan: StepPlan) -> StepResult:
+    """`runner.run(plan)`; out of memory is retried in halves until a request fails alone with OUT_OF_MEMORY."""
+    try:
+        return runner.run(plan)
+    except (StepOutOfMemory, MemoryError):
+        if len(plan.chunks) == 1:
+            logger.warning("step %d: out of memory with one request", plan.step)
+            return _fail_all(plan, RequestFailure("OUT_OF_MEMORY", "there is not enough memory to run this request"))
+        logger.warning("step %d: out of memory with %d requests, running halves", plan.step, len(plan.chunks))
+    except Exception:
+        logger.exception("step %d failed; its %d requests end", plan.step, len(plan.chunks))
+        return _fail_all(plan, RequestFailure("INTERNAL", "the step that computed this request failed"))
+    middle = len(plan.chunks) // 2
+    # Retired ids go again with the first half: the runner may not have come to them.
+    first = run_contained(runner, replace(plan, chunks=plan.chunks[:middle]))
+    second = run_contained(runner, replace(plan, chunks=plan.chunks[middle:], retired=(), copies=()))
+    return _merge(first, second)
+
+
+def _fail_all(plan: StepPlan, failure: RequestFailure) -> StepResult:
+    return StepResult(plan.step, sampled={}, failures={chunk.request_id: failure for chunk in plan.chunks})
+
+
+def _merge(first: StepResult, second: StepResult) -> StepResult:
+    a, b = first.timing, second.timing
+    return StepResult(
+        first.step,
+        sampled={**first.sampled, **second.sampled},
+        prompt_logprobs={**first.prompt_logprobs, **second.prompt_logprobs},
+        failures={**first.failures, **second.failures},
+        timing=StepTiming(a.prepare + b.prepare, a.forward + b.forward, a.sample + b.sample),
+    )
