@@ -1,0 +1,101 @@
+"""Checkpoints: the whole state of a run as safetensors and JSON, written so that a torn one is never seen.
+
+A checkpoint is a directory `step-00000100`, made under a temporary name, flushed, then renamed. Knows nothing of
+what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lorica_trainer.errors import CheckpointInvalid
+
+_STATE, _META = "state.safetensors", "checkpoint.json"
+_NAME = re.compile(r"step-(\d{8})")
+_TEMPORARY = ".partial-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`meta` is JSON values. `tensors` are on the CPU."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor]
+    meta: Mapping[str, Any]
+
+
+def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write durably and return its directory; older ones beyond `keep` are removed after it is safe."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(_TEMPORARY + "*"):
+        shutil.rmtree(leftover)
+    state = save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
+    meta = {**checkpoint.meta, "step": checkpoint.step, "state_sha256": hashlib.sha256(state).hexdigest()}
+    partial = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
+    write_durably(partial / _STATE, state)
+    write_durably(partial / _META, json.dumps(meta, indent=2).encode())
+    _sync_directory(partial)
+    final = root / f"step-{checkpoint.step:08d}"
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync_directory(root)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read and verify. Raises CheckpointInvalid."""
+    try:
+        meta = json.loads((directory / _META).read_text(encoding="utf-8"))
+        state = (directory / _STATE).read_bytes()
+        if hashlib.sha256(state).hexdigest() != meta["state_sha256"]:
+            raise CheckpointInvalid(f"{directory}: {_STATE} is not the file that was written; remove this checkpoint")
+        return Checkpoint(int(meta["step"]), load(state), meta)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointInvalid(f"{directory} cannot be read ({error}); remove this checkpoint") from error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write and flush to the device."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: readers see the old file or the new one."""
+    partial = path.with_name(_TEMPORARY + path.name)
+    write_durably(partial, content)
+    partial.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

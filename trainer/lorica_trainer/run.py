@@ -1,0 +1,231 @@
+"""A job from beginning to end: base, data, adapter, loop, checkpoints, export. The trainer's front door.
+
+The base is fingerprinted at load and again before anything is exported.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lorica_adapters.apply.trainable import attach
+from lorica_adapters.base import LoadedBase, load_base, refingerprint
+from lorica_adapters.embedded.tiny import TINY_NAME, tiny_path
+from lorica_trainer.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, replace_durably, write_checkpoint
+from lorica_trainer.data import DataReport, DataSet, load_data
+from lorica_trainer.errors import BaseChanged, CheckpointInvalid, Interrupted, JobInvalid
+from lorica_trainer.export import export_peft
+from lorica_trainer.job import TrainJob
+from lorica_trainer.loop import Loop
+from lorica_trainer.progress import EvalReport, Progress, Silent, StepReport
+from lorica_trainer.targets import resolve_targets
+
+CHECKPOINTS, REPORT = "checkpoints", "train_report.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. `output` is a PEFT directory; `loss` is the mean of the last ten steps."""
+
+    output: Path
+    base_fingerprint: str
+    steps: int
+    loss: float
+    eval_loss: float | None
+    supervised_tokens: int
+    seconds: float
+    data: DataReport
+
+
+def train(
+    job: TrainJob,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> TrainResult:
+    """Train one adapter and write it to `job.output`.
+
+    With `resume`, go on from the newest checkpoint if there is one. `stop` is read between steps: when it is set
+    the state is saved and Interrupted raised. Raises the errors of lorica_trainer.errors.
+    """
+    progress = progress or Silent()
+    checkpoints = job.output / CHECKPOINTS
+    saved = list_checkpoints(checkpoints)
+    _check_output(job, resume, bool(saved))
+    device = _device(job)
+    base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
+    tokenizer = AutoTokenizer.from_pretrained(_source(job))
+    data = load_data(job.data, tokenizer, _end_ids(base, tokenizer), seed=job.training.seed)
+    _check_lengths(data, base)
+    names = resolve_targets(job.lora.targets, base.spec)
+    if job.training.gradient_checkpointing:
+        _checkpoint_activations(base)
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        attach(
+            base.model,
+            base.spec,
+            dict.fromkeys(names, job.lora.rank),
+            scales=dict.fromkeys(names, job.scale),
+            dropout=job.lora.dropout,
+            seed=job.training.seed,
+        ) as adapter,
+    ):
+        torch.manual_seed(job.training.seed)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        loop = Loop(base.model, adapter, data, job.training, pad_id=pad_id or 0, device=device)
+        run = _Run(job, base, data, loop, progress)
+        if resume and saved:
+            run.resume(read_checkpoint(saved[-1]))
+        result = run.go(stop or threading.Event())
+        if refingerprint(base) != base.spec.fingerprint:
+            raise BaseChanged("the frozen base was written to during training; nothing was exported")
+        export_peft(job, base.spec, adapter.state())
+    replace_durably(job.output / REPORT, json.dumps(run.report(result), indent=2).encode())
+    return result
+
+
+class _Run:
+    """The loop with its bookkeeping: evaluation, checkpoints, history."""
+
+    def __init__(self, job: TrainJob, base: LoadedBase, data: DataSet, loop: Loop, progress: Progress) -> None:
+        self._job, self._base, self._data, self._loop, self._progress = job, base, data, loop, progress
+        self._steps: list[StepReport] = []
+        self._evals: list[EvalReport] = []
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's state. Raises CheckpointInvalid when it is not of this job, data or base."""
+        for key, value in self._identity().items():
+            if checkpoint.meta.get(key) != value:
+                raise CheckpointInvalid(f"cannot resume: the checkpoint was made with another {key.replace('_', ' ')}")
+        self._loop.restore(checkpoint.step, checkpoint.tensors)
+        self._steps = [StepReport(**values) for values in checkpoint.meta["history"]]
+        self._evals = [EvalReport(**values) for values in checkpoint.meta["evals"]]
+        self._seconds_before = float(checkpoint.meta["seconds"])
+
+    def go(self, stop: threading.Event) -> TrainResult:
+        """Run to the end, or raise Interrupted after saving."""
+        loop, every = self._loop, self._job.checkpoint.every
+        self._progress.started(loop.total_steps, loop.step, self._data.report)
+        while loop.step < loop.total_steps:
+            if stop.is_set():
+                raise Interrupted(self._save())
+            self._steps.append(loop.take_step())
+            self._progress.stepped(self._steps[-1])
+            if self._data.eval and (loop.step % loop.eval_every == 0 or loop.step == loop.total_steps):
+                self._evals.append(loop.evaluate())
+                self._progress.evaluated(self._evals[-1])
+            if every and loop.step % every == 0 and loop.step < loop.total_steps:
+                self._progress.saved(self._save())
+        last = self._steps[-10:]
+        return TrainResult(
+            output=self._job.output,
+            base_fingerprint=self._base.spec.fingerprint,
+            steps=loop.step,
+            loss=sum(step.loss for step in last) / len(last),
+            eval_loss=self._evals[-1].loss if self._evals else None,
+            supervised_tokens=sum(step.tokens for step in self._steps),
+            seconds=self._seconds(),
+            data=self._data.report,
+        )
+
+    def report(self, result: TrainResult) -> dict[str, Any]:
+        """JSON values that say how the adapter was made."""
+        return {
+            "job": self._job.to_dict(),
+            "result": {key: value for key, value in asdict(result).items() if key not in ("output", "data")},
+            "data": asdict(self._data.report),
+            "evals": [asdict(report) for report in self._evals],
+            "history": [asdict(report) for report in self._steps],
+            "versions": _versions(),
+        }
+
+    def _save(self) -> Path:
+        meta = {
+            **self._identity(),
+            "history": [asdict(step) for step in self._steps],
+            "evals": [asdict(report) for report in self._evals],
+            "seconds": self._seconds(),
+            "versions": _versions(),
+        }
+        checkpoint = Checkpoint(self._loop.step, self._loop.tensors(), meta)
+        return write_checkpoint(self._job.output / CHECKPOINTS, checkpoint, keep=self._job.checkpoint.keep)
+
+    def _identity(self) -> dict[str, str]:
+        return {
+            "job": self._job.digest(),
+            "training_data": self._data.digest,
+            "base": self._base.spec.fingerprint,
+        }
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+
+def _check_output(job: TrainJob, resume: bool, has_checkpoints: bool) -> None:
+    if (job.output / "adapter_config.json").exists():
+        raise JobInvalid("output", f"{job.output} already holds an adapter; choose another directory")
+    if has_checkpoints and not resume:
+        raise JobInvalid("output", f"{job.output} holds checkpoints of an unfinished run; resume it or choose another")
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobInvalid("output", f"{job.output} cannot be made: {error.strerror}") from error
+
+
+def _source(job: TrainJob) -> str:
+    return str(tiny_path()) if job.model == TINY_NAME else job.model
+
+
+def _device(job: TrainJob) -> torch.device:
+    if job.training.device == "cuda" and not torch.cuda.is_available():
+        raise JobInvalid("training.device", "no CUDA device is available")
+    if job.training.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(job.training.device)
+
+
+def _compute_dtype(job: TrainJob, device: torch.device) -> torch.dtype:
+    if job.training.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if job.training.compute_dtype == "bfloat16" else torch.float32
+
+
+def _end_ids(base: LoadedBase, tokenizer: Any) -> frozenset[int]:
+    generation = getattr(base.model, "generation_config", None)
+    declared = getattr(generation, "eos_token_id", None)
+    ids = set(declared if isinstance(declared, list) else [declared])
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def _check_lengths(data: DataSet, base: LoadedBase) -> None:
+    if data.report.longest > base.spec.context_length:
+        raise JobInvalid(
+            "data.max_length",
+            f"an example has {data.report.longest} tokens, the base's context is {base.spec.context_length}",
+        )
+
+
+def _checkpoint_activations(base: LoadedBase) -> None:
+    """Recompute each layer in the backward pass. Only the layers themselves are in training mode: no dropout."""
+    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for module in base.model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
