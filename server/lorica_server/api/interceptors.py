@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ import grpc
 from grpc import aio
 
 from lorica_server.api.status import answer_error
-from lorica_server.errors import INTERNAL, InvalidRequest
+from lorica_server.errors import INTERNAL, ClientStalled, InvalidRequest
 from lorica_server.observe.logs import CALL_ID
 
 _LOG = logging.getLogger("lorica_server.access")
 _BUG = logging.getLogger("lorica_server.api")
+_ABORT_SECONDS = 2.0
 _QUIET = ("/grpc.health.v1.", "/grpc.reflection.")
 
 if TYPE_CHECKING:
@@ -52,15 +53,16 @@ class _Call:
 class ErrorInterceptor(aio.ServerInterceptor):
     """Installed once, first in the chain."""
 
-    def __init__(self, observe: Observe | None = None) -> None:
+    def __init__(self, observe: Observe | None = None, stall_seconds: float = 30.0) -> None:
         self._observe = observe
+        self._stall_seconds = stall_seconds
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap the handler found for this call; an unknown method stays None: UNIMPLEMENTED."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        return _Wrapped(handler, handler_call_details.method, self._end)
+        return _Wrapped(handler, handler_call_details.method, self._end, self._stall_seconds)
 
     def _end(self, call: _Call) -> None:
         seconds = time.monotonic() - call.begun
@@ -76,7 +78,8 @@ class ErrorInterceptor(aio.ServerInterceptor):
 class _Wrapped(_Handler):
     """A handler of the same shape whose deserialiser and behaviour never raise to grpc."""
 
-    def __init__(self, handler: Any, method: str, end: Callable[[_Call], None]) -> None:
+    def __init__(self, handler: Any, method: str, end: Callable[[_Call], None], stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
         self.request_streaming = handler.request_streaming
         self.response_streaming = handler.response_streaming
         self.response_serializer = handler.response_serializer
@@ -106,7 +109,10 @@ class _Wrapped(_Handler):
                 call.code, call.reason = answer.code.name, answer.verdict.reason
                 if answer.verdict is INTERNAL:
                     _BUG.exception("unexpected error", extra={"fields": {"method": method}})
-                await context.abort(answer.code, answer.message, answer.trailers)
+                # A client that does not read holds the status back too; core keeps it for when it reads.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_ABORT_SECONDS):
+                        await context.abort(answer.code, answer.message, answer.trailers)
             finally:
                 end(call)
                 CALL_ID.reset(token)
@@ -125,16 +131,15 @@ class _Wrapped(_Handler):
         answer: Awaitable[Any] = behaviour(request, context)
         return await answer
 
-    @staticmethod
-    async def _run_stream(behaviour: Any, request: Any, context: Any) -> None:
-        """A behaviour may be an async generator, or a coroutine that writes to the context itself."""
-        answer = behaviour(request, context)
-        if not hasattr(answer, "__aiter__"):
-            await answer
-            return
-        async with aclosing(answer) as messages:
+    async def _run_stream(self, behaviour: Any, request: Any, context: Any) -> None:
+        """A write blocks after about 4 MB that nobody reads; unbounded, it would hold its request for ever."""
+        async with aclosing(behaviour(request, context)) as messages:
             async for message in messages:
-                await context.write(message)
+                try:
+                    async with asyncio.timeout(self._stall_seconds):
+                        await context.write(message)
+                except TimeoutError:
+                    raise ClientStalled(self._stall_seconds) from None
 
 
 def _tolerant(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
