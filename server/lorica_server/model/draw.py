@@ -13,6 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lorica_server.model.rows import put_rows, take_rows
+
 SCALE: Final = 2**40
 """Weight of a row's likeliest token; tokens 2^40 times less likely are never drawn."""
 
@@ -62,12 +64,10 @@ def _mask_top_k(weights: Tensor, logits: Tensor, top_k: Sequence[int]) -> None:
                 size *= 4
             groups.setdefault(min(size, vocabulary), []).append(row)
     for rows in groups.values():
-        index = torch.tensor(rows, device=logits.device)
         kth = torch.tensor([[top_k[row] - 1] for row in rows], device=logits.device)
-        chosen = logits.index_select(0, index)
+        chosen = take_rows(logits, rows)
         leaders = chosen.topk(max(top_k[row] for row in rows), dim=1).values
-        kept = weights.index_select(0, index) * (chosen >= leaders.gather(1, kth))
-        weights.index_copy_(0, index, kept)
+        put_rows(weights, rows, take_rows(weights, rows) * (chosen >= leaders.gather(1, kth)))
 
 
 def _nucleus_mass(weights: Tensor, filters: Sequence[Filters]) -> Tensor:
@@ -95,25 +95,21 @@ def draw(
     rows = list(range(len(filters)))
     for draw_round in range(logits.shape[1] + 1):  # each round removes a token, so it ends before
         picked = _inverse_cdf(weights, uniforms(rows, draw_round))
-        tokens[torch.tensor(rows, device=logits.device)] = picked
+        put_rows(tokens, rows, picked)
         restricted = [i for i, row in enumerate(rows) if filters[row].top_p < 1.0]
         if not restricted:
             break
         if len(restricted) < len(rows):
-            weights, nucleus, picked = (_rows(t, restricted) for t in (weights, nucleus, picked))
+            weights, nucleus, picked = (take_rows(t, restricted) for t in (weights, nucleus, picked))
             rows = [rows[i] for i in restricted]
         level = weights.gather(1, picked[:, None])
         likelier = weights * (weights > level)
         rejected = (likelier.sum(dim=1) >= nucleus).nonzero().flatten().tolist()
         if not rejected:
             break
-        weights, nucleus = _rows(likelier, rejected), _rows(nucleus, rejected)
+        weights, nucleus = take_rows(likelier, rejected), take_rows(nucleus, rejected)
         rows = [rows[i] for i in rejected]
     return tokens
-
-
-def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
-    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
 def _inverse_cdf(weights: Tensor, uniforms: list[float]) -> Tensor:

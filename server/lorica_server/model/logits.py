@@ -1,6 +1,6 @@
 """What changes a request's logits before anything is drawn: penalties, bias, forbidden tokens.
 
-Works in place on float32 rows; the neighbours' rows are neither read nor written.
+Works on a copy of float32 rows; no row is read for another.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def is_adjusted(chunk: Chunk) -> bool:
     return chunk.params.needs_history or bool(chunk.params.logit_bias) or is_suppressing(chunk)
 
 
-def adjust(logits: Tensor, chunks: Sequence[Chunk], counts: TokenCounts, addends: Addends) -> None:
-    """Apply each chunk's adjustments to its row of `logits` [chunks, vocab], float32, in place.
+def adjust(logits: Tensor, chunks: Sequence[Chunk], counts: TokenCounts, addends: Addends) -> Tensor:
+    """`logits` [chunks, vocab] float32 with each chunk's adjustments, as a new tensor.
 
     Repetition works on the model's own logits (Keskar et al., arXiv:1909.05858, as Hugging Face does it),
     then come frequency and presence (as OpenAI's API defines them), bias, and last what is forbidden.
     """
+    logits = logits.clone()
     _repetition(logits, chunks, counts)
     _frequency_and_presence(logits, chunks, counts)
     for row, chunk in enumerate(chunks):
@@ -44,6 +45,7 @@ def adjust(logits: Tensor, chunks: Sequence[Chunk], counts: TokenCounts, addends
             logits[row].index_add_(0, ids, values)
         if is_suppressing(chunk):
             logits[row].index_fill_(0, addends.suppressed(chunk), float("-inf"))
+    return logits
 
 
 def _repetition(logits: Tensor, chunks: Sequence[Chunk], counts: TokenCounts) -> None:

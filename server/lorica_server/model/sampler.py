@@ -15,6 +15,7 @@ from lorica_server.engine.plan import Chunk, Sampled
 from lorica_server.model import logits as logit
 from lorica_server.model.draw import Filters, draw
 from lorica_server.model.logprobs import finite_rows, token_logprobs
+from lorica_server.model.rows import put_rows, take_rows
 from lorica_server.model.sampling_state import Addends, TokenCounts
 from lorica_server.model.uniform import uniforms
 from lorica_server.requests import RequestFailure, SamplingParams, TokenLogprob
@@ -63,11 +64,13 @@ class Sampler:
         logprobs: dict[int, TokenLogprob] = {}
         refined = [row for row, chunk in enumerate(chunks) if _is_refined(chunk)]
         if refined:
-            index = torch.tensor(refined, device=logits.device)
             drawn, found = self._refine(
-                [chunks[row] for row in refined], logits.index_select(0, index).float(), tokens.index_select(0, index)
+                [chunks[row] for row in refined],
+                take_rows(logits, refined).float(),
+                take_rows(best, refined).float(),
+                take_rows(tokens, refined),
             )
-            tokens.index_copy_(0, index, drawn)
+            put_rows(tokens, refined, drawn)
             logprobs = {refined[i]: logprob for i, logprob in found.items()}
         sampled: dict[str, Sampled] = {}
         failures: dict[str, RequestFailure] = {}
@@ -79,31 +82,29 @@ class Sampler:
         return sampled, failures
 
     def _refine(
-        self, chunks: Sequence[Chunk], scores: Tensor, greedy: Tensor
+        self, chunks: Sequence[Chunk], scores: Tensor, best: Tensor, tokens: Tensor
     ) -> tuple[Tensor, dict[int, TokenLogprob]]:
         """Tokens [chunks] and log-probabilities by row, for rows that need more than the best raw logit.
 
-        `scores` [chunks, vocab] float32 is ours to change; `greedy` is each row's best raw token or _FAILED.
+        `scores` [chunks, vocab] float32 are the raw logits and may be the caller's own; `best` is their
+        maximum and `tokens` its id, or _FAILED.
         """
+        usable = tokens != _FAILED  # raw logits that failed stay failed, even if the bad token is forbidden
         if any(logit.is_adjusted(chunk) for chunk in chunks):
-            logit.adjust(scores, chunks, self._counts, self._addends)
-        best, adjusted = scores.max(dim=1)
-        # A row whose raw logits failed stays failed, even if the bad token is forbidden.
-        usable = torch.isfinite(best) & (greedy != _FAILED)
-        best = torch.where(usable, best, float("nan"))
-        tokens = torch.where(usable, adjusted, _FAILED)
+            scores = logit.adjust(scores, chunks, self._counts, self._addends)
+            best, tokens = scores.max(dim=1)
+            usable &= torch.isfinite(best)
         random = [row for row, chunk in enumerate(chunks) if not chunk.params.greedy]
         if random:
-            index = torch.tensor(random, device=scores.device)
-            drawn = _draw([chunks[row] for row in random], scores.index_select(0, index), best.index_select(0, index))
-            tokens.index_copy_(0, index, torch.where(usable.index_select(0, index), drawn, _FAILED))
+            safe = torch.where(usable, best, float("nan"))
+            drawn = _draw([chunks[row] for row in random], take_rows(scores, random), take_rows(safe, random))
+            tokens = tokens.clone()
+            put_rows(tokens, random, drawn)
+        tokens = torch.where(usable, tokens, _FAILED)
         asked = [row for row, chunk in enumerate(chunks) if chunk.params.logprobs is not None]
-        if not asked:
-            return tokens, {}
-        index = torch.tensor(asked, device=scores.device)
         found = token_logprobs(
-            scores.index_select(0, index),
-            tokens.index_select(0, index).clamp(min=0),
+            take_rows(scores, asked),
+            take_rows(tokens, asked).clamp(min=0),  # a failed row's are not read
             [chunks[row].params.logprobs or 0 for row in asked],
         )
         return tokens, dict(zip(asked, found, strict=True))
