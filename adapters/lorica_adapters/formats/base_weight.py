@@ -1,0 +1,44 @@
+"""Whether a saved copy of the embedding or head is the base's own tensor, so that it can be left out.
+
+PEFT writes such a copy when the embedding or head is a target. A different one is a trained or resized
+vocabulary, which the canonical form cannot hold yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from lorica_adapters.errors import AdapterInvalid
+from lorica_adapters.formats.peft_tensors import WEIGHTS_FILE
+from lorica_adapters.formats.refusals import quote
+from lorica_adapters.formats.safetensors_file import TORCH_DTYPES
+from lorica_adapters.formats.safetensors_header import TensorEntry
+from lorica_adapters.spec import BaseModelSpec, ParameterSpec
+
+
+def check_is_base_weight(module: str, entry: TensorEntry, tensor: torch.Tensor, base: BaseModelSpec) -> None:
+    """Raises AdapterInvalid unless `tensor` equals the weight of `module` as the base's checkpoint stores it."""
+    own = _own_parameter(module, base)
+    if own is None or entry.shape != own.shape or _sha256_in_dtype(tensor, own.dtype) != own.sha256:
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE}: tensor {quote(entry.name)} differs from the base's own weight of {quote(module)}",
+            subject=f"{WEIGHTS_FILE}: {quote(entry.name)}",
+            remedy="trained or resized vocabularies are not supported: save with save_embedding_layers=False",
+        )
+
+
+def _own_parameter(module: str, base: BaseModelSpec) -> ParameterSpec | None:
+    own = base.parameters.get(f"{module}.weight")
+    if own is None and base.tied_embeddings and module == base.head:
+        return base.parameters.get(f"{base.embedding}.weight")
+    return own
+
+
+def _sha256_in_dtype(tensor: torch.Tensor, dtype: str) -> str | None:
+    """Hash of `tensor` in the checkpoint's dtype, None when the cast there would lose anything."""
+    stored = tensor.to(TORCH_DTYPES[dtype]) if dtype in TORCH_DTYPES else None
+    if stored is None or not torch.equal(stored.to(tensor.dtype), tensor):
+        return None
+    return hashlib.sha256(stored.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
