@@ -1,0 +1,118 @@
+"""One plan as tensors: ids, positions, cache rows, attention spans, rows that need logits.
+
+Chunks are ordered by slot, those without an adapter first, so that rows of one adapter lie together. Built on the host
+once per step and copied once. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorica_server.engine.plan import BASE_SLOT, Chunk
+from lorica_server.model.attention import DecodeRows, PagedContext, Span
+from lorica_server.model.cache import PagedCache
+
+ROW_MULTIPLE = 8
+"""Rows of a deterministic step are padded to this: below it float32 products depend on the number of rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardBatch:
+    """`chunks` in the order of their rows; `logit_rows` [n] are the step's rows that get logits.
+
+    Logit row ranges by chunk: `logits_of[i]` = (first, last) in the logits for chunks[i], empty where it needs none.
+    """
+
+    chunks: tuple[Chunk, ...]
+    ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    token_slots: list[int]  # T
+    logit_rows: torch.Tensor  # [n]
+    logit_slots: list[int]  # n
+    logits_of: tuple[tuple[int, int], ...]
+    context: PagedContext
+
+
+def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, *, tiled: bool) -> ForwardBatch:
+    """Lays out a step. `scratch_block` receives the KV of padding rows; `tiled` pads and attends row-invariantly."""
+    ordered = tuple(sorted(chunks, key=lambda chunk: chunk.slot))
+    size = cache.block_size
+    count = sum(len(chunk.tokens) for chunk in ordered)
+    padding = -count % ROW_MULTIPLE if tiled else 0
+    ids = [0] * padding
+    positions = [0] * padding
+    slots = [BASE_SLOT] * padding
+    write_rows = [scratch_block * size + row for row in range(padding)]
+    firsts: list[int] = []
+    for chunk in ordered:
+        firsts.append(len(ids))
+        ids.extend(chunk.tokens)
+        stop = chunk.start + len(chunk.tokens)
+        positions.extend(range(chunk.start, stop))
+        slots.extend([chunk.slot] * len(chunk.tokens))
+        write_rows.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
+    logit_rows, logits_of = _logit_rows(ordered, firsts, tiled=tiled)
+    device = cache.keys[0].device
+    context = PagedContext(cache, torch.tensor(write_rows, device=device), tiled=tiled)
+    _attend(context, ordered, firsts, len(ids), tiled=tiled)
+    return ForwardBatch(
+        chunks=ordered,
+        ids=torch.tensor(ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        token_slots=slots,
+        logit_rows=torch.tensor(logit_rows, device=device),
+        logit_slots=[slots[row] for row in logit_rows],
+        logits_of=logits_of,
+        context=context,
+    )
+
+
+def _logit_rows(
+    chunks: Sequence[Chunk], firsts: Sequence[int], *, tiled: bool
+) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Rows that get logits, and where each chunk's are; never none at all, and in the deterministic form a multiple of 8."""
+    wanted: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    for chunk, first in zip(chunks, firsts, strict=True):
+        before = len(wanted)
+        last = first + len(chunk.tokens)
+        if chunk.params.prompt_logprobs is not None and chunk.start < chunk.prompt_length:
+            wanted.extend(range(first, last))
+        elif chunk.samples:
+            wanted.append(last - 1)
+        ranges.append((before, len(wanted)))
+    missing = -len(wanted) % ROW_MULTIPLE if tiled else int(not wanted)
+    if missing:  # row 0 is the first of all: no adapter's, where any row has none
+        wanted = [0] * missing + wanted
+        ranges = [(first + missing, last + missing) for first, last in ranges]
+    return wanted, tuple(ranges)
+
+
+def _attend(context: PagedContext, chunks: Sequence[Chunk], firsts: Sequence[int], rows: int, *, tiled: bool) -> None:
+    """Sorts the chunks into spans and batches of decode rows of similar length (within a factor of two)."""
+    device, size = context.cache.keys[0].device, context.cache.block_size
+    spans: list[Span] = []
+    by_length: dict[int, list[tuple[int, Chunk]]] = {}
+    for chunk, first in zip(chunks, firsts, strict=True):
+        used = -(-(chunk.start + len(chunk.tokens)) // size)
+        if len(chunk.tokens) == 1 and not tiled:
+            by_length.setdefault(used.bit_length(), []).append((first, chunk))
+        else:
+            blocks = torch.tensor(chunk.blocks[:used], device=device)
+            spans.append(Span(first, first + len(chunk.tokens), chunk.start, blocks))
+    context.spans = spans
+    context.decodes = [_decode_rows(members, rows, size, device) for members in by_length.values()]
+
+
+def _decode_rows(members: Sequence[tuple[int, Chunk]], rows: int, size: int, device: torch.device) -> DecodeRows:
+    longest = max(chunk.start for _, chunk in members) // size + 1
+    table = [(*chunk.blocks[:longest], *[chunk.blocks[0]] * (longest - len(chunk.blocks))) for _, chunk in members]
+    everything = len(members) == rows and [first for first, _ in members] == list(range(rows))
+    return DecodeRows(
+        rows=None if everything else torch.tensor([first for first, _ in members], device=device),
+        blocks=torch.tensor(table, device=device),
+        positions=torch.tensor([chunk.start for _, chunk in members], device=device),
+    )
