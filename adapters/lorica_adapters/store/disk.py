@@ -82,9 +82,11 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a directory and all below; an absent one is no error."""
-        if path.exists():
+        """Remove a directory and all below, or a file; an absent one is no error."""
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     def open(self, path: Path) -> BinaryIO:
         """Open a file for reading."""

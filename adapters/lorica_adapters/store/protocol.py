@@ -64,8 +64,8 @@ class AdapterStore(Protocol):
 
         The same digest again is idempotent: the first bytes stay, unless they are corrupt, in which case
         the new ones replace them. Labels of the manifest, if any, replace those of the name.
-        Raises as `staged_files`, and QuotaExceeded, AdapterConflict (the name has become an alias); after
-        any error the upload is still there and nothing is visible.
+        Raises AdapterNotFound, QuotaExceeded, AdapterConflict (the name has become an alias, or `staged_files`
+        was not called on this upload); after any error the upload is still there and nothing is visible.
         """
 
     def discard_upload(self, tenant: str, upload_id: str) -> None:

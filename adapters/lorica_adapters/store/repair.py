@@ -1,0 +1,168 @@
+"""Rebuild a damaged catalog from what can still be read: `python -m lorica_adapters.store.repair DIRECTORY`.
+
+Never deletes: the damaged catalog is kept beside the new one, and bytes that no recovered adapter needs
+move to `lost/`. A name whose current version is lost is dropped, not rolled back to an older one in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorica_adapters.errors import AdapterError, StoreUnavailable
+from lorica_adapters.store import schema
+from lorica_adapters.store.disk import Disk, storage_errors
+from lorica_adapters.store.lock import DirectoryLock
+
+_BUSY_SECONDS = 1.0
+
+# In this order, after all that could be read was copied. A name goes before the versions it kept are looked at.
+_PRUNE = (
+    "DELETE FROM version_files WHERE sha256 NOT IN (SELECT sha256 FROM blobs)",
+    "DELETE FROM versions WHERE files <> (SELECT count(*) FROM version_files f WHERE f.version = versions.id)",
+    "DELETE FROM version_files WHERE version NOT IN (SELECT id FROM versions)",
+    "DELETE FROM names WHERE version NOT IN (SELECT id FROM versions)",
+    """DELETE FROM history WHERE version NOT IN (SELECT id FROM versions)
+        OR NOT EXISTS (SELECT 1 FROM names n WHERE n.tenant = history.tenant AND n.name = history.name)""",
+    "INSERT OR IGNORE INTO history (tenant, name, version) SELECT tenant, name, version FROM names",
+    """DELETE FROM aliases
+        WHERE NOT EXISTS (SELECT 1 FROM names n WHERE n.tenant = aliases.tenant AND n.name = aliases.name)""",
+    "DELETE FROM versions WHERE id NOT IN (SELECT version FROM history)",
+    "DELETE FROM version_files WHERE version NOT IN (SELECT id FROM versions)",
+    "DELETE FROM blobs WHERE sha256 NOT IN (SELECT sha256 FROM version_files)",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a repair came to; names as "tenant/name". `damaged` is the old catalog, None if there was none."""
+
+    kept: tuple[str, ...]
+    lost: tuple[str, ...]
+    files_set_aside: int
+    damaged: Path | None
+
+
+def repair(root: Path) -> Report:
+    """Rebuild the catalog of a store that no server uses. StoreUnavailable (in use, full, no store there)."""
+    if not (root / "blobs").is_dir():
+        raise StoreUnavailable("there is no store in that directory", subject="store", remedy="check the path")
+    lock = DirectoryLock(root)
+    try:
+        with storage_errors("be repaired"), schema.catalog_errors(root):
+            return _rebuild(root, Disk())
+    finally:
+        lock.release()
+
+
+def _rebuild(root: Path, disk: Disk) -> Report:
+    catalog, fresh = root / "catalog.sqlite3", root / "catalog.sqlite3.new"
+    _remove_database(fresh, disk)
+    with closing(sqlite3.connect(fresh, isolation_level=None)) as target:
+        schema.create_tables(target)
+        target.execute("BEGIN IMMEDIATE")
+        if catalog.exists():
+            _salvage(catalog, target)
+        present = {file.name for shard in disk.children(root / "blobs") for file in disk.children(shard)}
+        target.executemany(
+            "DELETE FROM blobs WHERE sha256 = ?",
+            [row for row in target.execute("SELECT sha256 FROM blobs").fetchall() if row[0] not in present],
+        )
+        before = _names(target)
+        for statement in _PRUNE:
+            target.execute(statement)
+        kept = _names(target)
+        needed = {row[0] for row in target.execute("SELECT sha256 FROM blobs").fetchall()}
+        target.execute("COMMIT")
+    aside = _set_files_aside(root, needed, disk)
+    disk.sync(fresh)
+    damaged = _keep_damaged(catalog, disk)
+    disk.rename(fresh, catalog)
+    disk.sync(root)
+    return Report(tuple(kept), tuple(name for name in before if name not in kept), aside, damaged)
+
+
+def _salvage(catalog: Path, target: sqlite3.Connection) -> None:
+    """Copy every row that can be read, table by table."""
+    for table in schema.TABLES:
+        columns = len(target.execute(f"PRAGMA table_info({table})").fetchall())
+        holes = ", ".join("?" * columns)
+        for row in _readable_rows(catalog, table):
+            if len(row) == columns:
+                target.execute(f"INSERT OR IGNORE INTO {table} VALUES ({holes})", row)
+
+
+def _readable_rows(catalog: Path, table: str) -> Iterator[Sequence[object]]:
+    """Rows from the front up to the first damaged page, then from the back; some may come twice.
+
+    The table's own pages only: `NOT INDEXED` keeps a damaged index out of the way.
+    """
+    for order in ("ASC", "DESC"):
+        try:
+            with closing(sqlite3.connect(catalog, timeout=_BUSY_SECONDS, isolation_level=None)) as source:
+                yield from source.execute(f"SELECT * FROM {table} NOT INDEXED ORDER BY 1 {order}")
+        except sqlite3.DatabaseError:
+            continue
+
+
+def _names(connection: sqlite3.Connection) -> list[str]:
+    return [f"{tenant}/{name}" for tenant, name in connection.execute("SELECT tenant, name FROM names ORDER BY 1, 2")]
+
+
+def _keep_damaged(catalog: Path, disk: Disk) -> Path | None:
+    """Give the damaged catalog a second name; its log moves away, lest SQLite replay it into the new one."""
+    if not catalog.exists():
+        return None
+    number = 1
+    while (damaged := catalog.with_name(f"{catalog.name}.damaged-{number}")).exists():
+        number += 1
+    for suffix in ("-wal", "-shm"):
+        if (part := catalog.with_name(catalog.name + suffix)).exists():
+            disk.rename(part, damaged.with_name(damaged.name + suffix))
+    disk.link(catalog, damaged)
+    return damaged
+
+
+def _set_files_aside(root: Path, needed: set[str], disk: Disk) -> int:
+    disk.make_directory(root / "lost")
+    moved = 0
+    for shard in disk.children(root / "blobs"):
+        for file in disk.children(shard):
+            if file.name not in needed:
+                disk.rename(file, root / "lost" / file.name)
+                moved += 1
+    return moved
+
+
+def _remove_database(path: Path, disk: Disk) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        disk.remove(path.with_name(path.name + suffix))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Repair the store named on the command line and say what came of it; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lorica_adapters.store.repair", description=__doc__)
+    parser.add_argument("directory", type=Path, help="the store's directory; no server may be using it")
+    root = parser.parse_args(arguments).directory
+    try:
+        report = repair(root)
+    except AdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{len(report.kept)} adapters kept, {len(report.lost)} lost, {report.files_set_aside} files in {root / 'lost'}"
+    )
+    for name in report.lost:
+        print(f"lost: {name} (push it again)")
+    if report.damaged:
+        print(f"the damaged catalog is {report.damaged}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The catalog's tables, how a connection to it is opened and checked, what SQLite's errors mean.
+
+Knows no adapter semantics beyond the columns.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorica_adapters.errors import AdapterError, StoreCorrupt, StoreUnavailable
+
+SCHEMA_VERSION = 1
+TABLES = ("blobs", "versions", "version_files", "names", "history", "aliases")  # parents first
+
+# A version belongs to a tenant although its digest is global: two tenants may send different files of one
+# digest (other metadata), and neither may be given the other's. Blobs are shared, being the same bytes.
+_DDL = """
+CREATE TABLE blobs (
+    sha256 TEXT NOT NULL PRIMARY KEY,
+    size INTEGER NOT NULL CHECK (size >= 0),
+    corrupt INTEGER NOT NULL DEFAULT 0 CHECK (corrupt IN (0, 1))
+) WITHOUT ROWID;
+CREATE TABLE versions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    files INTEGER NOT NULL,
+    UNIQUE (digest, tenant)
+);
+CREATE TABLE version_files (
+    version INTEGER NOT NULL REFERENCES versions (id) ON DELETE CASCADE,
+    file TEXT NOT NULL,
+    sha256 TEXT NOT NULL REFERENCES blobs (sha256),
+    PRIMARY KEY (version, file)
+) WITHOUT ROWID;
+CREATE INDEX version_files_by_blob ON version_files (sha256);
+CREATE TABLE names (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL REFERENCES versions (id),
+    labels TEXT NOT NULL DEFAULT '{}',
+    pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1)),
+    created REAL NOT NULL,
+    updated REAL NOT NULL,
+    PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+CREATE INDEX names_by_version ON names (version);
+-- The kept versions of a name, the current one included; the highest seq is the newest.
+CREATE TABLE history (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL REFERENCES versions (id),
+    UNIQUE (tenant, name, version),
+    FOREIGN KEY (tenant, name) REFERENCES names (tenant, name) ON DELETE CASCADE
+);
+CREATE INDEX history_by_version ON history (version);
+CREATE TABLE aliases (
+    tenant TEXT NOT NULL,
+    alias TEXT NOT NULL,
+    name TEXT NOT NULL,
+    PRIMARY KEY (tenant, alias),
+    FOREIGN KEY (tenant, name) REFERENCES names (tenant, name) ON DELETE CASCADE
+) WITHOUT ROWID;
+CREATE INDEX aliases_by_name ON aliases (tenant, name);
+"""
+
+_UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_REASONS = {
+    sqlite3.SQLITE_BUSY: ("is locked by another process", "try again"),
+    sqlite3.SQLITE_LOCKED: ("is locked by another process", "try again"),
+    sqlite3.SQLITE_FULL: ("has no space left on its disk", "free some space and try again"),
+    sqlite3.SQLITE_READONLY: ("is read-only", "make it writable and try again"),
+    sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "look at the store's directory and its permissions"),
+    sqlite3.SQLITE_IOERR: ("cannot be read or written", "look at the system's log and the free space"),
+}
+
+
+def repair_command(root: Path | None = None) -> str:
+    """What an operator runs, with the server stopped; without a root a placeholder, fit for strangers."""
+    return f"stop the server and run `python -m lorica_adapters.store.repair {root or 'STORE_DIRECTORY'}`"
+
+
+@contextmanager
+def catalog_errors(root: Path | None = None) -> Iterator[None]:
+    """Turn SQLite's errors into StoreCorrupt or StoreUnavailable; a broken constraint stays what it is, a bug."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.Error as error:
+        raise _translated(error, root) from error
+
+
+def _translated(error: sqlite3.Error, root: Path | None) -> AdapterError:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the primary of an extended code
+    if code in _UNREADABLE:
+        return StoreCorrupt("the store's catalog is damaged", subject="store", remedy=repair_command(root))
+    reason, remedy = _REASONS.get(code, ("cannot be used", "look at the server's log"))
+    return StoreUnavailable(f"the store's catalog {reason}", subject="store", remedy=remedy)
+
+
+def connect(
+    path: Path, busy_seconds: float, factory: type[sqlite3.Connection] = sqlite3.Connection
+) -> sqlite3.Connection:
+    """A connection in autocommit mode that waits up to `busy_seconds` for another process' lock.
+
+    synchronous=FULL: the usual NORMAL of WAL mode loses acknowledged commits on power loss.
+    """
+    connection = sqlite3.connect(
+        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False, factory=factory
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def prepare(connection: sqlite3.Connection, root: Path, *, blobs_exist: bool) -> None:
+    """Check an opened catalog, or create its tables in a new one.
+
+    Raises StoreCorrupt (damaged, or gone while blobs are there: sweeping then would destroy them all)
+    and StoreUnavailable (made by a newer version).
+    """
+    with catalog_errors(root):
+        found = connection.execute("PRAGMA quick_check(1)").fetchall()
+        if found != [("ok",)]:
+            raise StoreCorrupt("the store's catalog is damaged", subject="store", remedy=repair_command(root))
+        version = connection.execute("PRAGMA user_version").fetchall()[0][0]
+        if version > SCHEMA_VERSION:
+            raise StoreUnavailable(
+                f"the store's catalog has format {version}, this program knows {SCHEMA_VERSION}",
+                subject="store",
+                remedy="use the newer program that made it",
+            )
+        if version == 0:
+            if blobs_exist:
+                raise StoreCorrupt(
+                    "the store holds files but its catalog is empty", subject="store", remedy=repair_command(root)
+                )
+            create_tables(connection)
+
+
+def create_tables(connection: sqlite3.Connection) -> None:
+    """Make the tables and stamp the version, all or nothing."""
+    connection.executescript(f"BEGIN IMMEDIATE; {_DDL} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")

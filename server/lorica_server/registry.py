@@ -1,0 +1,242 @@
+"""Adapters as the services see them: references resolved and pinned, uploads validated and published.
+
+Torch-free; what reads an adapter's files is injected. `resolve` is fast enough for the event loop;
+everything that waits for a disk is `async` and runs in a thread. Knows no protobuf and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
+from lorica_adapters.spec import AdapterSpec
+from lorica_adapters.store.protocol import AdapterStore
+from lorica_adapters.store.records import (
+    AdapterPage,
+    AdapterRecord,
+    AdapterUpdate,
+    FileEntry,
+    Published,
+    UploadManifest,
+    UploadProgress,
+)
+
+_MIN_PREFIX = 8  # hex digits
+
+_log = logging.getLogger(__name__)
+
+
+class ReadAdapter(Protocol):
+    """Validate an adapter's files against the base; raises AdapterInvalid or AdapterIncompatible."""
+
+    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec: ...
+
+
+class Resolved:
+    """What a reference meant when it was resolved; holds the version's bytes until `release`.
+
+    `name` is the adapter's name even if an alias was given. A context manager.
+    """
+
+    def __init__(self, tenant: str, name: str, spec: AdapterSpec, release: Callable[[str], None]) -> None:
+        self.tenant = tenant
+        self.name = name
+        self.spec = spec
+        self._release = release
+        self._lock = threading.Lock()
+        self._held = True
+
+    @property
+    def digest(self) -> str:
+        """The version, 64 hex digits."""
+        return self.spec.digest
+
+    def release(self) -> None:
+        """Give the pin back. Idempotent, from any thread, never waits for the disk."""
+        with self._lock:
+            held, self._held = self._held, False
+        if held:
+            self._release(self.digest)
+
+    def __enter__(self) -> Resolved:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class DownloadChunk:
+    """A run of bytes of `file` at `offset`."""
+
+    file: str
+    offset: int
+    data: bytes
+
+
+class Download:
+    """A pinned version's files, for streaming. A context manager."""
+
+    def __init__(self, resolved: Resolved, files: tuple[FileEntry, ...], store: AdapterStore) -> None:
+        self.digest = resolved.digest
+        self.files = files
+        self._resolved = resolved
+        self._store = store
+
+    async def chunks(self, size: int = 1 << 18) -> AsyncGenerator[DownloadChunk, None]:
+        """Every byte of every file, in the order of `files`, at most `size` bytes at a time.
+
+        Raises AdapterCorrupt when a file is gone or shorter than it was.
+        """
+        for entry in self.files:
+            stream = await asyncio.to_thread(self._store.open_file, entry)
+            try:
+                offset = 0
+                while offset < entry.size:
+                    data = await asyncio.to_thread(stream.read, min(size, entry.size - offset))
+                    if not data:
+                        raise _short(entry)
+                    yield DownloadChunk(entry.file, offset, data)
+                    offset += len(data)
+            except OSError as error:
+                raise _unreadable() from error
+            finally:
+                stream.close()
+
+    def close(self) -> None:
+        """Give the pin back. Idempotent."""
+        self._resolved.release()
+
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Registry:
+    """The one door to the adapters. Errors are those of `lorica_adapters.errors`, as AdapterStore documents them."""
+
+    def __init__(self, store: AdapterStore, read: ReadAdapter) -> None:
+        self._store = store
+        self._read = read
+        # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorica-registry")
+
+    def close(self) -> None:
+        """Finish the publish under way, then close the store. Idempotent."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._store.close()
+
+    def resolve(self, tenant: str, reference: str) -> Resolved:
+        """Pin what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now.
+
+        Point reads of a local database, tens of microseconds. A delete or replace from here on leaves the
+        bytes in place until the release. Raises AdapterNotFound (an unfinished upload is not found either),
+        AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined), StoreUnavailable.
+        """
+        version = self._store.acquire(tenant, *split_reference(reference))
+        return Resolved(tenant, version.id.name, version.spec, self._unpin)
+
+    async def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
+        """Open an upload or resume it; see AdapterStore.begin_upload."""
+        return await asyncio.to_thread(self._store.begin_upload, tenant, upload_id, manifest)
+
+    async def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
+        """Append a chunk; returns the new committed size. See AdapterStore.write_chunk."""
+        return await asyncio.to_thread(self._store.write_chunk, tenant, upload_id, file, offset, data)
+
+    async def query_upload(self, tenant: str, upload_id: str) -> UploadProgress:
+        """How far an upload has come, durably."""
+        return await asyncio.to_thread(self._store.query_upload, tenant, upload_id)
+
+    async def publish(self, tenant: str, upload_id: str) -> Published:
+        """Compare hashes, validate, and make the upload visible in one step.
+
+        An upload whose files are invalid is discarded: no resume can mend it. After any other error
+        it stays, so that a resume needs no byte again: with consent to another base, with room made, with
+        one wrong file sent anew. Once begun it runs to its end even if the caller is cancelled.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._publish, tenant, upload_id)
+
+    async def get(self, tenant: str, reference: str) -> AdapterRecord:
+        """The record behind a reference."""
+        return await asyncio.to_thread(self._store.get, tenant, *split_reference(reference))
+
+    async def list(self, tenant: str, page_size: int = 100, page_token: str = "") -> AdapterPage:
+        """A page of records by name."""
+        return await asyncio.to_thread(self._store.list, tenant, page_size, page_token)
+
+    async def update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
+        """Change aliases, labels, pinned."""
+        return await asyncio.to_thread(self._store.update, tenant, name, change)
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Remove a name; running requests keep its bytes."""
+        await asyncio.to_thread(self._store.delete, tenant, name)
+
+    async def download(self, tenant: str, reference: str) -> Download:
+        """The files behind a reference as first uploaded, pinned until `Download.close`."""
+        resolved = self.resolve(tenant, reference)
+        try:
+            files = await asyncio.to_thread(self._store.entries, tenant, resolved.digest)
+        except BaseException:
+            resolved.release()
+            raise
+        return Download(resolved, files, self._store)
+
+    def _publish(self, tenant: str, upload_id: str) -> Published:
+        staged = self._store.staged_files(tenant, upload_id)
+        try:
+            spec = self._read(staged.files, allow_base_mismatch=staged.manifest.allow_base_mismatch)
+        except AdapterInvalid:
+            self._store.discard_upload(tenant, upload_id)
+            raise
+        except OSError as error:
+            raise _unreadable() from error
+        return self._store.publish(tenant, upload_id, spec)
+
+    def _unpin(self, digest: str) -> None:
+        if self._store.unpin(digest):
+            try:
+                self._worker.submit(self._collect)
+            except RuntimeError:
+                _log.debug("unused adapters stay until the next start: the registry is closed")
+
+    def _collect(self) -> None:
+        try:
+            self._store.collect()
+        except AdapterError as error:
+            _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """`name` -> (name, ""), `name@<hex>` -> (name, hex). AdapterInvalid on a short or empty version."""
+    name, at, prefix = reference.partition("@")
+    if at and len(prefix) < _MIN_PREFIX:
+        raise AdapterInvalid(
+            "the version after @ is too short",
+            subject="version",
+            remedy=f"give the first {_MIN_PREFIX} or more hex digits of the digest",
+        )
+    return name, prefix
+
+
+def _short(entry: FileEntry) -> AdapterCorrupt:
+    return AdapterCorrupt(f"{entry.file} ended early", subject=entry.file, remedy="upload the same content again")
+
+
+def _unreadable() -> StoreUnavailable:
+    return StoreUnavailable("the store cannot be read", subject="store", remedy="try again")
