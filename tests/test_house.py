@@ -174,17 +174,18 @@ def test_the_light_client_needs_nothing_heavy() -> None:
 
         sys.meta_path.insert(0, Absent())
         from lorica import AsyncClient, Client
+
+        loaded = {{name.split(".")[0] for name in sys.modules}}
+        assert not loaded & {{"lorica_server", "lorica_trainer", "lorica_adapters"}}, loaded
+
         from lorica.cli.main import app
         from typer.testing import CliRunner
 
         result = CliRunner().invoke(app, ["--help"])
         assert result.exit_code == 0, result.output
         assert "serve" in result.output and "adapters" in result.output, result.output
-        loaded = {{name.split(".")[0] for name in sys.modules}}
-        print(sorted(loaded & {{"lorica_server", "lorica_trainer", "lorica_adapters"}}))
     """)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
 
 
 def test_the_distribution_is_what_it_says() -> None:
