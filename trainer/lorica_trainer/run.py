@@ -69,7 +69,7 @@ def train(
     _check_lengths(data, base)
     names = resolve_targets(job.lora.targets, base.spec)
     if job.training.gradient_checkpointing:
-        _checkpoint_activations(base)
+        enable_activation_checkpointing(base.model)
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -219,10 +219,15 @@ def _check_lengths(data: DataSet, base: LoadedBase) -> None:
         )
 
 
-def _checkpoint_activations(base: LoadedBase) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """Recompute each layer in the backward pass. Only the layers themselves are in training mode: no dropout."""
-    base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    for module in base.model.modules():
+    # transformers 5 renames this method on its way.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise JobInvalid("training.gradient_checkpointing", str(error)) from error
+    for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
 

@@ -53,7 +53,8 @@ def write_peft(
         tensors[f"{PREFIX}{name}{suffixes['a']}"] = module.a.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}{suffixes['b']}"] = module.b.detach().cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt", FINGERPRINT_KEY: base.fingerprint})
+    # One key only: safetensors writes several in an order that changes from call to call.
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={FINGERPRINT_KEY: base.fingerprint})
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
 

@@ -1,0 +1,46 @@
+"""The embedded base once per worker, and small jobs on it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorica_adapters.base import LoadedBase
+from lorica_trainer.job import TrainJob, parse_job
+from support.tiny import conversation, load_tiny, tiny_tokenizer, write_jsonl
+
+RECORDS = [{"messages": conversation(f"word{i * 7 % 40}", f"drow{i}{'!' * (i % 9)}")} for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def base() -> LoadedBase:
+    return load_tiny()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Callable[..., TrainJob]:
+    """Builds a ten-step job in `tmp_path`; keyword arguments are sections that override its values."""
+
+    def make(output: str = "adapter", model: str = "lorica-tiny", **sections: dict[str, Any]) -> TrainJob:
+        write_jsonl(tmp_path / "train.jsonl", RECORDS)
+        values: dict[str, Any] = copy.deepcopy(
+            {
+                "model": model,
+                "output": output,
+                "data": {"train": "train.jsonl", "eval_fraction": 0.1},
+                "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+                "training": {"learning_rate": 1e-2, "steps": 10, "batch_size": 4, "accumulation": 2, "eval_every": 4},
+            }
+        )
+        for name, section in sections.items():
+            values.setdefault(name, {}).update(section)
+        return parse_job(values, root=tmp_path)
+
+    return make

@@ -1,0 +1,64 @@
+"""The trainer on small random models of other families: what it exports is what PEFT computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+from lorica_adapters.apply.trainable import attach
+from lorica_adapters.base import load_base
+from lorica_trainer.job import TrainJob
+from lorica_trainer.run import train
+from lorica_trainer.targets import resolve_targets
+
+SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "gpt2": lambda: GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4, n_positions=256),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=32),
+    "qwen2": lambda: Qwen2Config(**{key: value for key, value in SHAPE.items() if key != "head_dim"}),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "gemma2": lambda: Gemma2Config(**SHAPE, sliding_window=32),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_run_on_each_family_gives_what_peft_computes(
+    family: str, make_job: Callable[..., TrainJob], tokenizer: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "base"
+    AutoModelForCausalLM.from_config(CONFIGS[family]()).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    job = make_job(lora={"rslora": True}, training={"steps": 4}, model=str(source))
+    result = train(job)
+    assert torch.isfinite(torch.tensor(result.loss))
+
+    base = load_base(source, compute_dtype=torch.float32)
+    names = resolve_targets("all-linear", base.spec)
+    tensors = load_file(job.output / "adapter_model.safetensors")
+    factors = {n: tuple(tensors[f"base_model.model.{n}.lora_{side}.weight"] for side in "AB") for n in names}
+    ids = torch.tensor([tokenizer.encode("a text of some length, longer than the sliding window")])
+    with torch.no_grad():
+        bare = base.model(input_ids=ids).logits
+        with attach(base.model, base.spec, dict.fromkeys(names, 4), scales=dict.fromkeys(names, job.scale)) as adapter:
+            adapter.load_state(factors)
+            adapter.train(False)
+            ours = base.model(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(base.model, str(job.output))(input_ids=ids).logits
+    assert (ours - bare).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

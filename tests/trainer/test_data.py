@@ -1,0 +1,146 @@
+"""Records into tokens and labels: what carries a loss, what is refused, what the report counts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorica_trainer.data import load_data
+from lorica_trainer.errors import DataInvalid
+from lorica_trainer.examples import IGNORE, Example, ExampleInvalid, encode_record
+from lorica_trainer.job import DataJob
+from support.tiny import conversation, write_jsonl
+
+
+def _encode(record: Any, tokenizer: Any) -> Example:
+    return encode_record(record, tokenizer, frozenset({tokenizer.eos_token_id}))
+
+
+def _supervised_text(example: Example, tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in example.labels if label != IGNORE]))
+
+
+def test_completion_carries_the_loss_and_its_end(tokenizer: Any) -> None:
+    example = _encode({"prompt": "two plus two: ", "completion": "four"}, tokenizer)
+    assert tokenizer.decode(example.ids) == "<|bos|>two plus two: four<|end|>"
+    assert _supervised_text(example, tokenizer) == "four<|end|>"
+    assert example.supervised == 5
+    assert example.ids[: -example.supervised] == tuple(tokenizer.encode("two plus two: "))
+
+
+def test_only_assistant_turns_carry_the_loss(tokenizer: Any) -> None:
+    chat = [*conversation("ab", "cd", system="be brief"), *conversation("ef", "gh")]
+    example = _encode({"messages": chat}, tokenizer)
+    assert list(example.ids) == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert _supervised_text(example, tokenizer) == "cd<|end|>gh<|end|>"
+
+
+def test_a_template_without_generation_marks_gives_the_same_labels(tokenizer: Any) -> None:
+    chat = [*conversation("ab", "cd", system="be brief"), *conversation("ef", "gh")]
+    marked = _encode({"messages": chat}, tokenizer)
+    template = tokenizer.chat_template
+    plain = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert plain != template
+    try:
+        tokenizer.chat_template = plain
+        assert _encode({"messages": chat}, tokenizer) == marked
+    finally:
+        tokenizer.chat_template = template
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+            "does not hold the base's end-of-turn token",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] if loop.last else '-' }}<|end|>{% endfor %}",
+            "differently once later turns follow",
+        ),
+        (None, "has no chat template"),
+    ],
+)
+def test_templates_that_cannot_be_learnt_from_are_refused(tokenizer: Any, template: str | None, says: str) -> None:
+    kept = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template
+        with pytest.raises(ExampleInvalid, match=says):
+            _encode({"messages": [*conversation("ab", "cd"), *conversation("ef", "gh")]}, tokenizer)
+    finally:
+        tokenizer.chat_template = kept
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"prompt": "a"}', "either messages, or prompt and completion"),
+        ('{"prompt": "a", "completion": ""}', "completion is empty"),
+        ('{"prompt": "a", "completion": 1}', "must be strings"),
+        ('{"messages": []}', "non-empty list"),
+        ('{"messages": [{"role": "user"}]}', "needs a role and a content"),
+        ('{"messages": [{"role": "boss", "content": "a"}]}', "must be one of system"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "last message must be the assistant's"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: str, says: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
+    with pytest.raises(DataInvalid, match=says) as caught:
+        load_data(DataJob(path), tokenizer, frozenset({tokenizer.eos_token_id}), seed=0)
+    assert caught.value.line == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "holds no record"), (b"\xff\xfe", "not UTF-8"), (None, "cannot be read")]
+)
+def test_a_bad_file_is_named(tmp_path: Path, tokenizer: Any, content: bytes | None, says: str) -> None:
+    path = tmp_path / "t.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataInvalid, match=says):
+        load_data(DataJob(path), tokenizer, frozenset(), seed=0)
+
+
+def _completions(*texts: str) -> list[dict[str, str]]:
+    return [{"prompt": "p", "completion": text} for text in texts]
+
+
+def test_report_counts_duplicates_leaks_and_masked_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    train = write_jsonl(tmp_path / "t.jsonl", _completions("a", "b", "a", "c"))
+    held = write_jsonl(tmp_path / "e.jsonl", _completions("c", "d"))
+    ends = frozenset({tokenizer.eos_token_id})
+    data = load_data(DataJob(train, held), tokenizer, ends, seed=0)
+    report = data.report
+    assert (report.records, report.train, report.duplicates, report.eval, report.leaked) == (4, 3, 1, 1, 1)
+    assert (report.tokens, report.masked, report.longest) == (12, 6, 4)  # <bos> p | x <end>, three times
+    kept = load_data(DataJob(train, held, keep_duplicates=True), tokenizer, ends, seed=0)
+    assert kept.report.train == 4
+    assert kept.digest != data.digest
+
+
+def test_overlong_examples_are_dropped_or_truncated(tmp_path: Path, tokenizer: Any) -> None:
+    train = write_jsonl(
+        tmp_path / "t.jsonl", [*_completions("short", "much longer"), {"prompt": "p" * 20, "completion": "x"}]
+    )
+    ends = frozenset({tokenizer.eos_token_id})
+    dropped = load_data(DataJob(train, max_length=8), tokenizer, ends, seed=0)
+    assert (dropped.report.train, dropped.report.overlong) == (1, 2)
+    truncated = load_data(DataJob(train, max_length=8, overlong="truncate"), tokenizer, ends, seed=0)
+    assert [len(example.ids) for example in truncated.train] == [8, 8]  # the long prompt has no loss left
+    with pytest.raises(DataInvalid, match="no record is left"):
+        load_data(DataJob(train, max_length=3), tokenizer, ends, seed=0)
+
+
+def test_eval_fraction_splits_distinct_examples(tmp_path: Path, tokenizer: Any) -> None:
+    train = write_jsonl(tmp_path / "t.jsonl", _completions(*"abcdefghij", *"abcdefghij"))
+    ends = frozenset({tokenizer.eos_token_id})
+    data = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), tokenizer, ends, seed=3)
+    assert len(data.eval) == 3
+    assert len(data.train) == 14
+    assert not set(data.train) & set(data.eval)
+    again = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), tokenizer, ends, seed=3)
+    assert again.eval == data.eval

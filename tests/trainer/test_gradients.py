@@ -1,0 +1,174 @@
+"""The loop's loss and gradients against PEFT's LoRA on the same NF4 base and batch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lorica_adapters.apply.trainable import TrainableAdapter, attach
+from lorica_adapters.base import LoadedBase
+from lorica_adapters.errors import AdapterIncompatible
+from lorica_trainer.batches import Batch, collate
+from lorica_trainer.errors import JobInvalid
+from lorica_trainer.examples import IGNORE, Example, encode_record
+from lorica_trainer.losses import completion_loss
+from lorica_trainer.run import enable_activation_checkpointing
+from lorica_trainer.targets import resolve_targets
+from support.tiny import conversation, load_tiny
+
+TEXTS = (("lantern", "a light"), ("a somewhat longer question", "yes"), ("x", "a long answer to a short question"))
+
+
+@pytest.fixture
+def examples(tokenizer: Any) -> list[Example]:
+    ends = frozenset({tokenizer.eos_token_id})
+    return [encode_record({"messages": conversation(*pair)}, tokenizer, ends) for pair in TEXTS]
+
+
+@pytest.fixture
+def batch(examples: list[Example]) -> Batch:
+    return collate(examples, pad_id=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def adapter(base: LoadedBase) -> Iterator[TrainableAdapter]:
+    with _attached(base) as attached:
+        yield attached
+
+
+def _attached(base: LoadedBase, dropout: float = 0.0) -> TrainableAdapter:
+    names = resolve_targets("all-linear", base.spec)
+    adapter = attach(
+        base.model, base.spec, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0), dropout=dropout, seed=3
+    )
+    # B away from its zero, so that A has gradients too.
+    adapter.load_state({name: (a, 0.02 * torch.randn_like(b)) for name, (a, b) in adapter.state().items()})
+    return adapter
+
+
+def _gradients(adapter: TrainableAdapter) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in adapter.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return [gradient.clone() for gradient in gradients if gradient is not None]
+
+
+def test_loss_and_gradients_equal_peft(base: LoadedBase, adapter: TrainableAdapter, batch: Batch) -> None:
+    loss = completion_loss(base.model, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    ours = dict(zip(sorted(adapter.state()), zip(*[iter(_gradients(adapter))] * 2, strict=True), strict=True))
+
+    model = get_peft_model(load_tiny().model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, (a, b) in adapter.state().items():
+            layer = model.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+    theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss * batch.supervised
+    theirs.backward()
+
+    torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-5)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(ours)
+    for name, (a, b) in ours.items():
+        layer = model.base_model.model.get_submodule(name)
+        torch.testing.assert_close(a, layer.lora_A["default"].weight.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(b, layer.lora_B["default"].weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_and_batching_change_nothing(
+    base: LoadedBase, adapter: TrainableAdapter, batch: Batch, examples: list[Example]
+) -> None:
+    together = completion_loss(base.model, batch)
+    together.backward()  # type: ignore[no-untyped-call]
+    batched = _gradients(adapter)
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    alone = torch.zeros(())
+    for example in examples:
+        loss = completion_loss(base.model, collate([example], pad_id=0, device=torch.device("cpu")))
+        loss.backward()  # type: ignore[no-untyped-call]
+        alone += loss.detach()
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
+    for one, other in zip(batched, _gradients(adapter), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_tokens_carry_no_loss(base: LoadedBase, examples: list[Example]) -> None:
+    example = examples[0]
+    logits = base.model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+    expected = -sum(logits[position, label] for position, label in enumerate(example.labels[1:]) if label != IGNORE)
+    with torch.no_grad():
+        loss = completion_loss(base.model, collate([example], pad_id=0, device=torch.device("cpu")))
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(batch: Batch) -> None:
+    base, results = load_tiny(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_activation_checkpointing(base.model)
+        torch.manual_seed(0)
+        with _attached(base, dropout=0.2) as adapter:
+            torch.manual_seed(1)
+            completion_loss(base.model, batch).backward()  # type: ignore[no-untyped-call]
+            results.append(_gradients(adapter))
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed, atol=1e-5, rtol=1e-5)
+
+
+def test_detaching_gives_the_bare_base_back(base: LoadedBase, batch: Batch) -> None:
+    with torch.no_grad():
+        before = completion_loss(base.model, batch)
+        with _attached(base):
+            assert completion_loss(base.model, batch) != before
+        assert completion_loss(base.model, batch) == before
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_a_fresh_adapter_changes_nothing_and_starts_as_peft_does(base: LoadedBase, batch: Batch) -> None:
+    names = resolve_targets(("q_proj", "down_proj"), base.spec)
+    with torch.no_grad():
+        before = completion_loss(base.model, batch)
+        with attach(base.model, base.spec, dict.fromkeys(names, 8), scales=dict.fromkeys(names, 2.0), seed=1) as fresh:
+            assert completion_loss(base.model, batch) == before
+            for name, (a, b) in fresh.state().items():
+                bound = base.spec.modules[name].in_features ** -0.5
+                assert a.abs().max() <= bound
+                assert a.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+                assert not b.any()
+
+
+def test_all_linear_is_the_set_that_peft_chooses(base: LoadedBase) -> None:
+    model = get_peft_model(load_tiny().model, LoraConfig(r=4, target_modules="all-linear"))
+    theirs = {
+        name.removesuffix(".lora_A.default")
+        for name, _ in model.base_model.model.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    assert set(resolve_targets("all-linear", base.spec)) == theirs
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (("q_proj", "z_proj"), "z_proj names no module"),
+        (r".*\.z_proj", "matches no module"),
+        ("(", "not a regular expression"),
+        (("embed_tokens",), "no linear map"),
+    ],
+)
+def test_targets_that_choose_nothing_sensible_are_refused(base: LoadedBase, targets: Any, says: str) -> None:
+    with pytest.raises(JobInvalid, match=says):
+        resolve_targets(targets, base.spec)
+
+
+def test_a_regular_expression_matches_whole_names(base: LoadedBase) -> None:
+    chosen = resolve_targets(r"model\.layers\.[01]\.self_attn\.[qv]_proj", base.spec)
+    assert chosen == tuple(f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qv")
+
+
+def test_attach_refuses_what_is_no_linear_map(base: LoadedBase) -> None:
+    with pytest.raises(AdapterIncompatible, match=r"model\.norm is not a linear map"):
+        attach(base.model, base.spec, {"model.norm": 4}, scales={"model.norm": 1.0})

@@ -1,0 +1,85 @@
+"""The job schema: defaults, YAML, and one precise error per mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from lorica_trainer.errors import JobInvalid
+from lorica_trainer.job import parse_job, read_job
+
+MINIMAL = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
+
+
+def test_minimal_job_gets_defaults_and_paths_relative_to_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("model: org/name\noutput: out\ndata: {train: train.jsonl}\ntraining: {learning_rate: 2e-4}\n")
+    job = read_job(file)
+    assert job.model == "org/name"
+    assert job.output == tmp_path / "out"
+    assert job.data.train == tmp_path / "train.jsonl"
+    assert job.training.learning_rate == 2e-4  # YAML 1.1 reads 2e-4 as a string
+    assert job.lora.targets == "all-linear"
+    assert job.scale == 2.0
+
+
+def test_a_local_directory_is_a_model_and_rslora_scales_by_the_root(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    job = parse_job({**MINIMAL, "model": "base", "lora": {"rank": 16, "alpha": 8, "rslora": True}}, root=tmp_path)
+    assert job.model == str(tmp_path / "base")
+    assert job.scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "says"),
+    [
+        ({"model": None}, "model", "must be a non-empty string"),
+        ({"data": {}}, "data.train", "is required"),
+        ({"data": "train.jsonl"}, "data", "must be a mapping"),
+        ({"data": {"train": 3}}, "data.train", "must be a path"),
+        ({"data": {"train": "t", "eval_fracton": 0.1}}, "data.eval_fracton", "did you mean eval_fraction?"),
+        ({"data": {"train": "t", "eval": "e", "eval_fraction": 0.1}}, "data.eval_fraction", "not both"),
+        ({"data": {"train": "t", "eval_fraction": 0.9}}, "data.eval_fraction", "must be at most 0.5"),
+        ({"data": {"train": "t", "overlong": "cut"}}, "data.overlong", "must be one of drop, truncate"),
+        ({"lora": {"rank": 0}}, "lora.rank", "must be at least 1"),
+        ({"lora": {"rank": 2.5}}, "lora.rank", "must be a whole number"),
+        ({"lora": {"rank": True}}, "lora.rank", "must be a number"),
+        ({"lora": {"dropout": 1}}, "lora.dropout", "must be below 1"),
+        ({"lora": {"rslora": "yes please"}}, "lora.rslora", "must be true or false"),
+        ({"lora": {"targets": []}}, "lora.targets", "names no module"),
+        ({"lora": {"targets": [1]}}, "lora.targets[0]", "must be a non-empty string"),
+        ({"training": {"learning_rate": 0}}, "training.learning_rate", "must be above 0"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate", "must be finite"),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate", "must be a number"),
+        ({"training": {"schedule": "wavy"}}, "training.schedule", "must be one of cosine, linear, constant"),
+        ({"training": {"betas": [0.9]}}, "training.betas", "must have 2 items"),
+        ({"training": {"betas": [0.9, 1.0]}}, "training.betas[1]", "must be below 1"),
+        ({"training": {"steps": 10, "warmup": 10}}, "training.warmup", "leaves none of 10"),
+        ({"checkpoint": {"keep": 0}}, "checkpoint.keep", "must be at least 1"),
+        ({"surprise": 1}, "surprise", "unknown key"),
+    ],
+)
+def test_each_mistake_is_named(change: dict[str, object], field: str, says: str) -> None:
+    with pytest.raises(JobInvalid) as caught:
+        parse_job({**MINIMAL, **change})
+    assert caught.value.field == field
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b", "\x00"])
+def test_what_is_no_job_file_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(JobInvalid):
+        read_job(file)
+
+
+def test_a_missing_job_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobInvalid, match="No such file"):
+        read_job(tmp_path / "none.yaml")
+
+
+def test_the_digest_is_over_what_decides_the_bytes() -> None:
+    job = parse_job(MINIMAL)
+    assert parse_job({**MINIMAL, "output": "elsewhere", "checkpoint": {"every": 5}}).digest() == job.digest()
+    assert parse_job({**MINIMAL, "lora": {"rank": 8}}).digest() != job.digest()
+    assert parse_job({**MINIMAL, "training": {"seed": 1}}).digest() != job.digest()

@@ -1,0 +1,249 @@
+"""Whole small runs on the NF4 base: what comes out, what stays untouched, stop and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lorica_adapters.apply.trainable import attach
+from lorica_adapters.base import LoadedBase
+from lorica_trainer import run
+from lorica_trainer.checkpoints import list_checkpoints, read_checkpoint
+from lorica_trainer.errors import BaseChanged, CheckpointInvalid, Diverged, Interrupted, JobInvalid
+from lorica_trainer.job import TrainJob
+from lorica_trainer.progress import Silent, StepReport
+from lorica_trainer.run import CHECKPOINTS, REPORT, train
+from lorica_trainer.targets import resolve_targets
+from support.tiny import load_tiny
+
+JobMaker = Callable[..., TrainJob]
+WEIGHTS = "adapter_model.safetensors"
+
+
+class StopAt(Silent):
+    """Sets `event` once `step` steps are done."""
+
+    def __init__(self, step: int) -> None:
+        self.event, self.step, self.seen = threading.Event(), step, list[StepReport]()
+
+    def stepped(self, report: StepReport) -> None:
+        self.seen.append(report)
+        if report.step >= self.step:
+            self.event.set()
+
+
+def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: LoadedBase, tokenizer: Any) -> None:
+    job = make_job(training={"steps": 30, "warmup": 2})
+    watcher = StopAt(10**9)
+    result = train(job, progress=watcher)
+    assert [report.step for report in watcher.seen] == list(range(1, 31))
+    assert result.loss < 0.5 * watcher.seen[0].loss
+    assert result.eval_loss is not None
+    assert result.data.eval == 4
+
+    report = json.loads((job.output / REPORT).read_text())
+    assert report["job"]["lora"]["rank"] == 4
+    assert len(report["history"]) == 30
+    with safe_open(job.output / WEIGHTS, framework="pt") as file:  # type: ignore[no-untyped-call]
+        assert file.metadata()["lorica_base_fingerprint"] == base.spec.fingerprint == result.base_fingerprint
+
+    ids = torch.tensor([tokenizer.encode("any text at all")])
+    tensors = load_file(job.output / WEIGHTS)
+    names = resolve_targets("all-linear", base.spec)
+    with torch.no_grad():
+        bare = base.model(input_ids=ids).logits
+        with attach(base.model, base.spec, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0)) as adapter:
+            adapter.load_state(
+                {name: tuple(tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB") for name in names}
+            )
+            ours = base.model(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(load_tiny().model, str(job.output))(input_ids=ids).logits
+    assert (ours - bare).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [3, 5])
+def test_resume_is_bit_exact(make_job: JobMaker, stop_after: int) -> None:
+    whole, halved = make_job("whole"), make_job("halved")
+    train(whole)
+    watcher = StopAt(stop_after)
+    with pytest.raises(Interrupted):
+        train(halved, progress=watcher, stop=watcher.event)
+    assert not (halved.output / "adapter_config.json").exists()
+    rest = StopAt(10**9)
+    train(halved, resume=True, progress=rest)
+    assert rest.seen[0].step == stop_after + 1
+    assert (halved.output / WEIGHTS).read_bytes() == (whole.output / WEIGHTS).read_bytes()
+    history = [json.loads((job.output / REPORT).read_text())["history"] for job in (whole, halved)]
+    assert history[0] == history[1]
+
+
+def test_the_same_job_gives_the_same_bytes_and_leaves_the_callers_random_state(make_job: JobMaker) -> None:
+    first, second, other = make_job("first"), make_job("second"), make_job("other", training={"seed": 1})
+    before = torch.get_rng_state()
+    train(first)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    train(second)
+    train(other)
+    assert (first.output / WEIGHTS).read_bytes() == (second.output / WEIGHTS).read_bytes()
+    assert (first.output / WEIGHTS).read_bytes() != (other.output / WEIGHTS).read_bytes()
+
+
+def test_accumulation_does_not_change_the_step(make_job: JobMaker) -> None:
+    """Eight rows in one batch or in 4 x 2: the token mean is over the whole step."""
+    options = {"steps": 1, "warmup": 0, "schedule": "constant"}
+    whole = make_job("one", lora={"dropout": 0.0}, training={**options, "batch_size": 36, "accumulation": 1})
+    parts = make_job("four", lora={"dropout": 0.0}, training={**options, "batch_size": 4, "accumulation": 9})
+    watchers = StopAt(99), StopAt(99)
+    train(whole, progress=watchers[0])
+    train(parts, progress=watchers[1])
+    assert watchers[0].seen[0].tokens == watchers[1].seen[0].tokens
+    assert watchers[0].seen[0].loss == pytest.approx(watchers[1].seen[0].loss, rel=1e-5)
+    assert watchers[0].seen[0].gradient_norm == pytest.approx(watchers[1].seen[0].gradient_norm, rel=1e-4)
+
+
+def test_periodic_checkpoints_are_kept_to_the_limit(make_job: JobMaker) -> None:
+    job = make_job(checkpoint={"every": 3, "keep": 2})
+    train(job)
+    assert [path.name for path in list_checkpoints(job.output / CHECKPOINTS)] == ["step-00000006", "step-00000009"]
+
+
+def test_a_checkpoint_of_another_job_or_data_is_refused(make_job: JobMaker) -> None:
+    job = make_job()
+    watcher = StopAt(2)
+    with pytest.raises(Interrupted) as stopped:
+        train(job, progress=watcher, stop=watcher.event)
+    assert read_checkpoint(stopped.value.checkpoint).step == 2
+    with pytest.raises(JobInvalid, match="unfinished run"):
+        train(job)
+    with pytest.raises(CheckpointInvalid, match="another job"):
+        train(make_job(lora={"alpha": 9}), resume=True)
+    records = job.data.train.read_text().splitlines()
+    job.data.train.write_text("\n".join(records[1:]))
+    with pytest.raises(CheckpointInvalid, match="another training data"):
+        train(job, resume=True)
+
+
+def test_a_finished_output_is_not_overwritten(make_job: JobMaker) -> None:
+    job = make_job(training={"steps": 2})
+    train(job)
+    with pytest.raises(JobInvalid, match="already holds an adapter"):
+        train(job)
+
+
+def test_a_base_that_was_written_to_is_noticed(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(training={"steps": 3})
+    real = run.load_base
+
+    class Vandal(Silent):
+        def stepped(self, report: StepReport) -> None:
+            loaded[0].model.get_submodule("model.layers.0.self_attn.q_proj").weight.data[0] ^= 1  # type: ignore[operator]
+
+    loaded: list[LoadedBase] = []
+
+    def remember(*args: Any, **options: Any) -> LoadedBase:
+        loaded.append(real(*args, **options))
+        return loaded[0]
+
+    monkeypatch.setattr(run, "load_base", remember)
+    with pytest.raises(BaseChanged):
+        train(job, progress=Vandal())
+    assert not (job.output / WEIGHTS).exists()
+
+
+def test_divergence_ends_the_run_before_the_weights_are_touched(
+    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(checkpoint={"every": 1, "keep": 1})
+    real = run.Loop.take_step
+
+    def poisoned(loop: run.Loop) -> StepReport:
+        if loop.step == 3:
+            loop._parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+        return real(loop)
+
+    monkeypatch.setattr(run.Loop, "take_step", poisoned)
+    with pytest.raises(Diverged, match="step 4"):
+        train(job)
+    checkpoint = read_checkpoint(list_checkpoints(job.output / CHECKPOINTS)[-1])
+    assert checkpoint.step == 3
+    assert all(bool(tensor.isfinite().all()) for name, tensor in checkpoint.tensors.items() if name[:2] in ("a.", "b."))
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"data": {"max_length": 4096, "eval_fraction": 0}}, "the base's context is"),
+        ({"training": {"device": "cuda"}}, "no CUDA device"),
+    ],
+)
+def test_what_only_the_base_can_tell_is_refused(make_job: JobMaker, sections: dict[str, Any], says: str) -> None:
+    if "training" in sections and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    job = make_job(**sections)
+    text = json.dumps({"prompt": "x" * 3000, "completion": "y"})
+    job.data.train.write_text(text)
+    with pytest.raises(JobInvalid, match=says):
+        train(job)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from lorica_trainer.errors import Interrupted
+from lorica_trainer.interrupt import stop_on_signals
+from lorica_trainer.job import read_job
+from lorica_trainer.progress import Silent
+from lorica_trainer.run import train
+
+class Loud(Silent):
+    def stepped(self, report):
+        print(report.step, flush=True)
+
+with stop_on_signals() as stop:
+    try:
+        train(read_job(Path(sys.argv[1])), progress=Loud(), stop=stop)
+    except Interrupted as error:
+        print("saved", error.checkpoint, flush=True)
+"""
+
+
+def test_sigterm_leaves_a_checkpoint_that_resumes(make_job: JobMaker, tmp_path: Path) -> None:
+    job = make_job(training={"steps": 120, "eval_every": 1000})
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({**job.to_dict(), "lora": {**job.to_dict()["lora"], "targets": "all-linear"}}))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(file)], stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert process.stdout is not None
+    try:
+        while process.stdout.readline().strip() not in ("4", ""):
+            pass
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+    assert "saved" in rest
+    [directory] = list_checkpoints(job.output / CHECKPOINTS)
+    checkpoint = read_checkpoint(directory)
+    assert 4 <= checkpoint.step < 120
+    watcher = StopAt(checkpoint.step + 1)
+    with pytest.raises(Interrupted):
+        train(job, resume=True, progress=watcher, stop=watcher.event)
+    assert watcher.seen[0].step == checkpoint.step + 1
