@@ -1,0 +1,76 @@
+"""Small tokenizers for tests: bytes as ids, pieces with byte fallback, and directories that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ("<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+class ByteTokenizer:
+    """Id i < 256 is the byte i; after them come `pieces` of several bytes, and last one special token, the end."""
+
+    def __init__(self, pieces: Sequence[bytes] = ()) -> None:
+        self._bytes = [bytes([i]) for i in range(256)] + list(pieces)
+        self.eos = len(self._bytes)
+        self.vocab_size = self.eos + 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self._bytes[i] for i in ids if i != self.eos).decode(errors="replace")
+
+    def spell(self, token: int) -> str:
+        return "<|end|>" if token == self.eos else self.decode([token])
+
+
+def piece_decode(pieces: Sequence[str]) -> Callable[[Sequence[int]], str]:
+    """How a SentencePiece model with byte fallback decodes: ids 0-255 are byte tokens, then come `pieces`."""
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokens = [f"<0x{i:02X}>" for i in range(256)] + list(pieces)
+    return lambda ids: decoder.decode([tokens[i] for i in ids])
+
+
+def write_byte_level(
+    directory: Path, *, chat_template: str | None = CHAT_TEMPLATE, words: Sequence[str] = (), eos: object = 1
+) -> Path:
+    """A byte-level BPE tokenizer as a model directory has it: special tokens, then 256 bytes, then `words`."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[letter] = len(vocabulary)
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|end|>"}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if eos is not None:
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return directory
