@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec
@@ -30,7 +30,7 @@ class BaseRefused(Exception):
 class LoadedBase:
     """A frozen model in eval mode: NF4 linears, everything else in `compute_dtype`, no gradients."""
 
-    model: nn.Module
+    model: PreTrainedModel
     spec: BaseModelSpec
     source: str
     config: PretrainedConfig
@@ -115,7 +115,7 @@ def _refuse_foreign_quantisation(config_json: dict[str, Any]) -> None:
         )
 
 
-def _describe(model: nn.Module, source: str, config_json: dict[str, Any]) -> BaseModelSpec:
+def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) -> BaseModelSpec:
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     parameters = {
@@ -152,8 +152,8 @@ def _module_spec(name: str, module: nn.Module) -> ModuleSpec | None:
         kind, (in_features, out_features) = "conv1d", module.weight.shape
     elif isinstance(module, nn.Embedding):
         kind, in_features, out_features = "embedding", module.num_embeddings, module.embedding_dim
-    elif isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:
-        kind, in_features, out_features = "norm", module.weight.numel(), module.weight.numel()
+    elif (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None and weight.dim() == 1:
+        kind, in_features, out_features = "norm", weight.numel(), weight.numel()
     else:
         return None
     return ModuleSpec(name, kind, int(in_features), int(out_features), getattr(module, "bias", None) is not None)

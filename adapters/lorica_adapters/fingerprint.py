@@ -37,12 +37,15 @@ class QuantisedModule(NamedTuple):
     block_size: int
 
 
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements' little-endian bytes, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def parameter_spec(tensor: torch.Tensor) -> ParameterSpec:
     """Shape, dtype and sha256 of a parameter's raw little-endian bytes."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return ParameterSpec(
-        tuple(tensor.shape), SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), hashlib.sha256(raw).hexdigest()
-    )
+    dtype = SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
+    return ParameterSpec(tuple(tensor.shape), dtype, hashlib.sha256(raw_bytes(tensor)).hexdigest())
 
 
 def fingerprint(
@@ -56,7 +59,7 @@ def fingerprint(
     for name, module in quantised:
         digest = hashlib.sha256()
         for tensor in (module.codes, module.absmax):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(raw_bytes(tensor))
         out_features, half = module.codes.shape
         lines.append(json.dumps(["nf4", name, out_features, half * 2, module.block_size, digest.hexdigest()]))
     lines += [json.dumps(["full", name, p.dtype, list(p.shape), p.sha256]) for name, p in parameters.items()]

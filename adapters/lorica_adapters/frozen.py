@@ -147,7 +147,7 @@ class Nf4Linear:
         rows = x.shape[0]
         if self._packed is not None and rows <= (PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE):
             # The packed kernel reads a unit inner stride without a check.
-            y = matmul_4bit(x.contiguous(), self._packed[0], quant_state=self._packed[1])
+            y: torch.Tensor = matmul_4bit(x.contiguous(), self._packed[0], quant_state=self._packed[1])
             return y if self.bias is None else y.add_(self.bias)
         if self._dense is not None:
             return F.linear(x, self._dense, self.bias)
@@ -160,9 +160,8 @@ class Nf4Linear:
         """The weight [out, in]; rounds once, to `dtype`."""
         state = copy.copy(self._state)
         state.dtype = dtype
-        return bnb_functional.dequantize_4bit(self.codes.reshape(-1, 1), state).reshape(
-            self.out_features, self.in_features
-        )
+        weight: torch.Tensor = bnb_functional.dequantize_4bit(self.codes.reshape(-1, 1), state)
+        return weight.reshape(self.out_features, self.in_features)
 
     @property
     def nbytes(self) -> int:

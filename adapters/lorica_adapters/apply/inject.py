@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica_adapters.apply.batch import StepCell
-from lorica_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, SiteGroup
+from lorica_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Rows, SiteGroup
 from lorica_adapters.base import LoadedBase
 from lorica_adapters.fingerprint import QuantisedModule, fingerprint
 from lorica_adapters.frozen import DenseLinear, FrozenLinear, Layouts, Nf4Linear
@@ -30,7 +31,7 @@ only slower: a group checks the identity of its input at every call."""
 class AdaptedModel:
     """The injected model and its places for adapters, by module name."""
 
-    model: nn.Module
+    model: PreTrainedModel
     base: LoadedBase
     cell: StepCell
     groups: tuple[SiteGroup, ...]
@@ -128,8 +129,8 @@ def _freeze(base: LoadedBase, name: str) -> FrozenLinear:
     module = base.model.get_submodule(name)
     if isinstance(module, Linear4bit):
         return Nf4Linear.from_module(module, base.compute_dtype)
-    weight = module.weight.detach()
-    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, module.bias)
+    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
+    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias)
 
 
 def _make_group(
@@ -145,7 +146,7 @@ def _make_group(
     if isinstance(frozen, Nf4Linear):
         frozen.build(layouts)
     outs = [base.spec.modules[name].out_features for name in names]
-    rows = "logits" if names[0] == base.spec.head else "tokens"
+    rows: Rows = "logits" if names[0] == base.spec.head else "tokens"
     return SiteGroup(frozen, names, outs, cell, kernels, capacity, base.compute_dtype, base.device, rows)
 
 

@@ -29,6 +29,17 @@ class SlotTensors:
         self._extras: dict[int, AdapterWeights] = {}  # written, with parts that live outside the rank rows
         self._layouts: dict[tuple[tuple[int, int, int], ...], Layout] = {}
 
+    def extra_bytes(self, weights: AdapterWeights) -> int:
+        """Device bytes outside the rank rows: embedding factors and biases."""
+        size = self._adapted.base.compute_dtype.itemsize
+        total = 0
+        for name, module in weights.modules.items():
+            if name in self._adapted.embeddings and module.low_rank is not None:
+                total += (module.low_rank.a.numel() + module.low_rank.b.numel()) * size
+            if module.bias is not None:
+                total += module.bias.numel() * size
+        return total
+
     def write(self, slot: int, weights: AdapterWeights, rows: Rows) -> None:
         """Casts and copies the low-rank factors; rank rows beyond the true rank become zero.
 

@@ -16,7 +16,7 @@ from lorica_server.model.cache import LayerShape, PagedCache, bytes_per_token
 def probe_layers(adapted: AdaptedModel) -> list[LayerShape]:
     """KV shape of each attention layer in order of `layer_idx`. Raises ValueError when layers are missing."""
     register()
-    adapted.model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    adapted.model.set_attn_implementation(ATTENTION_NAME)
     probe = ShapeProbe()
     ids = torch.zeros(1, 8, dtype=torch.long, device=adapted.base.device)
     adapted.model(

@@ -41,7 +41,7 @@ class ModelRunner:
         weight_set: Callable[[str], DenseWeights | None] = lambda digest: None,
     ) -> None:
         register()
-        adapted.model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        adapted.model.set_attn_implementation(ATTENTION_NAME)
         self._adapted, self._cache, self._kernels, self._config = adapted, cache, kernels, config
         self._weight_set = weight_set
         self._sampler = Sampler(adapted.spec.vocab_size, adapted.base.device)

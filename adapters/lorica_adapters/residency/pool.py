@@ -1,0 +1,267 @@
+"""Which adapters are on the device: leases, single-flight loads, least recently used out first.
+
+Belongs to the engine thread, which never waits here: reading and copying happen on a loader thread that reports back
+through `poll`. Torch-free; tiers are injected.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
+
+from lorica_adapters.errors import AdapterError, PoolExhausted
+from lorica_adapters.residency.slots import Slot, SlotTable
+from lorica_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Weights
+
+W = TypeVar("W", bound=Weights)
+
+logger = logging.getLogger(__name__)
+
+FAILURE_SECONDS = 5.0
+"""How long a failed load is remembered for whoever asked; after that the next request tries again."""
+
+
+class Lease:
+    """The promise that an adapter stays in its slot until `release`; also a context manager."""
+
+    def __init__(self, pool: AdapterPool[Any], slot: Slot) -> None:
+        self._pool, self._slot, self._live = pool, slot, True
+
+    @property
+    def slot(self) -> int:
+        """Where the adapter is."""
+        return self._slot.number
+
+    @property
+    def digest(self) -> str:
+        """Which adapter it is."""
+        return self._slot.digest
+
+    def release(self) -> None:
+        """Gives the promise back; again is harmless."""
+        if self._live:
+            self._live = False
+            self._pool._release(self._slot)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass
+class _Load(Generic[W]):
+    """One adapter on its way: read from below, then given a slot, then written."""
+
+    digest: str
+    started: float
+    state: Literal["reading", "ready", "writing"] = "reading"
+    weights: W | None = None
+    slot: Slot | None = None
+
+
+@dataclass(frozen=True)
+class _Report(Generic[W]):
+    """A loader thread's word that a stage of `digest` has ended."""
+
+    digest: str
+    weights: W | None = None
+    error: AdapterError | None = None
+
+
+class AdapterPool(Generic[W]):
+    """Slots under budgets. `notify` is called from the loader thread when `poll` has something to take in."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        device: DeviceTier[W],
+        host: HostTier[W],
+        loader: Executor,
+        notify: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._table, self._device, self._host, self._loader = table, device, host, loader
+        self._notify, self._clock = notify, clock
+        self._slots: dict[str, Slot] = {}
+        self._loads: dict[str, _Load[W]] = {}
+        self._failures: dict[str, tuple[AdapterError, float]] = {}
+        self._doomed: set[str] = set()  # to be freed as soon as nobody holds a lease
+        self._reports: deque[_Report[W]] = deque()
+        self._discards: deque[str] = deque()
+        self._tick = 0
+        self._stats = PoolStats(rows_capacity=table.capacity)
+
+    def try_acquire(self, digest: str) -> Lease | None:
+        """A lease, or None while the adapter is on its way; starts the load and never blocks.
+
+        Raises the AdapterError of a failed load, once.
+        """
+        slot = self._slots.get(digest)
+        if slot is not None:
+            slot.leases += 1
+            slot.used_at = self._tick
+            self._count(hits=1)
+            return Lease(self, slot)
+        if digest in self._failures:
+            error, _ = self._failures.pop(digest)
+            raise error
+        load = self._loads.get(digest)
+        if load is None:
+            self._loads[digest] = _Load(digest, self._clock())
+            self._loader.submit(self._read, digest)
+        elif load.state == "ready":
+            self._place(load)
+        return None
+
+    def poll(self) -> None:
+        """Takes in what loaders have reported and what was discarded; once per step."""
+        self._tick += 1
+        while self._reports:
+            self._take_in(self._reports.popleft())
+        while self._discards:
+            self._doomed.add(self._discards.popleft())
+        for digest in [digest for digest in self._doomed if digest not in self._loads]:
+            slot = self._slots.get(digest)
+            if slot is None or not slot.leases:
+                self._doomed.discard(digest)
+                self._host.discard(digest)
+                if slot is not None:
+                    self._evict(slot)
+        if self._failures:
+            now = self._clock()
+            self._failures = {d: (e, t) for d, (e, t) in self._failures.items() if now - t < FAILURE_SECONDS}
+
+    def discard(self, digest: str) -> None:
+        """Frees an adapter's slot and host bytes once its last lease is released. Any thread."""
+        self._discards.append(digest)
+        self._notify()
+
+    def residency(self, digest: str) -> ResidencyView:
+        """Where an adapter is at this moment. Any thread."""
+        slot = self._slots.get(digest)
+        if slot is not None:
+            return ResidencyView("resident", slot.number, slot.leases)
+        return ResidencyView("loaded" if self._host.holds(digest) else "registered")
+
+    def stats(self) -> PoolStats:
+        """Counts and gauges. Any thread; gauges may be a step apart."""
+        slots = list(self._slots.values())
+        return replace(
+            self._stats,
+            resident=len(slots),
+            loading=len(self._loads),
+            leases=sum(slot.leases for slot in slots),
+            rows_used=self._table.rows_used,
+        )
+
+    def check(self) -> None:
+        """Raises ValueError when the books do not add up. Engine thread."""
+        self._table.check()
+        held = {slot.number for slot in self._slots.values()}
+        held |= {load.slot.number for load in self._loads.values() if load.slot is not None}
+        if held != self._table.numbers:
+            raise ValueError(f"slots {sorted(self._table.numbers)} taken, {sorted(held)} known")
+
+    # On the loader thread.
+
+    def _read(self, digest: str) -> None:
+        self._report(digest, lambda: self._host.load(digest))
+
+    def _write(self, slot: Slot, weights: W) -> None:
+        def write() -> W:
+            self._device.write(slot.number, weights, slot.rows)
+            return weights
+
+        self._report(slot.digest, write)
+
+    def _report(self, digest: str, work: Callable[[], W]) -> None:
+        try:
+            report = _Report(digest, weights=work())
+        except AdapterError as error:
+            report = _Report(digest, error=error)
+        except Exception:
+            logger.exception("loading adapter %s failed", digest)
+            report = _Report(digest, error=AdapterError("the adapter could not be loaded", subject=digest))
+        self._reports.append(report)
+        self._notify()
+
+    # On the engine thread.
+
+    def _take_in(self, report: _Report[W]) -> None:
+        load = self._loads[report.digest]
+        if report.error is not None:
+            self._fail(load, report.error)
+        elif load.state == "reading":
+            load.weights, load.state = report.weights, "ready"
+            self._place(load)
+        elif load.slot is not None:
+            self._device.bind(load.slot.number, load.slot.rows)
+            load.slot.used_at = load.slot.bound_at = self._tick
+            self._slots[report.digest] = load.slot
+            del self._loads[report.digest]
+            self._count(loads=1, load_seconds=self._clock() - load.started)
+
+    def _place(self, load: _Load[W]) -> None:
+        """Gives a read adapter a slot, evicting idle ones; leaves it `ready` when all are leased."""
+        weights = load.weights
+        if weights is None:
+            raise ValueError(f"{load.digest} has not been read")
+        needs = self._table.needs(weights.spec.ranks)
+        extra_bytes = self._device.extra_bytes(weights)
+        if not self._table.can_ever_hold(needs, extra_bytes):
+            self._fail(load, self._too_large(needs, extra_bytes))
+            return
+        taken = self._table.try_take(needs, extra_bytes)
+        if taken is None:
+            for idle in self._idle():
+                self._evict(idle)
+                taken = self._table.try_take(needs, extra_bytes)
+                if taken is not None:
+                    break
+        if taken is None:
+            return
+        number, rows = taken
+        load.slot, load.state = Slot(number, load.digest, rows, extra_bytes), "writing"
+        self._loader.submit(self._write, load.slot, weights)
+
+    def _idle(self) -> list[Slot]:
+        """Slots without leases, longest unused first; those bound in this very step wait for their first request."""
+        idle = [slot for slot in self._slots.values() if not slot.leases and slot.bound_at != self._tick]
+        return sorted(idle, key=lambda slot: slot.used_at)
+
+    def _evict(self, slot: Slot) -> None:
+        self._device.unbind(slot.number)
+        self._table.free(slot.number)
+        del self._slots[slot.digest]
+        self._count(evictions=1)
+
+    def _release(self, slot: Slot) -> None:
+        slot.leases -= 1
+        if slot.digest in self._doomed:
+            self._notify()
+
+    def _fail(self, load: _Load[W], error: AdapterError) -> None:
+        if load.slot is not None:
+            self._table.free(load.slot.number)
+        del self._loads[load.digest]
+        self._failures[load.digest] = (error, self._clock())
+        self._count(load_failures=1)
+
+    def _too_large(self, needs: dict[str, int], extra_bytes: int) -> PoolExhausted:
+        largest = max(needs.values(), default=0)
+        return PoolExhausted(
+            f"the adapter needs {largest} rank rows per module and {extra_bytes} bytes beside them, "
+            f"more than the whole device budget of {self._table.capacity} rows",
+            remedy="raise --adapter-device-bytes",
+        )
+
+    def _count(self, **more: float) -> None:
+        self._stats = replace(self._stats, **{key: getattr(self._stats, key) + value for key, value in more.items()})
+
