@@ -109,6 +109,7 @@ class ServeConfig(AdapterConfig):
     stall_seconds: float = _option(30.0, "seconds", "a stream nobody reads is ended after", low=0.05, high=86_400)
     readiness_seconds: float = _option(1.0, "seconds", "NOT_SERVING before a stop refuses work", low=0, high=600)
     drain_seconds: float = _option(30.0, "seconds", "running requests may go on for, at a stop", low=0, high=86_400)
+    step_timeout_seconds: float = _option(300.0, "seconds", "a step that takes longer hangs: the server ends", low=1)
     metrics_adapters: int = _option(50, "count", "adapters with a series of their own", low=0, high=1000)
     log_level: str = _option("info", "text", "least severe log line", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "text", "form of log lines", choices=("text", "json"))

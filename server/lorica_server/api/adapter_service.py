@@ -25,11 +25,9 @@ from lorica_server.api.convert_adapters import (
     write_entries,
     write_progress,
 )
-from lorica_server.api.gate import Gate
-from lorica_server.api.ports import AdapterStates
+from lorica_server.api.gate import Gate, Parts
 from lorica_server.api.upload import UploadSession
 from lorica_server.errors import InvalidRequest, get_verdict
-from lorica_server.registry import Registry
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
@@ -52,8 +50,6 @@ class UploadObserver(Protocol):
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """One per server. `tenant_of` says on whose behalf a call is made."""
 
-    registry: Registry
-    states: AdapterStates
     gate: Gate
     tenant_of: Callable[[Context], str]
     observer: UploadObserver
@@ -63,52 +59,55 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> adapters_pb2.UploadAdapterResponse:
         """Take an upload to its commit, then validate and publish it."""
-        self.gate.enter()
+        parts = self.gate.enter()
         tenant = self.tenant_of(context)
         session = UploadSession(
-            self.registry, tenant, stall_seconds=self.stall_seconds, received=self.observer.received
+            parts.registry, tenant, stall_seconds=self.stall_seconds, received=self.observer.received
         )
         outcome = "cut"
         try:
             upload_id = await session.run(request_iterator)
-            published = await self.registry.publish(tenant, upload_id)
+            published = await parts.registry.publish(tenant, upload_id)
             outcome = "created" if published.created else "unchanged"
         except Exception as error:
             outcome = get_verdict(error).reason.lower()
             raise
         finally:
             self.observer.upload(outcome)
-        return adapters_pb2.UploadAdapterResponse(adapter=self._write(published.record), created=published.created)
+        return adapters_pb2.UploadAdapterResponse(adapter=_write(parts, published.record), created=published.created)
 
     async def QueryUpload(
         self, request: adapters_pb2.QueryUploadRequest, context: Context
     ) -> adapters_pb2.QueryUploadResponse:
         """How many bytes of each file are safe."""
         validate.check_upload_id("upload_id", request.upload_id)
-        return write_progress(await self.registry.query_upload(self.tenant_of(context), request.upload_id))
+        registry = self.gate.look().registry
+        return write_progress(await registry.query_upload(self.tenant_of(context), request.upload_id))
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         """The record behind a reference."""
         validate.check_reference("adapter", request.adapter)
-        return self._write(await self.registry.get(self.tenant_of(context), request.adapter))
+        parts = self.gate.look()
+        return _write(parts, await parts.registry.get(self.tenant_of(context), request.adapter))
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """A page of the tenant's adapters by name."""
+        parts = self.gate.look()
         size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
         if not 1 <= size <= MAX_PAGE:
             raise InvalidRequest("page_size", f"must be 1 to {MAX_PAGE}", metadata={"max_page_size": str(MAX_PAGE)})
         if len(request.page_token) > MAX_PAGE_TOKEN:
             raise InvalidRequest("page_token", "is not one that this server gave")
-        page = await self.registry.list(self.tenant_of(context), size, request.page_token)
+        page = await parts.registry.list(self.tenant_of(context), size, request.page_token)
         return adapters_pb2.ListAdaptersResponse(
-            adapters=[self._write(record) for record in page.records], next_page_token=page.next_page_token
+            adapters=[_write(parts, record) for record in page.records], next_page_token=page.next_page_token
         )
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         """Change what the store remembers; wish for a dense copy, or for its end."""
-        self.gate.enter()
+        parts = self.gate.enter()
         validate.check_name("name", request.name)
         validate.check_labels("set_labels", request.set_labels)
         for field in ("add_aliases", "remove_aliases"):
@@ -117,31 +116,32 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 raise InvalidRequest(field, f"at most {MAX_ALIASES} at once")
             for index, alias in enumerate(aliases):
                 validate.check_name(f"{field}[{index}]", alias)
-        record = await self.registry.update(self.tenant_of(context), request.name, read_update(request))
+        record = await parts.registry.update(self.tenant_of(context), request.name, read_update(request))
         if request.HasField("materialised"):
-            self.states.want_materialised(record.digest, request.materialised)
-        return self._write(record)
+            parts.states.want_materialised(record.digest, request.materialised)
+        return _write(parts, record)
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a name; requests that run on it finish on their version."""
-        self.gate.enter()
+        parts = self.gate.enter()
         validate.check_name("name", request.name)
-        await self.registry.delete(self.tenant_of(context), request.name)
+        await parts.registry.delete(self.tenant_of(context), request.name)
         return adapters_pb2.DeleteAdapterResponse()
 
     async def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
         """The files of a version, which stays pinned until the last byte was taken."""
-        self.gate.enter()
+        parts = self.gate.enter()
         validate.check_reference("adapter", request.adapter)
-        with await self.registry.download(self.tenant_of(context), request.adapter) as download:
+        with await parts.registry.download(self.tenant_of(context), request.adapter) as download:
             yield write_entries(download.digest, download.files)
             async with aclosing(download.chunks(_DOWNLOAD_CHUNK)) as chunks:
                 async for chunk in chunks:
                     yield write_chunk(chunk.file, chunk.offset, chunk.data)
 
-    def _write(self, record: AdapterRecord) -> adapters_pb2.Adapter:
-        return write_adapter(record, self.states.state(record.digest))
+
+def _write(parts: Parts, record: AdapterRecord) -> adapters_pb2.Adapter:
+    return write_adapter(record, parts.states.state(record.digest))

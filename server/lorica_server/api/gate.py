@@ -1,29 +1,58 @@
-"""Whether the server takes new work. Services ask before they begin; running work is not asked again."""
+"""The door of the services: whether the server takes work, and with what it is done.
+
+gRPC listens before the model is loaded, so that health can say NOT_SERVING; until `open`
+every call is refused. Running work is not asked again.
+"""
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import dataclass
 
+from lorica_server.api.ports import AdapterStates, Codec, ModelInfo
+from lorica_server.engine.client import EngineClient
 from lorica_server.errors import Draining, Unavailable
+from lorica_server.registry import Registry
 
 
-class Phase(Enum):
-    """What the server does with new work."""
+@dataclass(frozen=True)
+class Parts:
+    """What the services work with, once the server is warm."""
 
-    WARMING = "warming"
-    SERVING = "serving"
-    DRAINING = "draining"
+    engine: EngineClient
+    registry: Registry
+    codec: Codec
+    model: ModelInfo
+    states: AdapterStates
 
 
 class Gate:
     """One per server, moved by whoever starts and stops it."""
 
     def __init__(self) -> None:
-        self.phase = Phase.WARMING
+        self._parts: Parts | None = None
+        self._draining = False
 
-    def enter(self) -> None:
-        """Raise Unavailable while warming, Draining while stopping."""
-        if self.phase is Phase.WARMING:
-            raise Unavailable("the server is warming up")
-        if self.phase is Phase.DRAINING:
+    @property
+    def is_open(self) -> bool:
+        """Whether new work is taken."""
+        return self._parts is not None and not self._draining
+
+    def open(self, parts: Parts) -> None:
+        """Take work from now on."""
+        self._parts = parts
+
+    def drain(self) -> None:
+        """Refuse new work from now on; looking stays allowed."""
+        self._draining = True
+
+    def enter(self) -> Parts:
+        """For new work. Raises Unavailable while warming, Draining while stopping."""
+        if self._draining:
             raise Draining()
+        return self.look()
+
+    def look(self) -> Parts:
+        """For calls that only look. Raises Unavailable while warming."""
+        if self._parts is None:
+            raise Unavailable("the server is warming up")
+        return self._parts

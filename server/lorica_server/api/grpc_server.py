@@ -15,12 +15,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-from lorica_server.api.gate import Gate, Phase
+from lorica_server.api.gate import Gate, Parts
 from lorica_server.api.interceptors import ErrorInterceptor, Observe
 from lorica_server.errors import StartError
 
 _LOG = logging.getLogger("lorica_server.api")
-_FLUSH_SECONDS = 5.0  # for last messages to reach clients after the engine is idle
+_FLUSH_SECONDS = 2.0  # for last messages to reach clients after the engine is idle
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -39,7 +39,7 @@ class GrpcOptions:
 
 
 class GrpcServer:
-    """Listens from `start`, serves from `open`, and leaves in order with `stop`."""
+    """Listens from `start`, serves from `open`, and leaves in order with `drain`."""
 
     def __init__(
         self,
@@ -75,28 +75,37 @@ class GrpcServer:
         self.address = f"{host}:{port}"
         await self._server.start()
 
-    async def open(self) -> None:
+    async def open(self, parts: Parts) -> None:
         """The engine is warm: take work and say SERVING."""
-        self._gate.phase = Phase.SERVING
+        self._gate.open(parts)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    async def stop(self, end_work: Callable[[float], Awaitable[None]]) -> None:
+    async def drain(self, end_work: Callable[[float], Awaitable[None]]) -> None:
         """Say NOT_SERVING, wait the readiness period, refuse new work while running work ends, close.
 
         `end_work(seconds)` waits for the engine to become idle and aborts what is left after `seconds`;
         the calls themselves then end with their last message.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self._gate.phase is Phase.SERVING:
+        if self._gate.is_open:
             await asyncio.sleep(self._options.readiness_seconds)
-        self._gate.phase = Phase.DRAINING
+        self._gate.drain()
         _LOG.info("draining", extra={"fields": {"seconds": self._options.drain_seconds}})
         await end_work(self._options.drain_seconds)
+        await self.stop_now()
+
+    async def shut(self) -> None:
+        """Say NOT_SERVING and refuse new work, at once; stay reachable."""
+        self._gate.drain()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop_now(self) -> None:
+        """Close; calls have a moment for their last message."""
         await self._server.stop(_FLUSH_SECONDS)
 
     async def kill(self) -> None:
         """Close at once; every call ends here."""
-        self._gate.phase = Phase.DRAINING
+        self._gate.drain()
         await self._server.stop(None)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:

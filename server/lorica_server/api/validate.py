@@ -31,8 +31,8 @@ _MAX_LABEL_CHARS = 256
 
 def check_generate(call: GenerateCall, limits: Limits) -> None:
     """Everything that can be judged without tokenising. Raises InvalidRequest."""
-    if call.request_id and not _REQUEST_ID.fullmatch(call.request_id):
-        raise InvalidRequest("request_id", "must be 1 to 128 printable ASCII characters without blanks")
+    if call.request_id:
+        check_request_id("request_id", call.request_id)
     if call.adapter:
         check_reference("adapter", call.adapter)
     check_salt(call.cache_salt)
@@ -40,6 +40,12 @@ def check_generate(call: GenerateCall, limits: Limits) -> None:
     _check_sampling(call.sampling, limits)
     _check_stopping(call.stopping, limits)
     _check_response(call.response, limits)
+
+
+def check_request_id(field: str, request_id: str) -> None:
+    """The id a caller chose for a request."""
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest(field, "must be 1 to 128 printable ASCII characters without blanks")
 
 
 def check_reference(field: str, reference: str) -> None:
@@ -107,22 +113,19 @@ def fit_tokens(prompt: int, max_tokens: int | None, limits: Limits) -> int:
     Raises InvalidRequest when the prompt leaves no room, or the caller asked for more than there is,
     in the context or in the whole KV cache.
     """
-    for name, limit, what in (
-        ("context_tokens", limits.context_tokens, "the context"),
-        ("kv_cache_tokens", limits.kv_tokens, "the whole KV cache"),
+    # The last token's keys and values are never needed: the KV cache holds one token less than a text has.
+    for name, limit, room, what in (
+        ("context_tokens", limits.context_tokens, limits.context_tokens, "the context"),
+        ("kv_cache_tokens", limits.kv_tokens, limits.kv_tokens + 1, "the whole KV cache"),
     ):
         facts = {name: str(limit), "prompt_tokens": str(prompt)}
-        if prompt >= limit:
-            raise InvalidRequest(
-                "input", f"the prompt of {prompt} tokens leaves no room in {what} of {limit}", metadata=facts
-            )
-        if max_tokens is not None and prompt + max_tokens > limit:
-            raise InvalidRequest(
-                "stopping.max_tokens",
-                f"{prompt} prompt tokens and {max_tokens} more are over {what} of {limit}",
-                metadata=facts,
-            )
-    return max_tokens if max_tokens is not None else min(limits.context_tokens, limits.kv_tokens) - prompt
+        if prompt >= room:
+            why = f"the prompt of {prompt} tokens leaves no room in {what} of {limit}"
+            raise InvalidRequest("input", why, metadata=facts)
+        if max_tokens is not None and prompt + max_tokens > room:
+            why = f"{prompt} prompt tokens and {max_tokens} more are over {what} of {limit}"
+            raise InvalidRequest("stopping.max_tokens", why, metadata=facts)
+    return max_tokens if max_tokens is not None else min(limits.context_tokens, limits.kv_tokens + 1) - prompt
 
 
 def _check_input(call: GenerateCall, limits: Limits) -> None:

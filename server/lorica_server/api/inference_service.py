@@ -1,0 +1,172 @@
+"""InferenceService: one call from its fields to its last message.
+
+Validate, resolve and pin the adapter, tokenise, submit, then tell what the engine tells.
+Knows the order of these; each of them is another module's matter.
+"""
+
+# ruff: noqa: N802 -- methods are named by the contract
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from grpc import aio
+
+from lorica_protos.v1 import inference_pb2, inference_pb2_grpc
+from lorica_server.api import validate
+from lorica_server.api.calls import ChatTurn, GenerateCall
+from lorica_server.api.convert import build_submission, read_chat, read_generate, write_model
+from lorica_server.api.convert_answers import Answering
+from lorica_server.api.gate import Gate
+from lorica_server.api.generation import Generation
+from lorica_server.api.ports import Codec
+from lorica_server.errors import InvalidRequest
+from lorica_server.observe.logs import CALL_ID
+from lorica_server.registry import Registry, Resolved
+
+_LONG_TEXT = 8192  # characters; more are tokenised off the event loop
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class NameObserver(Protocol):
+    """Who tells names of adapters in use."""
+
+    def named(self, digest: str, name: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """One per server. `tenant_of` says on whose behalf a call is made."""
+
+    gate: Gate
+    tenant_of: Callable[[Context], str]
+    observer: NameObserver
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        """One answer when all choices have ended."""
+        async with self._generation(request, context) as (generation, answering):
+            async for deltas in generation:
+                answering.add(deltas)
+            return answering.whole()
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+        """Tokens as they are made; several in one message when the caller is slower than the engine."""
+        async with self._generation(request, context) as (generation, answering):
+            async for deltas in generation:
+                for message in answering.messages(deltas):
+                    yield message
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Token ids as Generate would make them of the same input."""
+        codec = self.gate.look().codec
+        match request.WhichOneof("input"):
+            case "text":
+                ids = await _encode_text(codec, request.text)
+            case "chat":
+                turns = read_chat(request.chat)
+                validate.check_chat("chat.messages", turns)
+                ids = await _encode_chat(codec, turns)
+            case _:
+                raise InvalidRequest("input", "exactly one of text and chat must be set")
+        return inference_pb2.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """Text of token ids."""
+        parts = self.gate.look()
+        validate.check_token_ids("token_ids", request.token_ids, parts.model.limits.vocabulary)
+        text = await asyncio.to_thread(parts.codec.decode, list(request.token_ids))
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: Context
+    ) -> inference_pb2.GetModelResponse:
+        """The base and the limits of this server."""
+        parts = self.gate.look()
+        return write_model(parts.model, parts.codec.template_digest)
+
+    async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
+        """End one of the caller's own requests."""
+        validate.check_request_id("request_id", request.request_id)
+        aborted = self.gate.look().engine.abort(self.tenant_of(context), request.request_id)
+        return inference_pb2.AbortResponse(aborted=aborted)
+
+    @asynccontextmanager
+    async def _generation(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[tuple[Generation, Answering]]:
+        """The accepted request; leaving aborts what still runs. The adapter's version stays pinned in between."""
+        parts = self.gate.enter()
+        deadline = _deadline(context)
+        call = read_generate(request)
+        validate.check_generate(call, parts.model.limits)
+        tenant = self.tenant_of(context)
+        with self._resolve(parts.registry, tenant, call.adapter) as resolved:
+            digest = None if resolved is None else resolved.digest
+            prompt = await _encode(parts.codec, call)
+            max_tokens = validate.fit_tokens(len(prompt), call.stopping.max_tokens, parts.model.limits)
+            seed = secrets.randbits(64) if call.sampling.seed is None else call.sampling.seed
+            submission = build_submission(
+                call,
+                request_id=call.request_id or CALL_ID.get(),
+                tenant=tenant,
+                digest=digest,
+                prompt=prompt,
+                max_tokens=max_tokens,
+                eos_token_ids=parts.codec.eos_token_ids,
+                seed=seed,
+                deadline=deadline,
+            )
+            async with parts.engine.submit(submission) as stream:
+                yield Generation(stream, parts.codec), Answering(call, submission, parts.codec)
+
+    def _resolve(self, registry: Registry, tenant: str, reference: str) -> Resolved | nullcontext[None]:
+        if not reference:
+            return nullcontext()
+        resolved = registry.resolve(tenant, reference)
+        self.observer.named(resolved.digest, resolved.name)
+        return resolved
+
+
+def _deadline(context: Any) -> float | None:
+    """The call's deadline on the monotonic clock. grpc gives None without one, which its types do not say."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+async def _encode(codec: Codec, call: GenerateCall) -> list[int]:
+    if call.token_ids is not None:
+        return list(call.token_ids)
+    if call.chat is not None:
+        return await _encode_chat(codec, call.chat)
+    return await _encode_text(codec, call.text or "")
+
+
+async def _encode_text(codec: Codec, text: str) -> list[int]:
+    if len(text) < _LONG_TEXT:
+        return codec.encode(text)
+    return await asyncio.to_thread(codec.encode, text)
+
+
+async def _encode_chat(codec: Codec, turns: tuple[ChatTurn, ...]) -> list[int]:
+    if not codec.template_digest:
+        raise InvalidRequest("chat", "the base has no chat template; send text")
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return await asyncio.to_thread(codec.encode_chat, messages)
+    except ValueError as error:
+        raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error

@@ -1,0 +1,277 @@
+"""The composition root: what is started in which order, and stopped in the reverse.
+
+gRPC listens first, so that health can say NOT_SERVING while the base loads; then store, base,
+adapter pool, runner and engine (see `assembly`), one warm-up step, and the doors open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorica_server.api.adapter_service import AdapterService
+from lorica_server.api.gate import Gate, Parts
+from lorica_server.api.grpc_server import GrpcOptions, GrpcServer
+from lorica_server.api.inference_service import InferenceService
+from lorica_server.built import Build, Built, EngineHooks
+from lorica_server.config import ServeConfig
+from lorica_server.errors import StartError
+from lorica_server.observe.exporter import Exporter
+from lorica_server.observe.logs import configure_logs
+from lorica_server.observe.metrics import AdapterReading, Metrics
+from lorica_server.preflight import check_start
+from lorica_server.requests import RequestFailure, SamplingParams, StopConditions, Submission
+
+_LOG = logging.getLogger("lorica_server.app")
+_TENANT = "default"
+_WATCH_SECONDS = 1.0
+_JOIN_SECONDS = 10.0  # for a step under way when the drain is over
+
+
+def build_engine(config: ServeConfig, hooks: EngineHooks) -> Built:
+    """The real inside. Imports torch, which is why nothing else here does."""
+    from lorica_server.assembly import assemble
+
+    return assemble(config, hooks)
+
+
+class App:
+    """One server. `start`, then `serve` until a signal or the engine's death, then `stop`."""
+
+    def __init__(self, config: ServeConfig, build: Build = build_engine) -> None:
+        self._config = config
+        self._build = build
+        self._built: Built | None = None
+        self._exporter: Exporter | None = None
+        self._stopping = asyncio.Event()
+        self._exit_code = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.metrics = Metrics(self._read_adapters, config.metrics_adapters)
+        self._gate = Gate()
+        self._server = GrpcServer(
+            GrpcOptions(
+                config.listen,
+                max_message_bytes=config.max_message_bytes,
+                stall_seconds=config.stall_seconds,
+                readiness_seconds=config.readiness_seconds,
+                drain_seconds=config.drain_seconds,
+            ),
+            self._gate,
+            InferenceService(self._gate, _tenant_of, self.metrics),
+            AdapterService(self._gate, _tenant_of, self.metrics, config.stall_seconds),
+            self.metrics.call,
+        )
+
+    @property
+    def address(self) -> str:
+        """Where gRPC listens, with the real port once started."""
+        return self._server.address
+
+    @property
+    def metrics_address(self) -> str:
+        """Where metrics are, empty without."""
+        return self._exporter.address if self._exporter else ""
+
+    async def start(self) -> None:
+        """Listen, build, warm up, open. Raises StartError; whatever was started is stopped again then."""
+        self.metrics.serving(False)
+        try:
+            await self._server.start()
+            if self._config.metrics_listen != "none":
+                self._exporter = Exporter(self.metrics.registry, self._config.metrics_listen)
+            self._loop = asyncio.get_running_loop()
+            hooks = EngineHooks(self._loop, self.metrics, self._engine_died)
+            built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks))
+            built.engine.start()
+            await _warm_up(built.parts)
+            await self._server.open(built.parts)
+        except BaseException:
+            await self._abandon()
+            raise
+        self.metrics.serving(True)
+        self.metrics.describe({key: value for key, value in self.describe().items() if key in _LABELS})
+
+    async def serve(self) -> int:
+        """Wait for a stop or the engine's death, then stop; returns the exit code."""
+        watch = asyncio.create_task(self._watch())
+        await self._stopping.wait()
+        watch.cancel()
+        await self.stop()
+        return self._exit_code
+
+    def request_stop(self, exit_code: int = 0) -> None:
+        """End `serve`. On the event loop; idempotent, the first exit code counts."""
+        if not self._stopping.is_set():
+            self._exit_code = exit_code
+            self._stopping.set()
+
+    async def stop(self) -> None:
+        """Drain and close in the order of the start, backwards. Idempotent."""
+        self.metrics.serving(False)
+        built, self._built = self._built, None
+        if built is None:
+            await self._server.kill()
+        elif self._exit_code:
+            await self._server.shut()  # the engine is dead or hangs: nothing is left to wait for
+            built.parts.engine.drain()
+            await self._server.stop_now()
+        else:
+            await self._server.drain(lambda seconds: _end_engine(built, seconds))
+            await asyncio.to_thread(built.close)
+        if self._exporter is not None:
+            await asyncio.to_thread(self._exporter.close)
+            self._exporter = None
+
+    def describe(self) -> Mapping[str, str]:
+        """What an operator wants to see at the start: base, device, limits, addresses."""
+        if self._built is None:
+            return {}
+        model = self._built.parts.model
+        limits = model.limits
+        return {
+            "model": model.model_id,
+            "fingerprint": model.fingerprint[:12],
+            "device": model.device,
+            "dtype": model.compute_dtype + (" deterministic" if model.deterministic else ""),
+            "context": f"{limits.context_tokens} tokens",
+            "kv_cache": f"{limits.kv_tokens} tokens",
+            "batch": f"{limits.max_running} requests, {limits.max_batch_tokens} tokens; {limits.max_queued} wait",
+            "adapters": f"{limits.adapter_device_bytes >> 20} MiB on the device, rank up to {limits.max_rank}",
+            "data": str(self._config.data_dir),
+            "grpc": self.address,
+            "metrics": f"http://{self.metrics_address}/metrics" if self._exporter else "none",
+        }
+
+    async def _abandon(self) -> None:
+        """A start failed: leave nothing behind, wait for nothing."""
+        self._gate.drain()
+        built = self._built
+        if built is not None:
+            built.parts.engine.drain()
+        await self.stop()
+
+    async def _watch(self) -> None:
+        """A step that takes longer than any step may hangs: say so, tell those who wait, and go."""
+        built = self._built
+        while built is not None:
+            await asyncio.sleep(_WATCH_SECONDS)
+            age = time.monotonic() - built.engine.heartbeat
+            if age > self._config.step_timeout_seconds:
+                _LOG.critical("a step hangs", extra={"fields": {"seconds": age}})
+                await self._server.shut()
+                built.parts.engine.fail_all(RequestFailure("ENGINE_DEAD", "a step did not end"))
+                self.request_stop(exit_code=1)
+                return
+
+    def _engine_died(self, error: BaseException) -> None:
+        """On the engine thread; those who wait have been told by the engine itself."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.request_stop, 1)
+
+    def _read_adapters(self) -> AdapterReading:
+        built = self._built
+        return AdapterReading() if built is None else built.reading()
+
+
+def serve(config: ServeConfig) -> None:
+    """Run a server in this process until SIGTERM or SIGINT; a second one ends it at once.
+
+    Raises StartError before torch is imported where it can be known; SystemExit when the engine died.
+    """
+    configure_logs(config.log_level, config.log_format)
+    check_start(config)
+    code = asyncio.run(_serve(config))
+    if any(thread.name == _BUILDER for thread in threading.enumerate()):
+        os._exit(code)  # stopped while the base was loading: nothing can be waited for, nothing is lost
+    if code:
+        raise SystemExit(code)
+
+
+async def _serve(config: ServeConfig) -> int:
+    app = App(config)
+    loop = asyncio.get_running_loop()
+    starting = asyncio.ensure_future(app.start())
+    signals = 0
+
+    def on_signal(number: int) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            _LOG.warning("stopping at once", extra={"fields": {"signal": number}})
+            os._exit(128 + number)
+        starting.cancel()
+        app.request_stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await starting
+    except asyncio.CancelledError:
+        return 0
+    for key, value in app.describe().items():
+        print(f"  {key:<12} {value}", flush=True)
+    print("ready", flush=True)
+    return await app.serve()
+
+
+_BUILDER = "lorica-build"
+_LABELS = ("model", "fingerprint", "device", "dtype")
+
+
+async def _in_daemon_thread(work: Callable[[], Built]) -> Built:
+    """Loading a base cannot be interrupted, and must not hold up an exit: not the default executor."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Built] = loop.create_future()
+
+    def settle(result: Built | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            if result is not None:
+                result.close()
+        elif result is not None:
+            done.set_result(result)
+        else:
+            done.set_exception(error or StartError("nothing was built", remedy="report this"))
+
+    def run() -> None:
+        result: Built | None = None
+        failure: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+        try:
+            loop.call_soon_threadsafe(settle, result, failure)
+        except RuntimeError:  # the loop has ended
+            return
+
+    threading.Thread(target=run, name=_BUILDER, daemon=True).start()
+    return await done
+
+
+async def _warm_up(parts: Parts) -> None:
+    """One token of the base through the whole road: what is compiled or allocated lazily is so now."""
+    stop = StopConditions(max_tokens=1, ignore_eos=True)
+    submission = Submission("warm-up", _TENANT, None, (0,), SamplingParams(temperature=0.0), stop)
+    async with parts.engine.submit(submission) as stream:
+        async for event in stream:
+            if event.failure is not None:
+                raise StartError(f"the warm-up step failed: {event.failure.message}", remedy="see the log")
+
+
+async def _end_engine(built: Built, seconds: float) -> None:
+    """Let running requests end; whatever is left after `seconds` is told ABORTED."""
+    built.parts.engine.drain()
+    if not await asyncio.to_thread(built.engine.stop, seconds, seconds + _JOIN_SECONDS):
+        _LOG.error("the engine did not end")
+    await asyncio.sleep(0)  # its last events are delivered before the calls are waited for
+
+
+def _tenant_of(context: Any) -> str:
+    """Everyone is one tenant until callers are told apart by credentials."""
+    return _TENANT
