@@ -5,7 +5,13 @@ Knows nothing of adapters. Quoted text is escaped and cut, so that an error stay
 
 from __future__ import annotations
 
+import reprlib
+
 _QUOTED_CHARS = 120
+
+_SHORT = reprlib.Repr()  # looks at the beginning of a long value only
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _QUOTED_CHARS
+_SHORT.maxlevel = 2
 
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive (a PyTorch .bin or .pt file is one)"),
@@ -22,7 +28,7 @@ _MAGIC = (
 
 def quote(text: object) -> str:
     """`text` for an error message: escaped, at most 120 characters of it."""
-    shown = repr(text)
+    shown = _SHORT.repr(text)
     return shown if len(shown) <= _QUOTED_CHARS else f"{shown[:_QUOTED_CHARS]}..."
 
 

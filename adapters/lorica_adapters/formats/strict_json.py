@@ -41,8 +41,12 @@ def read_object(path: Path, subject: str, max_bytes: int) -> dict[str, object]:
 
 def parse(data: bytes, subject: str) -> dict[str, object]:
     """Parse UTF-8 bytes that hold one JSON object. Raises AdapterInvalid naming `subject`."""
+    # A hook for every integer is slow; only a file with "-0" somewhere needs one.
+    parse_int = _integer if b"-0" in data else int
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant, parse_int=_integer)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant, parse_int=parse_int
+        )
     except UnicodeDecodeError:
         raise _invalid(subject, "is not UTF-8 text") from None
     except RecursionError:

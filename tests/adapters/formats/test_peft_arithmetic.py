@@ -92,9 +92,7 @@ def test_deltas_are_pefts(case: str, tmp_path: Path) -> None:
         ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}),
     ],
 )
-def test_biases_are_the_whole_effective_bias(
-    architecture: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_biases_are_the_whole_effective_bias(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(architecture)
     weights = read_directory(make_adapter(model, tmp_path, **options), model)
     loaded = load_in_peft(model, tmp_path).get_base_model()
@@ -128,9 +126,7 @@ def test_a_keeps_the_dtype_it_was_uploaded_in(dtype: torch.dtype, tmp_path: Path
 
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize(("architecture", "target"), [("llama", "q_proj"), ("gpt2", "c_attn")])
-def test_fan_in_fan_out_changes_nothing_in_the_file(
-    architecture: str, target: str, flag: bool, tmp_path: Path
-) -> None:
+def test_fan_in_fan_out_changes_nothing_in_the_file(architecture: str, target: str, flag: bool, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     make_adapter(model, tmp_path, target_modules=[target])
     before = peft_deltas(load_in_peft(model, tmp_path))
