@@ -1,0 +1,248 @@
+"""The store against a model of it in a few dictionaries, over random histories with restarts."""
+
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from lorica_adapters.errors import (
+    AdapterConflict,
+    AdapterCorrupt,
+    AdapterInvalid,
+    AdapterNotFound,
+    QuotaExceeded,
+    UploadOffset,
+)
+from lorica_adapters.store.local import LocalStore
+from lorica_adapters.store.records import AdapterUpdate, Health, Quotas
+from support.stores import (
+    MODEL,
+    blob_files,
+    content,
+    digest_of,
+    entries_of,
+    manifest_of,
+    quick_store,
+    send,
+    spec_of,
+    stored,
+)
+
+QUOTAS = Quotas(max_adapters=2, keep_versions=2, max_open_uploads=2)
+CONTENTS = {digest_of(files): files for files in (content(f"v{number}", 300) for number in range(4))}
+
+tenants = st.sampled_from(["red", "blue"])
+names = st.sampled_from(["a", "b", "c", "x"])
+aliases = st.sampled_from(["a", "x", "y"])
+digests = st.sampled_from(sorted(CONTENTS))
+upload_ids = st.sampled_from(["upload-1", "upload-2", "upload-3"])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """`kept` holds each name's versions, the newest last; everything else follows from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="lorica-machine-"))
+        self.store: LocalStore = quick_store(self.root, QUOTAS)
+        self.kept: dict[tuple[str, str], list[str]] = {}
+        self.aliases: dict[tuple[str, str], str] = {}
+        self.pins: Counter[str] = Counter()
+        self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, committed
+        self.corrupt: set[str] = set()  # digests; all tenants send the same files here
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.root)
+
+    @initialize()
+    def start_empty(self) -> None:
+        assert blob_files(self.root) == set()
+
+    @rule(tenant=tenants, upload_id=upload_ids, name=names, digest=digests)
+    def begin(self, tenant: str, upload_id: str, name: str, digest: str) -> None:
+        manifest = manifest_of(name, CONTENTS[digest])
+        expected: type[Exception] | None = None
+        open_here = [key for key in self.uploads if key[0] == tenant]
+        if (tenant, name) in self.aliases:
+            expected = AdapterConflict
+        elif (tenant, name) not in self.kept and self.count(tenant) >= QUOTAS.max_adapters:
+            expected = QuotaExceeded
+        elif (tenant, upload_id) in self.uploads:
+            if self.uploads[tenant, upload_id][:2] != (name, digest):
+                expected = AdapterConflict
+        elif len(open_here) >= QUOTAS.max_open_uploads:
+            expected = QuotaExceeded
+        if expected:
+            with pytest.raises(expected):
+                self.store.begin_upload(tenant, upload_id, manifest)
+            return
+        progress = self.store.begin_upload(tenant, upload_id, manifest)
+        committed = self.uploads.setdefault((tenant, upload_id), (name, digest, 0))[2]
+        assert {entry.file: entry.committed for entry in progress.files}[MODEL] == committed
+
+    @rule(tenant=tenants, upload_id=upload_ids, offset=st.sampled_from([0, 100, 200, 300]))
+    def write(self, tenant: str, upload_id: str, offset: int) -> None:
+        if (tenant, upload_id) not in self.uploads:
+            with pytest.raises(AdapterNotFound):
+                self.store.write_chunk(tenant, upload_id, MODEL, offset, b"x")
+            return
+        name, digest, committed = self.uploads[tenant, upload_id]
+        data = CONTENTS[digest][MODEL][offset : offset + 100]
+        if offset != committed:
+            with pytest.raises(UploadOffset) as caught:
+                self.store.write_chunk(tenant, upload_id, MODEL, offset, data)
+            assert caught.value.committed == committed
+            return
+        assert self.store.write_chunk(tenant, upload_id, MODEL, offset, data) == committed + len(data)
+        self.uploads[tenant, upload_id] = (name, digest, committed + len(data))
+
+    @rule(tenant=tenants, upload_id=upload_ids)
+    def publish(self, tenant: str, upload_id: str) -> None:
+        if (tenant, upload_id) not in self.uploads:
+            with pytest.raises(AdapterNotFound):
+                self.store.staged_files(tenant, upload_id)
+            return
+        name, digest, committed = self.uploads[tenant, upload_id]
+        if committed < 300:
+            with pytest.raises(AdapterInvalid):
+                self.store.staged_files(tenant, upload_id)
+        send(self.store, upload_id, CONTENTS[digest], tenant=tenant)
+        self.uploads[tenant, upload_id] = (name, digest, 300)
+        self.store.staged_files(tenant, upload_id)
+        expected: type[Exception] | None = None
+        if (tenant, name) in self.aliases:
+            expected = AdapterConflict
+        elif (tenant, name) not in self.kept and self.count(tenant) >= QUOTAS.max_adapters:
+            expected = QuotaExceeded
+        if expected:
+            with pytest.raises(expected):
+                self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]))
+            return
+        published = self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]))
+        versions = self.kept.setdefault((tenant, name), [])
+        assert published.created == (versions[-1:] != [digest])
+        assert published.record.digest == digest
+        self.kept[tenant, name] = [*(d for d in versions if d != digest), digest][-QUOTAS.keep_versions :]
+        del self.uploads[tenant, upload_id]
+        self.corrupt.discard(digest)
+
+    @rule(tenant=tenants, upload_id=upload_ids)
+    def discard(self, tenant: str, upload_id: str) -> None:
+        self.store.discard_upload(tenant, upload_id)
+        self.uploads.pop((tenant, upload_id), None)
+
+    @rule(tenant=tenants, name=names)
+    def delete(self, tenant: str, name: str) -> None:
+        if (tenant, name) not in self.kept:
+            with pytest.raises(AdapterNotFound):
+                self.store.delete(tenant, name)
+            return
+        self.store.delete(tenant, name)
+        del self.kept[tenant, name]
+        self.aliases = {key: n for key, n in self.aliases.items() if (key[0], n) != (tenant, name)}
+
+    @rule(tenant=tenants, name=names, alias=aliases, add=st.booleans())
+    def alias(self, tenant: str, name: str, alias: str, add: bool) -> None:
+        change = AdapterUpdate(add_aliases=(alias,)) if add else AdapterUpdate(remove_aliases=(alias,))
+        if (tenant, name) not in self.kept:
+            with pytest.raises(AdapterNotFound):
+                self.store.update(tenant, name, change)
+        elif add and (tenant, alias) in self.kept:
+            with pytest.raises(AdapterConflict):
+                self.store.update(tenant, name, change)
+        else:
+            self.store.update(tenant, name, change)
+            if add:
+                self.aliases[tenant, alias] = name
+            elif self.aliases.get((tenant, alias)) == name:
+                del self.aliases[tenant, alias]
+
+    @rule(tenant=tenants, reference=st.one_of(names, aliases), prefix=st.one_of(st.just(""), digests))
+    def acquire(self, tenant: str, reference: str, prefix: str) -> None:
+        name = self.aliases.get((tenant, reference), reference)
+        versions = self.kept.get((tenant, name), [])
+        wanted = [digest for digest in versions if digest.startswith(prefix)] if prefix else versions[-1:]
+        if not wanted:
+            with pytest.raises(AdapterNotFound):
+                self.store.acquire(tenant, reference, prefix)
+        elif wanted[0] in self.corrupt:
+            with pytest.raises(AdapterCorrupt):
+                self.store.acquire(tenant, reference, prefix)
+        else:
+            version = self.store.acquire(tenant, reference, prefix)
+            assert (version.id.name, version.digest) == (name, wanted[0])
+            assert version.spec == spec_of(CONTENTS[version.digest])
+            self.pins[version.digest] += 1
+
+    @rule(digest=digests)
+    def unpin(self, digest: str) -> None:
+        if not self.pins[digest]:
+            with pytest.raises(RuntimeError):
+                self.store.unpin(digest)
+            return
+        self.pins[digest] -= 1
+        if self.store.unpin(digest):
+            assert not self.pins[digest]
+            self.store.collect()
+
+    @rule(digest=digests)
+    def rot(self, digest: str) -> None:
+        if digest in self.held() and digest not in self.corrupt:
+            sha256 = next(entry.sha256 for entry in entries_of(CONTENTS[digest]) if entry.file == MODEL)
+            (self.root / "blobs" / sha256[:2] / sha256).write_bytes(b"rotten")
+            with pytest.raises(AdapterCorrupt):
+                self.store.files(digest)
+            self.corrupt.add(digest)
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self.store = quick_store(self.root, QUOTAS)
+        self.pins.clear()
+
+    @invariant()
+    def bytes_are_those_of_names_and_pins(self) -> None:
+        held = self.held()
+        self.corrupt &= held
+        assert blob_files(self.root) == {entry.sha256 for digest in held for entry in entries_of(CONTENTS[digest])}
+        for digest in CONTENTS:
+            if digest in self.corrupt:
+                with pytest.raises(AdapterCorrupt):
+                    self.store.files(digest)
+            elif digest in held:
+                assert stored(self.store, digest) == CONTENTS[digest]
+            else:
+                with pytest.raises(AdapterNotFound):
+                    self.store.files(digest)
+
+    @invariant()
+    def lists_show_the_names(self) -> None:
+        for tenant in ("red", "blue"):
+            records = self.store.list(tenant).records
+            shown = {record.id.name: (record.digest, record.aliases, record.health) for record in records}
+            assert shown == {
+                name: (
+                    versions[-1],
+                    tuple(sorted(a for (t, a), n in self.aliases.items() if (t, n) == (tenant, name))),
+                    Health.CORRUPT if versions[-1] in self.corrupt else Health.OK,
+                )
+                for (t, name), versions in self.kept.items()
+                if t == tenant
+            }
+
+    def held(self) -> set[str]:
+        """Digests that a name keeps or a pin holds."""
+        return {digest for versions in self.kept.values() for digest in versions} | set(+self.pins)
+
+    def count(self, tenant: str) -> int:
+        return sum(key[0] == tenant for key in self.kept)
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
