@@ -142,5 +142,8 @@ def test_eval_fraction_splits_distinct_examples(tmp_path: Path, tokenizer: Any) 
     assert len(data.eval) == 3
     assert len(data.train) == 14
     assert not set(data.train) & set(data.eval)
+    one = write_jsonl(tmp_path / "one.jsonl", _completions("a", "a"))
+    with pytest.raises(DataInvalid, match="cannot be split"):
+        load_data(DataJob(one, eval_fraction=0.5), tokenizer, ends, seed=0)
     again = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), tokenizer, ends, seed=3)
     assert again.eval == data.eval

@@ -200,6 +200,28 @@ def test_what_only_the_base_can_tell_is_refused(make_job: JobMaker, sections: di
         train(job)
 
 
+def test_a_model_that_is_not_there_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
+    with pytest.raises(JobInvalid, match="cannot be loaded"):
+        train(make_job(model=str(tmp_path / "nothing")))
+
+
+def test_bf16_compute_keeps_float32_master_weights(make_job: JobMaker) -> None:
+    job = make_job(training={"compute_dtype": "bfloat16", "gradient_checkpointing": True, "steps": 4})
+    train(job)
+    assert {tensor.dtype for tensor in load_file(job.output / WEIGHTS).values()} == {torch.float32}
+
+
+def test_stopping_before_the_first_step_after_a_resume_keeps_the_checkpoint(make_job: JobMaker) -> None:
+    job, stop = make_job(), threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted) as first:
+        train(job, stop=stop)
+    with pytest.raises(Interrupted) as second:
+        train(job, resume=True, stop=stop)
+    assert first.value.checkpoint == second.value.checkpoint
+    assert read_checkpoint(second.value.checkpoint).step == 0
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

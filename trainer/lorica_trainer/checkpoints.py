@@ -38,7 +38,13 @@ class Checkpoint:
 
 
 def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write durably and return its directory; older ones beyond `keep` are removed after it is safe."""
+    """Write durably and return its directory; older ones beyond `keep` are removed after it is safe.
+
+    A run that is stopped before it takes a step finds its step already there: the state it came from, which stays.
+    """
+    final = root / f"step-{checkpoint.step:08d}"
+    if final.exists():
+        return final
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(_TEMPORARY + "*"):
         shutil.rmtree(leftover)
@@ -48,9 +54,6 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     write_durably(partial / _STATE, state)
     write_durably(partial / _META, json.dumps(meta, indent=2).encode())
     _sync_directory(partial)
-    final = root / f"step-{checkpoint.step:08d}"
-    if final.exists():
-        shutil.rmtree(final)
     partial.rename(final)
     _sync_directory(root)
     for old in list_checkpoints(root)[:-keep]:

@@ -53,12 +53,15 @@ def load_data(job: DataJob, tokenizer: ChatTokenizer, end_ids: frozenset[int], *
     leaked = 0
     if job.eval is not None:
         read = tuple(dict.fromkeys(_read(job.eval, tokenizer, end_ids)))
-        held = tuple(example for example in read if example not in set(train))
+        trained = set(train)
+        held = tuple(example for example in read if example not in trained)
         leaked = len(read) - len(held)
         if not held:
             raise DataInvalid(job.eval, 0, "every evaluation record is also in the training file")
     elif job.eval_fraction:
         train, held = _split(train, job.eval_fraction, seed)
+        if not train:
+            raise DataInvalid(job.train, 0, "one distinct record cannot be split: leave out data.eval_fraction")
     fitted_train, cut_train = _fit(train, job)
     fitted_held, cut_held = _fit(held, job)
     if not fitted_train:

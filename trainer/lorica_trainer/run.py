@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorica_adapters.apply.trainable import attach
-from lorica_adapters.base import LoadedBase, load_base, refingerprint
+from lorica_adapters.base import BaseRefused, LoadedBase, load_base, refingerprint
 from lorica_adapters.embedded.tiny import TINY_NAME, tiny_path
 from lorica_trainer.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, replace_durably, write_checkpoint
 from lorica_trainer.data import DataReport, DataSet, load_data
@@ -63,8 +63,7 @@ def train(
     saved = list_checkpoints(checkpoints)
     _check_output(job, resume, bool(saved))
     device = _device(job)
-    base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
-    tokenizer = AutoTokenizer.from_pretrained(_source(job))
+    base, tokenizer = _load(job, device)
     data = load_data(job.data, tokenizer, _end_ids(base, tokenizer), seed=job.training.seed)
     _check_lengths(data, base)
     names = resolve_targets(job.lora.targets, base.spec)
@@ -188,6 +187,14 @@ def _check_output(job: TrainJob, resume: bool, has_checkpoints: bool) -> None:
 
 def _source(job: TrainJob) -> str:
     return str(tiny_path()) if job.model == TINY_NAME else job.model
+
+
+def _load(job: TrainJob, device: torch.device) -> tuple[LoadedBase, Any]:
+    try:
+        base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
+        return base, AutoTokenizer.from_pretrained(_source(job))
+    except (OSError, BaseRefused) as error:
+        raise JobInvalid("model", f"{job.model} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _device(job: TrainJob) -> torch.device:
