@@ -73,6 +73,10 @@ class EngineConfig(BaseConfig):
     kv_bytes: int | None = _option(
         None, "bytes", "memory of the KV cache; unset: sized at start", low=1 << 12, optional=True
     )
+    dense_base_bytes: int | None = _option(
+        None, "bytes", "memory of a dense copy of the base beside its NF4 codes; unset: sized at start, 0: none", low=0,
+        optional=True,
+    )  # fmt: skip
     prefix_cache: bool = _option(True, "flag", "reuse KV blocks of equal prefixes")
 
 

@@ -114,6 +114,7 @@ class AdapterPool(Generic[W]):
             raise error
         load = self._loads.get(digest)
         if load is None:
+            self._count(waits=1)
             self._loads[digest] = _Load(digest, self._clock())
             self._loader.submit(self._read, digest)
         elif load.state == "ready":
@@ -156,6 +157,7 @@ class AdapterPool(Generic[W]):
         return replace(
             self._stats,
             resident=len(slots),
+            resident_bytes=sum(slot.nbytes for slot in slots),
             loading=len(self._loads),
             leases=sum(slot.leases for slot in slots),
             rows_used=self._table.rows_used,
@@ -228,7 +230,7 @@ class AdapterPool(Generic[W]):
         if taken is None:
             return
         number, rows = taken
-        load.slot, load.state = Slot(number, load.digest, rows, extra_bytes), "writing"
+        load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "writing"
         self._loader.submit(self._write, load.slot, weights)
 
     def _idle(self) -> list[Slot]:

@@ -19,7 +19,7 @@ class Slot:
     number: int
     digest: str
     rows: Rows
-    extra_bytes: int
+    nbytes: int  # as uploaded
     leases: int = 0
     used_at: int = 0  # tick of the last acquisition or of the binding
     bound_at: int = 0

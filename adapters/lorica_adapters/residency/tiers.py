@@ -80,12 +80,14 @@ class PoolStats:
     """Counts since start, and what is held now."""
 
     resident: int = 0
+    resident_bytes: int = 0  # as uploaded
     loaded: int = 0
     loading: int = 0
     leases: int = 0
     rows_used: int = 0  # of the fullest module
     rows_capacity: int = 0
     hits: int = 0
+    waits: int = 0  # acquisitions that found the adapter not ready
     loads: int = 0
     load_failures: int = 0
     load_seconds: float = 0.0

@@ -137,6 +137,11 @@ class Catalog:
         )
         return tuple(FileEntry(*row) for row in rows)
 
+    def specs(self, digest: str) -> tuple[AdapterSpec, ...]:
+        """The spec of each tenant's version of a digest: alike but for the consent to another base."""
+        rows = self._read("SELECT spec FROM versions WHERE digest = ? ORDER BY id", (digest,))
+        return tuple(self._spec(row[0]) for row in rows)
+
     def copies(self, digest: str) -> tuple[tuple[Health, Mapping[str, str]], ...]:
         """Each tenant's files of a digest, file -> sha256, and whether any of them is quarantined."""
         rows = self._read(

@@ -250,6 +250,9 @@ class LocalStore:
             if self.unpin(digest):
                 self._collect_quietly()
 
+    def consents_to_base(self, digest: str) -> bool:
+        return any(spec.base_mismatch for spec in self._catalog.specs(digest))
+
     def entries(self, tenant: str, digest: str) -> tuple[FileEntry, ...]:
         checks.check_name(tenant, "tenant")
         checks.check_digest(digest)

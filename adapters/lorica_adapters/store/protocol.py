@@ -111,6 +111,9 @@ class AdapterStore(Protocol):
         is uploaded again).
         """
 
+    def consents_to_base(self, digest: str) -> bool:
+        """Whether an uploader of this version agreed to serve it on a base other than the one it declares."""
+
     def entries(self, tenant: str, digest: str) -> tuple[FileEntry, ...]:
         """The files of a tenant's version by name, as first uploaded. AdapterNotFound."""
 

@@ -1,0 +1,279 @@
+"""Puts a server's inside together: store, base, adapter pool, runner, engine, text. The only importer of torch code
+outside `model`.
+
+Everything is made here once and handed on; nothing here runs afterwards but `close` and the readings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from lorica_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
+from lorica_adapters.apply.slots import SlotTensors
+from lorica_adapters.base import BaseRefused, LoadedBase, load_base
+from lorica_adapters.embedded.tiny import tiny_path
+from lorica_adapters.formats import registry as formats
+from lorica_adapters.formats.limits import ReadLimits
+from lorica_adapters.frozen import Layouts, Nf4Linear, supports_packed
+from lorica_adapters.kernels.select import select_kernels
+from lorica_adapters.residency.host import HostCache
+from lorica_adapters.residency.pool import AdapterPool
+from lorica_adapters.residency.slots import SlotTable
+from lorica_adapters.spec import AdapterSpec
+from lorica_adapters.store.local import LocalStore
+from lorica_adapters.store.records import Quotas
+from lorica_adapters.weights import AdapterWeights
+
+from lorica_server.api.calls import Limits
+from lorica_server.api.gate import Parts
+from lorica_server.api.ports import AdapterState, ModelInfo
+from lorica_server.built import Built, EngineHooks
+from lorica_server.config import EMBEDDED_MODEL, ServeConfig
+from lorica_server.engine.client import EngineClient
+from lorica_server.engine.engine import Engine
+from lorica_server.engine.limits import EngineLimits
+from lorica_server.engine.mailbox import Mailbox
+from lorica_server.engine.scheduler import Scheduler
+from lorica_server.errors import StartError
+from lorica_server.model.cache import PagedCache, bytes_per_token
+from lorica_server.model.guard import check_supported, self_check
+from lorica_server.model.probe import probe_layers
+from lorica_server.model.runner import ModelRunner, RunnerConfig
+from lorica_server.model.sizing import Memory
+from lorica_server.model.weight_sets import WeightSets
+from lorica_server.observe.metrics import AdapterReading
+from lorica_server.registry import Registry
+from lorica_server.text import TextCodec
+
+_LOG = logging.getLogger("lorica_server.assembly")
+_EXTRA_SHARE = 8  # one part in 8 of the device budget is for embedding factors and biases
+_MAX_SLOTS = 4096
+MAX_ROWS_OF_RANK = 8
+
+
+def assemble(config: ServeConfig, hooks: EngineHooks) -> Built:
+    """Everything `app` starts. Raises StartError and whatever the store refuses with."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    store = LocalStore(config.data_dir, _quotas(config))
+    try:
+        return _assemble(config, hooks, store)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Built:
+    source = str(tiny_path()) if config.model == EMBEDDED_MODEL else config.model
+    base = _load(config, source)
+    context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
+    codec = TextCodec.load(source, revision=config.revision)
+    adapted, cache, memory = _prepare(config, base, context)
+    capacity = adapted.capacity
+    limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
+
+    def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
+        return formats.read(files, base.spec, limits, allow_base_mismatch=allow_base_mismatch)
+
+    def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
+        return read(files, allow_base_mismatch=allow_base_mismatch).spec
+
+    def load(digest: str) -> AdapterWeights:
+        # Consent to another base was given at upload and is part of what the store remembers.
+        return read(store.files(digest), allow_base_mismatch=store.consents_to_base(digest))
+
+    engine_limits = EngineLimits(
+        kv_blocks=cache.blocks - 1,  # the last one is scratch
+        block_tokens=cache.block_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        max_queued=config.max_queued,
+        prefix_cache=config.prefix_cache,
+        deterministic=config.deterministic,
+    )
+    mailbox = Mailbox(engine_limits.max_live)
+    host = HostCache(load, config.adapter_host_bytes)
+    loader = ThreadPoolExecutor(1, thread_name_prefix="lorica-loader")
+    pool = AdapterPool(
+        SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
+        SlotTensors(adapted),
+        host,
+        loader,
+        mailbox.notify,
+    )
+    refusal = "dense copies are off in deterministic mode: their rounding differs" if config.deterministic else ""
+    weight_sets = WeightSets(adapted, host.load, config.materialised_bytes, refusal)
+    runner = ModelRunner(
+        adapted,
+        cache,
+        select_kernels(deterministic=config.deterministic),
+        RunnerConfig(config.deterministic),
+        weight_sets.find,
+    )
+    scheduler = Scheduler(engine_limits, pool, ready_weight_sets=weight_sets.ready)
+    client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
+    engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
+    registry = Registry(store, read_spec)
+    states = _States(pool, weight_sets)
+    info = _model_info(config, base, context, engine_limits, limits, memory)
+
+    def close() -> None:
+        loader.shutdown(wait=True, cancel_futures=True)
+        weight_sets.close()
+        registry.close()
+
+    parts = Parts(client, registry, codec, info, states)
+    return Built(parts, engine, lambda: _read(pool, host, weight_sets), close)
+
+
+def _quotas(config: ServeConfig) -> Quotas:
+    return Quotas(
+        max_adapters=config.max_adapters,
+        max_bytes=config.max_store_bytes,
+        max_open_uploads=config.max_uploads,
+        upload_ttl_seconds=config.upload_ttl_seconds,
+    )
+
+
+def _load(config: ServeConfig, source: str) -> LoadedBase:
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    try:
+        return load_base(
+            source,
+            compute_dtype=_compute_dtype(config.dtype, device),
+            device=device,
+            double_quant=config.double_quant,
+            revision=config.revision,
+        )
+    except BaseRefused as error:
+        raise StartError(str(error), remedy="see `lorica doctor`") from error
+    except (OSError, ValueError) as error:
+        raise StartError(
+            f"cannot load the base {config.model}: {error}",
+            remedy="give a Hugging Face directory or a hub id that can be reached",
+        ) from error
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype = getattr(torch, name)
+        if not isinstance(dtype, torch.dtype):
+            raise StartError(f"{name} is no dtype", remedy="use auto, float32, bfloat16 or float16")
+        return dtype
+    return torch.bfloat16 if device.type == "cuda" or supports_packed() else torch.float32
+
+
+def _prepare(config: ServeConfig, base: LoadedBase, context: int) -> tuple[AdaptedModel, PagedCache, Memory]:
+    """Injects places for adapters and allocates the KV cache, both sized from what is free."""
+    try:
+        check_supported(base.model, context)
+    except BaseRefused as refusal:
+        raise StartError(str(refusal), remedy="serve another base") from refusal
+    row_bytes = rank_row_bytes(base.spec, base.compute_dtype)
+    layers = probe_layers(base)
+    token_bytes = bytes_per_token(layers, base.compute_dtype)
+    weights = [m.in_features * m.out_features for m in base.spec.modules.values() if m.kind in ("linear", "conv1d")]
+    memory = Memory.plan(
+        base.device,
+        kv_bytes=config.kv_bytes,
+        kv_most=token_bytes * context * config.max_running,
+        adapter_bytes=config.adapter_device_bytes,
+        rank_row_bytes=row_bytes,
+        dense_base_bytes=config.dense_base_bytes,
+        dense_needed=sum(weights) * base.compute_dtype.itemsize,
+    )
+    capacity = memory.adapters * (_EXTRA_SHARE - 1) // _EXTRA_SHARE // row_bytes // MAX_ROWS_OF_RANK * MAX_ROWS_OF_RANK
+    if capacity < MAX_ROWS_OF_RANK:
+        raise StartError(
+            f"{memory.adapters} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} on this base",
+            remedy=f"set --adapter-device-bytes to {row_bytes * MAX_ROWS_OF_RANK * 2} or more",
+        )
+    # The packed kernel rounds block scales to bf16 and has its own row dependence: not where results are compared.
+    layouts = Layouts(
+        packed=base.device.type == "cpu" and supports_packed() and not config.deterministic, dense=memory.dense_base
+    )
+    adapted = inject(base, select_kernels(deterministic=config.deterministic), capacity=capacity, layouts=layouts)
+    rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
+    if rounding:
+        _LOG.warning("the packed layout rounds block scales", extra={"fields": {"largest_relative_error": rounding}})
+    blocks = memory.kv // (token_bytes * config.block_tokens)
+    if blocks * config.block_tokens < 2 * config.block_tokens:
+        raise StartError(
+            f"{memory.kv} bytes hold no KV cache of two blocks",
+            remedy=f"set --kv-bytes to {token_bytes * config.block_tokens * 4} or more",
+        )
+    cache = PagedCache(layers, int(blocks) + 1, config.block_tokens, base.compute_dtype, base.device)
+    try:
+        self_check(adapted, cache, context)
+    except BaseRefused as refusal:
+        raise StartError(str(refusal), remedy="serve another base") from refusal
+    return adapted, cache, memory
+
+
+def _model_info(
+    config: ServeConfig,
+    base: LoadedBase,
+    context: int,
+    engine: EngineLimits,
+    read: ReadLimits,
+    memory: Memory,
+) -> ModelInfo:
+    return ModelInfo(
+        model_id=base.spec.model_id,
+        architecture=base.spec.architecture,
+        fingerprint=base.spec.fingerprint,
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+        device=str(base.device),
+        deterministic=config.deterministic,
+        limits=Limits(
+            context_tokens=context,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_running=engine.max_running,
+            max_queued=engine.max_queued,
+            kv_tokens=engine.kv_tokens,
+            max_rank=read.max_rank,
+            max_adapter_bytes=read.max_bytes,
+            adapter_device_bytes=memory.adapters,
+            vocabulary=base.spec.vocab_size,
+            max_choices=config.max_choices,
+            max_logprobs=config.max_logprobs,
+            max_stop_strings=config.max_stop_strings,
+        ),
+    )
+
+
+class _States:
+    """Implements `api.ports.AdapterStates`."""
+
+    def __init__(self, pool: AdapterPool[AdapterWeights], weight_sets: WeightSets) -> None:
+        self._pool, self._weight_sets = pool, weight_sets
+
+    def state(self, digest: str) -> AdapterState:
+        """Where the version is at this moment."""
+        view, dense = self._pool.residency(digest), self._weight_sets.state(digest)
+        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
+
+    def want_materialised(self, digest: str, wanted: bool) -> None:
+        """Build a dense copy in the background, or drop it."""
+        self._weight_sets.want(digest, wanted)
+
+
+def _read(pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], sets: WeightSets) -> AdapterReading:
+    stats = pool.stats()
+    ready, dense_bytes, builds = sets.usage()
+    return AdapterReading(
+        tiers={"resident": (stats.resident, stats.resident_bytes), "loaded": host.usage},
+        loads_total={"ok": stats.loads, "failed": stats.load_failures},
+        load_seconds_total=stats.load_seconds,
+        evictions_total={"resident": stats.evictions},
+        hits_total=stats.hits,
+        lease_waits_total=stats.waits,
+        materialised_sets=ready,
+        materialised_bytes=dense_bytes,
+        materialised_builds_total=builds,
+        slots=stats.rows_capacity // MAX_ROWS_OF_RANK,
+    )
