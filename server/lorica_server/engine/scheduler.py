@@ -117,6 +117,8 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what the step gave. Each chunk's request goes on, ends, or fails alone."""
+        if len(result.failures) == len(plan.chunks):
+            self._retired += plan.retired  # the step may have failed before the runner came to them
         for chunk in plan.chunks:
             key = chunk.request_id
             request = self._live[key]

@@ -1,0 +1,132 @@
+"""Order of service and bounded overtaking."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorica_server.engine.policies import FirstComeFirstServed, Turns
+from lorica_server.engine.request import Request, expand
+from support.engine_drive import Drive, digest, limits, submission
+from support.fake_pool import FakePool
+
+
+def request(ticket: int, **more: object) -> Request:
+    (one,) = expand(ticket, submission(f"r{ticket}", **more), 0.0)
+    return one
+
+
+def test_priority_then_arrival_then_choice():
+    policy = FirstComeFirstServed()
+    for one in (request(3), request(1), request(2, priority=-1), *expand(4, submission(n=2, priority=-1), 0.0)):
+        policy.add(one)
+    assert [(one.ticket, one.choice) for one in policy] == [(2, 0), (4, 0), (4, 1), (1, 0), (3, 0)]
+    assert len(policy) == 5
+
+
+def test_removal_takes_the_one_and_misses_are_errors():
+    policy = FirstComeFirstServed()
+    first, second = request(1), request(2)
+    policy.add(first)
+    policy.add(second)
+    policy.remove(first)
+    assert list(policy) == [second]
+    with pytest.raises(ValueError, match="not in the list"):
+        policy.remove(first)
+
+
+def test_the_victim_is_last_in_order():
+    old, new, low = request(1), request(2), request(3, priority=1)
+    assert FirstComeFirstServed().find_victim([new, low, old]) is low
+    assert FirstComeFirstServed().find_victim([new, old]) is new
+
+
+def test_one_pass_asks_once_per_adapter():
+    turns = Turns(bound=2, tries=8)
+    first, same, other = (request(number, digest=digest(kind)) for number, kind in ((1, 1), (2, 1), (3, 2)))
+    assert turns.may_ask(first)
+    turns.refuse(first)
+    assert not turns.may_ask(same)
+    assert turns.may_ask(other)
+
+
+def test_a_pass_ends_when_enough_adapters_were_asked_for():
+    turns = Turns(bound=9, tries=2)
+    for number in (1, 2):
+        assert not turns.is_over
+        turns.refuse(request(number, digest=digest(number)))
+    assert turns.is_over
+
+
+def test_after_the_bound_nobody_else_may_ask():
+    waiting = request(1, digest=digest(1))
+    for overtaken in range(2):
+        turns = Turns(bound=2, tries=8)
+        turns.refuse(waiting)
+        other = request(2, digest=digest(2))
+        assert turns.may_ask(other)
+        turns.admit(other)
+        assert waiting.overtaken == overtaken + 1
+    turns = Turns(bound=2, tries=8)
+    turns.refuse(waiting)
+    assert not turns.may_ask(request(3, digest=digest(3)))
+    Turns(bound=2, tries=8).admit(waiting)
+    assert waiting.overtaken == 0
+
+
+def test_the_bound_holds_within_one_pass():
+    turns = Turns(bound=1, tries=8)
+    turns.refuse(request(1, digest=digest(1)))
+    turns.admit(request(2, digest=digest(2)))
+    assert not turns.may_ask(request(3, digest=digest(3)))
+
+
+def test_a_stream_of_lucky_adapters_cannot_starve_an_unlucky_one():
+    """Two slots, two popular adapters with new requests before each step: the third gets its slot all the same."""
+    pool = FakePool(2)
+    drive = Drive(limits(max_overtakes=3, max_running=4), pool)
+    for number in (1, 2):
+        drive.submit(submission(f"warm{number}", digest=digest(number), max_tokens=1))
+    drive.step()
+    pool.report_all()
+    drive.step()
+    unlucky = None
+    passed = 0
+    for turn in range(60):
+        drive.submit(submission(f"lucky{turn}", prompt=[turn % 60] * 3, digest=digest(1 + turn % 2), max_tokens=4))
+        if turn == 4:
+            unlucky = drive.submit(submission("unlucky", digest=digest(3)))
+        plan = drive.step()
+        pool.report_all()
+        if unlucky is not None:
+            if drive.tokens(unlucky):
+                break
+            passed += sum(chunk.start == 0 and int(chunk.request_id.split(":")[0]) > unlucky for chunk in plan.chunks)
+    assert unlucky is not None
+    assert drive.tokens(unlucky), "it starved"
+    assert passed <= 3
+    drive.run()
+    drive.check_idle()
+
+
+def test_requests_for_the_base_pass_also_when_a_turn_is_taken():
+    drive = Drive(limits(max_overtakes=0), FakePool(2))
+    drive.submit(submission("waits", digest=digest(1)))
+    drive.submit(submission("barred", digest=digest(2)))
+    base = drive.submit(submission("base", prompt=[5] * 3))
+    drive.step()
+    assert drive.pool.asked == [digest(1)]
+    assert len(drive.tokens(base)) == 1
+    drive.run()
+    drive.check_idle()
+
+
+def test_many_adapters_through_few_slots_all_end():
+    drive = Drive(limits(max_overtakes=2), FakePool(3))
+    tickets = [
+        drive.submit(submission(f"r{number}", prompt=[number % 60] * 4, digest=digest(number % 17)))
+        for number in range(68)
+    ]
+    drive.run()
+    for ticket in tickets:
+        drive.check_equal_to_solo(ticket)
+    drive.check_idle()
