@@ -5,6 +5,7 @@ Both on free ports of 127.0.0.1 with a store of their own.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -259,3 +260,10 @@ def prompt_request(text: str = "Hello", max_tokens: int = 4, **more: Any) -> inf
     request.stopping.max_tokens = max_tokens
     request.stopping.ignore_eos = True
     return request
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for what another task or thread brings about. TimeoutError when it does not."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 -- the condition is a state of another thread, not an event
+            await asyncio.sleep(0.005)

@@ -1,0 +1,232 @@
+"""Streams that end otherwise: rows 17, 18, 19, 22 and 42 of the fault list, over the fake runner."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from grpc import aio
+
+from lorica_protos.v1 import inference_pb2
+from lorica_server.app import App
+from support.servers import FakeCodec, Inside, Served, details, prompt_request, serve_config, served, until
+
+pytestmark = pytest.mark.asyncio
+
+
+def _slow(seconds: float) -> Any:
+    return lambda plan: time.sleep(seconds)
+
+
+def _long(**more: Any) -> inference_pb2.GenerateRequest:
+    return prompt_request("Hello", 120, **more)
+
+
+def _calls(server: Served, code: str) -> float:
+    labels = {"method": "/lorica.v1.InferenceService/GenerateStream", "code": code}
+    return server.app.metrics.registry.get_sample_value("lorica_calls_total", labels) or 0.0
+
+
+async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> None:
+    async with served(tmp_path, Inside(before_step=_slow(0.05)), max_batch_tokens=8) as server:
+        begun = time.monotonic()
+        with pytest.raises(aio.AioRpcError) as caught:
+            await server.inference.Generate(prompt_request("x" * 100, 10), timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: server.inside.is_idle, 1.0)
+        assert time.monotonic() - begun < 1.0
+        await server.inference.Generate(prompt_request("Hello", 2))
+
+
+async def test_row_18_a_cancelled_stream_is_aborted_and_freed(tmp_path: Path) -> None:
+    async with served(tmp_path, Inside(before_step=_slow(0.005))) as server:
+        alone = await server.inference.Generate(_long())
+        neighbour = asyncio.ensure_future(server.inference.Generate(_long()))
+        stream = server.inference.GenerateStream(_long())
+        await stream.read()
+        stream.cancel()
+        await until(lambda: server.inside.client.stats().submissions == 1, 1.0)
+        assert (await neighbour).choices[0].text == alone.choices[0].text
+        await until(lambda: server.inside.is_idle)
+
+
+async def test_row_18_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None:
+    async with served(tmp_path, Inside(before_step=_slow(0.005))) as server:
+        async with aio.insecure_channel(server.app.address) as channel:
+            stream = Served(server.app, server.inside, channel).inference.GenerateStream(_long())
+            await stream.read()
+        await until(lambda: server.inside.is_idle, 1.0)
+
+
+async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> None:
+    """An echo of two megabytes in twelve choices fills the transport's window, and then nobody reads."""
+
+    class Short(FakeCodec):
+        def encode(self, text: str) -> list[int]:
+            return super().encode(text[:5])
+
+    async with served(tmp_path, Inside(codec=Short()), stall_seconds=0.3) as server:
+        request = prompt_request("x" * (2 << 20), 3, response={"echo": True})
+        request.sampling.n = 12
+        options = [("grpc.max_receive_message_length", -1)]
+        async with aio.insecure_channel(server.app.address, options=options) as channel:
+            stream = Served(server.app, server.inside, channel).inference.GenerateStream(request)
+            await stream.wait_for_connection()
+            await until(lambda: _calls(server, "ABORTED") == 1, 10.0)
+            begun = time.monotonic()
+            await server.inference.Generate(prompt_request())
+            assert time.monotonic() - begun < 2.0
+            assert server.inside.client.stats().submissions == 0
+            with pytest.raises(aio.AioRpcError) as caught:
+                async for _ in stream:
+                    pass
+            assert details(caught.value)["ErrorInfo"].reason == "CLIENT_STALLED"
+        await until(lambda: server.inside.is_idle)
+
+
+async def test_row_19_ten_times_the_concurrency_is_refused_fast(tmp_path: Path) -> None:
+    async with served(tmp_path, Inside(before_step=_slow(0.002)), max_running=4, max_queued=4) as server:
+        refused: list[float] = []
+        admitted: list[float] = []
+
+        async def one() -> None:
+            begun = time.monotonic()
+            try:
+                await server.inference.Generate(prompt_request("Hello", 20))
+            except aio.AioRpcError as error:
+                found = details(error)
+                assert found["code"] is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert found["ErrorInfo"].reason == "OVERLOADED"
+                assert found["RetryInfo"].retry_delay.ToMilliseconds() == found["pushback"] > 0
+                refused.append(time.monotonic() - begun)
+            else:
+                admitted.append(time.monotonic() - begun)
+
+        await asyncio.gather(*(one() for _ in range(80)))
+        assert len(admitted) >= 8
+        assert len(refused) >= 40
+        assert statistics.median(refused) < 1.0
+        assert max(admitted) < 5.0
+
+
+async def test_row_22_many_opened_and_cancelled_leak_nothing(tmp_path: Path) -> None:
+    async with served(tmp_path, Inside(before_step=_slow(0.001)), max_queued=500) as server:
+        process = psutil.Process()
+
+        async def open_and_cancel() -> None:
+            stream = server.inference.GenerateStream(_long())
+            await asyncio.sleep(0.001)
+            stream.cancel()
+
+        async def wave() -> tuple[int, int]:
+            await asyncio.gather(*(open_and_cancel() for _ in range(100)))
+            await until(lambda: server.inside.is_idle and server.inside.client.stats().submissions == 0)
+            await until(lambda: len(asyncio.all_tasks()) < 20)
+            return len(asyncio.all_tasks()), process.num_fds()
+
+        before = await wave()
+        for _ in range(3):
+            after = await wave()
+        assert after[0] <= before[0] + 2
+        assert after[1] <= before[1] + 2
+        assert server.inside.pool.leased == 0
+        await server.inference.Generate(prompt_request())  # its steps tell the runner who has left
+        assert len(server.inside.runner.known) <= 1
+
+
+async def test_row_22_idle_connections_cost_a_descriptor_and_no_task(tmp_path: Path) -> None:
+    async with served(tmp_path) as server:
+        await server.inference.Generate(prompt_request())
+        tasks, descriptors = len(asyncio.all_tasks()), psutil.Process().num_fds()
+        channels = [
+            aio.insecure_channel(server.app.address, options=[("grpc.use_local_subchannel_pool", 1)])
+            for _ in range(100)
+        ]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        assert len(asyncio.all_tasks()) <= tasks + 2
+        await asyncio.gather(*(channel.close() for channel in channels))
+        del channels
+        await until(lambda: psutil.Process().num_fds() <= descriptors + 4)
+
+
+async def test_row_42_a_drain_lets_streams_end_and_refuses_new_work(tmp_path: Path) -> None:
+    inside = Inside(before_step=_slow(0.01))
+    app = App(serve_config(tmp_path, readiness_seconds=0.2, drain_seconds=10), inside.build)
+    await app.start()
+    serving = asyncio.ensure_future(app.serve())
+    async with aio.insecure_channel(app.address) as channel:
+        server = Served(app, inside, channel)
+        running = asyncio.ensure_future(server.inference.Generate(_long()))
+        await until(lambda: inside.client.stats().submissions == 1)
+        app.request_stop()
+        await asyncio.sleep(0.05)
+        early = await server.inference.Generate(prompt_request("Hello", 2))  # within the readiness period
+        assert early.choices[0].finish.usage.completion_tokens == 2
+        await asyncio.sleep(0.3)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await server.inference.Generate(prompt_request())
+        found = details(caught.value)
+        assert (found["code"], found["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert "RetryInfo" in found
+        answer = await running
+        assert answer.choices[0].finish.usage.completion_tokens == 120
+        assert await serving == 0
+
+
+async def test_row_42_a_stream_longer_than_the_grace_is_told_aborted(tmp_path: Path) -> None:
+    inside = Inside(before_step=_slow(0.03))
+    app = App(serve_config(tmp_path, drain_seconds=0.3), inside.build)
+    await app.start()
+    serving = asyncio.ensure_future(app.serve())
+    async with aio.insecure_channel(app.address) as channel:
+        stream = aiter(Served(app, inside, channel).inference.GenerateStream(_long()))
+        await anext(stream)
+        begun = time.monotonic()
+        app.request_stop()
+        last = [message async for message in stream][-1]
+        assert last.finish.reason == inference_pb2.FINISH_REASON_ABORTED
+        assert await serving == 0
+        assert time.monotonic() - begun < 3.0
+
+
+async def test_the_engines_death_ends_every_request_and_the_server(tmp_path: Path) -> None:
+    inside = Inside(before_step=_slow(0.01))
+    app = App(serve_config(tmp_path), inside.build)
+    await app.start()
+    serving = asyncio.ensure_future(app.serve())
+    async with aio.insecure_channel(app.address) as channel:
+        running = asyncio.ensure_future(Served(app, inside, channel).inference.Generate(_long()))
+        await until(lambda: inside.client.stats().submissions == 1)
+
+        def die(now: float) -> Any:
+            raise MemoryError("the scheduler broke")
+
+        inside.scheduler.plan = die  # type: ignore[method-assign]
+        with pytest.raises(aio.AioRpcError) as caught:
+            await running
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert details(caught.value)["ErrorInfo"].reason == "ENGINE_DEAD"
+        assert await serving == 1
+
+
+async def test_row_16_a_step_that_hangs_ends_the_server(tmp_path: Path) -> None:
+    hang = {"seconds": 0.0}
+    inside = Inside(before_step=lambda plan: time.sleep(hang["seconds"]))
+    app = App(serve_config(tmp_path, step_timeout_seconds=1), inside.build)
+    await app.start()
+    serving = asyncio.ensure_future(app.serve())
+    async with aio.insecure_channel(app.address) as channel:
+        hang["seconds"] = 5.0
+        begun = time.monotonic()
+        with pytest.raises(aio.AioRpcError) as caught:
+            await Served(app, inside, channel).inference.Generate(prompt_request())
+        assert details(caught.value)["ErrorInfo"].reason == "ENGINE_DEAD"
+        assert await serving == 1
+        assert time.monotonic() - begun < 4.5
+        hang["seconds"] = 0.0

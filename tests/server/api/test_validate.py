@@ -1,0 +1,170 @@
+"""Rules of fields, judged without a server: rows 7, 8, 9 and 27 of the fault list, value by value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorica_server.api import validate
+from lorica_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
+from lorica_server.errors import InvalidRequest
+
+LIMITS = Limits(
+    context_tokens=128,
+    max_batch_tokens=64,
+    max_running=8,
+    max_queued=16,
+    kv_tokens=96,
+    max_rank=64,
+    max_adapter_bytes=1 << 20,
+    adapter_device_bytes=1 << 20,
+    vocabulary=64,
+    max_choices=4,
+    max_logprobs=5,
+    max_stop_strings=3,
+)
+GOOD = GenerateCall(text="hi")
+
+
+def _refused(call: GenerateCall) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        validate.check_generate(call, LIMITS)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"temperature": math.nan}, "sampling.temperature"),
+        ({"temperature": math.inf}, "sampling.temperature"),
+        ({"temperature": -0.1}, "sampling.temperature"),
+        ({"temperature": 100.5}, "sampling.temperature"),
+        ({"top_p": math.nan}, "sampling.top_p"),
+        ({"top_p": 0.0}, "sampling.top_p"),
+        ({"top_p": 1.1}, "sampling.top_p"),
+        ({"min_p": -1.0}, "sampling.min_p"),
+        ({"repetition_penalty": 0.0}, "sampling.repetition_penalty"),
+        ({"repetition_penalty": math.inf}, "sampling.repetition_penalty"),
+        ({"presence_penalty": 3.0}, "sampling.presence_penalty"),
+        ({"frequency_penalty": -math.inf}, "sampling.frequency_penalty"),
+        ({"n": 0}, "sampling.n"),
+        ({"n": 1 << 31}, "sampling.n"),
+        ({"seed": 1 << 64}, "sampling.seed"),
+        ({"logit_bias": {1: math.nan}}, "sampling.logit_bias[1]"),
+        ({"logit_bias": {1: 101.0}}, "sampling.logit_bias[1]"),
+        ({"logit_bias": {64: 1.0}}, "sampling.logit_bias[0]"),
+        ({"logit_bias": dict.fromkeys(range(2000), 0.0)}, "sampling.logit_bias"),
+    ],
+)
+def test_row_07_sampling(fields: dict[str, Any], path: str) -> None:
+    assert _refused(replace(GOOD, sampling=SamplingCall(**fields))).field == path
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"max_tokens": 0}, "stopping.max_tokens"),
+        ({"max_tokens": 129}, "stopping.max_tokens"),
+        ({"max_tokens": 4, "min_tokens": 5}, "stopping.min_tokens"),
+        ({"stop_strings": ("",)}, "stopping.stop_strings[0]"),
+        ({"stop_strings": ("a", "b", "c", "d")}, "stopping.stop_strings"),
+        ({"stop_strings": ("a", "b" * 257)}, "stopping.stop_strings[1]"),
+        ({"stop_token_ids": (3, 64)}, "stopping.stop_token_ids[1]"),
+        ({"stop_token_ids": (1,) * 1025}, "stopping.stop_token_ids"),
+    ],
+)
+def test_row_07_stopping(fields: dict[str, Any], path: str) -> None:
+    assert _refused(replace(GOOD, stopping=StoppingCall(**fields))).field == path
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_row_07_logprobs(name: str) -> None:
+    error = _refused(replace(GOOD, response=ResponseCall(**{name: 1_000_000})))
+    assert (error.field, error.metadata) == (f"response.{name}", {"max_logprobs": "5"})
+
+
+def test_row_08_token_ids_outside_the_vocabulary() -> None:
+    error = _refused(GenerateCall(token_ids=(1, 2, 64)))
+    assert (error.field, error.metadata) == ("token_ids.ids[2]", {"vocabulary": "64"})
+
+
+@pytest.mark.parametrize(
+    ("call", "path"),
+    [
+        (GenerateCall(), "input"),
+        (GenerateCall(text="a", token_ids=(1,)), "input"),
+        (GenerateCall(text=""), "text"),
+        (GenerateCall(token_ids=()), "token_ids.ids"),
+        (GenerateCall(chat=()), "chat.messages"),
+        (GenerateCall(chat=(ChatTurn("", "hi"),)), "chat.messages[0].role"),
+        (GenerateCall(token_ids=(1,) * 128), "input"),
+        (GenerateCall(token_ids=(1,) * 50, stopping=StoppingCall(max_tokens=79)), "stopping.max_tokens"),
+        (GenerateCall(token_ids=(1,) * 50, stopping=StoppingCall(max_tokens=48)), "stopping.max_tokens"),
+    ],
+)
+def test_row_09_inputs(call: GenerateCall, path: str) -> None:
+    assert _refused(call).field == path
+
+
+def test_row_09_the_limit_is_in_the_metadata() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fit_tokens(100, None, LIMITS)
+    assert caught.value.metadata == {"kv_cache_tokens": "96", "prompt_tokens": "100"}
+    with pytest.raises(InvalidRequest) as caught:
+        validate.fit_tokens(200, None, LIMITS)
+    assert caught.value.metadata["context_tokens"] == "128"
+
+
+@given(prompt=st.integers(1, 300), asked=st.none() | st.integers(1, 300))
+def test_what_fits_is_never_over_a_limit_and_left_out_means_what_is_left(prompt: int, asked: int | None) -> None:
+    room = min(LIMITS.context_tokens, LIMITS.kv_tokens + 1)
+    try:
+        got = validate.fit_tokens(prompt, asked, LIMITS)
+    except InvalidRequest:
+        assert prompt + (asked or 1) > room
+    else:
+        assert got >= 1
+        assert prompt + got <= room
+        assert got == (room - prompt if asked is None else asked)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "a,b", "a\0b", "x" * 300, "\u202eabc", "", " a", "a b", ".a", "-a", "é", "a\n"]
+)
+def test_row_27_names(name: str) -> None:
+    with pytest.raises(InvalidRequest):
+        validate.check_name("name", name)
+    with pytest.raises(InvalidRequest):
+        validate.check_reference("adapter", f"{name}@{'a' * 8}")
+
+
+@pytest.mark.parametrize("reference", ["a@", "a@1234567", "a@XYZ45678", "a@" + "0" * 65, "a@b@12345678"])
+def test_row_27_versions(reference: str) -> None:
+    with pytest.raises(InvalidRequest):
+        validate.check_reference("adapter", reference)
+
+
+@pytest.mark.parametrize("request_id", ["a b", "x" * 129, "a\n", "é"])
+def test_request_ids(request_id: str) -> None:
+    assert _refused(replace(GOOD, request_id=request_id)).field == "request_id"
+
+
+def test_what_is_within_bounds_passes() -> None:
+    validate.check_generate(
+        GenerateCall(
+            request_id="r-1",
+            adapter="german@0123abcd",
+            chat=(ChatTurn("user", "hi"),),
+            sampling=SamplingCall(0.0, 1.0, 0, 1.0, 10.0, -2.0, 2.0, {63: -100.0}, (1 << 64) - 1, 4),
+            stopping=StoppingCall(64, 64, ("a", "b", "c"), (0, 63), True, True),
+            response=ResponseCall(5, 0, True, True),
+            priority=-5,
+            cache_salt="s",
+        ),
+        LIMITS,
+    )
