@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from lorica_adapters.errors import AdapterConflict, AdapterCorrupt, AdapterNotFound, StoreUnavailable
+from lorica_adapters.errors import AdapterConflict, AdapterCorrupt, AdapterError, AdapterNotFound, StoreUnavailable
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store import changes, checks, schema
 from lorica_adapters.store.blobs import Blobs
@@ -95,8 +95,10 @@ class LocalStore:
         self.close()
 
     def close(self) -> None:
-        self._catalog.close()
-        self._lock.release()
+        try:
+            self._catalog.close()
+        finally:
+            self._lock.release()
 
     # Uploads
 
@@ -313,7 +315,7 @@ class LocalStore:
         """Collect after a change that is already durable: failing now only means collecting later."""
         try:
             self.collect()
-        except Exception as error:
+        except AdapterError as error:
             _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
 
     def _check_upload(self, tenant: str, upload_id: str) -> None:

@@ -22,6 +22,8 @@ from support.stores import (
     digest_of,
     entries_of,
     put,
+    spec_of,
+    stage,
     stored,
 )
 
@@ -171,3 +173,14 @@ def test_rot_is_refused_even_if_it_cannot_be_recorded(tmp_path: Path) -> None:
         with pytest.raises(AdapterCorrupt):
             store.files(DIGEST)
         assert store.get(TENANT, "one").health is Health.CORRUPT
+
+
+def test_consent_to_another_base_is_remembered_with_the_version(tmp_path: Path) -> None:
+    with LocalStore(tmp_path) as store:
+        put(store, "plain", content("other"))
+        upload_id = stage(store, "one", FILES, allow_base_mismatch=True)
+        store.publish(TENANT, upload_id, spec_of(FILES, base_mismatch=True))
+    with LocalStore(tmp_path) as store:
+        assert store.consents_to_base(DIGEST)
+        assert not store.consents_to_base(digest_of(content("other")))
+        assert not store.consents_to_base("0" * 64)

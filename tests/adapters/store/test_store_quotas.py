@@ -1,15 +1,30 @@
 """Quotas, and uploads that race for the last place (faults.md row 33)."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound, QuotaExceeded
+from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded, UploadOffset
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Published, Quotas
-from support.stores import TENANT, Files, blob_files, content, digest_of, manifest_of, put, spec_of, stage, stored
+from support.stores import (
+    TENANT,
+    Files,
+    blob_files,
+    content,
+    digest_of,
+    manifest_of,
+    put,
+    quick_store,
+    send,
+    spec_of,
+    stage,
+    stored,
+)
 
 
 def race(*calls: Callable[[], Published]) -> list[Published | BaseException]:
@@ -140,3 +155,35 @@ def test_quotas_lowered_later_only_refuse_growth(tmp_path: Path) -> None:
         assert put(store, "a", content("b")).created
         with pytest.raises(QuotaExceeded):
             put(store, "c", content("a"))
+
+
+def test_two_streams_of_one_upload_id_never_mix_their_bytes(tmp_path: Path) -> None:
+    """Callers that begin, send, discard and publish under one id at once: each is told what happened, or wins."""
+    store = quick_store(tmp_path, Quotas(keep_versions=1))
+    contents = [content("left"), content("right")]
+    published: Counter[str] = Counter()
+
+    def work(files: Files, discard: bool) -> Published:
+        last: Published | None = None
+        for turn in range(40):
+            try:
+                store.begin_upload(TENANT, "upload-0001", manifest_of("one", files))
+                send(store, "upload-0001", files)
+                if discard and turn % 3 == 0:
+                    store.discard_upload(TENANT, "upload-0001")
+                store.staged_files(TENANT, "upload-0001")
+                last = store.publish(TENANT, "upload-0001", spec_of(files))
+                published[last.record.digest] += 1
+            except (AdapterConflict, AdapterInvalid, AdapterNotFound, UploadOffset):
+                continue
+        return last or put(store, "one", files)
+
+    with store:
+        results = race(*(partial(work, files, discard) for files in contents for discard in (True, False)))
+        assert all(isinstance(result, Published) for result in results), results
+        assert published.total() > 10
+        current = store.get(TENANT, "one").digest
+        assert stored(store, current) in contents
+        assert len(blob_files(tmp_path)) == 2
+        store.discard_upload(TENANT, "upload-0001")
+        assert not list((tmp_path / "uploads" / TENANT).iterdir())
