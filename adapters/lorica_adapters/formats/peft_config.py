@@ -54,6 +54,8 @@ IGNORABLE = frozenset(
 
 # A number no model has: above it, r is nonsense rather than a rank over this server's limit.
 _MAX_SANE_RANK = 65_536
+# More than any base has modules.
+_MAX_PATTERN_KEYS = 8_192
 _UNMOVED_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 _MOVING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
@@ -115,7 +117,7 @@ def _check_key(key: str, value: object) -> None:
         return
     if key in REFUSED:
         raise _bad(key, f"{REFUSED[key]} are not supported", "train with plain LoRA or rsLoRA")
-    raise _bad(quote(key), "is not a known option", "remove it if it changes nothing")
+    raise _bad(key, "is not a known option", "remove it if it changes nothing")
 
 
 def _check_task(value: object) -> None:
@@ -173,7 +175,9 @@ def _pattern_table(raw: Mapping[str, object], key: str, read: Callable[[str, obj
         return {}
     if not isinstance(value, dict):
         raise _bad(key, "must map module patterns to numbers", "save the adapter again with PEFT")
-    return {pattern: read(f"{key}[{quote(pattern)}]", number) for pattern, number in value.items()}
+    if len(value) > _MAX_PATTERN_KEYS:
+        raise _bad(key, f"has more than {_MAX_PATTERN_KEYS} keys", "use patterns that cover more than one module")
+    return {pattern: read(f"{key} of {pattern}", number) for pattern, number in value.items()}
 
 
 def _names(key: str, value: object) -> Names:
@@ -201,4 +205,5 @@ def _layers(value: object) -> frozenset[int] | None:
 
 
 def _bad(key: str, what: str, remedy: str) -> AdapterInvalid:
-    return AdapterInvalid(f"{CONFIG_FILE}: {key}: {what}", subject=f"{CONFIG_FILE}: {key}", remedy=remedy)
+    shown = key if key in APPLIED or key in REFUSED else quote(key)
+    return AdapterInvalid(f"{CONFIG_FILE}: {shown}: {what}", subject=f"{CONFIG_FILE}: {shown}", remedy=remedy)

@@ -43,7 +43,8 @@ def write_peft(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors of `modules`, keyed by the base's module names.
 
-    Raises ValueError for a module the base lacks, factors that do not fit it, or an empty adapter.
+    Raises ValueError for a module the base lacks, factors that do not fit it, or an empty adapter, and AdapterInvalid
+    for an alpha that a reader would refuse.
     """
     _check_modules(modules, base)
     config = _config(modules, base, use_rslora)
@@ -102,6 +103,7 @@ def _means(config: Mapping[str, Any], modules: Mapping[str, TrainedModule], base
 
 
 def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and the others by full name."""
-    common = Counter(values.values()).most_common(1)[0][0]
+    """The commonest value (the largest of equally common ones), and the others by full name."""
+    counts = Counter(values.values())
+    common = max(counts, key=lambda value: (counts[value], value))
     return common, {f"^{name}": value for name, value in sorted(values.items()) if value != common}
