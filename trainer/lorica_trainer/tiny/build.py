@@ -31,7 +31,7 @@ class Recipe:
     """What the run depends on; `batch_tokens` counts padding."""
 
     seed: int = 20
-    steps: int = 2600
+    steps: int = 1600
     batch_tokens: int = 4096
     peak_lr: float = 4e-3
     warmup: int = 60
