@@ -62,7 +62,7 @@ def test_it_declares_its_base_and_is_reproducible(tmp_path: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with safe_open(tmp_path / "one" / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt", "lorica_base_fingerprint": base.fingerprint}
+        assert file.metadata() == {"lorica_base_fingerprint": base.fingerprint}
     spec = read(files_of(tmp_path / "one"), base, ReadLimits()).spec
     assert spec.base_fingerprint == base.fingerprint
 
