@@ -35,6 +35,9 @@ from lorica.types import (
 )
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
+_STATUS_PENDING = "Internal error from Core"
+_STATUS_POLLS = 200  # two seconds
+
 
 class AsyncClient:
     """A connection to a Lorica server at `address`; use with `async with` or `await close()` it.
@@ -308,19 +311,10 @@ class AsyncClient:
                 await call.write(message)
             await call.done_writing()
             return await call
-        except asyncio.InvalidStateError:  # the server ended the call while we were writing: its status is the answer
-            response: adapters_pb2.UploadAdapterResponse = await self._status_of(call)
-            return response
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, self.address) from None
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            raise from_call(await _read_status(call), self.address) from None
         finally:
             call.cancel()
-
-    async def _status_of(self, call: Any) -> Any:
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, self.address) from None
 
     async def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
@@ -334,3 +328,17 @@ class AsyncClient:
                 raise from_call(error, self.address) from None
             finally:
                 call.cancel()
+
+
+async def _read_status(call: Any) -> grpc.aio.AioRpcError:
+    """Why a call that could not be written to has ended.
+
+    While a write fails, grpc.aio puts an INTERNAL of its own in place of the server's status, which follows.
+    """
+    for _ in range(_STATUS_POLLS):
+        if await call.details() != _STATUS_PENDING:
+            break
+        await asyncio.sleep(0.01)
+    return grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )

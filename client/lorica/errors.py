@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -165,11 +166,10 @@ _BY_CODE: Mapping[str, type[LoricaError]] = {
 
 def from_call(call: grpc.Call | grpc.aio.AioRpcError, address: str) -> LoricaError:
     """The family member for a failed call; the status name stays in `code` when no class is its own."""
-    code = call.code()
-    name = code.name if code is not None else "UNKNOWN"
+    name = call.code().name
     kind = _BY_CODE.get(name, LoricaError)
     message = call.details() or f"the server answered {name} without a message"
-    details = read_details(call.trailing_metadata() or ())
+    details = read_details(call.trailing_metadata())
     if kind is Unavailable and not details.reason:  # from the transport, not from a server
         message = f"no server reachable at {address} ({message}); start one with `lorica serve`"
     return kind(message, details, code=name)
@@ -188,8 +188,9 @@ def read_details(metadata: object) -> ErrorDetails:
         return ErrorDetails()
 
 
-def _pairs(metadata: object) -> list[tuple[str, object]]:
-    return [(key, value) for key, value in metadata]  # type: ignore[attr-defined]
+def _pairs(metadata: Any) -> list[tuple[str, object]]:
+    # None on a call that ended without trailers, whatever the stubs say.
+    return [(key, value) for key, value in metadata or ()]
 
 
 def _collect(status: status_pb2.Status) -> ErrorDetails:

@@ -35,7 +35,8 @@ class RetryPolicy:
             return error.retry_after if error.retry_after <= self.longest else None
         if not idempotent or not isinstance(error, Unavailable):
             return None
-        return min(self.longest, self.first * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+        longest = min(self.longest, self.first * float(2 ** (attempt - 1)))
+        return longest * random.uniform(0.5, 1.0)  # spread, so that many clients do not return at once
 
 
 NO_RETRY = RetryPolicy(attempts=1)

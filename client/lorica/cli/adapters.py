@@ -1,0 +1,256 @@
+"""`lorica adapters`: push, list, show, pull, alias, pin, materialise, verify and remove adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorica.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
+from lorica.cli.failures import CommandError, ExitCode
+from lorica.cli.output import byte_progress, print_json, print_table, say, size
+
+if TYPE_CHECKING:
+    from lorica.types import Adapter, ProgressCallback, TransferProgress
+
+app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
+
+Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
+Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.")]
+
+
+@app.command("push")
+def push(
+    directory: Annotated[Path, typer.Argument(help="PEFT directory, as save_pretrained writes it.")],
+    name: Annotated[str | None, typer.Argument(help="Name to publish it under; default: the directory's.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    label: Annotated[list[str] | None, typer.Option("--label", "-l", help="KEY=VALUE; may be repeated.")] = None,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Accept an adapter that declares another base.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an adapter. A push that was cut goes on where it stopped when it is repeated."""
+    from lorica.client import Client
+
+    target = name or directory.resolve().name
+    with Client(address) as client, _transfer(f"push {target}", as_json) as report:
+        pushed = client.push(
+            directory, target, labels=_labels(label or []), allow_base_mismatch=allow_base_mismatch, progress=report
+        )
+    if as_json:
+        print_json(pushed)
+        return
+    adapter = pushed.adapter
+    state = "published" if pushed.created else "already published, unchanged"
+    print(f"{adapter.name}@{adapter.digest[:12]} {state} ({size(pushed.sent_bytes)} sent, rank {adapter.max_rank})")
+    if pushed.resumed_bytes:
+        print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
+    if pushed.left_out:
+        print(f"left out: {', '.join(pushed.left_out)} (not part of an adapter)")
+
+
+@app.command("ls")
+def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """List every adapter with the engine's view of where it is."""
+    from lorica.client import Client
+
+    with Client(address) as client:
+        found = list(client.adapters())
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
+         a.residency.materialised, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a))
+        for a in found
+    ]  # fmt: skip
+    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MATERIALISED", "PINNED", "ALIASES", "REMARKS")
+    print_table(columns, rows, empty="no adapters yet; add one with `lorica adapters push DIRECTORY`")
+
+
+@app.command("show")
+def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Show everything about one adapter."""
+    from lorica.client import Client
+
+    with Client(address) as client:
+        adapter = client.adapter(name)
+    if as_json:
+        print_json(adapter)
+        return
+    residency = adapter.residency
+    materialised = ": ".join(filter(None, (residency.materialised, residency.materialised_reason)))
+    rows = [
+        ("name", adapter.name),
+        ("digest", adapter.digest),
+        ("kind", adapter.kind),
+        ("base", adapter.base_fingerprint or "undeclared"),
+        ("rank", adapter.max_rank),
+        ("targets", ", ".join(adapter.targets)),
+        ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
+        ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
+        ("aliases", ", ".join(adapter.aliases) or "-"),
+        ("pinned", "yes" if adapter.pinned else "no"),
+        ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
+        ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
+        ("leases", residency.leases),
+        ("materialised", materialised),
+        ("created", adapter.created.isoformat(timespec="seconds")),
+        ("updated", adapter.updated.isoformat(timespec="seconds")),
+    ]
+    print_table(("FIELD", "VALUE"), rows, empty="")
+
+
+@app.command("rm")
+def rm(
+    names: Annotated[list[str], typer.Argument(help="Names to remove.")], address: Address = DEFAULT_ADDRESS
+) -> None:
+    """Remove adapters by name; requests that run on one end on their version."""
+    from lorica.client import Client
+
+    with Client(address) as client:
+        for name in names:
+            client.delete(name)
+            print(f"removed {name}")
+
+
+@app.command("pull")
+def pull(
+    name: Reference,
+    directory: Annotated[Path | None, typer.Argument(help="Where to; default: a directory of its name.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Download an adapter's files, byte for byte as they were uploaded."""
+    from lorica.client import Client
+
+    target = directory or Path(name.partition("@")[0])
+    with Client(address) as client, _transfer(f"pull {name}", as_json) as report:
+        pulled = client.pull(name, target, overwrite=force, progress=report)
+    if as_json:
+        print_json(pulled)
+    else:
+        print(f"{name}@{pulled.digest[:12]} -> {target} ({size(sum(f.size for f in pulled.files))}, sha256 checked)")
+
+
+@app.command("verify")
+def verify(
+    name: Reference,
+    against: Annotated[Path | None, typer.Option(help="Local directory that must hold the same bytes.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Read an adapter back and check every sha256; with --against, compare it with a local directory too."""
+    from lorica.client import Client
+    from lorica.upload import collect
+
+    with Client(address) as client, _transfer(f"verify {name}", as_json) as report:
+        stored = client.verify(name, progress=report)
+    different: list[str] = []
+    if against is not None:
+        local = {f.file: f for f in collect(against, name, {}, allow_base_mismatch=False).files}
+        served = {f.file: f for f in stored.files}
+        different = sorted(file for file in local.keys() | served.keys() if local.get(file) != served.get(file))
+    if as_json:
+        print_json({"name": name, "digest": stored.digest, "files": stored.files, "different": different})
+    elif different:
+        say(f"{name}@{stored.digest[:12]} differs from {against} in {', '.join(different)}")
+    else:
+        print(f"{name}@{stored.digest[:12]} verified: {', '.join(f.file for f in stored.files)}")
+    if different:
+        raise typer.Exit(ExitCode.NO)
+
+
+@app.command("pin")
+def pin(name: Name, address: Address = DEFAULT_ADDRESS) -> None:
+    """Keep an adapter on the device as long as there is room."""
+    _set_pinned(name, True, address)
+
+
+@app.command("unpin")
+def unpin(name: Name, address: Address = DEFAULT_ADDRESS) -> None:
+    """Let an adapter be evicted again."""
+    _set_pinned(name, False, address)
+
+
+@app.command("alias")
+def alias(
+    name: Name,
+    aliases: Annotated[list[str], typer.Argument(help="Other names for it.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the aliases away instead.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Give an adapter other names, or take them away."""
+    from lorica.client import Client
+
+    with Client(address) as client:
+        if remove:
+            adapter = client.update(name, remove_aliases=aliases)
+        else:
+            adapter = client.update(name, add_aliases=aliases)
+    print(f"{adapter.name}: {', '.join(adapter.aliases) or 'no aliases'}")
+
+
+@app.command("materialise")
+def materialise(
+    name: Name,
+    off: Annotated[bool, typer.Option("--off", help="Drop the dense copy.")] = False,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for it; 0 only asks.")] = 60.0,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Keep a dense copy of the base with this adapter merged in, for steps that are all its own."""
+    from lorica.cli.waiting import wait_materialised
+    from lorica.client import Client
+
+    with Client(address) as client:
+        adapter = client.update(name, materialised=not off)
+        if wait > 0:
+            adapter = wait_materialised(client, adapter, wanted=not off, seconds=wait)
+    residency = adapter.residency
+    if residency.materialised == "refused" and not off:
+        raise CommandError(f"{name} is not materialised: {residency.materialised_reason or 'refused'}")
+    print(f"{name}: materialised {residency.materialised}")
+
+
+def _set_pinned(name: str, pinned: bool, address: str) -> None:
+    from lorica.client import Client
+
+    with Client(address) as client:
+        adapter = client.update(name, pinned=pinned)
+    print(f"{adapter.name}: {'pinned' if adapter.pinned else 'not pinned'}")
+
+
+def _labels(pairs: list[str]) -> dict[str, str]:
+    labels = dict(pair.partition("=")[::2] for pair in pairs)
+    bad = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
+    if bad:
+        raise CommandError(f"not a label: {bad[0]!r}", remedy="write --label KEY=VALUE", code=ExitCode.USAGE)
+    return labels
+
+
+def _remarks(adapter: Adapter) -> str:
+    remarks = ["corrupt"] if adapter.health == "corrupt" else []
+    if adapter.base_mismatch:
+        remarks.append("base mismatch")
+    elif adapter.base_fingerprint is None:
+        remarks.append("base: undeclared")
+    return ", ".join(remarks)
+
+
+@contextmanager
+def _transfer(description: str, quiet: bool) -> Iterator[ProgressCallback | None]:
+    if quiet:
+        yield None
+        return
+    with byte_progress() as bar:
+        task = bar.add_task(description, total=None)
+
+        def report(progress: TransferProgress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total)
+
+        yield report

@@ -1,0 +1,68 @@
+"""`lorica config`: what the server would run with, where each value comes from, and whether it can start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorica.cli.arguments import AsJson
+from lorica.cli.failures import CommandError
+from lorica.cli.output import print_json, print_table
+from lorica.cli.server_options import ConfigFile, option_text, with_server_options
+
+app = typer.Typer(no_args_is_help=True, help="The server's configuration: file, environment and flags together.")
+
+
+@app.command("show")
+@with_server_options
+def show(flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """List every option with its value and where that comes from (flag over environment over file over default)."""
+    from lorica_server.config import options, resolve_config
+
+    resolved = resolve_config(file=config, environ=os.environ, flags=flags)
+    rows = [
+        {"option": name, "value": getattr(resolved.config, name), "origin": resolved.origins[name], "help": option.text}
+        for name, option in options().items()
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        table = [(r["option"], option_text(r["value"]) or "-", r["origin"]) for r in rows]
+        print_table(("OPTION", "VALUE", "FROM"), table, empty="")
+
+
+@app.command("check")
+@with_server_options
+def check(flags: dict[str, Any], config: ConfigFile = None) -> None:
+    """Resolve the configuration and make every check that needs no model: ports, paths, model, device."""
+    from lorica_server.config import resolve_config
+    from lorica_server.preflight import check_start
+
+    resolved = resolve_config(file=config, environ=os.environ, flags=flags)
+    check_start(resolved.config, os.environ)
+    print("ok: the server can start with this configuration")
+
+
+@app.command("init")
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("lorica.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a YAML file with every option, its meaning and its default, all commented out."""
+    from lorica_server.config import defaults, options
+
+    if file.exists() and not force:
+        raise CommandError(f"{file} exists already", remedy="choose another name, or --force to replace it")
+    standard = defaults()
+    lines = ["# Options of `lorica serve`; LORICA_* variables and flags override them.", ""]
+    for name, option in options().items():
+        choices = f" ({', '.join(option.choices)})" if option.choices else ""
+        lines += [f"# {option.text}{choices}", f"# {name}: {option_text(standard[name])}", ""]
+    try:
+        file.write_text("\n".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {file}: {error.strerror}", remedy="choose a writable directory") from error
+    print(f"wrote {file}; run `lorica serve --config {file}`")

@@ -1,0 +1,38 @@
+"""`lorica doctor`: is this machine fit to serve, and what would make it better."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+
+from lorica.cli.arguments import AsJson
+from lorica.cli.failures import ExitCode
+from lorica.cli.output import print_json, print_table
+from lorica.cli.server_options import ConfigFile, with_server_options
+
+
+@with_server_options
+def command(flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Check versions, device, processor, threads, base model, disk and ports; exit 1 when something must change."""
+    from rich.text import Text
+
+    from lorica.cli.checks import examine
+    from lorica.machine import describe
+    from lorica_server.config import resolve_config
+
+    resolved = resolve_config(file=config, environ=os.environ, flags=flags)
+    findings = examine(resolved.config)
+    failed = any(finding.state == "fail" for finding in findings)
+    if as_json:
+        print_json({"ok": not failed, "findings": findings, "machine": describe()})
+    else:
+        colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        rows = [
+            (Text(f.state, style=colours[f.state]), f.check, f.detail + (f"\n-> {f.remedy}" if f.remedy else ""))
+            for f in findings
+        ]
+        print_table(("", "CHECK", "FOUND"), rows, empty="")
+    if failed:
+        raise typer.Exit(ExitCode.NO)

@@ -1,0 +1,104 @@
+"""Exit codes, and how an expected failure is told: what, why and what to do, in place of a traceback.
+
+Looks only at error families whose house is already imported, so that telling an error loads nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
+
+
+class ExitCode(IntEnum):
+    """What the process tells its caller; documented in the README."""
+
+    OK = 0
+    NO = 1  # it ran, and the answer is no: not healthy, a bar missed, a difference found
+    USAGE = 2  # flags, environment or configuration
+    REFUSED = 3  # the input is wrong, or the state forbids it
+    NOT_FOUND = 4
+    UNAVAILABLE = 5  # no server, an overloaded one, or a timeout: trying again may help
+    FAULT = 6  # the server or the transfer is at fault
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An expected failure in words."""
+
+    message: str
+    code: ExitCode
+    remedy: str = ""
+
+
+class CommandError(Exception):
+    """A command's own refusal."""
+
+    def __init__(self, message: str, *, remedy: str = "", code: ExitCode = ExitCode.REFUSED) -> None:
+        super().__init__(message)
+        self.failure = Failure(message, code, remedy)
+
+
+_EXTRAS = {
+    "torch": "serve", "transformers": "serve", "bitsandbytes": "serve", "safetensors": "serve", "accelerate": "serve",
+    "numpy": "serve", "regex": "serve", "jinja2": "serve", "prometheus_client": "serve", "grpc_reflection": "serve",
+    "peft": "dev",
+}  # fmt: skip
+
+
+def explain(error: BaseException) -> Failure | None:
+    """The failure in words, or None when `error` is a bug and deserves its traceback."""
+    if isinstance(error, CommandError):
+        return error.failure
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("interrupted", ExitCode.INTERRUPTED)
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
+        return Failure(f"this command needs {error.name}", ExitCode.USAGE, f"pip install 'lorica[{extra}]'")
+    return _client(error) or _server(error) or _adapters(error) or _trainer(error)
+
+
+def _loaded(name: str) -> ModuleType | None:
+    return sys.modules.get(name)
+
+
+def _client(error: BaseException) -> Failure | None:
+    errors = _loaded("lorica.errors")
+    if errors is None or not isinstance(error, errors.LoricaError):
+        return None
+    code = ExitCode.FAULT
+    if isinstance(error, errors.NotFound):
+        code = ExitCode.NOT_FOUND
+    elif isinstance(error, errors.Unavailable | errors.ResourceExhausted | errors.DeadlineExceeded):
+        code = ExitCode.UNAVAILABLE
+    elif isinstance(
+        error,
+        errors.InvalidArgument | errors.FailedPrecondition | errors.AlreadyExists | errors.LocalFilesError
+        | errors.Aborted | errors.PermissionDenied | errors.Unauthenticated,
+    ):  # fmt: skip
+        code = ExitCode.REFUSED
+    retry = getattr(error, "retry_after", None)
+    return Failure(str(error), code, f"try again in {retry:g} s" if retry else "")
+
+
+def _server(error: BaseException) -> Failure | None:
+    errors = _loaded("lorica_server.errors")
+    if errors is None or not isinstance(error, errors.StartError):
+        return None
+    return Failure(str(error), ExitCode.USAGE, error.remedy)
+
+
+def _adapters(error: BaseException) -> Failure | None:
+    errors = _loaded("lorica_adapters.errors")
+    if errors is None or not isinstance(error, errors.AdapterError):
+        return None
+    return Failure(error.message, ExitCode.REFUSED, error.remedy)
+
+
+def _trainer(error: BaseException) -> Failure | None:
+    errors = _loaded("lorica_trainer.errors")
+    if errors is None or not isinstance(error, errors.TrainerError):
+        return None
+    stopped = isinstance(error, errors.Interrupted)
+    return Failure(str(error), ExitCode.INTERRUPTED if stopped else ExitCode.REFUSED)

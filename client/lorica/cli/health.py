@@ -1,0 +1,29 @@
+"""`lorica health`: grpc.health.v1 as an exit code, for containers and scripts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorica.cli.arguments import DEFAULT_ADDRESS, Address
+from lorica.cli.failures import ExitCode
+from lorica.cli.output import say
+
+
+def command(
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Annotated[float, typer.Option(min=0.05, help="Seconds to wait for the answer.")] = 5.0,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it serves; 0 asks once.")] = 0.0,
+) -> None:
+    """Exit with 0 when the server serves, 1 when it does not yet or drains, 5 when it cannot be reached."""
+    from lorica.client import Client
+    from lorica.retry import NO_RETRY
+
+    with Client(address, retry=NO_RETRY) as client:
+        if wait > 0:
+            client.wait_healthy(wait)
+        elif not client.is_healthy(timeout=timeout):
+            say(f"{address}: NOT_SERVING")
+            raise typer.Exit(ExitCode.NO)
+    say(f"{address}: SERVING")

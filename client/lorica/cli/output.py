@@ -1,0 +1,117 @@
+"""How commands speak: tables for people, JSON for programs, progress and errors on stderr.
+
+Knows no command. With `--json`, stdout holds JSON and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.cli.failures import Failure
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def plain(value: object) -> Any:
+    """`value` as JSON types: dataclasses become objects, times ISO 8601, bytes text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def print_json(value: object) -> None:
+    """One indented JSON document on stdout."""
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+    """A table on stdout; `empty` says what it means that there are no rows. Cells are printed as they are."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    if table.row_count == 0:
+        print(empty)
+    else:
+        Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def say(message: str) -> None:
+    """A remark for people, on stderr."""
+    print(message, file=sys.stderr)
+
+
+def tell_failure(failure: Failure) -> None:
+    """An expected failure on stderr."""
+    say(f"error: {failure.message}")
+    if failure.remedy:
+        say(f"       {failure.remedy}")
+
+
+def byte_progress() -> Progress:
+    """A progress bar in bytes with rate and time left, on stderr; gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def step_progress(rate: str) -> Progress:
+    """A progress bar in steps; `rate` is a format over the task's fields, such as `{task.fields[loss]}`."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(rate),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: `812 B`, `1.4 MiB`."""
+    number = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

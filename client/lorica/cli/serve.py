@@ -1,0 +1,26 @@
+"""`lorica serve`: check what can be checked, then run the server until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lorica.cli.server_options import ConfigFile, with_server_options
+
+
+@with_server_options
+def command(flags: dict[str, Any], config: ConfigFile = None) -> None:
+    """Serve one base model and its adapters over gRPC; alone it serves the embedded model.
+
+    Each flag is also the YAML key and, as LORICA_*, the environment variable of its name: flag over environment
+    over file over default. SIGTERM drains; a second one stops at once.
+    """
+    from lorica_server.config import resolve_config
+    from lorica_server.preflight import check_start
+
+    resolved = resolve_config(file=config, environ=os.environ, flags=flags)
+    check_start(resolved.config, os.environ)  # a start that cannot succeed fails before torch is imported
+
+    from lorica_server.app import serve
+
+    serve(resolved.config)

@@ -1,0 +1,41 @@
+"""`lorica train`: one adapter from a job file, with a progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorica.cli.output import print_json, step_progress
+
+
+def command(
+    job_file: Annotated[Path, typer.Argument(help="YAML job; relative paths in it are relative to the file.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only read and check the job.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+) -> None:
+    """Train a LoRA adapter on the frozen NF4 base; the output is a PEFT directory that `adapters push` takes.
+
+    The first SIGTERM or Ctrl-C saves a checkpoint and stops; `--resume` goes on from it.
+    """
+    from lorica_trainer.job import read_job
+
+    job = read_job(job_file)
+    if check:
+        print(f"ok: {job_file} is a valid job")
+        return
+
+    from lorica.cli.training_bar import COLUMN, TrainingBar
+    from lorica_trainer.interrupt import stop_on_signals
+    from lorica_trainer.run import train
+
+    with stop_on_signals() as stop, step_progress(COLUMN) as bar:
+        result = train(job, resume=resume, progress=TrainingBar(bar, job.output.name), stop=stop)
+    if as_json:
+        print_json(result)
+        return
+    held_out = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
+    print(f"{result.output}: {result.steps} steps in {result.seconds:.1f} s, loss {result.loss:.4f}{held_out}")
+    print(f"publish it with: lorica adapters push {result.output}")
