@@ -179,7 +179,7 @@ PATTERNS = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(pattern=PATTERNS)
 def test_accepted_patterns_mean_what_re_means(pattern: str) -> None:
     try:

@@ -217,7 +217,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from([field.name for field in dataclasses.fields(LoraConfig)])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(config=st.dictionaries(KEYS | st.text(max_size=8), JSON, max_size=4))
 def test_any_config_is_read_or_refused(config: dict[str, Any]) -> None:
     try:
@@ -228,7 +228,7 @@ def test_any_config_is_read_or_refused(config: dict[str, Any]) -> None:
     assert parsed.bias in ("none", "all", "lora_only")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.binary(max_size=60) | st.text(alphabet='{}[]",:0-9.eE+truefalsn \\"', max_size=60).map(str.encode))
 def test_any_text_means_what_json_means_or_is_refused(text: bytes) -> None:
     try:

@@ -204,7 +204,7 @@ def mutate(data: bytes, mutations: list[tuple[str, int, int]], *, mend_length: b
     return bytes(changed)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(mutations=st.lists(MUTATION, min_size=1, max_size=4), mend_length=st.booleans())
 def test_a_mutated_file_is_refused_or_reads_as_the_library_reads_it(
     mutations: list[tuple[str, int, int]], mend_length: bool, tmp_path_factory: pytest.TempPathFactory

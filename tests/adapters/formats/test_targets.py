@@ -178,7 +178,7 @@ SYNTAX = st.sampled_from([".", ".", "_", "^", "$", "|", ".*", r"\.", "(q|k)", "[
 KEYS = st.lists(WORDS | SYNTAX, min_size=1, max_size=7).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(keys=st.lists(st.one_of(KEYS, st.sampled_from(NAMES)), min_size=1, max_size=6, unique=True))
 def test_the_first_matching_key_is_pefts(keys: list[str]) -> None:
     try:
