@@ -208,6 +208,9 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
     assert text_of(deltas) == "ab"
     assert deltas[-1].usage == Usage(3, 4, 0)
     assert text_of(run(tokenizer, tokenizer.encode("abxab"), stop)) == "abx"
+    # A match that did not count may overlap one that does.
+    overlapping = StopConditions(99, min_tokens=4, stop_strings=("aba",))
+    assert text_of(run(tokenizer, tokenizer.encode("ababa"), overlapping)) == "ab"
     # Begun before the minimum and ended with it: nothing of it was given out yet.
     assert text_of(run(tokenizer, tokenizer.encode("xxab"), stop)) == "xx"
 

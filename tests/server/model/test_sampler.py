@@ -106,12 +106,12 @@ def test_every_kept_token_can_be_drawn_and_no_other() -> None:
 
 
 def test_a_hard_filter_over_a_flat_distribution_ends() -> None:
-    row = -torch.arange(32000).float() * 1e-4
-    assert sample_one(SamplingParams(top_p=0.0), row).token == 0
-    assert sample_one(SamplingParams(top_p=1e-9), row).token == 0
-    assert sample_one(SamplingParams(top_k=1), row).token == 0
-    assert sample_one(SamplingParams(min_p=1.0), row).token == 0
-    assert sample_one(SamplingParams(temperature=1e-30), row).token == 0
+    row = torch.arange(32000).float() * 1e-4
+    assert sample_one(SamplingParams(top_p=0.0), row).token == 31999
+    assert sample_one(SamplingParams(top_p=1e-9), row).token == 31999
+    assert sample_one(SamplingParams(top_k=1), row).token == 31999
+    assert sample_one(SamplingParams(min_p=1.0), row).token == 31999
+    assert sample_one(SamplingParams(temperature=1e-30), row).token == 31999
     assert sample_one(SamplingParams(top_k=31999, top_p=0.5, temperature=100.0), row).token < 32000
 
 

@@ -63,6 +63,8 @@ def test_penalties_follow_the_tokens_once_through_chunks_and_preemption(seed: in
             end = rng.randint(start + 1, len(tokens))
             part = chunk(tokens[start:end], start, prompt_length, tokens[:start] if fresh else None)
             sampler.observe([part])
+            if not fresh:
+                sampler.observe([part])  # once more counts nothing
             fresh, start = False, end
         assert logprobs_of(sampler, part, row) == pytest.approx(expected, abs=1e-5)
         assert logprobs_of(sampler, part, row) == pytest.approx(expected, abs=1e-5)  # sampling counts nothing twice
