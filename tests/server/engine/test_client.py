@@ -262,8 +262,7 @@ async def test_every_choice_ends_once_under_random_traffic(seed: int):
             )
             try:
                 stream = server.client.submit(what)
-            except Overloaded as error:
-                assert error.retry_after > 0
+            except Overloaded:
                 return
             manner = random_.choice(["read", "read", "abort", "stop", "cancel"])
             ended: list[int] = []

@@ -208,3 +208,21 @@ async def test_observers_hear_of_every_step_and_request():
     assert sum(stats.marks.prefix_hit for stats in steps) == 8
     assert steps[0].load.kv_blocks_held == 3
     assert all(stats.times.run > 0 and stats.times.plan > 0 for stats in steps)
+
+
+async def test_opening_and_cancelling_a_thousand_times_leaves_nothing_behind():
+    async with running(limits(max_queued=2000)) as server:
+        for number in range(1000):
+            stream = server.client.submit(submission(f"r{number}", max_tokens=40, digest=digest(number % 9)))
+            if number % 3:
+                await asyncio.sleep(0)
+            stream.abort()
+        for _ in range(1000):
+            if server.client.stats().submissions == 0:
+                break
+            await asyncio.sleep(0.01)
+        assert server.client.stats().choices == 0
+        await read(server.client.submit(submission("last", prompt=[60] * 3)))
+    assert server.scheduler.is_idle
+    assert (server.scheduler.tables.pool.held, server.pool.leased) == (0, 0)
+    assert server.runner.known <= {"1001:last#0"}, "the runner was told of every end"

@@ -1,0 +1,99 @@
+"""The prefix cache as requests see it: what is found, what never is, what it costs."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorica_server.engine.plan import StepPlan
+from lorica_server.requests import RequestFailure
+from support.engine_drive import Drive, digest, limits, submission
+
+
+def shapes(plan: StepPlan) -> list[tuple[int, int]]:
+    """(start, tokens) of each chunk."""
+    return [(chunk.start, len(chunk.tokens)) for chunk in plan.chunks]
+
+
+def test_equal_prompts_share_blocks_and_recompute_at_least_the_last_token():
+    drive = Drive()
+    first = drive.submit(submission("a", prompt=8))
+    drive.run()
+    second = drive.submit(submission("b", prompt=8))
+    plan = drive.step()
+    assert shapes(plan) == [(4, 4)]
+    drive.run()
+    drive.check_equal_to_solo(first)
+    drive.check_equal_to_solo(second)
+    end = drive.last(second)
+    assert end.usage is not None
+    assert end.usage.cached == 4
+
+
+def test_output_is_found_again_as_the_next_turn_of_a_talk():
+    drive = Drive()
+    ticket = drive.submit(submission("a", prompt=6, max_tokens=7))
+    drive.run()
+    drive.submit(submission("b", prompt=[*range(6), *drive.tokens(ticket), 1, 2]))
+    assert shapes(drive.step()) == [(12, 3)]
+
+
+@pytest.mark.parametrize("other", [{"digest": digest(1)}, {"tenant": "other"}, {"cache_salt": "s"}])
+def test_no_hit_across_adapter_tenant_or_salt(other: dict[str, str]):
+    drive = Drive()
+    drive.submit(submission("a", prompt=9))
+    drive.run()
+    ticket = drive.submit(submission("b", prompt=9, **other))
+    assert shapes(drive.step()) == [(0, 9)]
+    drive.run()
+    drive.check_equal_to_solo(ticket)
+
+
+def test_no_cache_no_hit():
+    drive = Drive(limits(prefix_cache=False))
+    for name in "ab":
+        drive.submit(submission(name, prompt=9))
+        assert shapes(drive.step()) == [(0, 9)]
+        drive.run()
+    drive.check_idle()
+
+
+def test_prompt_logprobs_read_no_cached_blocks_and_come_once_before_the_first_token():
+    drive = Drive(limits(max_batch_tokens=10))
+    drive.submit(submission("a", prompt=20))
+    drive.run()
+    ticket = drive.submit(submission("b", prompt=20, sampling={"prompt_logprobs": 0}))
+    plans = drive.run()
+    assert shapes(plans[0]) == [(0, 10)]
+    first, *rest = drive.events[ticket, 0]
+    assert first.token is None
+    assert first.prompt_logprobs is not None
+    assert [entry and entry.token for entry in first.prompt_logprobs] == [None, *range(1, 20)]
+    assert all(event.prompt_logprobs is None for event in rest)
+    assert plans[-1].chunks[0].params.prompt_logprobs is None
+
+
+def test_blocks_that_were_shared_with_a_failed_request_are_not_found_again():
+    drive = Drive()
+    drive.submit(submission("a", prompt=9))
+    drive.run()
+    drive.submit(submission("bad", prompt=12))
+    drive.runner.inject = lambda plan: {chunk.request_id: RequestFailure("NUMERIC", "") for chunk in plan.chunks}
+    assert shapes(drive.step()) == [(8, 4)]
+    drive.runner.inject = None
+    drive.submit(submission("b", prompt=9))
+    assert shapes(drive.step()) == [(0, 9)]
+
+
+def test_sharing_an_idle_block_takes_from_what_is_available():
+    """Of 5 blocks 2 are cached, 2 run and 1 is blank: a prompt of 4 blocks does not fit although 2 are found."""
+    drive = Drive(limits(kv_blocks=5))
+    drive.submit(submission("a", prompt=8, max_tokens=1))
+    drive.run()
+    drive.submit(submission("b", prompt=[50] * 7, max_tokens=2))
+    drive.step()
+    ticket = drive.submit(submission("c", prompt=16, max_tokens=2))
+    drive.step()
+    assert drive.scheduler.load().waiting == {"blocks": 1}
+    drive.run()
+    drive.check_equal_to_solo(ticket)
+    drive.check_idle()
