@@ -1,5 +1,6 @@
 """Pins against delete and replace: what was resolved keeps its bytes, and nothing stays for ever."""
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorica_adapters.errors import AdapterNotFound
+from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Quotas
 from support.stores import TENANT, SteppedDisk, blob_files, content, digest_of, put, stored
@@ -91,6 +93,41 @@ def test_an_unpin_without_a_pin_is_a_bug(store: LocalStore) -> None:
     put(store, "one", FILES)
     with pytest.raises(RuntimeError):
         store.unpin(DIGEST)
+
+
+class SlowReader(sqlite3.Connection):
+    """Calls `between` once, when a lookup has its row and its caller does not have it yet."""
+
+    between: Callable[[], None] | None = None
+
+    def execute(self, sql: str, parameters: object = (), /) -> sqlite3.Cursor:  # type: ignore[override]
+        cursor = super().execute(sql, parameters)  # type: ignore[arg-type]
+        between = type(self).between
+        if between and sql.startswith("SELECT v.digest, n.name"):
+            type(self).between = None
+            between()
+        return cursor
+
+
+def test_a_delete_between_lookup_and_pin_removes_no_bytes(tmp_path: Path) -> None:
+    def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
+        return schema.connect(path, busy_seconds, factory=SlowReader)
+
+    with LocalStore(tmp_path, connect=connect) as store:
+        put(store, "one", FILES)
+        deleting = threading.Thread(target=store.delete, args=(TENANT, "one"))
+
+        def between() -> None:
+            deleting.start()
+            deleting.join(0.5)
+
+        SlowReader.between = between
+        assert store.acquire(TENANT, "one").digest == DIGEST
+        deleting.join()
+        assert stored(store, DIGEST) == FILES
+        with pytest.raises(AdapterNotFound):
+            store.acquire(TENANT, "one")
+        assert store.unpin(DIGEST)
 
 
 def test_what_a_resolve_returned_holds_its_bytes_against_deletes_and_replaces(store: LocalStore) -> None:
