@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from bitsandbytes import matmul_4bit
 from bitsandbytes.nn import Linear4bit
 
+from lorica_adapters.kernels import invariant
+
 PACKED_ROWS_BESIDE_DENSE = 4
 """Up to here the packed layout beats a dense bf16 copy: it reads a quarter of the bytes, but its time grows with
 every row (measured on 2 cores, AVX512-BF16 and AMX: 3.0 against 8.0 ms for 75M weights at 1 row, 5 and 8 at 4, 17 and 8 at 16)."""
@@ -27,10 +29,15 @@ PACKED_ROWS_ALONE = 16
 
 @dataclass(frozen=True)
 class Layouts:
-    """Which re-layouts of the codes to build. `packed` needs AVX512-BF16 and bf16 compute; `dense` costs out x in elements."""
+    """How frozen weights are held and multiplied.
+
+    `packed` needs AVX512-BF16 and bf16 compute; `dense` costs out x in elements; `invariant` makes a row's product
+    independent of the other rows.
+    """
 
     packed: bool = False
     dense: bool = False
+    invariant: bool = False
 
 
 def supports_packed() -> bool:
@@ -80,6 +87,7 @@ class Nf4Linear:
         )
         self._packed: tuple[torch.Tensor, Any] | None = None
         self._dense: torch.Tensor | None = None
+        self._invariant = False
 
     @classmethod
     def from_module(cls, module: Linear4bit, compute_dtype: torch.dtype) -> Nf4Linear:
@@ -123,7 +131,8 @@ class Nf4Linear:
         if layouts.dense:
             self._dense = self.dequantise(self.compute_dtype)
         packable = self.out_features % 32 == 0 and self.in_features % self.block_size == 0
-        if layouts.packed and packable and self.compute_dtype == torch.bfloat16:
+        self._invariant = layouts.invariant
+        if layouts.packed and not layouts.invariant and packable and self.compute_dtype == torch.bfloat16:
             self._packed = self._pack()
 
     def _pack(self) -> tuple[torch.Tensor, Any]:
@@ -144,6 +153,9 @@ class Nf4Linear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] contiguous, T >= 1 -> [T, out]."""
+        if self._invariant:
+            weight = self.dequantise(x.dtype) if self._dense is None else self._dense
+            return invariant.linear(x, weight, self.bias)
         rows = x.shape[0]
         if self._packed is not None and rows <= (PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE):
             # The packed kernel reads a unit inner stride without a check.
@@ -175,13 +187,14 @@ class Nf4Linear:
 class DenseLinear:
     """An unquantised frozen weight [out, in]: lm_head, or a base that keeps a projection in full."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, layouts: Layouts = Layouts()) -> None:
         self.weight, self.bias = weight, bias
+        self._linear = invariant.linear if layouts.invariant else F.linear
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]."""
-        return F.linear(x, self.weight, self.bias)
+        return self._linear(x, self.weight, self.bias)
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the weight in `dtype`."""

@@ -134,6 +134,7 @@ def _quotas(config: ServeConfig) -> Quotas:
     return Quotas(
         max_adapters=config.max_adapters,
         max_bytes=config.max_store_bytes,
+        max_upload_bytes=config.max_adapter_bytes + (2 << 20),  # and its two JSON files
         max_open_uploads=config.max_uploads,
         upload_ttl_seconds=config.upload_ttl_seconds,
     )
@@ -192,9 +193,10 @@ def _prepare(config: ServeConfig, base: LoadedBase, context: int) -> tuple[Adapt
             f"{memory.adapters} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} on this base",
             remedy=f"set --adapter-device-bytes to {row_bytes * MAX_ROWS_OF_RANK * 2} or more",
         )
-    # The packed kernel rounds block scales to bf16 and has its own row dependence: not where results are compared.
     layouts = Layouts(
-        packed=base.device.type == "cpu" and supports_packed() and not config.deterministic, dense=memory.dense_base
+        packed=base.device.type == "cpu" and supports_packed(),
+        dense=memory.dense_base,
+        invariant=config.deterministic,
     )
     adapted = inject(base, select_kernels(deterministic=config.deterministic), capacity=capacity, layouts=layouts)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lorica_adapters.apply.batch import AdapterBatch, Layout, SlotSegment, StepCell
 from lorica_adapters.frozen import FrozenLinear
+from lorica_adapters.kernels import invariant
 from lorica_adapters.kernels.protocol import Kernels
 
 Rows = Literal["tokens", "logits"]
@@ -163,8 +164,7 @@ class AdaptedEmbedding(nn.Module):
         return rows.view_as(y)
 
     def _delta(self, gathered: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(gathered, (0, 0, 0, -gathered.shape[0] % 8))  # row-invariant, see kernels.reference
-        delta = (padded.float() @ b.float())[: gathered.shape[0]]
+        delta = invariant.linear(gathered.float(), b.float().T)
         scale = getattr(self.frozen, "embed_scale", None)
         return (delta if scale is None else delta * scale).to(b.dtype)
 

@@ -118,19 +118,19 @@ def _stackable(base: LoadedBase, names: tuple[str, ...]) -> list[tuple[str, ...]
     """`names` as one part when their weights stack exactly, else one by one."""
     if len(names) == 1:
         return [names]
-    frozen = [_freeze(base, name) for name in names]
+    frozen = [_freeze(base, name, Layouts()) for name in names]
     first = frozen[0]
     if isinstance(first, Nf4Linear) and all(isinstance(f, Nf4Linear) and first.stackable_with(f) for f in frozen):
         return [names]
     return [(name,) for name in names]
 
 
-def _freeze(base: LoadedBase, name: str) -> FrozenLinear:
+def _freeze(base: LoadedBase, name: str, layouts: Layouts) -> FrozenLinear:
     module = base.model.get_submodule(name)
     if isinstance(module, Linear4bit):
         return Nf4Linear.from_module(module, base.compute_dtype)
     weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
-    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias)
+    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, layouts)
 
 
 def _make_group(
@@ -141,7 +141,7 @@ def _make_group(
     capacity: int,
     layouts: Layouts,
 ) -> SiteGroup:
-    parts = [_freeze(base, name) for name in names]
+    parts = [_freeze(base, name, layouts) for name in names]
     frozen = parts[0] if len(parts) == 1 else Nf4Linear.stack([part for part in parts if isinstance(part, Nf4Linear)])
     if isinstance(frozen, Nf4Linear):
         frozen.build(layouts)

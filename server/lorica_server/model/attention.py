@@ -20,8 +20,10 @@ from lorica_server.model.cache import LayerShape, PagedCache
 
 ATTENTION_NAME = "lorica_paged"
 
-TILE = 64
-"""KV positions per tile of the tiled form; a multiple of every block size."""
+KV_TILE = 64
+QUERY_TILE = 16
+"""Positions and query rows per tile of the tiled form: every product has the same shape. KV_TILE is a multiple of the
+block size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,41 +173,58 @@ def _tiled(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """The online-softmax form over fixed tiles of KV, in float32: [n, H, Dv].
+    """Online softmax over fixed tiles of queries and KV, in float32: [n, H, Dv].
 
-    Rows are padded to a multiple of 8 and every tile has the same width, so that each product has a shape in which
-    rows do not influence each other; a tile wholly behind a row changes nothing in it, bit for bit.
+    Every product has one shape, and a tile wholly behind a row changes nothing in it: a row's result is the same,
+    bit for bit, in whatever chunk it is computed. (Milakov and Gimelshein, Online normalizer calculation, 2018.)
     """
     rows = query.shape[0]
-    kv_heads = cache.keys[layer].shape[2]
-    padded = F.pad(query.float(), (0, 0, 0, 0, 0, -rows % 8))
-    count = padded.shape[0]
-    # [KV, n * G, D]: one product per KV head, a multiple of 8 rows each
-    grouped = padded.view(count, kv_heads, -1, padded.shape[-1]).transpose(0, 1).flatten(1, 2)
-    group = grouped.shape[1] // count
-    best = torch.full((kv_heads, count * group, 1), float("-inf"), device=query.device)
+    padded = F.pad(query.float(), (0, 0, 0, 0, 0, -rows % QUERY_TILE))
+    tiles = [
+        _tile(cache, layer, padded[first : first + QUERY_TILE], span, span.start + first, scale, window, softcap)
+        for first in range(0, rows, QUERY_TILE)
+    ]
+    return torch.cat(tiles)[:rows].to(query.dtype)
+
+
+def _tile(
+    cache: PagedCache,
+    layer: int,
+    query: torch.Tensor,  # [QUERY_TILE, H, D] float32
+    span: Span,
+    start: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Rows at positions start .. -> [QUERY_TILE, H, Dv]."""
+    kv_heads, device = cache.keys[layer].shape[2], query.device
+    # [KV, QUERY_TILE * G, D]
+    grouped = query.view(QUERY_TILE, kv_heads, -1, query.shape[-1]).transpose(0, 1).flatten(1, 2).contiguous()
+    group = grouped.shape[1] // QUERY_TILE
+    best = torch.full((kv_heads, QUERY_TILE * group, 1), float("-inf"), device=device)
     total = torch.zeros_like(best)
-    out = torch.zeros(kv_heads, count * group, cache.values[layer].shape[3], device=query.device)
-    per_tile = TILE // cache.block_size
-    for first in range(0, span.length, TILE):
+    out = torch.zeros(kv_heads, QUERY_TILE * group, cache.values[layer].shape[3], device=device)
+    per_tile = KV_TILE // cache.block_size
+    for first in range(0, min(start + QUERY_TILE, span.length), KV_TILE):
         begin = first // cache.block_size
         blocks = span.blocks[begin : begin + per_tile]
         blocks = F.pad(blocks, (0, per_tile - blocks.shape[0]), value=int(blocks[0]))
-        keys, values = cache.read(layer, blocks)  # [TILE, KV, D]
-        scores = torch.bmm(grouped, keys.float().permute(1, 2, 0)) * scale
+        keys, values = cache.read(layer, blocks)  # [KV_TILE, KV, D]
+        scores = torch.bmm(grouped, keys.float().permute(1, 2, 0).contiguous()) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        hidden = _hidden(span.start, count, first, TILE, window, query.device).repeat_interleave(group, 0)
+        hidden = _hidden(start, QUERY_TILE, first, KV_TILE, window, device).repeat_interleave(group, 0)
         scores = scores.masked_fill(hidden, float("-inf"))
         new_best = torch.maximum(best, scores.amax(-1, keepdim=True))
         shift = torch.where(new_best.isinf(), torch.zeros_like(new_best), new_best)
         weights = torch.exp(scores - shift)
         decay = torch.exp(torch.where(best.isinf(), best, best - shift))
         total = total * decay + weights.sum(-1, keepdim=True)
-        out = out * decay + torch.bmm(weights, values.float().transpose(0, 1))
+        out = out * decay + torch.bmm(weights, values.float().transpose(0, 1).contiguous())
         best = new_best
-    merged = (out / total).view(kv_heads, count, group, -1).transpose(0, 1).flatten(1, 2)
-    return merged[:rows].to(query.dtype)
+    # A padding row behind a window may have seen nothing: its 0 / 0 is dropped by the caller.
+    return (out / total).view(kv_heads, QUERY_TILE, group, -1).transpose(0, 1).flatten(1, 2)
 
 
 def _hidden(start: int, rows: int, first: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -15,8 +15,8 @@ from lorica_server.engine.plan import BASE_SLOT, Chunk
 from lorica_server.model.attention import DecodeRows, PagedContext, Span
 from lorica_server.model.cache import PagedCache
 
-ROW_MULTIPLE = 8
-"""Rows of a deterministic step are padded to this: below it float32 products depend on the number of rows."""
+ROW_MULTIPLE = 16
+"""Rows of a deterministic step are padded to this, so that elementwise operations have no scalar tail of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,9 @@ def _logit_rows(
         elif chunk.samples:
             wanted.append(last - 1)
         ranges.append((before, len(wanted)))
-    missing = -len(wanted) % ROW_MULTIPLE if tiled else int(not wanted)
+    missing = -len(wanted) % ROW_MULTIPLE if tiled else 0
+    if not wanted:
+        missing = ROW_MULTIPLE if tiled else 1
     if missing:  # row 0 is the first of all: no adapter's, where any row has none
         wanted = [0] * missing + wanted
         ranges = [(first + missing, last + missing) for first, last in ranges]

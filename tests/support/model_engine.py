@@ -1,0 +1,148 @@
+"""The real scheduler, pool, runner and layers around a small model, driven step by step in the test's own thread."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.adapters import files_of
+
+from lorica_adapters.apply.batch import AdapterBatch
+from lorica_adapters.apply.inject import inject
+from lorica_adapters.apply.slots import SlotTensors
+from lorica_adapters.base import LoadedBase
+from lorica_adapters.formats.limits import ReadLimits
+from lorica_adapters.formats.registry import read
+from lorica_adapters.frozen import Layouts
+from lorica_adapters.kernels.select import select_kernels
+from lorica_adapters.residency.host import HostCache
+from lorica_adapters.residency.pool import AdapterPool
+from lorica_adapters.residency.slots import SlotTable
+from lorica_adapters.weights import AdapterWeights
+from lorica_server.engine.execution import run_contained
+from lorica_server.engine.limits import EngineLimits
+from lorica_server.engine.plan import StepPlan
+from lorica_server.engine.scheduler import Scheduler
+from lorica_server.model.cache import PagedCache
+from lorica_server.model.forward_batch import ForwardBatch
+from lorica_server.model.probe import probe_layers
+from lorica_server.model.runner import ModelRunner, RunnerConfig
+from lorica_server.model.weight_sets import WeightSets
+from lorica_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
+
+
+class Inline(Executor):
+    """Runs what it is given at once, in the caller's thread."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class RecordingRunner(ModelRunner):
+    """Keeps the logits that predicted each sampled token, by request id."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logits: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:
+        logits = super()._forward(batch, adapters)
+        for chunk, (_, last) in zip(batch.chunks, batch.logits_of, strict=True):
+            if chunk.samples:
+                self.logits[chunk.request_id].append(logits[last - 1].float().clone())
+        return logits
+
+
+class ModelEngine:
+    """One base and the adapters of some PEFT directories; submit, step, read tokens."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        adapters: dict[str, Path],
+        *,
+        deterministic: bool = False,
+        capacity: int = 512,
+        layouts: Layouts = Layouts(),
+        dense_bytes: int = 1 << 30,
+        stack: bool = True,
+        **limits: Any,
+    ) -> None:
+        kernels = select_kernels(deterministic=deterministic)
+        layers = probe_layers(base)
+        layouts = replace(layouts, invariant=deterministic)
+        self.adapted = inject(base, kernels, capacity=capacity, layouts=layouts, stack=stack)
+        self.limits = EngineLimits(
+            **({"kv_blocks": 256, "block_tokens": 16, "deterministic": deterministic, "prefill_chunk": 64} | limits)
+        )
+        cache = PagedCache(layers, self.limits.kv_blocks + 1, self.limits.block_tokens, base.compute_dtype, base.device)
+        self.weights: dict[str, AdapterWeights] = {}
+        self.digests: dict[str, str] = {}
+        for name, path in adapters.items():
+            weights = read(files_of(path), base.spec, ReadLimits())
+            self.digests[name] = weights.spec.digest
+            self.weights[weights.spec.digest] = weights
+        self.pool = AdapterPool(
+            SlotTable(self.adapted.linears, capacity, 4096, 1 << 28),
+            SlotTensors(self.adapted),
+            HostCache(self.weights.__getitem__, 1 << 30),
+            Inline(),
+            lambda: None,
+        )
+        self.weight_sets = WeightSets(self.adapted, self.weights.__getitem__, dense_bytes)
+        self.runner = RecordingRunner(
+            self.adapted, cache, kernels, RunnerConfig(deterministic), self.weight_sets.find
+        )
+        self.scheduler = Scheduler(self.limits, self.pool, ready_weight_sets=self.weight_sets.ready)
+        self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
+        self.plans: list[StepPlan] = []
+        self._tickets = 0
+        self._now = 0.0
+
+    def submit(self, adapter: str | None, prompt: Sequence[int], count: int, **more: Any) -> int:
+        """Queues a greedy request (or `sampling`); returns its ticket."""
+        self._tickets += 1
+        digest = None if adapter is None else self.digests[adapter]
+        sampling = more.pop("sampling", SamplingParams(temperature=0.0))
+        submission = Submission(
+            f"r{self._tickets}", "t", digest, tuple(prompt), sampling, StopConditions(count, ignore_eos=True), **more
+        )
+        self.scheduler.submit(self._tickets, submission, self._now)
+        return self._tickets
+
+    def step(self) -> StepPlan:
+        """One turn of the loop."""
+        self._now += 1.0
+        plan = self.scheduler.plan(self._now)
+        if plan.chunks:
+            self.scheduler.commit(plan, run_contained(self.runner, plan), self._now)
+            self.plans.append(plan)
+        for ticket, event in self.scheduler.take_events():
+            self.events[ticket, event.choice].append(event)
+        return plan
+
+    def run(self, most: int = 2000) -> None:
+        """Turns until nothing is live; then nothing is held."""
+        for _ in range(most):
+            if self.scheduler.is_idle:
+                self.scheduler.tables.pool.check()
+                self.pool.check()
+                assert self.pool.stats().leases == 0
+                return
+            self.step()
+        raise AssertionError("still not idle")
+
+    def tokens(self, ticket: int, choice: int = 0) -> list[int]:
+        """Output so far."""
+        return [event.token for event in self.events[ticket, choice] if event.token is not None]
+
+    def logits(self, ticket: int) -> torch.Tensor:
+        """[tokens, vocab]: what predicted each output token of a request that was never preempted."""
+        return torch.stack(self.runner.logits[f"{ticket}:r{ticket}#0"])
