@@ -57,6 +57,7 @@ class FakeRunner:
         ] = {}  # (block, offset) -> position, token, digest
         self._known: dict[str, list[int]] = {}  # tokens by request, until it retires
         self._retired: set[str] = set()
+        self._poisoned: set[int] = set()  # blocks that a request that failed left NaN in
 
     @property
     def known(self) -> frozenset[str]:
@@ -70,6 +71,7 @@ class FakeRunner:
         for key in plan.retired:
             self._retired.add(key)
             self._known.pop(key, None)
+        self._poisoned.difference_update(plan.scrub)
         self._check_writers(plan)
         for chunk in plan.chunks:
             self._write(chunk, plan)
@@ -78,6 +80,7 @@ class FakeRunner:
         for chunk in plan.chunks:
             tokens = self._read(chunk)
             if chunk.request_id in failures:
+                self._poisoned.update(chunk.blocks[chunk.start // self._block_tokens :])
                 continue
             if chunk.samples:
                 token = next_token(tokens, self._digest(chunk), chunk.params)
@@ -120,6 +123,8 @@ class FakeRunner:
     def _read(self, chunk: Chunk) -> list[int]:
         """All tokens of the request so far, from the memory, checked against what is known of it."""
         digest = self._digest(chunk)
+        if self._poisoned.intersection(chunk.blocks):
+            raise KvMismatch(f"{chunk.request_id} got a block with NaN in it")
         tokens: list[int] = []
         for position in range(chunk.start + len(chunk.tokens)):
             cell = self._cells.get(self._cell(chunk, position))

@@ -60,9 +60,9 @@ class BlockPool:
             found.append(block)
         return found
 
-    def count_idle(self, blocks: Iterable[int]) -> int:
-        """How many of `blocks` have no reference: sharing them takes from what is available."""
-        return sum(self._references[block] == 0 for block in blocks)
+    def find_idle(self, blocks: Iterable[int]) -> list[int]:
+        """Those of `blocks` without a reference: sharing them takes from what is available."""
+        return [block for block in blocks if self._references[block] == 0]
 
     def share(self, blocks: Iterable[int]) -> None:
         """Take one more reference on each block that `find_prefix` gave."""

@@ -40,9 +40,9 @@ def run_contained(runner: Runner, plan: StepPlan) -> StepResult:
         logger.exception("step %d failed; its %d requests end", plan.step, len(plan.chunks))
         return _fail_all(plan, RequestFailure("INTERNAL", "the step that computed this request failed"))
     middle = len(plan.chunks) // 2
-    # Retired ids go again with the first half: the runner may not have come to them.
+    # What comes before the forward goes with the first half, again: the runner may not have come to it.
     first = run_contained(runner, replace(plan, chunks=plan.chunks[:middle]))
-    second = run_contained(runner, replace(plan, chunks=plan.chunks[middle:], retired=(), copies=()))
+    second = run_contained(runner, replace(plan, chunks=plan.chunks[middle:], retired=(), copies=(), scrub=()))
     return _merge(first, second)
 
 

@@ -39,6 +39,7 @@ class Request:
 
     state: State = State.WAITING
     computed: int = 0  # tokens whose KV is written
+    proven: int = 0  # of these, when a token was last drawn from finite logits
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # root, then one for each full block so far
     published: int = 0  # blocks already offered to the prefix cache

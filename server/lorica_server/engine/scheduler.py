@@ -55,6 +55,7 @@ class Scheduler:
         self._next_deadline = float("inf")  # no live request has an earlier one
         self._step = 0
         self._retired: list[str] = []
+        self._scrub: list[int] = []
         self._events: list[Routed] = []
         self._marks = Marks()
         self._waiting_for: dict[WaitReason, int] = {}
@@ -112,13 +113,16 @@ class Scheduler:
             return StepPlan(self._step, ())
         self._step += 1
         retired, self._retired = tuple(self._retired), []
+        scrub, self._scrub = tuple(self._scrub), []
         weight_set = draft.find_weight_set(self._ready_weight_sets)
-        return StepPlan(self._step, tuple(draft.chunks), weight_set, retired)
+        return StepPlan(self._step, tuple(draft.chunks), weight_set, retired, scrub=scrub)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what the step gave. Each chunk's request goes on, ends, or fails alone."""
         if len(result.failures) == len(plan.chunks):
-            self._retired += plan.retired  # the step may have failed before the runner came to them
+            # The step may have failed before the runner came to these.
+            self._retired += plan.retired
+            self._scrub += plan.scrub
         for chunk in plan.chunks:
             key = chunk.request_id
             request = self._live[key]
@@ -278,6 +282,7 @@ class Scheduler:
     # Outcomes.
 
     def _accept(self, request: Request, sampled: Sampled, now: float) -> None:
+        request.proven = request.computed
         request.tokens.append(sampled.token)
         if request.last_token_at is None:
             self._marks.first_token.append(now - request.arrived)
@@ -353,7 +358,7 @@ class Scheduler:
 
     def _leave_step(self, request: Request, *, doubtful: bool = False) -> None:
         remove_ordered(self._running, request)
-        self.tables.release(request, doubtful=doubtful)
+        self._scrub += self.tables.release(request, doubtful=doubtful)
         if request.lease is not None:
             request.lease.release()
             request.lease = None

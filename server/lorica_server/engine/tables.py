@@ -40,7 +40,7 @@ class BlockTables:
 
     def can_admit(self, request: Request, cached: Sequence[int], reserve: int) -> bool:
         """Whether the blocks of all known tokens can be had and `reserve` more are left."""
-        needed = self._count_blocks(len(request.tokens)) - len(cached) + self.pool.count_idle(cached)
+        needed = self._count_blocks(len(request.tokens)) - len(cached) + len(self.pool.find_idle(cached))
         return needed + reserve <= self.pool.available
 
     def admit(self, request: Request, cached: Sequence[int]) -> None:
@@ -52,7 +52,7 @@ class BlockTables:
         request.blocks = [*cached, *fresh]
         request.table = ()
         request.published = len(cached)
-        request.computed = len(cached) * self._size
+        request.computed = request.proven = len(cached) * self._size
 
     def grow(self, request: Request) -> bool:
         """Make room for the next token; False and no change when the pool has no block."""
@@ -85,15 +85,20 @@ class BlockTables:
             self.pool.publish(request.blocks[index], request.hashes[index + 1])
         request.published = full
 
-    def release(self, request: Request, *, doubtful: bool = False) -> None:
-        """Take all blocks back. `doubtful` content, of a request that failed, is never found again."""
+    def release(self, request: Request, *, doubtful: bool = False) -> list[int]:
+        """Take all blocks back and return those to scrub before anyone else has them.
+
+        Content is in doubt when a step failed the request, or when no token was drawn from it yet: NaN shows
+        only in logits. Such blocks are never found again, and scrubbed unless somebody still shares them.
+        """
+        blocks, request.blocks = request.blocks, []
+        doubtful = doubtful or request.computed > request.proven
         if doubtful:
-            self.pool.forget(request.blocks)
-        self.pool.release(request.blocks)
-        request.blocks = []
+            self.pool.forget(blocks)
+        self.pool.release(blocks)
         request.table = ()
-        request.published = 0
-        request.computed = 0
+        request.published = request.computed = request.proven = 0
+        return self.pool.find_idle(blocks) if doubtful else []
 
     def _count_blocks(self, tokens: int) -> int:
         return (tokens - 1) // self._size + 1

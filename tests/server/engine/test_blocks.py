@@ -28,7 +28,7 @@ def test_a_published_block_is_found_after_release_and_shared():
     pool.release([block])
     assert pool.available == 4
     assert pool.find_prefix([value, b"other"]) == [block]
-    assert pool.count_idle([block]) == 1
+    assert pool.find_idle([block]) == [block]
     pool.share([block])
     pool.share([block])
     assert pool.held == 1
