@@ -86,15 +86,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
         # Consent to another base was given at upload and is part of what the store remembers.
         return read(store.files(digest), allow_base_mismatch=store.consents_to_base(digest))
 
-    engine_limits = EngineLimits(
-        kv_blocks=cache.blocks - 1,  # the last one is scratch
-        block_tokens=cache.block_size,
-        max_batch_tokens=config.max_batch_tokens,
-        max_running=config.max_running,
-        max_queued=config.max_queued,
-        prefix_cache=config.prefix_cache,
-        deterministic=config.deterministic,
-    )
+    engine_limits = _engine_limits(config, cache)
     mailbox = Mailbox(engine_limits.max_live)
     host = HostCache(load, config.adapter_host_bytes)
     loader = ThreadPoolExecutor(1, thread_name_prefix="lorica-loader")
@@ -128,6 +120,21 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
 
     parts = Parts(client, registry, codec, info, states)
     return Built(parts, engine, lambda: _read(pool, host, weight_sets), close)
+
+
+def _engine_limits(config: ServeConfig, cache: PagedCache) -> EngineLimits:
+    try:
+        return EngineLimits(
+            kv_blocks=cache.blocks - 1,  # the last one is scratch
+            block_tokens=cache.block_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running,
+            max_queued=config.max_queued,
+            prefix_cache=config.prefix_cache,
+            deterministic=config.deterministic,
+        )
+    except ValueError as error:
+        raise StartError(str(error), remedy="change the options it names") from error
 
 
 def _quotas(config: ServeConfig) -> Quotas:

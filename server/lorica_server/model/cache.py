@@ -46,6 +46,13 @@ class PagedCache:
             values.index_select(0, flat).view(*shape, *values.shape[2:]),
         )
 
+    def scrub(self, blocks: Sequence[int]) -> None:
+        """Zeroes blocks in every layer: a NaN that a failed request left would reach the next owner as 0 * NaN."""
+        if blocks:
+            ids = torch.tensor(blocks, device=self.keys[0].device)
+            for tensor in (*self.keys, *self.values):
+                tensor.index_fill_(0, ids, 0)
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks (source, destination) in every layer."""
         if not pairs:
@@ -54,6 +61,14 @@ class PagedCache:
         target = torch.tensor([pair[1] for pair in pairs], device=self.keys[0].device)
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+    def scrub(self, blocks: Sequence[int]) -> None:
+        """Zeroes whole blocks in every layer."""
+        if not blocks:
+            return
+        target = torch.tensor(blocks, device=self.keys[0].device)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_fill_(0, target, 0)
 
 
 def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:

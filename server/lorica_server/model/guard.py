@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lorica_adapters.apply.inject import AdaptedModel
-from lorica_adapters.base import BaseRefused
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lorica_adapters.apply.inject import AdaptedModel
+from lorica_adapters.base import BaseRefused
 from lorica_server.model.attention import ATTENTION_NAME, PagedContext, Span
 from lorica_server.model.cache import PagedCache
 
@@ -44,10 +44,11 @@ def check_supported(model: PreTrainedModel, context: int) -> None:
 
 
 def _fix_longrope(module: Any, context: int) -> None:
-    """Chooses the long or the short factors once, by the server's context limit, as if every sequence were that long."""
+    """Chooses the long or the short factors once, by the server's context limit, as if every sequence had it."""
     original = module.config.rope_parameters["original_max_position_embeddings"]
     if context > original:
-        long_frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, module.inv_freq.device, seq_len=original + 1)
+        initialise = ROPE_INIT_FUNCTIONS["longrope"]
+        long_frequencies, _ = initialise(module.config, module.inv_freq.device, seq_len=original + 1)
         module.register_buffer("inv_freq", long_frequencies, persistent=False)
     module.rope_type = "longrope, fixed"  # transformers updates the frequencies only under the exact name
 

@@ -1,10 +1,10 @@
-"""The KV shape of every attention layer, learnt from one forward of the model itself: no architecture needs an entry."""
+"""The KV shape of every attention layer, learnt from one forward of the model: no architecture needs an entry."""
 
 from __future__ import annotations
 
 import torch
-from lorica_adapters.base import LoadedBase
 
+from lorica_adapters.base import LoadedBase
 from lorica_server.model.attention import ATTENTION_NAME, ShapeProbe, register
 from lorica_server.model.cache import LayerShape
 
@@ -23,4 +23,3 @@ def probe_layers(base: LoadedBase) -> list[LayerShape]:
     if sorted(probe.layers) != list(range(len(probe.layers))) or not probe.layers:
         raise ValueError(f"the model called attention for layers {sorted(probe.layers)}: cannot page its cache")
     return [probe.layers[index] for index in range(len(probe.layers))]
-

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from lorica_adapters.apply.batch import AdapterBatch, DenseWeights, RowMap
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.kernels.protocol import Kernels
-
 from lorica_server.engine.plan import Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
 from lorica_server.model.attention import ATTENTION_NAME, register
 from lorica_server.model.cache import PagedCache
@@ -51,20 +51,21 @@ class ModelRunner:
         """One forward and one draw. Raises StepOutOfMemory before any token was drawn."""
         started = time.perf_counter()
         self._sampler.retire(plan.retired)
+        self._cache.scrub(plan.scrub)
         if not plan.chunks:
             return StepResult(plan.step, {})
         try:
+            self._cache.scrub(plan.scrub)
             self._cache.copy(plan.copies)
             batch = build_batch(plan.chunks, self._cache, self._cache.blocks - 1, tiled=self._config.deterministic)
             adapters = self._adapter_batch(batch, plan.weight_set)
             prepared = time.perf_counter()
             logits = self._forward(batch, adapters)
             forwarded = time.perf_counter()
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except BaseException as error:
             self._adapted.forget()
-            raise StepOutOfMemory(str(error)) from error
-        except BaseException:
-            self._adapted.forget()
+            if _is_out_of_memory(error):
+                raise StepOutOfMemory(str(error)) from error
             raise
         sampled, prompt_logprobs, failures = self._sample(batch, logits)
         timing = StepTiming(prepared - started, forwarded - prepared, time.perf_counter() - forwarded)
@@ -115,3 +116,10 @@ class ModelRunner:
             logits = logits[last_rows]
         sampled, failed = self._sampler.sample(sampling, logits)
         return sampled, prompt_logprobs, failures | failed
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller step may succeed. torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
 from lorica_adapters.apply.batch import DenseWeights
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.apply.materialise import materialise, materialised_bytes
@@ -42,7 +43,7 @@ class WeightSets:
         budget_bytes: int,
         refusal: str = "",
     ) -> None:
-        """`load` reads an adapter's weights (may raise AdapterError); a `refusal` refuses every wish with that reason."""
+        """`load` reads an adapter's weights (may raise AdapterError); a `refusal` is the answer to every wish."""
         self._adapted, self._load, self._budget, self._refusal = adapted, load, budget_bytes, refusal
         self._states: dict[str, SetState] = {}
         self._sets: dict[str, DenseWeights] = {}
