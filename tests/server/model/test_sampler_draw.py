@@ -47,11 +47,11 @@ def test_top_p_of_zero_keeps_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_failed_row_has_no_weight_and_stops_nobody(bad: float) -> None:
+@pytest.mark.parametrize("filters", [Filters(1.0), Filters(1.0, top_p=0.5, top_k=3, min_p=0.1)])
+def test_a_failed_row_has_no_weight_and_stops_nobody(filters: Filters, bad: float) -> None:
     logits = torch.zeros(2, 8)
     logits[0] = bad
-    filters = [Filters(1.0, top_p=0.5, top_k=3, min_p=0.1)] * 2
     best = torch.tensor([float("nan"), 0.0])
-    weights, _ = filtered_weights(logits, best, filters)
+    weights, _ = filtered_weights(logits, best, [filters] * 2)
     assert weights[0].tolist() == [0] * 8
-    assert draw(logits, best, filters, always(0.5))[1].item() == 4
+    assert draw(logits, best, [filters] * 2, always(0.5))[1].item() == 4
