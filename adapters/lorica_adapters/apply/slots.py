@@ -7,17 +7,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from lorica_adapters.apply.batch import Layout
-from lorica_adapters.apply.group import BiasSlots, SiteGroup
+from lorica_adapters.apply.group import SiteGroup
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.errors import AdapterIncompatible
-from lorica_adapters.weights import AdapterWeights, LowRank, ModuleWeights
+from lorica_adapters.weights import AdapterWeights, LowRank
 
 Rows = Mapping[str, tuple[int, int]]
 """Module name -> (first rank row, number of rows)."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Extras:
+    """Parts outside the rank rows, on the device: embedding factors (A^T, B^T) and bias deltas, by module name."""
+
+    embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class SlotTensors:
@@ -26,7 +35,7 @@ class SlotTensors:
     def __init__(self, adapted: AdaptedModel) -> None:
         self._adapted = adapted
         self._bound: dict[int, Rows] = {}
-        self._extras: dict[int, AdapterWeights] = {}  # written, with parts that live outside the rank rows
+        self._extras: dict[int, _Extras] = {}  # of slots written and not yet bound
         self._layouts: dict[tuple[tuple[int, int, int], ...], Layout] = {}
 
     def extra_bytes(self, weights: AdapterWeights) -> int:
@@ -41,23 +50,34 @@ class SlotTensors:
         return total
 
     def write(self, slot: int, weights: AdapterWeights, rows: Rows) -> None:
-        """Casts and copies the low-rank factors; rank rows beyond the true rank become zero.
+        """Casts and copies all parts to the device; rank rows beyond the true rank become zero.
 
-        Raises AdapterIncompatible where a value is not finite in the compute dtype.
+        Raises AdapterIncompatible where a value is not finite in the compute dtype; no such value reaches a rank row.
         """
+        extras = _Extras()
         for name, module in weights.modules.items():
-            if name in self._adapted.linears and module.low_rank is not None:
+            if module.low_rank is not None and name in self._adapted.linears:
                 group, member = self._adapted.linears[name]
                 _write_rows(group, member, name, module.low_rank, rows[name])
-        self._extras[slot] = weights
+            elif module.low_rank is not None:
+                extras.embeddings[name] = self._embedding_factors(name, module.low_rank)
+            if module.bias is not None:
+                extras.biases[name] = self._bias_delta(name, module.bias)
+        self._extras[slot] = extras
 
     def bind(self, slot: int, rows: Rows) -> None:
         """Makes a written slot usable from the next step on."""
-        weights = self._extras.pop(slot)
+        extras = self._extras.pop(slot)
         self._bound[slot] = rows
         self._change_layouts(slot, rows)
-        for name, module in weights.modules.items():
-            self._bind_extras(slot, name, module)
+        for name, (a, b) in extras.embeddings.items():
+            self._adapted.embeddings[name].put(slot, a, b)
+        for name, delta in extras.biases.items():
+            if name in self._adapted.linears:
+                group, member = self._adapted.linears[name]
+                group.biases[member].put(slot, delta)
+            else:
+                self._adapted.norms[name].bias_slots.put(slot, delta)
 
     def unbind(self, slot: int) -> None:
         """Takes a slot out of use; its rows may be given to another from now on."""
@@ -91,39 +111,40 @@ class SlotTensors:
             self._layouts[key] = Layout(ranges, self._adapted.capacity, self._adapted.base.device)
         return self._layouts[key]
 
-    def _bind_extras(self, slot: int, name: str, module: ModuleWeights) -> None:
-        adapted, dtype, device = self._adapted, self._adapted.base.compute_dtype, self._adapted.base.device
-        if name in adapted.embeddings and module.low_rank is not None:
-            a = module.low_rank.a.T.to(device=device, dtype=dtype).contiguous()
-            b = module.low_rank.b.T.to(device=device, dtype=dtype).contiguous()
-            adapted.embeddings[name].put(slot, a, b)
-        if module.bias is None:
-            return
-        bias = module.bias.to(device)
-        if name in adapted.linears:
-            group, member = adapted.linears[name]
+    def _embedding_factors(self, name: str, low_rank: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+        base = self._adapted.base
+        a, b = (factor.T.to(device=base.device, dtype=base.compute_dtype) for factor in (low_rank.a, low_rank.b))
+        return _finite(name, a).contiguous(), _finite(name, b).contiguous()
+
+    def _bias_delta(self, name: str, bias: torch.Tensor) -> torch.Tensor:
+        """What to add where the base has already added its own bias, in the compute dtype."""
+        base = self._adapted.base
+        if name in self._adapted.linears:
+            group, member = self._adapted.linears[name]
             begin, end = group.columns[member]
             own = None if group.frozen.bias is None else group.frozen.bias[begin:end]
-            _put_bias(group.biases[member], slot, bias, own, dtype)
         else:
-            norm = adapted.norms[name]
-            _put_bias(norm.bias_slots, slot, bias, norm.frozen.get_parameter("bias"), dtype)
-
-
-def _put_bias(slots: BiasSlots, slot: int, bias: torch.Tensor, own: torch.Tensor | None, dtype: torch.dtype) -> None:
-    slots.put(slot, (bias if own is None else bias - own.float()).to(dtype))
+            own = self._adapted.norms[name].frozen.get_parameter("bias")
+        bias = bias.to(base.device)
+        return _finite(name, (bias if own is None else bias - own.float()).to(base.compute_dtype))
 
 
 def _write_rows(group: SiteGroup, member: int, name: str, low_rank: LowRank, place: tuple[int, int]) -> None:
     row, rows = place
     a, b = group.a[member, row : row + rows], group.b[member][row : row + rows]
-    a[: low_rank.rank].copy_(low_rank.a)
-    b[: low_rank.rank].copy_(low_rank.b.T)
+    # Cast and checked aside: in a pool product a foreign rank row of B is multiplied by zero, and 0 * inf is NaN.
+    a[: low_rank.rank].copy_(_finite(name, low_rank.a.to(a)))
+    b[: low_rank.rank].copy_(_finite(name, low_rank.b.T.to(b)))
     a[low_rank.rank :].zero_()
     b[low_rank.rank :].zero_()
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+
+
+def _finite(name: str, cast: torch.Tensor) -> torch.Tensor:
+    """`cast` itself. Raises AdapterIncompatible where a value is not finite."""
+    if not torch.isfinite(cast).all():
         raise AdapterIncompatible(
-            f"{name}: the scaled weights are not finite in {str(a.dtype).removeprefix('torch.')}",
+            f"{name}: the scaled weights are not finite in {str(cast.dtype).removeprefix('torch.')}",
             subject=name,
             remedy="serve with --dtype float32, or train with a smaller alpha / r",
         )
+    return cast

@@ -62,14 +62,6 @@ class PagedCache:
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """Zeroes whole blocks in every layer."""
-        if not blocks:
-            return
-        target = torch.tensor(blocks, device=self.keys[0].device)
-        for tensor in (*self.keys, *self.values):
-            tensor.index_fill_(0, target, 0)
-
 
 def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
     """KV bytes of one token over all layers."""

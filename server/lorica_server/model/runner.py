@@ -55,7 +55,6 @@ class ModelRunner:
         if not plan.chunks:
             return StepResult(plan.step, {})
         try:
-            self._cache.scrub(plan.scrub)
             self._cache.copy(plan.copies)
             batch = build_batch(plan.chunks, self._cache, self._cache.blocks - 1, tiled=self._config.deterministic)
             adapters = self._adapter_batch(batch, plan.weight_set)
