@@ -53,7 +53,7 @@ def fingerprint(
     parameters: Mapping[str, ParameterSpec],
     config: Mapping[str, Any],
 ) -> str:
-    """64 hex digits over the NF4 modules (any order), the unquantised parameters and the arithmetic keys of config.json."""
+    """64 hex digits over NF4 modules (in any order), unquantised parameters and the arithmetic keys of config.json."""
     total = hashlib.sha256(b"lorica-base-v1\n")
     lines = []
     for name, module in quantised:

@@ -21,10 +21,10 @@ from lorica_adapters.kernels import invariant
 
 PACKED_ROWS_BESIDE_DENSE = 4
 """Up to here the packed layout beats a dense bf16 copy: it reads a quarter of the bytes, but its time grows with
-every row (measured on 2 cores, AVX512-BF16 and AMX: 3.0 against 8.0 ms for 75M weights at 1 row, 5 and 8 at 4, 17 and 8 at 16)."""
+every row (2 cores with AVX512-BF16 and AMX, 75M weights: 3, 5 and 17 ms at 1, 4 and 16 rows, against 8, 8 and 8)."""
 
 PACKED_ROWS_ALONE = 16
-"""Up to here the packed layout beats dequantising into a scratch weight on each call (17.5 against 18 ms at 16 rows)."""
+"""Up to here the packed layout beats dequantising into a scratch weight on each call (16 rows: 17.5 against 18 ms)."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ class Nf4Linear:
             weight = self.dequantise(x.dtype) if self._dense is None else self._dense
             return invariant.linear(x, weight, self.bias)
         rows = x.shape[0]
-        if self._packed is not None and rows <= (PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE):
+        if self._packed is not None and rows <= (
+            PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE
+        ):
             # The packed kernel reads a unit inner stride without a check.
             y: torch.Tensor = matmul_4bit(x.contiguous(), self._packed[0], quant_state=self._packed[1])
             return y if self.bias is None else y.add_(self.bias)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
 from lorica_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from lorica_adapters.apply.slots import SlotTensors
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base
@@ -27,7 +28,6 @@ from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Quotas
 from lorica_adapters.weights import AdapterWeights
-
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Parts
 from lorica_server.api.ports import AdapterState, ModelInfo
@@ -148,7 +148,9 @@ def _quotas(config: ServeConfig) -> Quotas:
 
 
 def _load(config: ServeConfig, source: str) -> LoadedBase:
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     try:
         return load_base(
             source,

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from support.adapters import peft_warnings_ignored, randomise, save, tiny_model, wrap
 from transformers import PreTrainedModel
 
 from lorica_adapters.base import LoadedBase, load_base
+from support.adapters import peft_warnings_ignored, randomise, save, tiny_model, wrap
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 320, "max_position_embeddings": 256}
 WIDE_GPT2 = {"n_embd": 128, "n_head": 4, "vocab_size": 320, "n_positions": 256}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.adapters import files_of
 
 from lorica_adapters.apply.batch import AdapterBatch
 from lorica_adapters.apply.inject import inject
@@ -34,6 +33,7 @@ from lorica_server.model.probe import probe_layers
 from lorica_server.model.runner import ModelRunner, RunnerConfig
 from lorica_server.model.weight_sets import WeightSets
 from lorica_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
+from support.adapters import files_of
 
 
 class Inline(Executor):
@@ -97,9 +97,7 @@ class ModelEngine:
             lambda: None,
         )
         self.weight_sets = WeightSets(self.adapted, self.weights.__getitem__, dense_bytes)
-        self.runner = RecordingRunner(
-            self.adapted, cache, kernels, RunnerConfig(deterministic), self.weight_sets.find
-        )
+        self.runner = RecordingRunner(self.adapted, cache, kernels, RunnerConfig(deterministic), self.weight_sets.find)
         self.scheduler = Scheduler(self.limits, self.pool, ready_weight_sets=self.weight_sets.ready)
         self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
         self.plans: list[StepPlan] = []

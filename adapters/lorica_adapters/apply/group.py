@@ -192,4 +192,3 @@ class AdaptedNorm(nn.Module):
         if batch is not None and self.bias_slots.deltas:
             self.bias_slots.add_to(y.view(-1, y.shape[-1]), batch.tokens.segments)
         return y
-

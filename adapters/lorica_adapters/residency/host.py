@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 
 from lorica_adapters.residency.tiers import Weights
 
-
 W = TypeVar("W", bound=Weights)
 
 

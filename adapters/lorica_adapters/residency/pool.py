@@ -266,4 +266,3 @@ class AdapterPool(Generic[W]):
 
     def _count(self, **more: float) -> None:
         self._stats = replace(self._stats, **{key: getattr(self._stats, key) + value for key, value in more.items()})
-

@@ -1,4 +1,4 @@
-"""What the pool asks of the tiers below and around it. Torch-free: weights are opaque here but for their spec and size."""
+"""What the pool asks of the tiers around it. Torch-free: weights are opaque here but for their spec and size."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, 
 def _logit_rows(
     chunks: Sequence[Chunk], firsts: Sequence[int], *, tiled: bool
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-    """Rows that get logits, and where each chunk's are; never none at all, and in the deterministic form a multiple of 8."""
+    """Rows that get logits, and where each chunk's are; never none at all, and padded where `tiled`."""
     wanted: list[int] = []
     ranges: list[tuple[int, int]] = []
     for chunk, first in zip(chunks, firsts, strict=True):
