@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -89,7 +90,7 @@ class App:
             hooks = EngineHooks(self._loop, self.metrics, self._engine_died)
             built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks))
             built.engine.start()
-            await _warm_up(built.parts)
+            await _warm_up(built.parts, self._config.step_timeout_seconds)
             await self._server.open(built.parts)
         except BaseException:
             await self._abandon()
@@ -185,6 +186,8 @@ def serve(config: ServeConfig) -> None:
     Raises StartError before torch is imported where it can be known; SystemExit when the engine died.
     """
     configure_logs(config.log_level, config.log_format)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
     check_start(config)
     code = asyncio.run(_serve(config))
     if any(thread.name == _BUILDER for thread in threading.enumerate()):
@@ -254,14 +257,17 @@ async def _in_daemon_thread(work: Callable[[], Built]) -> Built:
     return await done
 
 
-async def _warm_up(parts: Parts) -> None:
+async def _warm_up(parts: Parts, seconds: float) -> None:
     """One token of the base through the whole road: what is compiled or allocated lazily is so now."""
     stop = StopConditions(max_tokens=1, ignore_eos=True)
     submission = Submission("warm-up", _TENANT, None, (0,), SamplingParams(temperature=0.0), stop)
-    async with parts.engine.submit(submission) as stream:
-        async for event in stream:
-            if event.failure is not None:
-                raise StartError(f"the warm-up step failed: {event.failure.message}", remedy="see the log")
+    try:
+        async with asyncio.timeout(seconds), parts.engine.submit(submission) as stream:
+            async for event in stream:
+                if event.failure is not None:
+                    raise StartError(f"the warm-up step failed: {event.failure.message}", remedy="see the log")
+    except TimeoutError:
+        raise StartError(f"the warm-up step took over {seconds:g} s", remedy="raise --step-timeout-seconds") from None
 
 
 async def _end_engine(built: Built, seconds: float) -> None:

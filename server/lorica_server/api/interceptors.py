@@ -133,7 +133,11 @@ class _Wrapped(_Handler):
 
     async def _run_stream(self, behaviour: Any, request: Any, context: Any) -> None:
         """A write blocks after about 4 MB that nobody reads; unbounded, it would hold its request for ever."""
-        async with aclosing(behaviour(request, context)) as messages:
+        answer = behaviour(request, context)
+        if not hasattr(answer, "__aiter__"):  # health's Watch writes to the context itself
+            await answer
+            return
+        async with aclosing(answer) as messages:
             async for message in messages:
                 try:
                     async with asyncio.timeout(self._stall_seconds):

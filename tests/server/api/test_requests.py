@@ -211,7 +211,10 @@ async def test_row_44_not_serving_until_warm(tmp_path: Path) -> None:
             assert error["code"] is grpc.StatusCode.UNAVAILABLE
             assert error["RetryInfo"].retry_delay.seconds == 1
             assert error["pushback"] == 1000
+            watch = aiter(health.Watch(check))
+            assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
             await starting
+            assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
             after = await health.Check(health_pb2.HealthCheckRequest(service="lorica.v1.InferenceService"))
             assert after.status == health_pb2.HealthCheckResponse.SERVING
             await _lives(server)
