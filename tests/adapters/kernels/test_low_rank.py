@@ -1,0 +1,212 @@
+"""Gathered and reference kernels against a plain product per row: rank x rows x popularity x dtype, forced both ways."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lorica_adapters.apply.batch import Layout, segments_of
+from lorica_adapters.kernels.gathered import GatheredKernels
+from lorica_adapters.kernels.protocol import Kernels, RankPlan, Segment
+from lorica_adapters.kernels.reference import ReferenceKernels
+from lorica_adapters.kernels.select import select_kernels
+
+CPU = torch.device("cpu")
+IN, OUTS, CAPACITY = 48, (40, 24, 24), 640
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+POPULARITIES = ("distinct", "uniform", "zipf", "identical", "with base rows")
+
+
+def slots_of(popularity: str, rows: int, seed: int = 0) -> list[int]:
+    """A slot per row, base rows (-1) first, sorted."""
+    draw = random.Random(seed)
+    match popularity:
+        case "distinct":
+            slots = list(range(rows))
+        case "uniform":
+            slots = [draw.randrange(6) for _ in range(rows)]
+        case "zipf":
+            slots = draw.choices(range(12), [1 / (rank + 1) for rank in range(12)], k=rows)
+        case "identical":
+            slots = [3] * rows
+        case _:
+            slots = [draw.choice([-1, -1, 0, 1, 2]) for _ in range(rows)]
+    return sorted(slots)
+
+
+@dataclass
+class Case:
+    """Pools of three maps over one input, filled for some slots; rank rows that belong to nobody hold garbage."""
+
+    slots: list[int]
+    x: torch.Tensor
+    y: torch.Tensor
+    a: torch.Tensor
+    b: list[torch.Tensor]
+    layouts: list[Layout]
+    columns: list[tuple[int, int]]
+
+    @classmethod
+    def make(
+        cls, slots: Sequence[int], rank: int, dtype: torch.dtype, *, equal_layouts: bool = True, seed: int = 0
+    ) -> Case:
+        torch.manual_seed(seed)
+        draw = random.Random(seed)
+        present = sorted({slot for slot in slots if slot >= 0})
+        layouts = [_layout(present, rank, draw, skip=0.0)]
+        for _ in OUTS[1:]:
+            layouts.append(layouts[0] if equal_layouts else _layout(present, rank, draw, skip=0.3))
+        ends = [sum(OUTS[: index + 1]) for index in range(len(OUTS))]
+        return cls(
+            slots=list(slots),
+            x=torch.randn(len(slots), IN).to(dtype),
+            y=torch.randn(len(slots), sum(OUTS)).to(dtype),
+            a=torch.randn(len(OUTS), CAPACITY, IN).to(dtype),
+            b=[(torch.randn(CAPACITY, out) / rank**0.5).to(dtype) for out in OUTS],
+            layouts=layouts,
+            columns=[(end - out, end) for end, out in zip(ends, OUTS, strict=True)],
+        )
+
+    def expected(self) -> torch.Tensor:
+        """Row by row, in float64."""
+        y = self.y.double()
+        for row, slot in enumerate(self.slots):
+            for member, (begin, end) in enumerate(self.columns):
+                first, count = self.layouts[member].ranges.get(slot, (0, 0))
+                a, b = self.a[member, first : first + count], self.b[member][first : first + count]
+                y[row, begin:end] += (self.x[row].double() @ a.double().T) @ b.double()
+        return y
+
+    def run(self, kernels: Kernels, force: str | None = None) -> torch.Tensor:
+        """What `kernels` make of it; `force` overrides the choice between one product and segments."""
+        token_slots = torch.tensor(self.slots, dtype=torch.int32)
+        plans: dict[Layout, RankPlan | None] = {}
+        for layout in self.layouts:
+            used = [Segment(s.start, s.stop, *layout.ranges[s.slot]) for s in segments_of(self.slots)
+                    if s.slot in layout.ranges]  # fmt: skip
+            plan = kernels.plan(used, token_slots, layout.row_slots) if used else None
+            plans[layout] = plan if plan is None or force is None else _forced(plan, token_slots, layout, force)
+        y = self.y.clone()
+        kernels.add_low_rank(y, self.x, self.a, self.b, self.columns, [plans[layout] for layout in self.layouts])
+        return y
+
+
+def _layout(present: Sequence[int], rank: int, draw: random.Random, skip: float) -> Layout:
+    """The slots in a random order with gaps between them; some have no rows here."""
+    rows = -(-rank // 8) * 8
+    ranges, place = {}, 0
+    for slot in draw.sample(list(present), len(present)):
+        if draw.random() < skip:
+            continue
+        place += 8 * draw.randrange(2)
+        if place + rows <= CAPACITY:
+            ranges[slot] = (place, rows)
+        place += rows
+    return Layout(ranges, CAPACITY, CPU)
+
+
+def _forced(plan: RankPlan, token_slots: torch.Tensor, layout: Layout, force: str) -> RankPlan:
+    """The same step run the other way, by what RankPlan says of its fields."""
+    first = plan.segments[0].start
+    low = min(segment.row for segment in plan.segments)
+    high = max(segment.row + segment.rows for segment in plan.segments)
+    drop = None
+    if force == "one product":
+        drop = layout.row_slots[low:high, None] != token_slots[None, first:]
+    return RankPlan(plan.segments, first, low, high, drop)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = (actual.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(error.max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("rank", [1, 8, 20, 64])
+def test_every_row_gets_its_own_adapter(rank: int, rows: int, popularity: str, dtype: torch.dtype) -> None:
+    case = Case.make(slots_of(popularity, rows), rank, dtype)
+    expected = case.expected()
+    assert_close(case.run(ReferenceKernels()), expected, dtype)
+    for force in (None, "one product", "segments"):
+        assert_close(case.run(GatheredKernels(), force), expected, dtype)
+
+
+@pytest.mark.parametrize("force", ["one product", "segments"])
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_members_whose_slots_lie_differently(popularity: str, force: str) -> None:
+    for seed in range(4):
+        case = Case.make(slots_of(popularity, 24, seed), 8, torch.float32, equal_layouts=False, seed=seed)
+        expected = case.expected()
+        assert_close(case.run(GatheredKernels(), force), expected, torch.float32)
+        assert_close(case.run(ReferenceKernels()), expected, torch.float32)
+
+
+@pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernels()], ids=["gathered", "reference"])
+def test_rows_before_the_first_adapter_are_not_touched(kernels: Kernels) -> None:
+    case = Case.make([-1] * 5 + [0, 0, 1], 8, torch.float32)
+    assert torch.equal(case.run(kernels)[:5], case.y[:5])
+
+
+def test_ranks_mix_in_one_pool() -> None:
+    case = Case.make([0, 0, 1, 2, 2, 2], 8, torch.float32)
+    layout = Layout({0: (0, 8), 1: (8, 512), 2: (528, 64)}, CAPACITY, CPU)
+    case.layouts = [layout] * 3
+    for force in ("one product", "segments"):
+        assert_close(case.run(GatheredKernels(), force), case.expected(), torch.float32)
+
+
+@pytest.mark.parametrize("equal_layouts", [True, False], ids=["equal layouts", "different layouts"])
+@pytest.mark.parametrize("force", [None, "one product", "segments"])
+def test_a_nan_stays_with_its_adapter(force: str | None, equal_layouts: bool) -> None:
+    """In A, in the product of finite values, or in a row of x. B is finite by contract: see test_slots."""
+    slots = [-1, 0, 1, 1, 2, 3]
+    case = Case.make(slots, 8, torch.float32, equal_layouts=equal_layouts, seed=3)
+    sound = case.run(GatheredKernels(), force)
+    ill = [slot == 1 for slot in slots]
+    for layout, a in zip(case.layouts, case.a, strict=True):
+        for slot, value in ((1, float("nan")), (-2, float("nan"))):
+            a[layout.row_slots == slot] = value  # the adapter's own rows; those that are free
+    case.x[4, 7] = float("inf")
+    ill[4] = True
+    actual = case.run(GatheredKernels(), force)
+    for row, is_ill in enumerate(ill):
+        assert is_ill or torch.equal(actual[row], sound[row]), row
+    assert actual[2].isnan().any()
+    assert actual[4].isnan().any()
+
+
+def test_huge_values_overflow_only_for_their_own_rows() -> None:
+    case = Case.make([0, 1, 2], 8, torch.bfloat16)
+    sound = case.run(GatheredKernels(), "one product")
+    case.a[:, case.layouts[0].row_slots == 1] = 3e38
+    case.b[0][case.layouts[0].row_slots == 1] = 3e38
+    actual = case.run(GatheredKernels(), "one product")
+    assert torch.equal(actual[[0, 2]], sound[[0, 2]])
+    assert not actual[1].isfinite().all()
+
+
+def test_nothing_to_do_changes_nothing() -> None:
+    case = Case.make([-1, -1, -1], 8, torch.float32)
+    for kernels in (GatheredKernels(), ReferenceKernels()):
+        assert torch.equal(case.run(kernels), case.y)
+
+
+def test_the_cheaper_way_is_chosen() -> None:
+    def chosen(slots: list[int], rank: int) -> RankPlan:
+        case = Case.make(slots, rank, torch.float32)
+        segments = [Segment(s.start, s.stop, *case.layouts[0].ranges[s.slot]) for s in segments_of(slots)]
+        return GatheredKernels().plan(segments, torch.tensor(slots, dtype=torch.int32), case.layouts[0].row_slots)
+
+    assert chosen(list(range(16)), 8).drop is not None  # decode: one row each
+    assert chosen([0] * 2000 + [1] * 2000 + [2] * 2000, 64).drop is None  # prefill: many rows each
+
+
+def test_deterministic_servers_use_the_reference() -> None:
+    assert isinstance(select_kernels(deterministic=True), ReferenceKernels)
+    assert isinstance(select_kernels(deterministic=False), GatheredKernels)

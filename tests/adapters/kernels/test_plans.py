@@ -1,0 +1,97 @@
+"""Which rows use which rank rows: runs of equal slot, layouts, and the plan they make together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorica_adapters.apply.batch import Layout, RowMap, segments_of
+from lorica_adapters.kernels.gathered import GatheredKernels
+from lorica_adapters.kernels.protocol import Kernels
+from lorica_adapters.kernels.reference import ReferenceKernels
+
+CPU = torch.device("cpu")
+SORTED_SLOTS = st.lists(st.integers(-1, 5), max_size=40).map(sorted)
+KERNELS = pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernels()], ids=["gathered", "reference"])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Some of the slots 0..5, each with its run of rows, gaps between."""
+    ranges, place = {}, 0
+    for slot in draw(st.permutations(range(6))):
+        if draw(st.booleans()):
+            place += draw(st.integers(0, 3))
+            rows = draw(st.integers(1, 4)) * 8
+            ranges[slot] = (place, rows)
+            place += rows
+    return Layout(ranges, place + draw(st.integers(0, 5)), CPU)
+
+
+@given(SORTED_SLOTS)
+def test_segments_cover_each_adapted_row_once(slots: list[int]) -> None:
+    segments = segments_of(slots)
+    covered = {row: s.slot for s in segments for row in range(s.start, s.stop)}
+    assert covered == {row: slot for row, slot in enumerate(slots) if slot >= 0}
+    assert sum(s.stop - s.start for s in segments) == len(covered)
+    assert all(before.stop == after.start for before, after in zip(segments, segments[1:], strict=False))
+
+
+@given(st.lists(st.integers(-1, 3), max_size=20))
+def test_base_rows_come_first_or_it_is_refused(slots: list[int]) -> None:
+    adapted = [slot >= 0 for slot in slots]
+    if adapted == sorted(adapted):
+        assert [s.slot for s in segments_of(slots)] == [
+            slot for row, slot in enumerate(slots) if slot >= 0 and (row == 0 or slots[row - 1] != slot)
+        ]
+    else:
+        with pytest.raises(ValueError, match="has no adapter but follows"):
+            segments_of(slots)
+
+
+@given(layouts())
+def test_a_layout_marks_each_row_with_its_slot(layout: Layout) -> None:
+    for row, owner in enumerate(layout.row_slots.tolist()):
+        holding = [slot for slot, (first, rows) in layout.ranges.items() if first <= row < first + rows]
+        assert holding == ([owner] if owner >= 0 else [])
+
+
+@KERNELS
+@given(slots=SORTED_SLOTS, layout=layouts())
+def test_a_plan_names_exactly_the_rank_rows_of_each_token(kernels: Kernels, slots: list[int], layout: Layout) -> None:
+    plan = RowMap(slots, kernels, CPU).plan(layout)
+    if plan is None:
+        assert not {slot for slot in slots if slot >= 0} & set(layout.ranges)
+        return
+    assert plan.first == plan.segments[0].start
+    assert not any(slot in layout.ranges for slot in slots[: plan.first])
+    if plan.drop is None:
+        found = {row: range(s.row, s.row + s.rows) for s in plan.segments for row in range(s.start, s.stop)}
+        owned = {row: range(*_span(layout.ranges[slot])) for row, slot in enumerate(slots) if slot in layout.ranges}
+        assert found == owned
+        return
+    for row in range(plan.first, len(slots)):
+        kept = {
+            plan.low + index for index, dropped in enumerate(plan.drop[:, row - plan.first].tolist()) if not dropped
+        }
+        assert kept == (set(range(*_span(layout.ranges[slots[row]]))) if slots[row] in layout.ranges else set())
+
+
+def test_a_plan_is_made_once_per_layout() -> None:
+    rows = RowMap([-1, 0, 1], GatheredKernels(), CPU)
+    layout, other = Layout({0: (0, 8)}, 16, CPU), Layout({0: (0, 8)}, 16, CPU)
+    assert rows.plan(layout) is rows.plan(layout)
+    assert rows.plan(layout) is not rows.plan(other)
+
+
+def test_no_rows_make_no_plan() -> None:
+    layout = Layout({0: (0, 8)}, 8, CPU)
+    for slots in ([], [-1], [-1, 4]):
+        assert RowMap(slots, GatheredKernels(), CPU).plan(layout) is None
+
+
+def _span(place: tuple[int, int]) -> tuple[int, int]:
+    first, rows = place
+    return first, first + rows
