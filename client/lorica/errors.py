@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -184,7 +185,7 @@ def read_details(metadata: object) -> ErrorDetails:
     try:
         status.ParseFromString(raw)
         return _collect(status)
-    except ValueError:  # protobuf's DecodeError
+    except (DecodeError, ValueError):
         return ErrorDetails()
 
 

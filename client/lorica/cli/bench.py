@@ -30,8 +30,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON on stdout too.")] = False,
 ) -> None:
     """Measure output tokens/s and latency; write JSON and a Markdown table with the machine described."""
+    from lorica.bench.driver import DriverFailed
     from lorica.bench.main import BenchOptions, run
     from lorica.bench.workload import WorkloadInvalid
+    from lorica.cli.quiet import hush_loading
 
     drivers = tuple(dict.fromkeys(driver or ["engine", "peft"]))
     unknown = [name for name in drivers if name not in ("engine", "grpc", "peft")]
@@ -41,11 +43,14 @@ def command(
         raise CommandError("--address is for the grpc driver", remedy="add --driver grpc", code=ExitCode.USAGE)
     if profile_step and "engine" not in drivers:
         raise CommandError("--profile-step needs the engine driver", remedy="add --driver engine", code=ExitCode.USAGE)
+    hush_loading()
     try:
         options = BenchOptions(workload, drivers, address, rounds, threads, dtype, cache, out, profile_step)
         results = run(options, say)
     except WorkloadInvalid as error:
         raise CommandError(str(error), code=ExitCode.USAGE) from error
+    except DriverFailed as error:
+        raise CommandError(str(error), code=ExitCode.FAULT) from error
     if as_json:
         print_json(results.values)
     else:

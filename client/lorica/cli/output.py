@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorica.cli.failures import Failure
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 
 def plain(value: object) -> Any:
@@ -84,8 +84,19 @@ def byte_progress() -> Progress:
     )
 
 
-def step_progress(rate: str) -> Progress:
-    """A progress bar in steps; `rate` is a format over the task's fields, such as `{task.fields[loss]}`."""
+def step_progress(state: str) -> Progress:
+    """A progress bar in steps; `state` is a format over the task's fields, such as `{task.fields[loss]}`."""
+    from rich.progress import TextColumn
+
+    return _counting(TextColumn(state))
+
+
+def count_progress() -> Progress:
+    """A progress bar that counts, with time left."""
+    return _counting()
+
+
+def _counting(*more: ProgressColumn) -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -96,15 +107,8 @@ def step_progress(rate: str) -> Progress:
         TimeRemainingColumn,
     )
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(rate),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *more)
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def size(nbytes: int) -> str:

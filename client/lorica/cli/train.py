@@ -27,9 +27,12 @@ def command(
         print(f"ok: {job_file} is a valid job")
         return
 
+    from lorica.cli.quiet import hush_loading
     from lorica.cli.training_bar import COLUMN, TrainingBar
     from lorica_trainer.interrupt import stop_on_signals
     from lorica_trainer.run import train
+
+    hush_loading()
 
     with stop_on_signals() as stop, step_progress(COLUMN) as bar:
         result = train(job, resume=resume, progress=TrainingBar(bar, job.output.name), stop=stop)

@@ -1,0 +1,256 @@
+"""The bench's arithmetic, workload files, shapes, order of rounds and report; drivers are scripted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorica.bench import report
+from lorica.bench.driver import Call, DriverFailed
+from lorica.bench.profile import find_group, median_parts
+from lorica.bench.session import measure, round_order
+from lorica.bench.shapes import get_shape, make_adapters, make_checkpoint
+from lorica.bench.stats import Sample, Trace, percentile, sample, summarise
+from lorica.bench.workload import AdapterPlan, Scenario, WorkloadInvalid, parse_workload, read_workload, shipped
+from lorica.machine import describe
+
+TEXT = """
+name = "t"
+shape = "tiny"
+requests = 4
+prompt_tokens = 8
+output_tokens = 3
+rounds = 2
+warmup = 1
+seed = 5
+[[scenarios]]
+name = "base"
+distinct = 0
+[[scenarios]]
+name = "k=2"
+distinct = 2
+"""
+
+
+# Workloads
+
+
+def test_shipped_workloads_are_valid_and_measure_what_the_readme_says() -> None:
+    assert set(shipped()) == {"mixed-125m", "mixed-tiny"}
+    workload = read_workload("mixed-125m")
+    assert (workload.requests, workload.prompt_tokens, workload.output_tokens) == (16, 128, 64)
+    assert [scenario.distinct for scenario in workload.scenarios] == [0, 1, 4, 16]
+    assert workload.adapters == AdapterPlan(rank=8, alpha=16.0)
+    for name in shipped():
+        get_shape(read_workload(name).shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("requests = 4", "requests = 0"), "requests"),
+        (("seed = 5", "seed = true"), "seed"),
+        (("seed = 5", "speed = 5"), "speed: unknown key"),
+        (('name = "t"', 'name = "../t"'), "name"),
+        (("distinct = 2", "distinct = 5"), "more distinct adapters"),
+        (("distinct = 0", "distinct = 1"), "first must be the base"),
+        (('name = "k=2"', 'name = "base"'), "must differ"),
+        (("output_tokens = 3", "output_tokens = 1"), "output_tokens"),
+        (("[[scenarios]]", "[adapters]\nalpha = -1.0\n[[scenarios]]"), "alpha"),
+        (('name = "t"', "name = "), "not TOML"),
+    ],
+)
+def test_a_wrong_workload_names_its_key(change: tuple[str, str], words: str) -> None:
+    with pytest.raises(WorkloadInvalid, match=words):
+        parse_workload(TEXT.replace(*change, 1))
+
+
+def test_a_missing_workload_lists_the_shipped(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadInvalid, match="mixed-125m"):
+        read_workload(str(tmp_path / "none.toml"))
+
+
+def test_prompts_follow_from_seed_and_round_and_differ() -> None:
+    workload = parse_workload(TEXT)
+    prompts = workload.prompts(0, 100)
+    assert prompts == workload.prompts(0, 100)
+    assert len({*prompts, *workload.prompts(1, 100)}) == 8
+    assert all(3 <= token < 100 for prompt in prompts for token in prompt)
+    assert workload.assignment(Scenario("k", 2)) == (0, 1, 0, 1)
+    assert workload.assignment(Scenario("base", 0)) == (None,) * 4
+
+
+# Statistics
+
+
+def test_a_sample_is_what_the_traces_say() -> None:
+    taken = sample("d", "s", 0, [Trace(1.0, (2.0, 3.0, 5.0)), Trace(1.5, (2.0, 4.0))])
+    assert taken.output_tokens == 5
+    assert taken.seconds == 4.0
+    assert taken.rate == 1.25
+    assert taken.first_token == (1.0, 0.5)
+    assert taken.inter_token == (1.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="no token"):
+        sample("d", "s", 0, [Trace(0.0, ())])
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.01, 1.0))
+def test_a_percentile_is_a_value_with_enough_below(values: list[float], share: float) -> None:
+    found = percentile(values, share)
+    assert found in values
+    assert sum(value <= found for value in values) >= share * len(values) - 1e-9
+    assert percentile(values, 1.0) == max(values)
+
+
+def _sample(driver: str, scenario: str, number: int, rate: float) -> Sample:
+    return Sample(driver, scenario, number, int(rate * 10), 10.0, (0.1, 0.2), (0.01, 0.03))
+
+
+def test_ratios_are_taken_inside_a_round() -> None:
+    # The machine is twice as fast in round 1: a ratio of medians would hide that each round says one half.
+    samples = [_sample("a", "k", n, 50.0 * f) for n, f in enumerate((1, 2, 1))]
+    samples += [_sample("a", "base", n, 100.0 * f) for n, f in enumerate((1, 2, 1))]
+    samples += [_sample("b", "k", 0, 10.0)]
+    base, mixed, alone = summarise(samples, ["base", "k"])
+    assert (base.driver, base.scenario, base.ratio) == ("a", "base", 1.0)
+    assert (mixed.rate, mixed.rate_low, mixed.rate_high, mixed.ratio) == (50.0, 50.0, 100.0, 0.5)
+    assert (mixed.first_token_p50, mixed.first_token_p95) == (0.1, 0.2)
+    assert math.isnan(alone.ratio)
+
+
+# Session
+
+
+class ScriptedDriver:
+    """Answers each call with tokens a millisecond apart, remembers what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, short: bool = False) -> None:
+        self.runs: list[tuple[str, list[Call]]] = []
+        self.closed = 0
+        self._short = short
+
+    async def start(self) -> None:
+        pass
+
+    async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
+        self.runs.append((salt, list(calls)))
+        count = output_tokens - self._short
+        return [Trace(0.0, tuple(0.001 * (i + 1) for i in range(count))) for _ in calls]
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.asyncio
+async def test_rounds_rotate_and_warm_up_is_forgotten() -> None:
+    workload, driver = parse_workload(TEXT), ScriptedDriver()
+    samples = await measure(workload, [driver], 100, lambda message: None)
+    assert [salt for salt, _ in driver.runs] == ["0/base", "0/k=2", "1/k=2", "1/base", "2/base", "2/k=2"]
+    assert [(s.scenario, s.round_number) for s in samples] == [("k=2", 1), ("base", 1), ("base", 2), ("k=2", 2)]
+    first, second = driver.runs[0][1], driver.runs[1][1]
+    assert [call.prompt for call in first] == [call.prompt for call in second]
+    assert [call.adapter for call in second] == [0, 1, 0, 1]
+    assert driver.closed == 1
+
+
+@pytest.mark.asyncio
+async def test_a_driver_that_gives_too_few_tokens_fails_the_bench_and_all_are_closed() -> None:
+    good, bad = ScriptedDriver(), ScriptedDriver(short=True)
+    with pytest.raises(DriverFailed, match="2 tokens, not 3"):
+        await measure(parse_workload(TEXT), [good, bad], 100, lambda message: None)
+    assert (good.closed, bad.closed) == (1, 1)
+
+
+def test_every_scenario_comes_first_in_some_round() -> None:
+    scenarios = [Scenario(name, i) for i, name in enumerate("abc")]
+    orders = [round_order(scenarios, number) for number in range(3)]
+    assert {order[0].name for order in orders} == set("abc")
+    assert all(sorted(s.name for s in order) == ["a", "b", "c"] for order in orders)
+
+
+# Report
+
+
+def test_the_report_holds_the_numbers_and_the_machine(tmp_path: Path) -> None:
+    workload = parse_workload(TEXT)
+    samples = [_sample("a", "base", 1, 100.0), _sample("a", "k=2", 1, 80.0)]
+    summaries = summarise(samples, ["base", "k=2"])
+    machine, taken = describe(), datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+    values = report.document(workload, machine, summaries, samples, {"threads": 2}, taken)
+    page = report.markdown(workload, machine, summaries, {"threads": 2}, taken)
+    json_path, page_path = report.write(tmp_path / "new", "t", values, page)
+    read = json.loads(json_path.read_text())
+    assert read["format"] == report.FORMAT
+    assert [entry["ratio"] for entry in read["summary"]] == [1.0, 0.8]
+    assert read["machine"]["cpu"] == machine.cpu
+    assert read["rounds"][1]["rate"] == 80.0
+    assert "| a | k=2 | 80.0 |" in page_path.read_text()
+    assert "0.80" in page
+    assert machine.cpu in page
+
+
+# Shapes, on the smallest one
+
+
+def test_checkpoint_and_adapters_are_what_they_say(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = make_checkpoint("tiny", 1, tmp_path)
+    assert make_checkpoint("tiny", 1, tmp_path) == path
+    config, shape = AutoConfig.from_pretrained(path), get_shape("tiny")
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (128, 2, 1024)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert len(tokenizer) == shape.vocabulary
+    assert tokenizer.decode(tokenizer.encode("häuser & co")) == "häuser & co"
+
+    first, second = make_adapters("tiny", AdapterPlan(rank=4, alpha=8), 2, 1, tmp_path)
+    settings = json.loads((first / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], len(settings["target_modules"])) == (4, 8, 7)
+    with safe_open(str(first / "adapter_model.safetensors"), "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    assert len(shapes) == 2 * 7 * shape.layers
+    assert shapes["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"] == (4, 256)
+    assert shapes["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"] == (64, 4)
+    assert (first / "adapter_model.safetensors").read_bytes() != (second / "adapter_model.safetensors").read_bytes()
+    assert not list(tmp_path.glob("**/.making-*"))
+
+
+def test_an_unknown_shape_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadInvalid, match="125m, tiny"):
+        make_checkpoint("900b", 1, tmp_path)
+
+
+# Profile
+
+
+@pytest.mark.parametrize(
+    ("operation", "group"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::index_select", "gather and scatter"),
+        ("aten::index", "gather and scatter"),
+        ("aten::mul", "elementwise and norms"),
+        ("aten::multinomial", "choice of tokens"),
+        ("bitsandbytes::gemm_4bit", "NF4 products"),
+        ("aten::to", "copies and casts"),
+        ("aten::topk", "choice of tokens"),
+        ("aten::t", "views and allocation"),
+        ("something::else", "other"),
+    ],
+)
+def test_operations_fall_into_groups(operation: str, group: str) -> None:
+    assert find_group(operation) == group
+
+
+def test_no_steps_give_zeros() -> None:
+    assert set(median_parts([]).values()) == {0.0}
