@@ -36,7 +36,7 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
 
 
 @torch.inference_mode()
-def answers(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]], *, tokens: int = 40) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]], *, tokens: int = 64) -> list[str]:
     """Greedy answers to chats by transformers' own generate, left-padded in batches of 64."""
     texts = []
     for start in range(0, len(prompts), 64):
