@@ -174,6 +174,8 @@ class Nf4Linear:
         """The weight [out, in]; rounds once, to `dtype`."""
         state = copy.copy(self._state)
         state.dtype = dtype
+        # Flat: bitsandbytes 0.50 on CPU takes the wrong scales where a block crosses a row border of a 2-D shape.
+        state.shape = torch.Size((self.out_features * self.in_features,))
         weight: torch.Tensor = bnb_functional.dequantize_4bit(self.codes.reshape(-1, 1), state)
         return weight.reshape(self.out_features, self.in_features)
 
