@@ -55,20 +55,22 @@ def load_base(
     source, device = str(source), torch.device(device)
     config_json, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     _refuse_foreign_quantisation(config_json)
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=double_quant,
-    )
+    options: dict[str, Any] = {}
+    if not config_json.get("quantization_config"):  # what a checkpoint says of itself must not be given as None
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_use_double_quant=double_quant,
+        )
     model = AutoModelForCausalLM.from_pretrained(
         source,
         revision=revision,
         dtype="auto",
-        quantization_config=None if "quantization_config" in config_json else quantisation,
         device_map={"": device},
         trust_remote_code=False,
         use_safetensors=True,
+        **options,
     )
     model.eval().requires_grad_(False)
     switch_off_repacking(model)
@@ -105,8 +107,10 @@ def quantised_modules(model: nn.Module) -> Iterator[tuple[str, QuantisedModule]]
 
 def _refuse_foreign_quantisation(config_json: dict[str, Any]) -> None:
     declared = config_json.get("quantization_config")
-    if declared is None:
+    if not declared:
         return
+    if not isinstance(declared, dict):
+        raise BaseRefused("quantization_config in config.json is not an object: give an unquantised checkpoint")
     if not declared.get("load_in_4bit") or declared.get("bnb_4bit_quant_type") != "nf4":
         method = declared.get("quant_method", "unknown")
         raise BaseRefused(

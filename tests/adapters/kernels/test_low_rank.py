@@ -1,4 +1,4 @@
-"""Gathered and reference kernels against a plain product per row: rank x rows x popularity x dtype, forced both ways."""
+"""Gathered and reference kernels against a plain product per row: rank x rows x popularity x dtype, both ways."""
 
 from __future__ import annotations
 
