@@ -29,7 +29,7 @@ class GatheredKernels:
         walked = sum((segment.stop - segment.start) * segment.rows + SEGMENT_COST for segment in segments)
         drop = None
         if walked >= (token_slots.shape[0] - first) * (high - low):
-            drop = row_slots[low:high, None] != token_slots[None, first:]
+            drop = token_slots[first:, None] != row_slots[None, low:high]
         return RankPlan(tuple(segments), first, low, high, drop)
 
     def add_low_rank(
@@ -42,14 +42,6 @@ class GatheredKernels:
         plans: Sequence[RankPlan | None],
     ) -> None:
         """See `Kernels.add_low_rank`."""
-        whole = plans[0]
-        if whole is not None and whole.drop is not None and all(plan is whole for plan in plans):
-            first, low, high = whole.first, whole.low, whole.high
-            shrunk = torch.matmul(a[:, low:high], x[first:].T)  # [M, high - low, T - first]
-            shrunk.masked_fill_(whole.drop, 0)  # selects: a NaN in a foreign rank row stays there
-            for member, (begin, end) in enumerate(columns):
-                y[first:, begin:end].addmm_(shrunk[member].T, b[member][low:high])
-            return
         for member, plan in enumerate(plans):
             if plan is not None:
                 _add_one(y[:, slice(*columns[member])], x, a[member], b[member], plan)
@@ -58,9 +50,11 @@ class GatheredKernels:
 def _add_one(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: RankPlan) -> None:
     """One map: y [T, out], x [T, in], a [C, in], b [C, out]."""
     if plan.drop is not None:
-        shrunk = a[plan.low : plan.high] @ x[plan.first :].T
-        shrunk.masked_fill_(plan.drop, 0)
-        y[plan.first :].addmm_(shrunk.T, b[plan.low : plan.high])
+        # One product per map, not one for all siblings: a batched product and its transposed result cost a third more
+        # at 16 rows and 16 adapters (11.6 against 8.6 ms a step of the 125M shape on one core).
+        shrunk = x[plan.first :] @ a[plan.low : plan.high].T
+        shrunk.masked_fill_(plan.drop, 0)  # selects: a NaN in a foreign rank row stays there
+        y[plan.first :].addmm_(shrunk, b[plan.low : plan.high])
         return
     for start, stop, row, rows in plan.segments:
         y[start:stop].addmm_(x[start:stop] @ a[row : row + rows].T, b[row : row + rows])

@@ -25,7 +25,7 @@ class RankPlan(NamedTuple):
     """Who uses which rank rows in this step. Tokens before `first` have no adapter and are not touched.
 
     Where `drop` is None the segments are walked one by one; otherwise the products run over the rank rows
-    [low, high) at once and `drop` [high - low, T - first] is True where a rank row is not the token's own.
+    [low, high) at once and `drop` [T - first, high - low] is True where a rank row is not the token's own.
     """
 
     segments: tuple[Segment, ...]

@@ -26,39 +26,82 @@ QUERY_TILE = 16
 block size."""
 
 
-@dataclass(frozen=True, eq=False)
 class Span:
-    """Rows [first, last) of the step are positions start .. of one request; `blocks` covers them and all before."""
+    """Rows [first, last) of the step are positions start .. of one request; `blocks` [n] covers them and all before."""
 
-    first: int
-    last: int
-    start: int
-    blocks: torch.Tensor  # [n] int64
+    def __init__(self, first: int, last: int, start: int, blocks: torch.Tensor) -> None:
+        self.first, self.last, self.start, self.blocks = first, last, start, blocks
+        self._gathers: dict[int, torch.Tensor] = {}
 
     @property
     def length(self) -> int:
         """Positions attended to by the last row."""
         return self.start + self.last - self.first
 
+    def gather(self, cache: PagedCache, heads: int) -> torch.Tensor:
+        """`cache.read_blocks` of all blocks, made once per step."""
+        if heads not in self._gathers:
+            self._gathers[heads] = cache.read_blocks(self.blocks, heads)
+        return self._gathers[heads]
 
-@dataclass(frozen=True, eq=False)
+
 class DecodeRows:
-    """Rows of one token each, of similar context length, attended together."""
+    """Rows of one token each, of similar context length, attended together.
 
-    rows: torch.Tensor | None  # [B] int64; None: all rows of the step in order
-    blocks: torch.Tensor  # [B, n] int64, padded with any valid block
-    positions: torch.Tensor  # [B] int64
+    `rows` [B]: which rows of the step they are, None for all of them in order; `blocks` [B, n], padded with any valid
+    block; `positions` [B].
+    """
+
+    def __init__(self, rows: torch.Tensor | None, blocks: torch.Tensor, positions: torch.Tensor) -> None:
+        self.rows, self.blocks, self.positions = rows, blocks, positions
+        self._gathers: dict[int, torch.Tensor] = {}
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def gather(self, cache: PagedCache, heads: int) -> torch.Tensor:
+        """`cache.read_blocks` of all blocks, made once per step."""
+        if heads not in self._gathers:
+            self._gathers[heads] = cache.read_blocks(self.blocks, heads)
+        return self._gathers[heads]
+
+    def mask(self, length: int, window: int | None) -> torch.Tensor:
+        """[B, 1, 1, length] float32: -inf at positions a row must not see, else 0; made once per step and window.
+
+        Added, not filled in: ten times faster, and what lies behind the mask is finite, since blocks are scrubbed.
+        """
+        if window not in self._masks:
+            place = torch.arange(length, device=self.positions.device)[None, :]
+            hidden = place > self.positions[:, None]
+            if window is not None:
+                hidden |= place <= self.positions[:, None] - window
+            mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
 
 
-@dataclass(eq=False)
 class PagedContext:
-    """What the attention of one step needs; handed through the model's keyword arguments."""
+    """What the attention of one step needs; handed through the model's keyword arguments.
 
-    cache: PagedCache
-    write_rows: torch.Tensor  # [T] int64, flat cache rows of this step's tokens
-    spans: Sequence[Span] = ()
-    decodes: Sequence[DecodeRows] = ()
-    tiled: bool = False
+    `places` [T]: where this step's tokens go in the cache, block * block_size + offset.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        places: torch.Tensor,
+        spans: Sequence[Span] = (),
+        decodes: Sequence[DecodeRows] = (),
+        *,
+        tiled: bool = False,
+    ) -> None:
+        self.cache, self.places, self.spans, self.decodes, self.tiled = cache, places, spans, decodes, tiled
+        self._write_rows: dict[int, torch.Tensor] = {}
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores key and value [heads, T, width] of this step's tokens."""
+        heads = key.shape[0]
+        if heads not in self._write_rows:
+            self._write_rows[heads] = self.cache.write_rows(self.places, heads)
+        self.cache.write(layer, self._write_rows[heads], key, value)
 
 
 @dataclass(eq=False)
@@ -87,8 +130,7 @@ def paged_attention(
     if isinstance(ctx, ShapeProbe):
         ctx.layers[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return torch.zeros_like(value).repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
-    key_rows, value_rows = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, KV, D]
-    ctx.cache.write(layer, ctx.write_rows, key_rows, value_rows)
+    ctx.write(layer, key[0], value[0])
     rows = query[0].transpose(0, 1)  # [T, H, D]
     limits = (scale, sliding_window, softcap)
     only = ctx.decodes[0] if len(ctx.decodes) == 1 and not ctx.spans else None
@@ -118,19 +160,16 @@ def _decode(
     softcap: float | None,
 ) -> torch.Tensor:
     """One query row per request over its gathered blocks -> [B, H, Dv]."""
-    keys, values = cache.read(layer, decode.blocks)  # [B, L, KV, D]
-    batch, length, kv_heads, _ = keys.shape
+    kv_heads = cache.layers[layer].heads
+    keys, values = cache.read(layer, decode.gather(cache, kv_heads))  # [B, KV, L, D]
+    batch, _, length, _ = keys.shape
     grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])  # [B, KV, G, D]
-    scores = torch.matmul(grouped, keys.permute(0, 2, 3, 1)).float().mul_(scale)  # [B, KV, G, L]
+    scores = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scale)  # [B, KV, G, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    place = torch.arange(length, device=query.device)
-    hidden = place[None, :] > decode.positions[:, None]
-    if window is not None:
-        hidden |= place[None, :] <= decode.positions[:, None] - window
-    scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
+    scores.add_(decode.mask(length, window))
     probabilities = scores.softmax(-1).to(values.dtype)
-    return torch.matmul(probabilities, values.transpose(1, 2)).reshape(batch, query.shape[1], -1)
+    return torch.matmul(probabilities, values).reshape(batch, query.shape[1], -1)
 
 
 def _span(
@@ -145,8 +184,8 @@ def _span(
     """A chunk of one request over everything before and in it -> [n, H, Dv]."""
     if softcap is not None:
         return _tiled(cache, layer, query, span, scale, window, softcap)
-    keys, values = cache.read(layer, span.blocks)
-    keys, values = keys[: span.length], values[: span.length]
+    keys, values = cache.read(layer, span.gather(cache, cache.layers[layer].heads))  # [KV, L, D]
+    keys, values = keys[:, : span.length], values[:, : span.length]
     causal = span.start == 0 and (window is None or window >= span.length)
     mask = None
     if not causal:
@@ -154,8 +193,8 @@ def _span(
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
-        keys.transpose(0, 1)[None],
-        values.transpose(0, 1)[None],
+        keys[None],
+        values[None],
         attn_mask=mask,
         is_causal=causal,
         scale=scale,
@@ -198,20 +237,20 @@ def _tile(
     softcap: float | None,
 ) -> torch.Tensor:
     """Rows at positions start .. -> [QUERY_TILE, H, Dv]."""
-    kv_heads, device = cache.keys[layer].shape[2], query.device
+    kv_heads, device = cache.layers[layer].heads, query.device
     # [KV, QUERY_TILE * G, D]
     grouped = query.view(QUERY_TILE, kv_heads, -1, query.shape[-1]).transpose(0, 1).flatten(1, 2).contiguous()
     group = grouped.shape[1] // QUERY_TILE
     best = torch.full((kv_heads, QUERY_TILE * group, 1), float("-inf"), device=device)
     total = torch.zeros_like(best)
-    out = torch.zeros(kv_heads, QUERY_TILE * group, cache.values[layer].shape[3], device=device)
+    out = torch.zeros(kv_heads, QUERY_TILE * group, cache.layers[layer].value_width, device=device)
     per_tile = KV_TILE // cache.block_size
     for first in range(0, min(start + QUERY_TILE, span.length), KV_TILE):
         begin = first // cache.block_size
         blocks = span.blocks[begin : begin + per_tile]
         blocks = F.pad(blocks, (0, per_tile - blocks.shape[0]), value=int(blocks[0]))
-        keys, values = cache.read(layer, blocks)  # [KV_TILE, KV, D]
-        scores = torch.bmm(grouped, keys.float().permute(1, 2, 0).contiguous()) * scale
+        keys, values = cache.read(layer, cache.read_blocks(blocks, kv_heads))  # [KV, KV_TILE, D]
+        scores = torch.bmm(grouped, keys.float().transpose(1, 2).contiguous()) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         hidden = _hidden(start, QUERY_TILE, first, KV_TILE, window, device).repeat_interleave(group, 0)
@@ -221,7 +260,7 @@ def _tile(
         weights = torch.exp(scores - shift)
         decay = torch.exp(torch.where(best.isinf(), best, best - shift))
         total = total * decay + weights.sum(-1, keepdim=True)
-        out = out * decay + torch.bmm(weights, values.float().transpose(0, 1).contiguous())
+        out = out * decay + torch.bmm(weights, values.float())
         best = new_best
     # A padding row behind a window may have seen nothing: its 0 / 0 is dropped by the caller.
     return (out / total).view(kv_heads, QUERY_TILE, group, -1).transpose(0, 1).flatten(1, 2)

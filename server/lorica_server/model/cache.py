@@ -20,31 +20,43 @@ class LayerShape(NamedTuple):
 
 
 class PagedCache:
-    """Keys and values [blocks, block_size, heads, width] per layer; zero at first, since 0 * NaN is NaN."""
+    """Keys and values [blocks, heads, block_size, width] per layer; zero at first, since 0 * NaN is NaN.
+
+    Heads before positions: what a gather of blocks by head gives is what a batched product reads, without a copy.
+    """
 
     def __init__(
         self, layers: Sequence[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.block_size, self.blocks = block_size, blocks
-        self.keys = [torch.zeros(blocks, block_size, s.heads, s.key_width, dtype=dtype, device=device) for s in layers]
+        self.block_size, self.blocks, self.layers = block_size, blocks, tuple(layers)
+        self.keys = [torch.zeros(blocks, s.heads, block_size, s.key_width, dtype=dtype, device=device) for s in layers]
         self.values = [
-            torch.zeros(blocks, block_size, s.heads, s.value_width, dtype=dtype, device=device) for s in layers
+            torch.zeros(blocks, s.heads, block_size, s.value_width, dtype=dtype, device=device) for s in layers
         ]
 
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores key and value [T, heads, width] at flat rows [T] (block * block_size + offset)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, rows, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, rows, value)
+        """Stores key and value [heads, T, width] at `rows` [heads * T], see `write_rows`."""
+        self.keys[layer].view(-1, key.shape[-1]).index_copy_(0, rows, key.reshape(-1, key.shape[-1]))
+        self.values[layer].view(-1, value.shape[-1]).index_copy_(0, rows, value.reshape(-1, value.shape[-1]))
 
     def read(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gathers blocks [..., n] into keys and values [..., n * block_size, heads, width]."""
-        keys, values = self.keys[layer], self.values[layer]
+        """Gathers `read_blocks` [..., heads, n] into keys and values [..., heads, n * block_size, width]."""
+        keys, values, flat = self.keys[layer], self.values[layer], blocks.reshape(-1)
         shape = (*blocks.shape[:-1], blocks.shape[-1] * self.block_size)
-        flat = blocks.reshape(-1)
         return (
-            keys.index_select(0, flat).view(*shape, *keys.shape[2:]),
-            values.index_select(0, flat).view(*shape, *values.shape[2:]),
+            keys.flatten(0, 1).index_select(0, flat).view(*shape, keys.shape[-1]),
+            values.flatten(0, 1).index_select(0, flat).view(*shape, values.shape[-1]),
         )
+
+    def write_rows(self, places: torch.Tensor, heads: int) -> torch.Tensor:
+        """Where tokens at `places` [T] (block * block_size + offset) lie for each head: [heads * T]."""
+        head = torch.arange(heads, device=places.device)[:, None]
+        block = places // self.block_size
+        return ((block * heads + head) * self.block_size + places % self.block_size).reshape(-1)
+
+    def read_blocks(self, blocks: torch.Tensor, heads: int) -> torch.Tensor:
+        """The (block, head) pairs of `blocks` [..., n] -> [..., heads, n]."""
+        return blocks[..., None, :] * heads + torch.arange(heads, device=blocks.device)[:, None]
 
     def scrub(self, blocks: Sequence[int]) -> None:
         """Zeroes blocks in every layer: a NaN that a failed request left would reach the next owner as 0 * NaN."""

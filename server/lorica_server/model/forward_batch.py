@@ -45,7 +45,7 @@ def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, 
     ids = [0] * padding
     positions = [0] * padding
     slots = [BASE_SLOT] * padding
-    write_rows = [scratch_block * size + row for row in range(padding)]
+    places = [scratch_block * size + row for row in range(padding)]
     firsts: list[int] = []
     for chunk in ordered:
         firsts.append(len(ids))
@@ -53,11 +53,10 @@ def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, 
         stop = chunk.start + len(chunk.tokens)
         positions.extend(range(chunk.start, stop))
         slots.extend([chunk.slot] * len(chunk.tokens))
-        write_rows.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
+        places.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
     logit_rows, logits_of = _logit_rows(ordered, firsts, tiled=tiled)
     device = cache.keys[0].device
-    context = PagedContext(cache, torch.tensor(write_rows, device=device), tiled=tiled)
-    _attend(context, ordered, firsts, len(ids), tiled=tiled)
+    spans, decodes = _attend(ordered, firsts, len(ids), size, device, tiled=tiled)
     return ForwardBatch(
         chunks=ordered,
         ids=torch.tensor(ids, device=device),
@@ -66,7 +65,7 @@ def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, 
         logit_rows=torch.tensor(logit_rows, device=device),
         logit_slots=[slots[row] for row in logit_rows],
         logits_of=logits_of,
-        context=context,
+        context=PagedContext(cache, torch.tensor(places, device=device), spans, decodes, tiled=tiled),
     )
 
 
@@ -93,9 +92,10 @@ def _logit_rows(
     return wanted, tuple(ranges)
 
 
-def _attend(context: PagedContext, chunks: Sequence[Chunk], firsts: Sequence[int], rows: int, *, tiled: bool) -> None:
+def _attend(
+    chunks: Sequence[Chunk], firsts: Sequence[int], rows: int, size: int, device: torch.device, *, tiled: bool
+) -> tuple[list[Span], list[DecodeRows]]:
     """Sorts the chunks into spans and batches of decode rows of similar length (within a factor of two)."""
-    device, size = context.cache.keys[0].device, context.cache.block_size
     spans: list[Span] = []
     by_length: dict[int, list[tuple[int, Chunk]]] = {}
     for chunk, first in zip(chunks, firsts, strict=True):
@@ -105,8 +105,7 @@ def _attend(context: PagedContext, chunks: Sequence[Chunk], firsts: Sequence[int
         else:
             blocks = torch.tensor(chunk.blocks[:used], device=device)
             spans.append(Span(first, first + len(chunk.tokens), chunk.start, blocks))
-    context.spans = spans
-    context.decodes = [_decode_rows(members, rows, size, device) for members in by_length.values()]
+    return spans, [_decode_rows(members, rows, size, device) for members in by_length.values()]
 
 
 def _decode_rows(members: Sequence[tuple[int, Chunk]], rows: int, size: int, device: torch.device) -> DecodeRows:
