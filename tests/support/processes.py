@@ -11,7 +11,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_in_threads(threads: int, code: str, *arguments: str) -> str:
-    """Runs `code` with torch on `threads` threads; returns its standard output. Raises AssertionError with its errors."""
+    """Runs `code` with torch on `threads` threads; returns its output. Raises AssertionError with its errors."""
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": str(threads)}
     whole = f"import torch; torch.set_num_threads({threads}); assert torch.get_num_threads() == {threads}\n{code}"
     ended = subprocess.run(

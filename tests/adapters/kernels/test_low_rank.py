@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from lorica_adapters.apply.batch import Layout, segments_of
+from lorica_adapters.kernels import gathered
 from lorica_adapters.kernels.gathered import GatheredKernels
 from lorica_adapters.kernels.protocol import Kernels, RankPlan, Segment
 from lorica_adapters.kernels.reference import ReferenceKernels
@@ -85,11 +87,12 @@ class Case:
         """What `kernels` make of it; `force` overrides the choice between one product and segments."""
         token_slots = torch.tensor(self.slots, dtype=torch.int32)
         plans: dict[Layout, RankPlan | None] = {}
+        cost = {None: gathered.SEGMENT_COST, "one product": 1 << 40, "segments": -(1 << 40)}[force]
         for layout in self.layouts:
             used = [Segment(s.start, s.stop, *layout.ranges[s.slot]) for s in segments_of(self.slots)
                     if s.slot in layout.ranges]  # fmt: skip
-            plan = kernels.plan(used, token_slots, layout.row_slots) if used else None
-            plans[layout] = plan if plan is None or force is None else _forced(plan, token_slots, layout, force)
+            with patch.object(gathered, "SEGMENT_COST", cost):
+                plans[layout] = kernels.plan(used, token_slots, layout.row_slots) if used else None
         y = self.y.clone()
         kernels.add_low_rank(y, self.x, self.a, self.b, self.columns, [plans[layout] for layout in self.layouts])
         return y
@@ -107,17 +110,6 @@ def _layout(present: Sequence[int], rank: int, draw: random.Random, skip: float)
             ranges[slot] = (place, rows)
         place += rows
     return Layout(ranges, CAPACITY, CPU)
-
-
-def _forced(plan: RankPlan, token_slots: torch.Tensor, layout: Layout, force: str) -> RankPlan:
-    """The same step run the other way, by what RankPlan says of its fields."""
-    first = plan.segments[0].start
-    low = min(segment.row for segment in plan.segments)
-    high = max(segment.row + segment.rows for segment in plan.segments)
-    drop = None
-    if force == "one product":
-        drop = layout.row_slots[low:high, None] != token_slots[None, first:]
-    return RankPlan(plan.segments, first, low, high, drop)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +38,7 @@ def test_segments_cover_each_adapted_row_once(slots: list[int]) -> None:
     covered = {row: s.slot for s in segments for row in range(s.start, s.stop)}
     assert covered == {row: slot for row, slot in enumerate(slots) if slot >= 0}
     assert sum(s.stop - s.start for s in segments) == len(covered)
-    assert all(before.stop == after.start for before, after in zip(segments, segments[1:], strict=False))
+    assert all(before.stop == after.start for before, after in itertools.pairwise(segments))
 
 
 @given(st.lists(st.integers(-1, 3), max_size=20))
@@ -73,9 +75,8 @@ def test_a_plan_names_exactly_the_rank_rows_of_each_token(kernels: Kernels, slot
         assert found == owned
         return
     for row in range(plan.first, len(slots)):
-        kept = {
-            plan.low + index for index, dropped in enumerate(plan.drop[:, row - plan.first].tolist()) if not dropped
-        }
+        drop = plan.drop[row - plan.first].tolist()
+        kept = {plan.low + index for index, is_dropped in enumerate(drop) if not is_dropped}
         assert kept == (set(range(*_span(layout.ranges[slots[row]]))) if slots[row] in layout.ranges else set())
 
 
