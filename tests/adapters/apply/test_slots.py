@@ -1,0 +1,187 @@
+"""Slots on the device: what is written where, what is refused, what the layouts say while adapters come and go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorica_adapters.apply.batch import AdapterBatch, RowMap
+from lorica_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
+from lorica_adapters.apply.slots import SlotTensors
+from lorica_adapters.base import load_base
+from lorica_adapters.errors import AdapterIncompatible
+from lorica_adapters.formats.limits import ReadLimits
+from lorica_adapters.formats.registry import read
+from lorica_adapters.kernels.gathered import GatheredKernels
+from lorica_adapters.residency.slots import SlotTable
+from lorica_adapters.weights import AdapterWeights, LowRank, ModuleWeights
+from support.adapters import files_of
+from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
+
+Q = "model.layers.0.self_attn.q_proj"
+V = "model.layers.0.self_attn.v_proj"
+CAPACITY = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(wide_model("qwen2"), tmp_path_factory.mktemp("slots") / "base")
+
+
+def adapted_of(checkpoint: Path, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+    return inject(load_base(checkpoint, compute_dtype=dtype), GatheredKernels(), capacity=CAPACITY)
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterWeights:
+    out = tmp_path_factory.mktemp("adapter") / "a"
+    path = make_adapter_for(
+        checkpoint, out, seed=1, r=5, target_modules=["q_proj", "v_proj", "embed_tokens"], bias="all"
+    )
+    return read(files_of(path), load_base(checkpoint, compute_dtype=torch.float32).spec, ReadLimits())
+
+
+def table_of(adapted: AdaptedModel) -> SlotTable:
+    return SlotTable(adapted.linears, CAPACITY, 8, 1 << 24)
+
+
+def changed(weights: AdapterWeights, name: str, **parts: object) -> AdapterWeights:
+    module = replace(weights.modules[name], **parts)  # type: ignore[arg-type]
+    return AdapterWeights(weights.spec, {**weights.modules, name: module})
+
+
+def pools_are_finite(adapted: AdaptedModel) -> bool:
+    return all(bool(t.isfinite().all()) for group in adapted.groups for t in (group.a, *group.b))
+
+
+def test_written_rows_hold_the_factors_and_zeros(checkpoint: Path, weights: AdapterWeights) -> None:
+    adapted = adapted_of(checkpoint)
+    for group in adapted.groups:
+        group.a.fill_(3)
+    table = table_of(adapted)
+    number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
+    SlotTensors(adapted).write(number, weights, rows)
+    group, member = adapted.linears[V]
+    first, count = rows[V]
+    low_rank = weights.modules[V].low_rank
+    assert low_rank is not None
+    assert count == 8
+    assert torch.equal(group.a[member, first : first + 5], low_rank.a)
+    assert torch.equal(group.b[member][first : first + 5], low_rank.b.T)
+    assert not group.a[member, first + 5 : first + 8].any()
+    assert (group.a[member, first + 8 :] == 3).all()
+
+
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_values_beyond_the_dtype_are_refused_and_reach_no_pool(
+    checkpoint: Path, weights: AdapterWeights, factor: str
+) -> None:
+    """A foreign rank row of B meets zero in a pool product, and 0 * inf is NaN for everybody."""
+    adapted = adapted_of(checkpoint, torch.float16)
+    low_rank = weights.modules[V].low_rank
+    assert low_rank is not None
+    huge = getattr(low_rank, factor).clone()
+    huge.view(-1)[7] = 1e6  # finite in float32, infinite in float16
+    broken = LowRank(**{"a": low_rank.a, "b": low_rank.b, factor: huge})
+    table, slots = table_of(adapted), SlotTensors(adapted)
+    number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
+    with pytest.raises(AdapterIncompatible, match=f"{V}.*not finite in float16.*--dtype float32") as refused:
+        slots.write(number, changed(weights, V, low_rank=broken), rows)
+    assert refused.value.subject == V
+    assert pools_are_finite(adapted)
+    slots.write(number, weights, rows)
+    slots.bind(number, rows)
+
+
+@pytest.mark.parametrize("part", ["bias", "embedding"])
+def test_so_are_those_outside_the_rank_rows(checkpoint: Path, weights: AdapterWeights, part: str) -> None:
+    adapted = adapted_of(checkpoint, torch.float16)
+    slots, table = SlotTensors(adapted), table_of(adapted)
+    if part == "embedding":
+        name = "model.embed_tokens"
+        low_rank = weights.modules[name].low_rank
+        assert low_rank is not None
+        broken = changed(weights, name, low_rank=LowRank(low_rank.a, low_rank.b * 1e8))
+    else:
+        name = Q
+        broken = changed(weights, name, bias=torch.full((128,), 1e6))
+    number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
+    with pytest.raises(AdapterIncompatible, match="not finite"):
+        slots.write(number, broken, rows)
+
+
+def test_a_written_slot_is_used_by_nobody_before_it_is_bound(checkpoint: Path, weights: AdapterWeights) -> None:
+    adapted = adapted_of(checkpoint)
+    table, slots = table_of(adapted), SlotTensors(adapted)
+    number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
+    ids = torch.arange(6)[None]
+
+    def logits(slot: int) -> torch.Tensor:
+        kernels = GatheredKernels()
+        batch = AdapterBatch(*(RowMap([slot] * 6, kernels, torch.device("cpu")) for _ in range(2)))
+        with torch.inference_mode(), adapted.cell.running(batch):
+            return adapted.model(ids, use_cache=False).logits
+
+    base = logits(-1)
+    slots.write(number, weights, rows)
+    assert torch.equal(logits(number), base)
+    slots.bind(number, rows)
+    assert not torch.allclose(logits(number), base, atol=1e-2)
+    assert torch.equal(logits(-1), base)
+    slots.unbind(number)
+    assert torch.equal(logits(number), base)
+
+
+def test_modules_whose_slots_lie_alike_share_a_layout(checkpoint: Path, weights: AdapterWeights) -> None:
+    adapted = adapted_of(checkpoint)
+    table, slots = table_of(adapted), SlotTensors(adapted)
+    empty = {layout for group in adapted.groups for layout in group.layouts}
+    for _ in range(3):
+        number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
+        slots.write(number, weights, rows)
+        slots.bind(number, rows)
+    layouts = {layout for group in adapted.groups for layout in group.layouts}
+    assert {len(layout.ranges) for layout in layouts} == {0, 3}
+    targets = {
+        adapted.linears[name][0].layouts[adapted.linears[name][1]] for name in weights.spec.ranks if "proj" in name
+    }
+    assert len(targets) == 1
+    for number in sorted(table.numbers):
+        slots.unbind(number)
+        table.free(number)
+    assert all(not layout.ranges for group in adapted.groups for layout in group.layouts)
+    assert len(empty) == len(adapted.groups)  # one per group: nothing is shared where nothing is bound
+
+
+def test_extra_bytes_count_what_lies_outside_the_rank_rows(checkpoint: Path, weights: AdapterWeights) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        extra = SlotTensors(adapted_of(checkpoint, dtype)).extra_bytes(weights)
+        biases = sum(module.bias.numel() for module in weights.modules.values() if module.bias is not None)
+        assert biases > 0
+        assert extra == (5 * (320 + 128) + biases) * dtype.itemsize
+
+
+def test_rank_row_bytes_is_what_a_row_takes(checkpoint: Path) -> None:
+    adapted = adapted_of(checkpoint, torch.bfloat16)
+    held = sum(tensor.numel() for group in adapted.groups for tensor in (group.a, *group.b)) * 2
+    assert held == CAPACITY * rank_row_bytes(adapted.spec, torch.bfloat16)
+
+
+def test_an_adapter_of_biases_only_takes_no_rows(checkpoint: Path, weights: AdapterWeights) -> None:
+    adapted = adapted_of(checkpoint)
+    table, slots = table_of(adapted), SlotTensors(adapted)
+    spec = replace(weights.spec, ranks={})
+    only = AdapterWeights(spec, {Q: ModuleWeights(bias=torch.ones(128))})
+    number, rows = table.try_take(table.needs(spec.ranks), slots.extra_bytes(only)) or (-1, {})
+    slots.write(number, only, rows)
+    slots.bind(number, rows)
+    group, member = adapted.linears[Q]
+    own = group.frozen.bias
+    assert own is not None
+    begin, end = group.columns[member]
+    torch.testing.assert_close(group.biases[member].deltas[number] + own[begin:end], torch.ones(128))
+    slots.unbind(number)
+    assert not group.biases[member].deltas
