@@ -35,8 +35,8 @@ from lorica.types import (
 )
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-_STATUS_PENDING = "Internal error from Core"
-_STATUS_POLLS = 200  # two seconds
+_LOST_STATUS = "Internal error from Core"
+_STATUS_SECONDS = 5.0  # for a status that is already on its way
 
 
 class AsyncClient:
@@ -305,14 +305,15 @@ class AsyncClient:
         timeout: float | None,
     ) -> adapters_pb2.UploadAdapterResponse:
         call = self._adapters.UploadAdapter(timeout=timeout)
+        ending = _Ending(call)
         messages = upload.messages(bundle, held, progress)
         try:
             while (message := await asyncio.to_thread(next, messages, None)) is not None:
                 await call.write(message)
             await call.done_writing()
             return await call
-        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            raise from_call(await _read_status(call), self.address) from None
+        except (asyncio.InvalidStateError, grpc.aio.InternalError, grpc.aio.AioRpcError):
+            raise from_call(await ending.find(), self.address) from None
         finally:
             call.cancel()
 
@@ -330,15 +331,38 @@ class AsyncClient:
                 call.cancel()
 
 
-async def _read_status(call: Any) -> grpc.aio.AioRpcError:
-    """Why a call that could not be written to has ended.
+class _Ending:
+    """Why a call that is written to has ended.
 
-    While a write fails, grpc.aio puts an INTERNAL of its own in place of the server's status, which follows.
+    A write that fails puts an INTERNAL of grpc.aio's own in place of the status, be the server's still on its way or
+    there already. Done callbacks run at the very moment a status is set, so that none can be missed.
     """
-    for _ in range(_STATUS_POLLS):
-        if await call.details() != _STATUS_PENDING:
-            break
-        await asyncio.sleep(0.01)
-    return grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-    )
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._status: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
+        call.add_done_callback(self._note)
+
+    async def find(self) -> grpc.aio.AioRpcError:
+        """The server's status; what grpc.aio says itself should none come."""
+        try:
+            async with asyncio.timeout(_STATUS_SECONDS):
+                return await self._status
+        except TimeoutError:
+            return _read_status(self._call)
+
+    def _note(self, call: Any) -> None:
+        status = _read_status(call)
+        if not self._status.done() and status.details() != _LOST_STATUS:
+            self._status.set_result(status)
+
+
+def _read_status(call: Any) -> grpc.aio.AioRpcError:
+    """The status of a call that has ended: its coroutines have nothing to wait for."""
+    parts = []
+    for asked in (call.code(), call.initial_metadata(), call.trailing_metadata(), call.details()):
+        try:
+            asked.send(None)
+        except StopIteration as answer:
+            parts.append(answer.value)
+    return grpc.aio.AioRpcError(*parts)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorica.cli.failures import CommandError, ExitCode, explain
 from lorica.cli.main import app
+from lorica.terminal.failures import CommandError, ExitCode, explain
 from support.fake_service import DIGEST, FakeServer
 
 HEAVY = ("torch", "transformers", "grpc", "lorica_adapters.base", "peft")

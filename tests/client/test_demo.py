@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from lorica import AsyncClient
-from lorica.cli.failures import CommandError
-from lorica.cli.output import plain
 from lorica.demo import asking, report
 from lorica.demo.main import choose_tasks
 from lorica.demo.values import Accuracy, Ask, BurstOutcome, DemoOutcome, TaskOutcome, interleave
+from lorica.terminal.failures import CommandError
+from lorica.terminal.output import plain
 from lorica_protos.v1 import adapters_pb2
 from support.fake_service import FakeServer
 

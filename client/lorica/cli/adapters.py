@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorica.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
-from lorica.cli.failures import CommandError, ExitCode
-from lorica.cli.output import byte_progress, print_json, print_table, say, size
+from lorica.terminal.failures import CommandError, ExitCode
+from lorica.terminal.output import byte_progress, print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from lorica.types import Adapter, ProgressCallback, TransferProgress

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorica.cli.failures import CommandError, ExitCode
-from lorica.cli.output import print_json, say
+from lorica.terminal.failures import CommandError, ExitCode
+from lorica.terminal.output import print_json, say
 
 
 def command(
@@ -33,7 +33,7 @@ def command(
     from lorica.bench.driver import DriverFailed
     from lorica.bench.main import BenchOptions, run
     from lorica.bench.workload import WorkloadInvalid
-    from lorica.cli.quiet import hush_loading
+    from lorica.terminal.quiet import hush_loading
 
     drivers = tuple(dict.fromkeys(driver or ["engine", "peft"]))
     unknown = [name for name in drivers if name not in ("engine", "grpc", "peft")]

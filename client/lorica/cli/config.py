@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from lorica.cli.arguments import AsJson
-from lorica.cli.failures import CommandError
-from lorica.cli.output import print_json, print_table
 from lorica.cli.server_options import ConfigFile, option_text, with_server_options
+from lorica.terminal.failures import CommandError
+from lorica.terminal.output import print_json, print_table
 
 app = typer.Typer(no_args_is_help=True, help="The server's configuration: file, environment and flags together.")
 

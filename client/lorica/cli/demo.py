@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from lorica.cli.failures import CommandError, ExitCode
-from lorica.cli.output import plain
+from lorica.terminal.failures import CommandError, ExitCode
+from lorica.terminal.output import plain
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     """
     from rich.console import Console
 
-    from lorica.cli.quiet import hush_loading
+    from lorica.terminal.quiet import hush_loading
 
     hush_loading()
 

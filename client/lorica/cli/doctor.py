@@ -8,9 +8,9 @@ from typing import Any
 import typer
 
 from lorica.cli.arguments import AsJson
-from lorica.cli.failures import ExitCode
-from lorica.cli.output import print_json, print_table
 from lorica.cli.server_options import ConfigFile, with_server_options
+from lorica.terminal.failures import ExitCode
+from lorica.terminal.output import print_json, print_table
 
 
 @with_server_options

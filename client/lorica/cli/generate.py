@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorica.cli.arguments import DEFAULT_ADDRESS, Address
-from lorica.cli.failures import CommandError, ExitCode
-from lorica.cli.output import print_json
+from lorica.terminal.failures import CommandError, ExitCode
+from lorica.terminal.output import print_json
 
 if TYPE_CHECKING:
     from lorica.client import Client

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from lorica.cli.arguments import DEFAULT_ADDRESS, Address
-from lorica.cli.failures import ExitCode
-from lorica.cli.output import say
+from lorica.terminal.failures import ExitCode
+from lorica.terminal.output import say
 
 
 def command(

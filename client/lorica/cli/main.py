@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from lorica.cli import adapters, bench, config, demo, doctor, generate, health, serve, train
-from lorica.cli.failures import ExitCode, explain
-from lorica.cli.output import tell_failure
+from lorica.terminal.failures import ExitCode, explain
+from lorica.terminal.output import tell_failure
 
 
 class _Group(TyperGroup):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorica.cli.output import print_json, step_progress
+from lorica.terminal.output import print_json, step_progress
 
 
 def command(
@@ -27,8 +27,8 @@ def command(
         print(f"ok: {job_file} is a valid job")
         return
 
-    from lorica.cli.quiet import hush_loading
-    from lorica.cli.training_bar import COLUMN, TrainingBar
+    from lorica.terminal.quiet import hush_loading
+    from lorica.terminal.training_bar import COLUMN, TrainingBar
     from lorica_trainer.interrupt import stop_on_signals
     from lorica_trainer.run import train
 

@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from lorica.aio import AsyncClient
-from lorica.cli.failures import CommandError, ExitCode
-from lorica.cli.output import count_progress, step_progress
-from lorica.cli.training_bar import COLUMN, TrainingBar
 from lorica.demo import asking
 from lorica.demo.values import Ask, DemoOutcome, TaskOutcome, interleave
 from lorica.local_server import LocalServer
+from lorica.terminal.failures import CommandError, ExitCode
+from lorica.terminal.output import count_progress, step_progress
+from lorica.terminal.training_bar import COLUMN, TrainingBar
 from lorica_trainer.demo_tasks import DEMO_TASKS, DemoTask, demo_job, held_out_questions
 from lorica_trainer.errors import TrainerError
 from lorica_trainer.run import train

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.cli.failures import Failure
+from lorica.terminal.failures import Failure
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn

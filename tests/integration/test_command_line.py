@@ -1,0 +1,116 @@
+"""The command line against a real server in a process of its own: an adapter's whole life, and the small bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from lorica.cli.main import app
+from lorica.local_server import LocalServer
+from lorica.terminal.failures import ExitCode
+from lorica_adapters.embedded.tiny import tiny_path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    directory = tmp_path_factory.mktemp("server")
+    options = {"data_dir": str(directory / "data"), "dtype": "float32", "drain_seconds": "2", "readiness_seconds": "0"}
+    with LocalServer(options, log=directory / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA on every q_proj of the embedded base, strong enough to change what it says."""
+    base = json.loads((tiny_path() / "config.json").read_text())
+    width, layers = base["hidden_size"], base["num_hidden_layers"]
+    head = base.get("head_dim") or width // base["num_attention_heads"]
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for layer in range(layers):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, width, generator=generator)
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(head * base["num_attention_heads"], 4, generator=generator)
+    directory = tmp_path / "noisy"
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text(
+        json.dumps(
+            {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        )
+    )
+    return directory
+
+
+def test_an_adapters_life(server: LocalServer, adapter: Path, tmp_path: Path) -> None:
+    def lorica(*arguments: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, "--address", server.address])
+
+    def generate(*arguments: str) -> str:
+        result = lorica("generate", "--chat", "-t", "0", "-m", "12", "lantern", *arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert lorica("health").exit_code == 0
+    plain = generate()
+    missing = lorica("generate", "x", "--adapter", "noisy")
+    assert missing.exit_code == ExitCode.NOT_FOUND
+
+    pushed = lorica("adapters", "push", str(adapter), "--json")
+    assert pushed.exit_code == 0, pushed.output
+    assert json.loads(pushed.stdout)["created"] is True
+    with_adapter = generate("--adapter", "noisy")
+    assert with_adapter != plain
+    assert generate() == plain
+
+    assert lorica("adapters", "alias", "noisy", "prod").exit_code == 0
+    assert generate("--adapter", "prod") == with_adapter
+    listed = json.loads(lorica("adapters", "ls", "--json").stdout)
+    assert [(entry["name"], entry["aliases"], entry["max_rank"]) for entry in listed] == [("noisy", ["prod"], 4)]
+
+    materialised = lorica("adapters", "materialise", "noisy")
+    assert "materialised ready" in materialised.stdout, materialised.output
+    assert generate("--adapter", "noisy") == with_adapter
+    assert "materialised none" in lorica("adapters", "materialise", "noisy", "--off").stdout
+
+    assert lorica("adapters", "verify", "noisy", "--against", str(adapter)).exit_code == 0
+    assert lorica("adapters", "pull", "prod", str(tmp_path / "back")).exit_code == 0
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "back" / file).read_bytes() == (adapter / file).read_bytes()
+
+    assert lorica("adapters", "rm", "noisy").exit_code == 0
+    assert lorica("generate", "x", "--adapter", "prod").exit_code == ExitCode.NOT_FOUND
+
+
+def test_a_refused_adapter_says_why(server: LocalServer, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
+    result = CliRunner().invoke(app, ["adapters", "push", str(adapter), "--address", server.address])
+    assert result.exit_code == ExitCode.REFUSED
+    assert "q_proj" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_small_bench_measures_engine_server_and_peer(tmp_path: Path) -> None:
+    drivers = ["--driver", "engine", "--driver", "grpc", "--driver", "peft"]
+    result = CliRunner().invoke(
+        app,
+        ["bench", "-w", "mixed-tiny", *drivers, "--rounds", "1", "--threads", "1", "--dtype", "float32", "--json",
+         "--profile-step", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "results")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    found = {(entry["driver"], entry["scenario"]) for entry in values["summary"]}
+    assert found == {(driver, scenario) for driver in ("engine", "grpc", "peft") for scenario in ("base", "k=1", "k=4")}
+    assert all(entry["rate"] > 0 for entry in values["summary"])
+    assert values["profile"]["parts"]["k=4"]["forward"] > 0
+    assert "matrix products" in values["profile"]["groups"]
+    [page] = (tmp_path / "results").glob("*.md")
+    assert "One decode step" in page.read_text()
