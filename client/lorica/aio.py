@@ -36,7 +36,8 @@ from lorica.types import (
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _LOST_STATUS = "Internal error from Core"
-_STATUS_SECONDS = 5.0  # for a status that is already on its way
+_STATUS_SECONDS = 5.0  # at most, for a status that is already on its way
+_STATUS_POLLS = 500
 
 
 class AsyncClient:
@@ -334,31 +335,36 @@ class AsyncClient:
 class _Ending:
     """Why a call that is written to has ended.
 
-    A write that fails puts an INTERNAL of grpc.aio's own in place of the status, be the server's still on its way or
-    there already. Done callbacks run at the very moment a status is set, so that none can be missed.
+    A write that fails puts an INTERNAL of grpc.aio's own in place of the server's status: over it when that is there
+    already (the done callback has seen it first), or until it comes (reading again finds it).
     """
 
     def __init__(self, call: Any) -> None:
         self._call = call
-        self._status: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
+        self._status: grpc.aio.AioRpcError | None = None
         call.add_done_callback(self._note)
 
     async def find(self) -> grpc.aio.AioRpcError:
         """The server's status; what grpc.aio says itself should none come."""
-        try:
-            async with asyncio.timeout(_STATUS_SECONDS):
-                return await self._status
-        except TimeoutError:
-            return _read_status(self._call)
+        await self._call.code()
+        for _ in range(_STATUS_POLLS):
+            self._note(self._call)
+            if self._status is not None:
+                return self._status
+            await asyncio.sleep(_STATUS_SECONDS / _STATUS_POLLS)
+        return _read_status(self._call)
 
     def _note(self, call: Any) -> None:
         status = _read_status(call)
-        if not self._status.done() and status.details() != _LOST_STATUS:
-            self._status.set_result(status)
+        if self._status is None and status.details() != _LOST_STATUS:
+            self._status = status
 
 
 def _read_status(call: Any) -> grpc.aio.AioRpcError:
-    """The status of a call that has ended: its coroutines have nothing to wait for."""
+    """The status of a call that has ended; read by hand, since a done callback cannot await.
+
+    The four coroutines have nothing to wait for then, so each ends at its first step.
+    """
     parts = []
     for asked in (call.code(), call.initial_metadata(), call.trailing_metadata(), call.details()):
         try:
