@@ -19,6 +19,7 @@ class HostCache(Generic[W]):
         self._read, self._budget = read, budget_bytes
         self._held: OrderedDict[str, W] = OrderedDict()
         self._bytes = 0
+        self._discards = 0
         self._lock = threading.Lock()
 
     def load(self, digest: str) -> W:
@@ -28,8 +29,9 @@ class HostCache(Generic[W]):
             if held is not None:
                 self._held.move_to_end(digest)
                 return held
+            discards = self._discards
         weights = self._read(digest)  # outside the lock: slow
-        self._keep(digest, weights)
+        self._keep(digest, weights, discards)
         return weights
 
     def holds(self, digest: str) -> bool:
@@ -39,6 +41,7 @@ class HostCache(Generic[W]):
     def discard(self, digest: str) -> None:
         """Frees it, if held."""
         with self._lock:
+            self._discards += 1
             held = self._held.pop(digest, None)
             if held is not None:
                 self._bytes -= held.nbytes
@@ -49,10 +52,11 @@ class HostCache(Generic[W]):
         with self._lock:
             return len(self._held), self._bytes
 
-    def _keep(self, digest: str, weights: W) -> None:
+    def _keep(self, digest: str, weights: W, discards: int) -> None:
         size = weights.nbytes
         with self._lock:
-            if size > self._budget or digest in self._held:
+            # What was being read while something was discarded may be what was discarded.
+            if size > self._budget or digest in self._held or discards != self._discards:
                 return
             self._held[digest] = weights
             self._bytes += size

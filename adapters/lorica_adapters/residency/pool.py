@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from lorica_adapters.errors import AdapterError, PoolExhausted
 from lorica_adapters.residency.slots import Slot, SlotTable
-from lorica_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Weights
+from lorica_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Rows, Weights
 
 W = TypeVar("W", bound=Weights)
 
@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 FAILURE_SECONDS = 5.0
 """How long a failed load is remembered for whoever asked; after that the next request tries again."""
+
+
+READY_TICKS = 64
+"""Steps that a read adapter without a slot waits for somebody to ask again; then it starts anew from host memory."""
 
 
 class Lease:
@@ -61,6 +65,7 @@ class _Load(Generic[W]):
 
     digest: str
     started: float
+    asked_at: int  # tick of the last request for it
     state: Literal["reading", "ready", "writing"] = "reading"
     weights: W | None = None
     slot: Slot | None = None
@@ -115,9 +120,11 @@ class AdapterPool(Generic[W]):
         load = self._loads.get(digest)
         if load is None:
             self._count(waits=1)
-            self._loads[digest] = _Load(digest, self._clock())
+            self._loads[digest] = _Load(digest, self._clock(), self._tick)
             self._loader.submit(self._read, digest)
-        elif load.state == "ready":
+            return None
+        load.asked_at = self._tick
+        if load.state == "ready":
             self._place(load)
         return None
 
@@ -128,9 +135,10 @@ class AdapterPool(Generic[W]):
             self._take_in(self._reports.popleft())
         while self._discards:
             self._doomed.add(self._discards.popleft())
+        self._give_up_unasked()
         for digest in [digest for digest in self._doomed if digest not in self._loads]:
             slot = self._slots.get(digest)
-            if slot is None or not slot.leases:
+            if slot is None or self._is_idle(slot):
                 self._doomed.discard(digest)
                 self._host.discard(digest)
                 if slot is not None:
@@ -222,21 +230,39 @@ class AdapterPool(Generic[W]):
             return
         taken = self._table.try_take(needs, extra_bytes)
         if taken is None:
-            for idle in self._idle():
-                self._evict(idle)
-                taken = self._table.try_take(needs, extra_bytes)
-                if taken is not None:
-                    break
+            taken = self._take_from_idle(needs, extra_bytes)
         if taken is None:
             return
         number, rows = taken
         load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "writing"
         self._loader.submit(self._write, load.slot, weights)
 
+    def _take_from_idle(self, needs: dict[str, int], extra_bytes: int) -> tuple[int, Rows] | None:
+        """Evicts idle slots, longest unused first, until there is room; none at all where that cannot help."""
+        idle = self._idle()
+        if not self._table.can_take_without(needs, extra_bytes, {slot.number for slot in idle}):
+            return None
+        for slot in idle:
+            self._evict(slot)
+            taken = self._table.try_take(needs, extra_bytes)
+            if taken is not None:
+                return taken
+        return None
+
+    def _give_up_unasked(self) -> None:
+        """Forgets read adapters that wait for a slot although whoever wanted them has gone."""
+        for load in list(self._loads.values()):
+            patience = 1 if load.digest in self._doomed else READY_TICKS
+            if load.state == "ready" and self._tick - load.asked_at > patience:
+                del self._loads[load.digest]
+
+    def _is_idle(self, slot: Slot) -> bool:
+        """Without leases; one bound in this very step waits for its first request."""
+        return not slot.leases and slot.bound_at != self._tick
+
     def _idle(self) -> list[Slot]:
-        """Slots without leases, longest unused first; those bound in this very step wait for their first request."""
-        idle = [slot for slot in self._slots.values() if not slot.leases and slot.bound_at != self._tick]
-        return sorted(idle, key=lambda slot: slot.used_at)
+        """Idle slots, longest unused first."""
+        return sorted(filter(self._is_idle, self._slots.values()), key=lambda slot: slot.used_at)
 
     def _evict(self, slot: Slot) -> None:
         self._device.unbind(slot.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Collection
 
 
 class RowSpace:
@@ -17,10 +18,12 @@ class RowSpace:
         """Rows taken."""
         return sum(rows for _, rows in self._taken)
 
-    def find(self, rows: int) -> int | None:
-        """The lowest first row of a free run of `rows`, None when there is none. Takes nothing."""
+    def find(self, rows: int, without: Collection[tuple[int, int]] = ()) -> int | None:
+        """The lowest first row of a free run of `rows`, as if the runs `without` were free. Takes nothing."""
         end = 0
         for first, taken in self._taken:
+            if (first, taken) in without:
+                continue
             if first - end >= rows:
                 return end
             end = first + taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from lorica_adapters.residency.rows import RowSpace
@@ -42,6 +42,18 @@ class SlotTable:
     def can_ever_hold(self, needs: Mapping[str, int], extra_bytes: int) -> bool:
         """Whether an empty table would have room."""
         return max(needs.values(), default=0) <= self.capacity and extra_bytes <= self._extra_budget
+
+    def can_take_without(self, needs: Mapping[str, int], extra_bytes: int, numbers: Collection[int]) -> bool:
+        """Whether `try_take` would succeed once the slots `numbers` were free."""
+        leaving = [self._taken[number] for number in numbers]
+        if not (self._free_numbers or leaving):
+            return False
+        if self._extra_used - sum(extra for _, extra in leaving) + extra_bytes > self._extra_budget:
+            return False
+        return all(
+            self._spaces[name].find(count, {rows[name] for rows, _ in leaving if name in rows}) is not None
+            for name, count in needs.items()
+        )
 
     def try_take(self, needs: Mapping[str, int], extra_bytes: int) -> tuple[int, Rows] | None:
         """A slot number and its rows, or None and no change."""

@@ -1,0 +1,223 @@
+"""AdapterPool as a state machine: loads end late, fail and are discarded while leases come and go; the books add up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
+from lorica_adapters.residency.host import HostCache
+from lorica_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
+from lorica_adapters.residency.slots import SlotTable
+from lorica_adapters.residency.tiers import Rows
+from lorica_adapters.spec import AdapterSpec
+
+CAPACITY, SLOTS, EXTRA = 64, 4, 100
+SHAPES: dict[str, tuple[dict[str, int], int]] = {  # digest -> ranks, extra bytes
+    "small": ({"q": 3}, 0),
+    "wide": ({"q": 9, "v": 9}, 10),
+    "other": ({"v": 40}, 0),
+    "tall": ({"q": 60}, 0),
+    "bias": ({}, 60),
+    "embedding": ({"embed": 12, "q": 24}, 60),
+    "too many rows": ({"q": 65}, 0),
+    "too many bytes": ({"q": 1}, 101),
+}
+TOO_LARGE = {"too many rows", "too many bytes"}
+DIGESTS = st.sampled_from(sorted(SHAPES))
+
+
+@dataclass(frozen=True)
+class FakeWeights:
+    """Facts only."""
+
+    spec: AdapterSpec
+    nbytes: int = 50
+
+
+class FakeDevice:
+    """Remembers whose values are in each rank row; refuses what a real device could not survive."""
+
+    def __init__(self) -> None:
+        self.content: dict[tuple[str, int], str] = {}
+        self.written: dict[int, tuple[str, Rows]] = {}
+        self.bound: dict[int, tuple[str, Rows]] = {}
+        self.failing: set[str] = set()
+
+    def extra_bytes(self, weights: FakeWeights) -> int:
+        return SHAPES[weights.spec.digest][1]
+
+    def write(self, slot: int, weights: FakeWeights, rows: Rows) -> None:
+        assert slot not in self.bound
+        cells = cells_of(rows)
+        assert not cells & {cell for _, taken in self.bound.values() for cell in cells_of(taken)}
+        for cell in cells:
+            self.content[cell] = weights.spec.digest
+        if weights.spec.digest in self.failing:
+            raise AdapterIncompatible("not finite", subject=weights.spec.digest)
+        self.written[slot] = (weights.spec.digest, dict(rows))
+
+    def bind(self, slot: int, rows: Rows) -> None:
+        assert self.written[slot][1] == rows
+        assert slot not in self.bound
+        self.bound[slot] = self.written.pop(slot)
+
+    def unbind(self, slot: int) -> None:
+        del self.bound[slot]
+
+
+class Later(Executor):
+    """Work is done when the test says so."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[str, Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        digest = args[0] if isinstance(args[0], str) else args[0].digest
+        self.work.append((digest, lambda: fn(*args, **kwargs)))
+        return Future()
+
+
+def cells_of(rows: Rows) -> set[tuple[str, int]]:
+    return {(name, row) for name, (first, count) in rows.items() for row in range(first, first + count)}
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Everything an engine and its loader may do, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.broken: set[str] = set()
+        self.device, self.loader = FakeDevice(), Later()
+        self.host: HostCache[FakeWeights] = HostCache(self.read, 160)
+        self.table = SlotTable(["q", "v"], CAPACITY, SLOTS, EXTRA)
+        self.pool: AdapterPool[FakeWeights] = AdapterPool(
+            self.table, self.device, self.host, self.loader, lambda: None, lambda: self.now
+        )
+        self.leases: list[tuple[Lease, int]] = []
+        self.may_have_failed: set[str] = set()
+
+    def read(self, digest: str) -> FakeWeights:
+        if digest in self.broken:
+            raise AdapterCorrupt("the stored bytes do not match", subject=digest)
+        ranks = SHAPES[digest][0]
+        return FakeWeights(AdapterSpec(digest, "lora", None, False, ranks, frozenset(), 50))
+
+    @rule(digest=DIGESTS)
+    def acquire(self, digest: str) -> None:
+        try:
+            lease = self.pool.try_acquire(digest)
+        except PoolExhausted:
+            assert digest in TOO_LARGE
+            return
+        except AdapterError:
+            assert digest in self.may_have_failed
+            return
+        if lease is not None:
+            assert digest not in TOO_LARGE
+            assert lease.digest == digest
+            self.leases.append((lease, lease.slot))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        lease.release()
+        held = self.pool.stats().leases
+        lease.release()
+        assert self.pool.stats().leases == held
+
+    @rule(
+        ticks=st.sampled_from([1, 1, 1, 2, READY_TICKS + 2]), seconds=st.sampled_from([0.0, 0.1, FAILURE_SECONDS + 1])
+    )
+    def poll(self, ticks: int, seconds: float) -> None:
+        self.now += seconds
+        for _ in range(ticks):
+            self.pool.poll()
+
+    @precondition(lambda self: self.loader.work)
+    @rule(data=st.data())
+    def load(self, data: st.DataObject) -> None:
+        self.do(data.draw(st.integers(0, len(self.loader.work) - 1)))
+
+    def do(self, index: int) -> None:
+        digest, work = self.loader.work.pop(index)
+        if digest in self.broken | self.device.failing:
+            self.may_have_failed.add(digest)
+        work()
+
+    @rule(digest=DIGESTS)
+    def insist(self, digest: str) -> None:
+        """Asks until the adapter is there, has failed, or finds no room."""
+        for _ in range(3):
+            self.acquire(digest)
+            while self.loader.work:
+                self.do(0)
+            self.pool.poll()
+
+    @rule(digest=DIGESTS)
+    def discard(self, digest: str) -> None:
+        self.pool.discard(digest)
+
+    @rule(digest=DIGESTS, where=st.sampled_from(["store", "device"]), is_broken=st.booleans())
+    def break_or_mend(self, digest: str, where: str, is_broken: bool) -> None:
+        members = self.broken if where == "store" else self.device.failing
+        (members.add if is_broken else members.discard)(digest)
+
+    @invariant()
+    def the_books_add_up(self) -> None:
+        self.pool.check()
+        stats = self.pool.stats()
+        assert stats.leases == len(self.leases)
+        assert stats.resident == len(self.device.bound) <= SLOTS
+        assert 0 <= stats.rows_used <= CAPACITY
+        assert sum(SHAPES[digest][1] for digest, _ in self.device.bound.values()) <= EXTRA
+        assert self.host.usage[1] <= 160
+
+    @invariant()
+    def a_leased_adapter_stays_where_it_is(self) -> None:
+        for lease, slot in self.leases:
+            assert lease.slot == slot
+            digest, rows = self.device.bound[slot]
+            assert digest == lease.digest
+            assert {self.device.content[cell] for cell in cells_of(rows)} <= {digest}
+            assert {name: rows[name][1] for name in rows} == self.table.needs(SHAPES[digest][0])
+            assert self.pool.residency(digest).tier == "resident"
+            assert self.pool.residency(digest).slot == slot
+
+    @invariant()
+    def one_load_at_a_time_per_adapter(self) -> None:
+        assert all(count == 1 for count in Counter(digest for digest, _ in self.loader.work).values())
+        digests = [digest for digest, _ in self.device.bound.values()]
+        assert len(digests) == len(set(digests))
+
+    def teardown(self) -> None:
+        """Whatever happened: without leases and after discarding all, nothing is held anywhere."""
+        for lease, _ in self.leases:
+            lease.release()
+        for _ in range(3):
+            while self.loader.work:
+                self.loader.work.pop()[1]()
+            self.pool.poll()
+        for digest in SHAPES:
+            self.pool.discard(digest)
+        for _ in range(4):
+            self.pool.poll()
+        stats = self.pool.stats()
+        assert (stats.leases, stats.resident, stats.loading, stats.rows_used, stats.resident_bytes) == (0, 0, 0, 0, 0)
+        assert self.host.usage == (0, 0)
+        assert not self.device.bound
+        assert not self.table.numbers
+        self.pool.check()
+
+
+PoolMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPoolMachine = PoolMachine.TestCase
