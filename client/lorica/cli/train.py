@@ -28,11 +28,12 @@ def command(
         return
 
     from lorica.terminal.quiet import hush_loading
+
+    hush_loading()  # before the libraries speak at their import
+
     from lorica.terminal.training_bar import COLUMN, TrainingBar
     from lorica_trainer.interrupt import stop_on_signals
     from lorica_trainer.run import train
-
-    hush_loading()
 
     with stop_on_signals() as stop, step_progress(COLUMN) as bar:
         result = train(job, resume=resume, progress=TrainingBar(bar, job.output.name), stop=stop)

@@ -35,23 +35,19 @@ def burst_lines(burst: BurstOutcome) -> list[str]:
     ]
 
 
-def verdict_line(outcome: DemoOutcome) -> str:
+def verdict_lines(outcome: DemoOutcome) -> list[str]:
     """Whether the demo showed what it promises."""
     questions = min(task.accuracy.questions for task in outcome.tasks)
     failed = [task.name for task in outcome.tasks if not task.passed]
-    bar = f"{BAR * 100:.0f} points above the base on {questions} or more held-out questions each"
-    if failed:
-        return f"failed: {', '.join(failed)} not {bar}"
-    return (
-        f"all {len(outcome.tasks)} adapters at least {bar}, asked through the server; "
-        f"training {outcome.train_seconds:.0f} s, all {outcome.total_seconds:.0f} s"
-    )
+    bar = f"{BAR * 100:.0f} points above the base on {questions} held-out questions or more, asked through the server"
+    verdict = f"failed: {', '.join(failed)} not {bar}" if failed else f"passed: every adapter at least {bar}"
+    return [verdict, f"training {outcome.train_seconds:.0f} s, everything {outcome.total_seconds:.0f} s"]
 
 
 def show(outcome: DemoOutcome, console: Console) -> None:
     """Print all of it."""
     parts: list[RenderableType] = ["", task_table(outcome.tasks), "", *burst_lines(outcome.burst), ""]
-    parts.append(verdict_line(outcome))
+    parts += verdict_lines(outcome)
     for part in parts:
         console.print(Text(part) if isinstance(part, str) else part)
 

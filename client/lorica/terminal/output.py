@@ -53,7 +53,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     if table.row_count == 0:
         print(empty)
     else:
-        Console(soft_wrap=not sys.stdout.isatty()).print(table)
+        # A pipe has no width: nothing is cut or wrapped there.
+        (Console() if sys.stdout.isatty() else Console(width=1000)).print(table)
 
 
 def say(message: str) -> None:
