@@ -136,13 +136,23 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
+        context_length=_context_length(config),
         tied_embeddings=head is not None and head.weight is embedding.weight,
         embedding=names.get(id(embedding)),
         head=names.get(id(head)),
         modules=modules,
         parameters=parameters,
     )
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    stated = getattr(config, "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated < 1:
+        raise BaseRefused(
+            "config.json states no max_position_embeddings: models that place tokens by ALiBi or recurrence cannot be "
+            "served; use one with rotary or learnt positions (Llama, Mistral, Qwen, Gemma, GPT-2, ...)"
+        )
+    return stated
 
 
 def _module_spec(name: str, module: nn.Module) -> ModuleSpec | None:

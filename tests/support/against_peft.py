@@ -41,6 +41,17 @@ def ask_peft(
     return [found[index] for index in range(len(rows))]
 
 
+@torch.inference_mode()
+def ask_model(model: Any, prompt: list[int], count: int = 3) -> Truth:
+    """The bare model alone: one sequence, no cache, its own eager attention."""
+    model.set_attn_implementation("eager")
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    logits = model(torch.tensor([tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    return Truth(None, prompt, tokens[len(prompt) :], logits)
+
+
 def assert_equal_to_peft(engine: ModelEngine, truths: Sequence[Truth]) -> None:
     """All rows at once: the same tokens, and logits within BOUND."""
     tickets = [engine.submit(truth.adapter, truth.prompt, len(truth.tokens)) for truth in truths]
