@@ -78,6 +78,20 @@ async def test_an_upload_refused_early_tells_its_status(fake: FakeServer, adapte
 
 
 @pytest.mark.asyncio
+async def test_no_status_is_lost_however_writes_and_refusal_cross(fake: FakeServer, adapter_dir: Path) -> None:
+    """grpc.aio puts an INTERNAL of its own over the status when a write is under way: some of these runs have it."""
+    async with AsyncClient(fake.address, retry=NO_RETRY) as client:
+        for run in range(60):
+            fake.state.uploads.clear()
+            if run % 2:
+                fake.state.faults.cut_upload_after = 1 + (run * 20_000) % 1_200_000
+            else:
+                fake.state.faults.unavailable_calls = 1
+            with pytest.raises(errors.Unavailable, match="cut" if run % 2 else "not ready"):
+                await client.push(adapter_dir, "bot")
+
+
+@pytest.mark.asyncio
 async def test_health_tokens_and_abort(fake: FakeServer) -> None:
     async with AsyncClient(fake.address) as client:
         await client.wait_healthy(5)
