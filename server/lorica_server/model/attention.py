@@ -22,8 +22,7 @@ ATTENTION_NAME = "lorica_paged"
 
 KV_TILE = 64
 QUERY_TILE = 16
-"""Positions and query rows per tile of the tiled form: every product has the same shape. KV_TILE is a multiple of the
-block size."""
+"""Positions (in whole blocks, at least one) and query rows per tile of the tiled form: every product has one shape."""
 
 
 class Span:
@@ -64,17 +63,13 @@ class DecodeRows:
         return self._gathers[heads]
 
     def mask(self, length: int, window: int | None) -> torch.Tensor:
-        """[B, 1, 1, length] float32: -inf at positions a row must not see, else 0; made once per step and window.
-
-        Added, not filled in: ten times faster, and what lies behind the mask is finite, since blocks are scrubbed.
-        """
+        """[B, 1, 1, length]: True at positions a row must not see; made once per step and window."""
         if window not in self._masks:
             place = torch.arange(length, device=self.positions.device)[None, :]
             hidden = place > self.positions[:, None]
             if window is not None:
                 hidden |= place <= self.positions[:, None] - window
-            mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
-            self._masks[window] = mask[:, None, None, :]
+            self._masks[window] = hidden[:, None, None, :]
         return self._masks[window]
 
 
@@ -167,7 +162,8 @@ def _decode(
     scores = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scale)  # [B, KV, G, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores.add_(decode.mask(length, window))
+    # Filled in, not added: keys that a former owner left may be so large that a score is inf, and inf - inf is NaN.
+    scores.masked_fill_(decode.mask(length, window), float("-inf"))
     probabilities = scores.softmax(-1).to(values.dtype)
     return torch.matmul(probabilities, values).reshape(batch, query.shape[1], -1)
 
@@ -244,16 +240,17 @@ def _tile(
     best = torch.full((kv_heads, QUERY_TILE * group, 1), float("-inf"), device=device)
     total = torch.zeros_like(best)
     out = torch.zeros(kv_heads, QUERY_TILE * group, cache.layers[layer].value_width, device=device)
-    per_tile = KV_TILE // cache.block_size
-    for first in range(0, min(start + QUERY_TILE, span.length), KV_TILE):
+    per_tile = max(1, KV_TILE // cache.block_size)
+    positions = per_tile * cache.block_size
+    for first in range(0, min(start + QUERY_TILE, span.length), positions):
         begin = first // cache.block_size
         blocks = span.blocks[begin : begin + per_tile]
         blocks = F.pad(blocks, (0, per_tile - blocks.shape[0]), value=int(blocks[0]))
-        keys, values = cache.read(layer, cache.read_blocks(blocks, kv_heads))  # [KV, KV_TILE, D]
+        keys, values = cache.read(layer, cache.read_blocks(blocks, kv_heads))  # [KV, positions, D]
         scores = torch.bmm(grouped, keys.float().transpose(1, 2).contiguous()) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        hidden = _hidden(start, QUERY_TILE, first, KV_TILE, window, device).repeat_interleave(group, 0)
+        hidden = _hidden(start, QUERY_TILE, first, positions, window, device).repeat_interleave(group, 0)
         scores = scores.masked_fill(hidden, float("-inf"))
         new_best = torch.maximum(best, scores.amax(-1, keepdim=True))
         shift = torch.where(new_best.isinf(), torch.zeros_like(new_best), new_best)

@@ -45,7 +45,7 @@ def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, 
     ids = [0] * padding
     positions = [0] * padding
     slots = [BASE_SLOT] * padding
-    places = [scratch_block * size + row for row in range(padding)]
+    places = [scratch_block * size + row % size for row in range(padding)]
     firsts: list[int] = []
     for chunk in ordered:
         firsts.append(len(ids))

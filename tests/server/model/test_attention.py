@@ -1,0 +1,187 @@
+"""Paged attention against plain attention in float64 over the same tokens: any mix of chunks, windows, caps, heads."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lorica_server.engine.plan import Chunk
+from lorica_server.model.attention import paged_attention
+from lorica_server.model.cache import LayerShape, PagedCache
+from lorica_server.model.forward_batch import build_batch
+from lorica_server.requests import SamplingParams
+
+WIDTH, SIZE, BLOCKS = 16, 4, 97
+LAYER: Any = SimpleNamespace(layer_idx=0)
+
+
+@dataclass
+class Sequence:
+    """One request: where its blocks are and all it has ever attended to."""
+
+    name: str
+    blocks: tuple[int, ...]
+    keys: list[torch.Tensor] = field(default_factory=list)  # each [KV, D]
+    values: list[torch.Tensor] = field(default_factory=list)
+
+
+class World:
+    """Requests in a cache whose free rows hold garbage, stepped with random chunks."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, *, value_width: int = WIDTH, dtype: torch.dtype = torch.float32, tiled: bool,
+        garbage: float = 1e3, size: int = SIZE,
+    ) -> None:  # fmt: skip
+        self.heads, self.kv_heads, self.value_width, self.dtype, self.tiled = heads, kv_heads, value_width, dtype, tiled
+        self.random = random.Random(heads * 10 + kv_heads)
+        self.generator = torch.Generator().manual_seed(heads)
+        self.cache = PagedCache([LayerShape(kv_heads, WIDTH, value_width)], BLOCKS, size, dtype, torch.device("cpu"))
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor.copy_(torch.randn(tensor.shape, generator=self.generator).sign() * garbage)
+        free = list(range(BLOCKS - 1))
+        self.random.shuffle(free)
+        self.sequences = [Sequence(f"r{index}", tuple(free[index * 12 : index * 12 + 12])) for index in range(8)]
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def step(self, counts: dict[int, int], **limits: Any) -> float:
+        """Runs chunks of `counts` tokens; returns the largest error over all rows."""
+        chunks = []
+        for index, count in counts.items():
+            one = self.sequences[index]
+            slot = self.random.choice([-1, 0, 1])
+            chunks.append(Chunk(one.name, (0,) * count, len(one.keys), one.blocks, slot, True, SamplingParams(), 1))
+        batch = build_batch(chunks, self.cache, BLOCKS - 1, tiled=self.tiled)
+        rows = len(batch.ids)
+        query, key = self.draw(1, self.heads, rows, WIDTH), self.draw(1, self.kv_heads, rows, WIDTH)
+        value = self.draw(1, self.kv_heads, rows, self.value_width)
+        out, none = paged_attention(LAYER, query, key, value, None, ctx=batch.context, **limits)
+        assert none is None
+        assert out.shape == (1, rows, self.heads, self.value_width)
+        worst, row = 0.0, rows - sum(counts.values())
+        by_name = {sequence.name: sequence for sequence in self.sequences}
+        for chunk in batch.chunks:
+            sequence = by_name[chunk.request_id]
+            for _ in chunk.tokens:
+                sequence.keys.append(key[0, :, row])
+                sequence.values.append(value[0, :, row])
+                expected = plain(query[0, :, row], sequence, **limits)
+                worst = max(worst, float((out[0, row].double() - expected).abs().max()))
+                row += 1
+        return worst
+
+
+def plain(
+    query: torch.Tensor,
+    sequence: Sequence,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The newest position's row [H, Dv], by the definition."""
+    first = 0 if sliding_window is None else max(0, len(sequence.keys) - sliding_window)
+    keys, values = (torch.stack(part[first:]).double() for part in (sequence.keys, sequence.values))
+    group = query.shape[0] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = torch.einsum("hd,lhd->hl", query.double(), keys) * (WIDTH**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
+
+
+HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 1)])
+LIMITS = pytest.mark.parametrize(
+    "limits",
+    [{}, {"sliding_window": 5}, {"sliding_window": 1}, {"softcap": 2.0, "scaling": 0.3},
+     {"softcap": 1.5, "sliding_window": 7}],
+    ids=["plain", "window", "itself", "softcap", "both"],
+)  # fmt: skip
+FORMS = pytest.mark.parametrize("tiled", [False, True], ids=["fast", "tiled"])
+
+
+@FORMS
+@LIMITS
+@HEADS
+def test_any_mix_of_chunks(heads: int, kv_heads: int, limits: dict[str, Any], tiled: bool) -> None:
+    world = World(heads, kv_heads, tiled=tiled)
+    for _ in range(12):
+        chosen = world.random.sample(range(8), world.random.randint(1, 8))
+        counts = {index: world.random.choice([1, 1, 1, 2, 5, 9]) for index in chosen}
+        counts = {i: n for i, n in counts.items() if len(world.sequences[i].keys) + n <= 48}
+        if counts:
+            assert world.step(counts, **limits) < 1e-5
+
+
+@FORMS
+@pytest.mark.parametrize("size", [1, 3, 16, 24, 64, 100])
+def test_blocks_of_any_size(size: int, tiled: bool) -> None:
+    world = World(4, 2, tiled=tiled, size=size)
+    for counts in ({0: 11, 1: 1}, {0: min(12 * size - 12, 120)}, {0: 1, 1: 1}):
+        if counts[0] > 0 and len(world.sequences[0].keys) + counts[0] <= 12 * size:
+            assert world.step(counts, softcap=3.0) < 1e-5
+
+
+@FORMS
+def test_values_of_another_width(tiled: bool) -> None:
+    world = World(4, 2, value_width=24, tiled=tiled)
+    for counts in ({0: 6, 1: 1}, {0: 1, 1: 1}, {0: 1}):
+        assert world.step(counts) < 1e-5
+
+
+@FORMS
+def test_bfloat16(tiled: bool) -> None:
+    world = World(8, 2, dtype=torch.bfloat16, tiled=tiled)
+    for counts in ({0: 17, 1: 3}, {0: 1, 1: 1, 2: 4}, {0: 1, 1: 1, 2: 1}):
+        assert world.step(counts) < 0.03
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("garbage", [0.0, 3e38], ids=["zeros", "huge"])
+def test_what_a_former_owner_left_is_never_seen(tiled: bool, dtype: torch.dtype, garbage: float) -> None:
+    """Finite leftovers of any size: a score against them may be inf or NaN, and must be selected away."""
+    world, clean = (World(8, 2, dtype=dtype, tiled=tiled, garbage=value) for value in (garbage, 1.0))
+    for counts in ({0: 3, 1: 1, 2: 9}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 4, 2: 1}):
+        bound = 1e-5 if dtype == torch.float32 else 0.03
+        assert world.step(counts) < bound
+        assert clean.step(counts) < bound
+
+
+def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
+    """Whole, in chunks from its own start, alone or in company, from other blocks."""
+    torch.manual_seed(0)
+    length, heads, kv_heads = 90, 4, 2
+    query, key = torch.randn(1, heads, length, WIDTH), torch.randn(1, kv_heads, length, WIDTH)
+    value = torch.randn(1, kv_heads, length, WIDTH)
+
+    def run(cuts: list[int], blocks: tuple[int, ...], neighbour: int) -> torch.Tensor:
+        cache = PagedCache([LayerShape(kv_heads, WIDTH, WIDTH)], 64, SIZE, torch.float32, torch.device("cpu"))
+        rows = []
+        for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
+            chunks = [Chunk("mine", (0,) * (stop - start), start, blocks, 1, True, SamplingParams(), 1)]
+            if neighbour:
+                chunks.append(Chunk("other", (0,) * neighbour, 0, tuple(range(56, 63)), 0, True, SamplingParams(), 1))
+            batch = build_batch(chunks, cache, 63, tiled=True)
+            total, mine = len(batch.ids), slice(len(batch.ids) - (stop - start), None)
+            padded = [torch.randn(1, t.shape[1], total, WIDTH) for t in (query, key, value)]
+            for each, own in zip(padded, (query, key, value), strict=True):
+                each[:, :, mine] = own[:, :, start:stop]
+            out, _ = paged_attention(LAYER, *padded, None, ctx=batch.context)
+            rows.append(out[0, mine])
+        return torch.cat(rows)
+
+    whole = run([], tuple(range(23)), 0)
+    for cuts, blocks, neighbour in (
+        ([1], tuple(range(30, 53)), 3),
+        ([16, 64], tuple(range(23)), 21),
+        ([7, 8, 9, 50], tuple(reversed(range(23))), 1),
+        (list(range(70, 90)), tuple(range(23)), 5),
+    ):
+        assert torch.equal(run(cuts, blocks, neighbour), whole), cuts
