@@ -20,6 +20,7 @@ from lorica_adapters.embedded.tiny import tiny_path
 from lorica_adapters.formats import registry as formats
 from lorica_adapters.formats.limits import ReadLimits
 from lorica_adapters.frozen import Layouts, Nf4Linear, supports_packed
+from lorica_adapters.kernels.protocol import Kernels
 from lorica_adapters.kernels.select import select_kernels
 from lorica_adapters.residency.host import HostCache
 from lorica_adapters.residency.pool import AdapterPool
@@ -72,7 +73,8 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     base = _load(config, source)
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
     codec = TextCodec.load(source, revision=config.revision)
-    adapted, cache, memory = _prepare(config, base, context)
+    kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
+    adapted, cache, memory = _prepare(config, base, kernels, context)
     capacity = adapted.capacity
     limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
 
@@ -102,7 +104,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     runner = ModelRunner(
         adapted,
         cache,
-        select_kernels(deterministic=config.deterministic),
+        kernels,
         RunnerConfig(config.deterministic),
         weight_sets.find,
     )
@@ -177,7 +179,9 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or supports_packed() else torch.float32
 
 
-def _prepare(config: ServeConfig, base: LoadedBase, context: int) -> tuple[AdaptedModel, PagedCache, Memory]:
+def _prepare(
+    config: ServeConfig, base: LoadedBase, kernels: Kernels, context: int
+) -> tuple[AdaptedModel, PagedCache, Memory]:
     """Injects places for adapters and allocates the KV cache, both sized from what is free."""
     try:
         check_supported(base.model, context)
@@ -207,7 +211,7 @@ def _prepare(config: ServeConfig, base: LoadedBase, context: int) -> tuple[Adapt
         dense=memory.dense_base,
         invariant=config.deterministic,
     )
-    adapted = inject(base, select_kernels(deterministic=config.deterministic), capacity=capacity, layouts=layouts)
+    adapted = inject(base, kernels, capacity=capacity, layouts=layouts)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
     if rounding:
         _LOG.warning("the packed layout rounds block scales", extra={"fields": {"largest_relative_error": rounding}})

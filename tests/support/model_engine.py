@@ -75,7 +75,7 @@ class ModelEngine:
         stack: bool = True,
         **limits: Any,
     ) -> None:
-        kernels = select_kernels(deterministic=deterministic)
+        kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
         layers = probe_layers(base)
         layouts = replace(layouts, invariant=deterministic)
         self.adapted = inject(base, kernels, capacity=capacity, layouts=layouts, stack=stack)

@@ -7,6 +7,7 @@ a `RankPlan`, made once per step and layout and shared by every module with that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,11 +22,13 @@ class Segment(NamedTuple):
     rows: int
 
 
-class RankPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RankPlan:
     """Who uses which rank rows in this step. Tokens before `first` have no adapter and are not touched.
 
     Where `drop` is None the segments are walked one by one; otherwise the products run over the rank rows
     [low, high) at once and `drop` [T - first, high - low] is True where a rank row is not the token's own.
+    An implementation may add to it what only itself reads.
     """
 
     segments: tuple[Segment, ...]

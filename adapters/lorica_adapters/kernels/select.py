@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from lorica_adapters.kernels.gathered import GatheredKernels
+from lorica_adapters.kernels.native import find_native
 from lorica_adapters.kernels.protocol import Kernels
 from lorica_adapters.kernels.reference import ReferenceKernels
 
 
-def select_kernels(*, deterministic: bool) -> Kernels:
-    """The reference where a row must not depend on its batch mates, otherwise the fastest."""
-    return ReferenceKernels() if deterministic else GatheredKernels()
+def select_kernels(*, deterministic: bool, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The reference where a row must not depend on its batch mates, otherwise the fastest there is."""
+    if deterministic:
+        return ReferenceKernels()
+    native = find_native() if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) else None
+    return GatheredKernels() if native is None else native

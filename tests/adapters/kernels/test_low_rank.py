@@ -13,6 +13,7 @@ import torch
 from lorica_adapters.apply.batch import Layout, segments_of
 from lorica_adapters.kernels import gathered
 from lorica_adapters.kernels.gathered import GatheredKernels
+from lorica_adapters.kernels.native import NativeKernels, find_native
 from lorica_adapters.kernels.protocol import Kernels, RankPlan, Segment
 from lorica_adapters.kernels.reference import ReferenceKernels
 from lorica_adapters.kernels.select import select_kernels
@@ -200,5 +201,7 @@ def test_the_cheaper_way_is_chosen() -> None:
 
 
 def test_deterministic_servers_use_the_reference() -> None:
-    assert isinstance(select_kernels(deterministic=True), ReferenceKernels)
-    assert isinstance(select_kernels(deterministic=False), GatheredKernels)
+    assert isinstance(select_kernels(deterministic=True, device=CPU, dtype=torch.float32), ReferenceKernels)
+    fast = GatheredKernels if find_native() is None else NativeKernels
+    assert isinstance(select_kernels(deterministic=False, device=CPU, dtype=torch.bfloat16), fast)
+    assert isinstance(select_kernels(deterministic=False, device=CPU, dtype=torch.float16), GatheredKernels)

@@ -1,0 +1,109 @@
+"""The compiled kernels: equal to the others over rank x rows x popularity, deaf to foreign rows, and optional."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from adapters.kernels.test_low_rank import POPULARITIES, Case, assert_close, slots_of
+
+from lorica_adapters.kernels import native_build
+from lorica_adapters.kernels.native import NativeKernels, NativePlan, find_native
+from lorica_adapters.kernels.native_build import BuildFailed, build
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine has no C compiler")
+
+
+def kernels() -> NativeKernels:
+    found = find_native()
+    assert found is not None
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("rank", [1, 8, 20, 64])
+def test_every_row_gets_its_own_adapter(rank: int, rows: int, popularity: str, dtype: torch.dtype) -> None:
+    case = Case.make(slots_of(popularity, rows), rank, dtype)
+    assert_close(case.run(kernels()), case.expected(), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_members_whose_slots_lie_differently(popularity: str) -> None:
+    for seed in range(4):
+        case = Case.make(slots_of(popularity, 24, seed), 8, torch.float32, equal_layouts=False, seed=seed)
+        assert_close(case.run(kernels()), case.expected(), torch.float32)
+
+
+@needs_compiler
+def test_short_and_long_segments_share_a_step() -> None:
+    case = Case.make([-1, -1, 0, *[1] * 60, 2, *[3] * 7], 16, torch.float32)
+    assert_close(case.run(kernels()), case.expected(), torch.float32)
+
+
+@needs_compiler
+def test_a_row_is_the_same_alone_and_in_company() -> None:
+    case = Case.make(list(range(12)), 16, torch.bfloat16)
+    together = case.run(kernels())
+    for row in range(12):
+        alone = Case([case.slots[row]], case.x[row : row + 1], case.y[row : row + 1], case.a, case.b, case.layouts,
+                     case.columns)  # fmt: skip
+        assert torch.equal(alone.run(kernels())[0], together[row])
+
+
+@needs_compiler
+def test_nan_in_foreign_or_free_rank_rows_reaches_nobody() -> None:
+    case = Case.make([0, 1, 2, 3], 8, torch.float32)
+    sound = case.run(kernels())
+    for layout, member in zip(case.layouts, range(3), strict=True):
+        own = {row for slot in (0, 1, 3) for row in range(layout.ranges[slot][0], sum(layout.ranges[slot]))}
+        foreign = [row for row in range(case.a.shape[1]) if row not in own]
+        case.a[member, foreign] = float("nan")
+        case.b[member][foreign] = float("inf")
+    poisoned = case.run(kernels())
+    assert torch.equal(poisoned[[0, 1, 3]], sound[[0, 1, 3]])
+    assert not poisoned[2].isfinite().any()
+
+
+@needs_compiler
+def test_rows_that_are_not_contiguous() -> None:
+    case = Case.make([0, 1, 1, 2], 8, torch.float32)
+    expected = case.expected()
+    case.x = case.x.T.contiguous().T
+    assert_close(case.run(kernels()), expected, torch.float32)
+
+
+@needs_compiler
+def test_only_short_segments_are_walked_natively() -> None:
+    case = Case.make([0, *[1] * 100], 8, torch.float32)
+    layout = case.layouts[0]
+    from lorica_adapters.kernels.protocol import Segment
+
+    segments = [Segment(0, 1, *layout.ranges[0]), Segment(1, 101, *layout.ranges[1])]
+    plan = kernels().plan(segments, torch.zeros(101, dtype=torch.int32), layout.row_slots)
+    assert isinstance(plan, NativePlan)
+    assert plan.count == 1
+    assert plan.segments == (segments[1],)
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildFailed, match="no C compiler"):
+        build()
+
+
+@needs_compiler
+def test_a_refused_source_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "native.c"
+    broken.write_text("this is not C", encoding="utf-8")
+    monkeypatch.setattr(native_build, "SOURCE", broken)
+    monkeypatch.setattr(native_build.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    with pytest.raises(BuildFailed, match="refused"):
+        build()
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == []
