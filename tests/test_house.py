@@ -231,3 +231,11 @@ def test_every_direct_dependency_is_pinned() -> None:
 def test_torch_is_pinned_without_a_local_version() -> None:
     """With +cpu or +cu in the pin, one of the two kinds of machine could not install."""
     assert re.search(r"^torch==[0-9.]+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_the_drawing_of_the_imports_is_up_to_date_and_has_no_cycle() -> None:
+    drawn = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "draw_imports.py")], capture_output=True, text=True, check=True
+    )
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    assert drawn.stdout.strip() in page, "run: python docs/draw_imports.py --write"
