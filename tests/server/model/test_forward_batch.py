@@ -1,0 +1,134 @@
+"""One plan as tensors: every token at its place, every row with its slot, logits where they are wanted."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorica_adapters.apply.batch import segments_of
+from lorica_server.engine.plan import BASE_SLOT, Chunk
+from lorica_server.model.cache import LayerShape, PagedCache
+from lorica_server.model.forward_batch import ForwardBatch, build_batch
+from lorica_server.requests import SamplingParams
+
+SIZE, BLOCKS = 4, 64
+SCRATCH = BLOCKS - 1
+CACHE = PagedCache([LayerShape(1, 2, 2)], BLOCKS, SIZE, torch.float32, torch.device("cpu"))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> list[Chunk]:
+    """Chunks of up to eight requests, each with blocks of its own."""
+    free = draw(st.permutations(range(SCRATCH)))
+    chunks: list[Chunk] = []
+    for index in range(draw(st.integers(1, 8))):
+        start = draw(st.integers(0, 16))
+        count = draw(st.sampled_from([1, 1, 1, 2, 5, 9]))
+        tokens = tuple(draw(st.lists(st.integers(0, 99), min_size=count, max_size=count)))
+        asks = draw(st.sampled_from([None, None, 3]))
+        chunks.append(
+            Chunk(
+                request_id=f"r{index}",
+                tokens=tokens,
+                start=start,
+                blocks=tuple(free[index * 7 : index * 7 + 7]),
+                slot=draw(st.integers(-1, 3)),
+                samples=draw(st.booleans()),
+                params=SamplingParams(prompt_logprobs=asks),
+                prompt_length=draw(st.integers(1, 30)),
+            )
+        )
+    return chunks
+
+
+def rows_of(batch: ForwardBatch, tiled: bool) -> tuple[int, dict[str, tuple[int, int]]]:
+    """The number of padding rows, and each chunk's [first, last)."""
+    total = sum(len(chunk.tokens) for chunk in batch.chunks)
+    first = padding = len(batch.ids) - total
+    found = {}
+    for chunk in batch.chunks:
+        found[chunk.request_id] = (first, first + len(chunk.tokens))
+        first += len(chunk.tokens)
+    assert tiled or not padding
+    return padding, found
+
+
+@given(plans(), st.booleans())
+def test_every_token_has_its_row_position_slot_and_place(chunks: list[Chunk], tiled: bool) -> None:
+    batch = build_batch(chunks, CACHE, SCRATCH, tiled=tiled)
+    padding, rows = rows_of(batch, tiled)
+    assert sorted(chunk.request_id for chunk in batch.chunks) == sorted(chunk.request_id for chunk in chunks)
+    assert len(batch.positions) == len(batch.token_slots) == len(batch.context.places) == len(batch.ids)
+    for chunk in batch.chunks:
+        first, last = rows[chunk.request_id]
+        positions = list(range(chunk.start, chunk.start + len(chunk.tokens)))
+        assert tuple(batch.ids[first:last].tolist()) == chunk.tokens
+        assert batch.positions[first:last].tolist() == positions
+        assert batch.token_slots[first:last] == [chunk.slot] * len(positions)
+        places = [chunk.blocks[position // SIZE] * SIZE + position % SIZE for position in positions]
+        assert batch.context.places[first:last].tolist() == places
+    if tiled:
+        assert len(batch.ids) % 16 == 0
+        assert len(batch.logit_rows) % 16 == 0
+    assert batch.token_slots[:padding] == [BASE_SLOT] * padding
+    assert {place // SIZE for place in batch.context.places[:padding].tolist()} <= {SCRATCH}
+
+
+@given(plans(), st.booleans())
+def test_rows_of_one_adapter_lie_together_base_first(chunks: list[Chunk], tiled: bool) -> None:
+    batch = build_batch(chunks, CACHE, SCRATCH, tiled=tiled)
+    for slots in (batch.token_slots, batch.logit_slots):
+        segments = segments_of(slots)  # raises unless base rows come first
+        assert len({segment.slot for segment in segments}) == len(segments)
+
+
+@given(plans(), st.booleans())
+def test_logits_are_computed_where_they_are_wanted_and_nowhere_else(chunks: list[Chunk], tiled: bool) -> None:
+    batch = build_batch(chunks, CACHE, SCRATCH, tiled=tiled)
+    _, rows = rows_of(batch, tiled)
+    wanted = 0
+    for chunk, (begin, end) in zip(batch.chunks, batch.logits_of, strict=True):
+        first, last = rows[chunk.request_id]
+        found = batch.logit_rows[begin:end].tolist()
+        if chunk.params.prompt_logprobs is not None and chunk.start < chunk.prompt_length:
+            assert found == list(range(first, last))
+        else:
+            assert found == ([last - 1] if chunk.samples else [])
+        assert [batch.logit_slots[index] for index in range(begin, end)] == [chunk.slot] * (end - begin)
+        wanted += end - begin
+    if not tiled:
+        assert len(batch.logit_rows) == max(1, wanted)
+    assert batch.logit_slots == [batch.token_slots[row] for row in batch.logit_rows.tolist()]
+
+
+@given(plans())
+def test_single_tokens_are_attended_together_each_exactly_once(chunks: list[Chunk]) -> None:
+    batch = build_batch(chunks, CACHE, SCRATCH, tiled=False)
+    _, rows = rows_of(batch, tiled=False)
+    attended = [row for span in batch.context.spans for row in range(span.first, span.last)]
+    by_row = {rows[chunk.request_id][0]: chunk for chunk in batch.chunks}
+    for decode in batch.context.decodes:
+        own = list(range(len(batch.ids))) if decode.rows is None else decode.rows.tolist()
+        attended += own
+        for row, table, position in zip(own, decode.blocks.tolist(), decode.positions.tolist(), strict=True):
+            chunk = by_row[row]
+            used = chunk.start // SIZE + 1
+            assert position == chunk.start
+            assert tuple(table[:used]) == chunk.blocks[:used]
+            assert set(table) <= set(chunk.blocks)  # also where it is padded: nobody else's
+        lengths = [position // SIZE + 1 for position in decode.positions.tolist()]
+        assert max(lengths) < 2 * min(lengths)
+    assert sorted(attended) == list(range(len(batch.ids)))
+
+
+@given(plans())
+def test_the_tiled_form_attends_request_by_request(chunks: list[Chunk]) -> None:
+    batch = build_batch(chunks, CACHE, SCRATCH, tiled=True)
+    padding, rows = rows_of(batch, tiled=True)
+    assert not batch.context.decodes
+    assert [(span.first, span.last) for span in batch.context.spans] == list(rows.values())
+    for span, chunk in zip(batch.context.spans, batch.chunks, strict=True):
+        assert (span.start, span.length) == (chunk.start, chunk.start + len(chunk.tokens))
+        assert tuple(span.blocks.tolist()) == chunk.blocks[: -(-span.length // SIZE)]
+    assert padding < 16

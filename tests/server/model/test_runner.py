@@ -1,0 +1,218 @@
+"""The runner beyond the theorem: prompt log-probabilities, one request's NaN, failures and memory in mid-step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorica_server.model.forward_batch import ForwardBatch
+from lorica_server.model.runner import ModelRunner
+from lorica_server.requests import FinishReason, SamplingParams
+from support.adapters import edit_tensors
+from support.against_peft import Truth, ask_peft, assert_equal_to_peft, engine_for, prompts
+from support.checkpoints import PeftOracle, make_adapter_for, save_checkpoint, wide_model
+from support.model_engine import ModelEngine
+
+ORDER = ["a", None, "b", "a", None, "b"]
+
+
+class World:
+    """A Llama with two sound adapters and an ill one: finite weights so large that its activations are not."""
+
+    def __init__(self, root: Path) -> None:
+        self.checkpoint = save_checkpoint(wide_model("llama"), root / "base")
+        self.adapters = {
+            "a": make_adapter_for(self.checkpoint, root / "a", seed=1, r=8, target_modules=["q_proj", "down_proj"]),
+            "b": make_adapter_for(self.checkpoint, root / "b", seed=2, r=16, target_modules="all-linear"),
+        }
+        self.ill = make_adapter_for(self.checkpoint, root / "ill", seed=3, r=8, target_modules=["v_proj", "up_proj"])
+        edit_tensors(self.ill, lambda tensors: {name: tensor * 1e25 for name, tensor in tensors.items()})
+        rows = list(zip(ORDER, prompts(len(ORDER)), strict=True))
+        self.truths = ask_peft(self.checkpoint, self.adapters, rows, count=6)
+
+    def engine(self, **options: Any) -> ModelEngine:
+        return engine_for(self.checkpoint, self.adapters | {"ill": self.ill}, **options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("runner"))
+
+
+def submit(engine: ModelEngine, truths: list[Truth]) -> list[int]:
+    return [engine.submit(truth.adapter, truth.prompt, len(truth.tokens)) for truth in truths]
+
+
+@pytest.mark.parametrize("adapter", [None, "b"])
+@pytest.mark.parametrize("batch_tokens", [2048, 64])
+def test_prompt_logprobs_are_those_of_a_plain_forward(world: World, adapter: str | None, batch_tokens: int) -> None:
+    engine = world.engine(max_batch_tokens=batch_tokens, max_running=8)
+    prompt = prompts(15)[14]
+    assert len(prompt) > 64
+    submit(engine, world.truths)
+    asked = SamplingParams(temperature=0.0, prompt_logprobs=2, logprobs=2)
+    for _ in range(2):  # the second time there would be cached blocks
+        ticket = engine.submit(adapter, prompt, 3, sampling=asked)
+        engine.run()
+        first = next(event for event in engine.events[ticket, 0] if event.prompt_logprobs is not None)
+        found = first.prompt_logprobs
+        oracle = PeftOracle(world.checkpoint, None if adapter is None else world.adapters[adapter])
+        whole = prompt + engine.tokens(ticket)
+        expected = oracle.logits(whole).log_softmax(-1)
+        assert found is not None
+        assert found[0] is None
+        assert len(found) == len(prompt)
+        for place, entry in enumerate(found[1:], start=1):
+            row = expected[place - 1]
+            assert entry is not None
+            assert entry.token == prompt[place]
+            assert entry.logprob == pytest.approx(float(row[prompt[place]]), abs=1e-4)
+            best = row.topk(2)
+            assert [token for token, _ in entry.top] == best.indices.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        drawn = [event.logprob for event in engine.events[ticket, 0] if event.logprob is not None]
+        for offset, entry in enumerate(drawn):
+            row = expected[len(prompt) + offset - 1]
+            assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"deterministic": True, "prefill_chunk": 16}, {"max_batch_tokens": 24, "max_running": 10}, {"kv_blocks": 24}],
+    ids=["plain", "deterministic", "chunked", "few blocks"],
+)
+def test_an_adapter_that_gives_nan_fails_alone(world: World, options: dict[str, Any]) -> None:
+    """And the blocks it leaves, NaN in every row, harm nobody who gets them next."""
+    engine = world.engine(**options)
+    for _ in range(3):
+        ill = [engine.submit("ill", prompt, 4) for prompt in prompts(3)]
+        tickets = submit(engine, world.truths)
+        engine.run()
+        for ticket in ill:
+            failure = engine.events[ticket, 0][-1].failure
+            assert failure is not None
+            assert failure.code == "NUMERIC"
+            assert engine.tokens(ticket) == []
+        for ticket, truth in zip(tickets, world.truths, strict=True):
+            assert engine.tokens(ticket) == truth.tokens
+            assert engine.events[ticket, 0][-1].finish == FinishReason.LENGTH
+
+
+def test_an_ill_request_cancelled_before_its_logits_harms_nobody(world: World) -> None:
+    """Its NaN was never seen in logits, only written to blocks."""
+    engine = world.engine(max_batch_tokens=24, max_running=8, kv_blocks=24)
+    for _ in range(3):
+        ill = engine.submit("ill", prompts(15)[14], 4)
+        engine.step()
+        engine.step()
+        engine.scheduler.abort(ill, 0.0)
+        engine.run()
+        assert_equal_to_peft(engine, world.truths)
+
+
+def test_an_ill_materialised_adapter_fails_alone_too(world: World) -> None:
+    engine = world.engine()
+    engine.weight_sets.want(engine.digests["ill"], True)
+    engine.weight_sets._builder.submit(lambda: None).result()
+    ticket = engine.submit("ill", prompts(1)[0], 4)
+    engine.run()
+    failure = engine.events[ticket, 0][-1].failure
+    assert failure is not None
+    assert failure.code == "NUMERIC"
+    assert_equal_to_peft(engine, world.truths)
+
+
+class Broken(nn.Module):
+    """Fails while a group holds a product that its siblings have not read."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), torch.OutOfMemoryError("no"), MemoryError()], ids=repr)
+def test_a_failed_forward_leaves_nothing_behind(world: World, error: Exception) -> None:
+    engine = world.engine()
+    attention = engine.adapted.model.get_submodule("model.layers.1.self_attn")
+    sound = attention.k_proj
+    attention.k_proj = Broken(error)  # q_proj has computed all three
+    tickets = submit(engine, world.truths)
+    engine.run()
+    code = "INTERNAL" if isinstance(error, ValueError) else "OUT_OF_MEMORY"
+    failures = [engine.events[ticket, 0][-1].failure for ticket in tickets]
+    assert [failure.code for failure in failures if failure] == [code] * len(ORDER)
+    assert all(group._kept is None for group in engine.adapted.groups)
+    assert engine.adapted.cell.batch is None
+    attention.k_proj = sound
+    assert_equal_to_peft(engine, world.truths)
+
+
+def failing_above(limit: int, error: Callable[[], BaseException], original: Any) -> Any:
+    def forward(self: ModelRunner, batch: ForwardBatch, adapters: Any) -> torch.Tensor:
+        if len(batch.chunks) > limit:
+            raise error()
+        return original(self, batch, adapters)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError,
+        lambda: RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+    ],
+    ids=["torch", "python", "cpu allocator"],
+)
+def test_out_of_memory_is_retried_in_halves(
+    world: World, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = world.engine()
+    monkeypatch.setattr(ModelRunner, "_forward", failing_above(2, error, ModelRunner._forward))
+    penalised = SamplingParams(temperature=0.0, repetition_penalty=1.3, prompt_logprobs=0)
+    tickets = submit(engine, world.truths)
+    mine = engine.submit("a", prompts(4)[3], 6, sampling=penalised)
+    engine.run()
+    for ticket, truth in zip(tickets, world.truths, strict=True):
+        assert engine.tokens(ticket) == truth.tokens
+    monkeypatch.undo()
+    calm = world.engine()
+    again = calm.submit("a", prompts(4)[3], 6, sampling=penalised)
+    calm.run()
+    assert calm.tokens(again) == engine.tokens(mine)
+
+
+def test_a_request_that_fits_never_is_told_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = world.engine()
+    monkeypatch.setattr(ModelRunner, "_forward", failing_above(0, MemoryError, ModelRunner._forward))
+    ticket = engine.submit("a", prompts(1)[0], 2)
+    engine.run()
+    failure = engine.events[ticket, 0][-1].failure
+    assert failure is not None
+    assert failure.code == "OUT_OF_MEMORY"
+    monkeypatch.undo()
+    assert_equal_to_peft(engine, world.truths)
+
+
+def test_nothing_is_remembered_of_requests_that_ended(world: World) -> None:
+    engine = world.engine()
+    busy = SamplingParams(temperature=0.7, seed=3, repetition_penalty=1.2, logit_bias={5: 2.0}, prompt_logprobs=1)
+    for truth in world.truths:
+        engine.submit(truth.adapter, truth.prompt, 4, sampling=busy)
+    engine.run()
+    engine.submit(None, [1], 1)  # retired ids travel with the next plan
+    engine.run()
+    engine.submit(None, [1], 1)
+    engine.run()
+    assert engine.runner._sampler.remembered() == 0
