@@ -7,16 +7,18 @@ the base runs. Knows nothing of adapters or requests.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import set_tqdm_hook
 
+from lorica_adapters.bnb import Linear4bit
 from lorica_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec
 from lorica_adapters.frozen import logical_nf4
 from lorica_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
@@ -63,20 +65,33 @@ def load_base(
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_use_double_quant=double_quant,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype="auto",
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-        **options,
-    )
+    with _without_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype="auto",
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
+        )
     model.eval().requires_grad_(False)
     switch_off_repacking(model)
     spec = _describe(model, source, config_json)
     _cast(model, compute_dtype)
     return LoadedBase(model, spec, source, model.config, config_json, compute_dtype, device)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers draws a bar over the tensors it loads: seconds of it, in logs too, and within the bar of a caller
+    who shows one. The bar of a download is the hub's own and stays: it is for minutes.
+    """
+    before = set_tqdm_hook(lambda bar, args, options: bar(*args, **(options | {"disable": True})))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def switch_off_repacking(model: nn.Module) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import bitsandbytes.functional as bnb_functional
 import torch
 import torch.nn.functional as F
-from bitsandbytes import matmul_4bit
-from bitsandbytes.nn import Linear4bit
 
+from lorica_adapters.bnb import Linear4bit, matmul_4bit
+from lorica_adapters.bnb import functional as bnb_functional
 from lorica_adapters.kernels import invariant
 
 PACKED_ROWS_BESIDE_DENSE = 4

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorica_adapters.apply.batch import StepCell
 from lorica_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Rows, SiteGroup
 from lorica_adapters.base import LoadedBase
+from lorica_adapters.bnb import Linear4bit
 from lorica_adapters.fingerprint import QuantisedModule, fingerprint
 from lorica_adapters.frozen import DenseLinear, FrozenLinear, Layouts, Nf4Linear
 from lorica_adapters.kernels.protocol import Kernels

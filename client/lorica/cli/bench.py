@@ -33,7 +33,7 @@ def command(
     from lorica.bench.driver import DriverFailed
     from lorica.bench.main import BenchOptions, run
     from lorica.bench.workload import WorkloadInvalid
-    from lorica.terminal.quiet import hush_loading
+    from lorica.terminal.quiet import hush_bars
 
     drivers = tuple(dict.fromkeys(driver or ["engine", "peft"]))
     unknown = [name for name in drivers if name not in ("engine", "grpc", "peft")]
@@ -43,7 +43,7 @@ def command(
         raise CommandError("--address is for the grpc driver", remedy="add --driver grpc", code=ExitCode.USAGE)
     if profile_step and "engine" not in drivers:
         raise CommandError("--profile-step needs the engine driver", remedy="add --driver engine", code=ExitCode.USAGE)
-    hush_loading()
+    hush_bars()
     try:
         options = BenchOptions(workload, drivers, address, rounds, threads, dtype, cache, out, profile_step)
         results = run(options, say)

@@ -29,10 +29,6 @@ def command(
     """
     from rich.console import Console
 
-    from lorica.terminal.quiet import hush_loading
-
-    hush_loading()
-
     from lorica.demo.main import DemoOptions, run
     from lorica.demo.report import show
 

@@ -21,8 +21,6 @@ def command(flags: dict[str, Any], config: ConfigFile = None) -> None:
     resolved = resolve_config(file=config, environ=os.environ, flags=flags)
     check_start(resolved.config, os.environ)  # a start that cannot succeed fails before torch is imported
 
-    from lorica.terminal.quiet import hush_advice
     from lorica_server.app import serve
 
-    hush_advice()
     serve(resolved.config)

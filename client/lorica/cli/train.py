@@ -27,10 +27,6 @@ def command(
         print(f"ok: {job_file} is a valid job")
         return
 
-    from lorica.terminal.quiet import hush_loading
-
-    hush_loading()  # before the libraries speak at their import
-
     from lorica.terminal.training_bar import COLUMN, TrainingBar
     from lorica_trainer.interrupt import stop_on_signals
     from lorica_trainer.run import train

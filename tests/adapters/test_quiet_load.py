@@ -1,0 +1,65 @@
+"""Loading a base says nothing of its own accord: no bar, no advice; and nothing else is silenced with them."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from lorica_adapters.embedded.tiny import tiny_path
+from support.tiny import load_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+LOAD = f"""
+import torch
+from lorica_adapters.base import load_base
+load_base({str(tiny_path())!r}, compute_dtype=torch.float32)
+"""
+
+
+def test_a_load_prints_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_only_the_one_piece_of_advice_is_kept_back(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with caplog.at_level(logging.WARNING):
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "No module")
+        logger.warning("the library was compiled for another CPU")
+    assert [record.getMessage() for record in caplog.records] == ["the library was compiled for another CPU"]
+
+
+def test_bars_of_others_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    def count(bar: object, args: object, options: object) -> object:
+        made.append(options)
+        return bar(*args, **options)  # type: ignore[operator]
+
+    made: list[object] = []
+    before = transformers_logging.set_tqdm_hook(count)
+    try:
+        assert load_tiny().compute_dtype is torch.float32
+        assert made == []
+        list(transformers_logging.tqdm([1], desc="someone's own"))
+        assert len(made) == 1
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+    assert "someone's own" in capsys.readouterr().err
+
+
+def test_bitsandbytes_comes_through_one_door() -> None:
+    """An import elsewhere might be the first, and be advised."""
+    importers = []
+    for house in ("adapters", "server", "trainer", "client"):
+        for path in (ROOT / house).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                importers += [path.name for name in names if name.partition(".")[0] == "bitsandbytes"]
+    assert set(importers) == {"bnb.py"}
