@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from lorica_server.api.adapter_service import AdapterService
 from lorica_server.api.gate import Gate, Parts
@@ -180,20 +181,17 @@ class App:
         return AdapterReading() if built is None else built.reading()
 
 
-def serve(config: ServeConfig) -> None:
-    """Run a server in this process until SIGTERM or SIGINT; a second one ends it at once.
+def serve(config: ServeConfig) -> NoReturn:
+    """Be a server until SIGTERM or SIGINT, then end the process: 0, or 1 when the engine died. A second signal ends
+    it at once.
 
-    Raises StartError before torch is imported where it can be known; SystemExit when the engine died.
+    Raises StartError before torch is imported where it can be known.
     """
     configure_logs(config.log_level, config.log_format)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
     check_start(config)
-    code = asyncio.run(_serve(config))
-    if any(thread.name == _BUILDER for thread in threading.enumerate()):
-        os._exit(code)  # stopped while the base was loading: nothing can be waited for, nothing is lost
-    if code:
-        raise SystemExit(code)
+    _leave(asyncio.run(_serve(config)))
 
 
 async def _serve(config: ServeConfig) -> int:
@@ -223,7 +221,17 @@ async def _serve(config: ServeConfig) -> int:
     return await app.serve()
 
 
-_BUILDER = "lorica-build"
+def _leave(code: int) -> NoReturn:
+    """End here: streams are told, the store is closed. The interpreter's own end would only free memory, for over a
+    second with torch in it, and would wait for a base that is still being loaded.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
 _LABELS = ("model", "fingerprint", "device", "dtype")
 
 
@@ -253,7 +261,7 @@ async def _in_daemon_thread(work: Callable[[], Built]) -> Built:
         except RuntimeError:  # the loop has ended
             return
 
-    threading.Thread(target=run, name=_BUILDER, daemon=True).start()
+    threading.Thread(target=run, name="lorica-build", daemon=True).start()
     return await done
 
 
