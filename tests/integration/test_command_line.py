@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -114,3 +119,30 @@ def test_the_small_bench_measures_engine_server_and_peer(tmp_path: Path) -> None
     assert "matrix products" in values["profile"]["groups"]
     [page] = (tmp_path / "results").glob("*.md")
     assert "One decode step" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_terminated_bench_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    arguments = ["-w", "mixed-tiny", "--driver", "grpc", "--driver", "peft", "--rounds", "100000", "--threads", "1"]
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "lorica.cli.main", "bench", *arguments, "--cache", str(tmp_path / "cache")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+    )
+    said = []
+    if bench.stderr is not None:
+        for line in bench.stderr:
+            said.append(line)
+            if "warm-up: peft" in line:
+                break
+    assert "warm-up: peft" in said[-1], said
+    children = psutil.Process(bench.pid).children(recursive=True)
+    assert len(children) >= 2
+    bench.send_signal(signal.SIGTERM)
+    bench.communicate(timeout=60)
+    assert bench.returncode == ExitCode.INTERRUPTED
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    assert not list(tmp_path.glob("lorica-bench-*"))

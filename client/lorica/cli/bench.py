@@ -9,6 +9,7 @@ import typer
 
 from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import print_json, say
+from lorica.terminal.signals import terminated_as_interrupted
 
 
 def command(
@@ -46,7 +47,8 @@ def command(
     hush_bars()
     try:
         options = BenchOptions(workload, drivers, address, rounds, threads, dtype, cache, out, profile_step)
-        results = run(options, say)
+        with terminated_as_interrupted():
+            results = run(options, say)
     except WorkloadInvalid as error:
         raise CommandError(str(error), code=ExitCode.USAGE) from error
     except DriverFailed as error:

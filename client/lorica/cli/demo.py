@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +11,7 @@ import typer
 
 from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import plain
+from lorica.terminal.signals import terminated_as_interrupted
 
 
 def command(
@@ -33,7 +31,7 @@ def command(
     from lorica.demo.report import show
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         outcome, kept = run(DemoOptions(tasks=tuple(task or ()), questions=questions, keep=keep), console)
     show(outcome, console)
     if json_file is not None:
@@ -55,17 +53,3 @@ def _write(file: Path, values: object) -> None:
         file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise CommandError(f"cannot write {file}: {error.strerror}") from error
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the server and the files of the demo go away with it."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
