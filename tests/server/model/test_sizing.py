@@ -1,0 +1,88 @@
+"""Memory is shared out once at start: explicit settings win, the rest are shares of what is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorica_server.model import sizing
+from lorica_server.model.cache import LayerShape, PagedCache, bytes_per_token
+from lorica_server.model.sizing import DEFAULT_RANK_ROWS, Memory
+
+CPU = torch.device("cpu")
+FREE = 16 << 30
+
+
+@pytest.fixture(autouse=True)
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "free_bytes", lambda device: FREE)
+
+
+def plan(**changes: Any) -> Memory:
+    unset = {"kv_bytes": None, "kv_most": 1 << 50, "adapter_bytes": None, "rank_row_bytes": 1 << 30,
+             "dense_base_bytes": None, "dense_needed": 1 << 50}  # fmt: skip
+    return Memory.plan(CPU, **(unset | changes))
+
+
+def test_unset_parts_get_their_share() -> None:
+    memory = plan()
+    assert (memory.kv, memory.adapters, memory.dense_base) == (FREE // 4, FREE // 8, False)
+    assert memory.kv + memory.adapters + FREE // 8 < FREE
+
+
+def test_no_part_takes_more_than_it_can_use() -> None:
+    memory = plan(kv_most=1000, rank_row_bytes=10)
+    assert (memory.kv, memory.adapters) == (1000, DEFAULT_RANK_ROWS * 10)
+
+
+def test_explicit_settings_win() -> None:
+    memory = plan(kv_bytes=FREE * 2, adapter_bytes=7, dense_base_bytes=100, dense_needed=100)
+    assert memory == Memory(kv=FREE * 2, adapters=7, dense_base=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed", "expected"),
+    [(None, FREE // 8, True), (None, FREE // 8 + 1, False), (0, 1, False), (100, 101, False)],
+)
+def test_a_dense_base_is_held_where_it_fits(given: int | None, needed: int, expected: bool) -> None:
+    assert plan(dense_base_bytes=given, dense_needed=needed).dense_base == expected
+
+
+def test_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert 1 << 20 < sizing.free_bytes(CPU) < 1 << 50
+
+
+def test_bytes_per_token_is_what_the_cache_takes() -> None:
+    layers = [LayerShape(2, 16, 24), LayerShape(4, 8, 8)]
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = PagedCache(layers, 5, 4, dtype, CPU)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values))
+        assert held == bytes_per_token(layers, dtype) * 5 * 4
+
+
+def test_blocks_are_copied_and_scrubbed_whole() -> None:
+    cache = PagedCache([LayerShape(2, 3, 5), LayerShape(1, 4, 4)], 6, 4, torch.float32, CPU)
+    for layer, shape in enumerate(cache.layers):
+        count = torch.arange(24)
+        write = cache.write_rows(count, shape.heads)
+        key = torch.randn(shape.heads, 24, shape.key_width)
+        cache.write(layer, write, key, torch.randn(shape.heads, 24, shape.value_width))
+    before = [read_all(cache, layer) for layer in range(2)]
+    cache.copy([(1, 4)])
+    cache.scrub([2])
+    cache.copy([])
+    cache.scrub([])
+    for layer in range(2):
+        for then, now in zip(before[layer], read_all(cache, layer), strict=True):
+            assert torch.equal(now[:, 16:20], then[:, 4:8])
+            assert not now[:, 8:12].any()
+            kept = [*range(8), *range(12, 16), *range(20, 24)]
+            assert torch.equal(now[:, kept], then[:, kept])
+
+
+def read_all(cache: PagedCache, layer: int) -> list[torch.Tensor]:
+    heads = cache.layers[layer].heads
+    return [part.clone() for part in cache.read(layer, cache.read_blocks(torch.arange(6), heads))]

@@ -1,0 +1,227 @@
+"""Materialised adapters: built beside the loop within a budget, dropped at any time, the same answers either way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorica_adapters.apply.materialise import materialised_bytes
+from lorica_adapters.errors import AdapterCorrupt
+from lorica_adapters.weights import AdapterWeights
+from lorica_server.model.weight_sets import SetState, WeightSets
+from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
+from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
+from support.model_engine import ModelEngine
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("llama", {"r": 8, "target_modules": ["q_proj", "v_proj"]}),
+    "rslora": ("llama", {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"}),
+    "patterns": ("llama", {"r": 4, "target_modules": ["up_proj", "o_proj"], "rank_pattern": {"up_proj": 24}}),
+    "ends": ("llama", {"r": 4, "target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
+    "qwen2 bias": ("qwen2", {"r": 4, "target_modules": ["k_proj", "o_proj"], "bias": "all"}),
+    "gpt2 bias": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj"], "bias": "all", "fan_in_fan_out": True}),
+}
+
+
+def settle(sets: WeightSets) -> None:
+    """Waits for the builds asked for so far."""
+    sets._builder.submit(lambda: None).result(60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_path_answers_as_peft_and_as_the_gathered_path(kind: str, tmp_path: Path) -> None:
+    architecture, options = KINDS[kind]
+    checkpoint = save_checkpoint(wide_model(architecture), tmp_path / "base")
+    adapters = {
+        "hot": make_adapter_for(checkpoint, tmp_path / "hot", seed=1, **options),
+        "cold": make_adapter_for(checkpoint, tmp_path / "cold", seed=2, r=4, target_modules="all-linear"),
+    }
+    rows = [("hot", prompt) for prompt in prompts(4)]
+    truths = ask_peft(checkpoint, adapters, [*rows, ("cold", prompts(1)[0]), (None, prompts(2)[1])], count=4)
+    engine = engine_for(checkpoint, adapters)
+    engine.weight_sets.want(engine.digests["hot"], True)
+    settle(engine.weight_sets)
+    assert_equal_to_peft(engine, truths[:4])  # all its own: the dense path
+    assert {plan.weight_set for plan in engine.plans} == {engine.digests["hot"]}
+    assert_equal_to_peft(engine, truths)  # mixed
+    engine.weight_sets.want(engine.digests["hot"], False)
+    count = len(engine.plans)
+    assert_equal_to_peft(engine, truths[:4])  # dropped: the gathered path
+    assert {plan.weight_set for plan in engine.plans[count:]} == {None}
+    assert engine.adapted.refingerprint() == engine.adapted.spec.fingerprint
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> ModelEngine:
+    root = tmp_path_factory.mktemp("sets")
+    checkpoint = save_checkpoint(wide_model("llama"), root / "base")
+    adapters = {
+        name: make_adapter_for(checkpoint, root / name, seed=seed, r=4, target_modules=["q_proj"])
+        for seed, name in enumerate("abc")
+    }
+    return engine_for(checkpoint, adapters)
+
+
+Make = Callable[..., WeightSets]
+
+
+@pytest.fixture
+def make(engine: ModelEngine) -> Iterator[Make]:
+    made: list[WeightSets] = []
+
+    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> WeightSets:
+        made.append(WeightSets(engine.adapted, load or engine.weights.__getitem__, budget, refusal))
+        return made[-1]
+
+    yield make
+    for sets in made:
+        sets.close()
+
+
+def bytes_of(engine: ModelEngine, name: str) -> int:
+    return materialised_bytes(engine.adapted, engine.weights[engine.digests[name]])
+
+
+def test_states_and_books(engine: ModelEngine, make: Make) -> None:
+    size, digest = bytes_of(engine, "a"), engine.digests["a"]
+    sets = make(size)
+    assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
+    sets.want(digest, True)
+    settle(sets)
+    assert sets.state(digest) == SetState("ready", nbytes=size)
+    assert sets.ready() == {digest}
+    assert sets.find(digest) is not None
+    assert sets.usage() == (1, size, {"built": 1, "refused": 0})
+    sets.want(digest, True)  # again: nothing is built twice
+    settle(sets)
+    assert sets.usage()[2] == {"built": 1, "refused": 0}
+    sets.want(digest, False)
+    sets.want(digest, False)
+    assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
+    assert sets.usage()[:2] == (0, 0)
+
+
+def test_beyond_the_budget_it_is_refused_with_the_numbers(engine: ModelEngine, make: Make) -> None:
+    size = bytes_of(engine, "a")
+    sets = make(2 * size + 5)
+    for name in "abc":
+        sets.want(engine.digests[name], True)
+    settle(sets)
+    assert [sets.state(engine.digests[name]).state for name in "abc"] == ["ready", "ready", "refused"]
+    reason = sets.state(engine.digests["c"]).reason
+    assert f"takes {size} bytes and 5 of {2 * size + 5} are left" in reason
+    assert "--materialised-bytes" in reason
+    assert sets.usage() == (2, 2 * size, {"built": 2, "refused": 1})
+    sets.want(engine.digests["a"], False)
+    sets.want(engine.digests["c"], True)  # asked again, there is room now
+    settle(sets)
+    assert sets.state(engine.digests["c"]).state == "ready"
+
+
+def test_a_deterministic_server_refuses_every_wish(engine: ModelEngine, make: Make) -> None:
+    sets = make(1 << 30, refusal="dense copies are off in deterministic mode")
+    sets.want(engine.digests["a"], True)
+    settle(sets)
+    assert sets.state(engine.digests["a"]) == SetState("refused", "dense copies are off in deterministic mode")
+    assert sets.usage()[:2] == (0, 0)
+    sets.want(engine.digests["a"], False)
+    assert sets.state(engine.digests["a"]) == SetState()
+
+
+def test_dropped_while_it_is_built_it_never_appears(engine: ModelEngine, make: Make) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def load(digest: str) -> AdapterWeights:
+        loading.set()
+        assert go_on.wait(60)
+        return engine.weights[digest]
+
+    sets, digest = make(1 << 30, load), engine.digests["a"]
+    sets.want(digest, True)
+    assert loading.wait(60)
+    assert sets.state(digest).state == "building"
+    sets.want(digest, False)
+    go_on.set()
+    settle(sets)
+    assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
+    assert sets.usage() == (0, 0, {"built": 0, "refused": 0})
+
+
+def test_wanted_again_while_the_dropped_build_goes_on(engine: ModelEngine, make: Make) -> None:
+    loads: list[str] = []
+    loading, go_on = threading.Event(), threading.Event()
+
+    def load(digest: str) -> AdapterWeights:
+        loads.append(digest)
+        loading.set()
+        assert go_on.wait(60)
+        return engine.weights[digest]
+
+    sets, digest = make(bytes_of(engine, "a"), load), engine.digests["a"]
+    sets.want(digest, True)
+    assert loading.wait(60)
+    sets.want(digest, False)
+    sets.want(digest, True)
+    go_on.set()
+    settle(sets)
+    assert sets.state(digest) == SetState("ready", nbytes=bytes_of(engine, "a"))
+    assert sets.usage()[:2] == (1, bytes_of(engine, "a"))
+    assert sets.find(digest) is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AdapterCorrupt("the stored bytes do not match"), "the stored bytes do not match"),
+        (RuntimeError("/home/somebody/secret"), "could not be built; see the server's log"),
+        (MemoryError(), "could not be built"),
+    ],
+    ids=["corrupt", "bug", "memory"],
+)
+def test_a_failed_build_is_refused_with_a_reason(
+    error: Exception, reason: str, engine: ModelEngine, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = True
+
+    def load(digest: str) -> AdapterWeights:
+        if failing:
+            raise error
+        return engine.weights[digest]
+
+    sets, digest = make(1 << 30, load), engine.digests["a"]
+    sets.want(digest, True)
+    settle(sets)
+    state = sets.state(digest)
+    assert state.state == "refused"
+    assert reason in state.reason
+    assert "secret" not in state.reason
+    assert sets.usage()[:2] == (0, 0)
+    failing = False
+    sets.want(digest, True)
+    settle(sets)
+    assert sets.state(digest).state == "ready"
+
+
+def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> None:
+    """The set is gone when the runner looks for it: the slot serves as well."""
+    digest = engine.digests["a"]
+    engine.weight_sets.want(digest, True)
+    settle(engine.weight_sets)
+    assert engine.weight_sets.state(digest).state == "ready"
+    prompt = prompts(2)[1]
+    ticket = engine.submit("a", prompt, 3)
+    plan = engine.scheduler.plan(0.0)
+    while not plan.chunks:
+        plan = engine.scheduler.plan(0.0)
+    assert plan.weight_set == digest
+    engine.weight_sets.want(digest, False)
+    engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)
+    engine.run()
+    again = engine.submit("a", prompt, 3)
+    engine.run()
+    assert engine.tokens(ticket) == engine.tokens(again)
+    assert len(engine.tokens(ticket)) == 3
