@@ -35,7 +35,7 @@ from lorica_server.engine.mailbox import Mailbox
 from lorica_server.engine.plan import StepPlan
 from lorica_server.engine.scheduler import Scheduler
 from lorica_server.observe.metrics import AdapterReading
-from lorica_server.registry import Registry
+from lorica_server.registry import ReadAdapter, Registry
 from lorica_server.requests import RequestFailure
 from support.fake_pool import FakePool
 from support.fake_runner import VOCABULARY, FakeRunner
@@ -105,6 +105,7 @@ class Inside:
     codec: FakeCodec = field(default_factory=FakeCodec)
     states: FakeStates = field(default_factory=FakeStates)
     pool: FakePool = field(default_factory=lambda: FakePool(4, at_once=True))
+    read: ReadAdapter = read_fake_adapter
     runner: FakeRunner = field(init=False)
     scheduler: Scheduler = field(init=False)
     client: EngineClient = field(init=False)
@@ -120,9 +121,7 @@ class Inside:
             max_running=config.max_running,
             max_queued=config.max_queued,
         )
-        self.registry = Registry(
-            LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters)), read_fake_adapter
-        )
+        self.registry = Registry(LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters)), self.read)
         self.scheduler = Scheduler(bounds, self.pool)
         self.runner = FakeRunner(4, self.pool.digest_of, self._inject)
         mailbox = Mailbox(bounds.max_live)
