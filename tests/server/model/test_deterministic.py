@@ -36,6 +36,7 @@ def test_alone_and_in_company(world: tuple[Path, dict[str, Path]], dtype: torch.
         assert seen["cached"] > 0
 
 
+@pytest.mark.parametrize("world", ["llama"], indirect=True)
 def test_with_two_threads(world: tuple[Path, dict[str, Path]]) -> None:
     checkpoint, adapters = world
     adapters = {name: adapters[name] for name in ("b", "c")}
