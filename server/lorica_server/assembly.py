@@ -111,8 +111,8 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     scheduler = Scheduler(engine_limits, pool, ready_weight_sets=weight_sets.ready)
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
-    registry = Registry(store, read_spec)
     states = _States(pool, weight_sets)
+    registry = Registry(store, read_spec, states)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:
@@ -262,7 +262,7 @@ def _model_info(
 
 
 class _States:
-    """Implements `api.ports.AdapterStates`."""
+    """Implements `api.ports.AdapterStates` and `registry.Copies`."""
 
     def __init__(self, pool: AdapterPool[AdapterWeights], weight_sets: WeightSets) -> None:
         self._pool, self._weight_sets = pool, weight_sets
@@ -275,6 +275,11 @@ class _States:
     def want_materialised(self, digest: str, wanted: bool) -> None:
         """Build a dense copy in the background, or drop it."""
         self._weight_sets.want(digest, wanted)
+
+    def forget(self, digest: str) -> None:
+        """Free its slot once the last lease is back, its host bytes and its dense copy."""
+        self._weight_sets.want(digest, False)
+        self._pool.discard(digest)
 
 
 def _read(pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], sets: WeightSets) -> AdapterReading:

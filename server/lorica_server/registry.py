@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
+from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, AdapterNotFound, StoreUnavailable
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.protocol import AdapterStore
 from lorica_adapters.store.records import (
@@ -38,6 +38,26 @@ class ReadAdapter(Protocol):
     """Validate an adapter's files against the base; raises AdapterInvalid or AdapterIncompatible."""
 
     def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec: ...
+
+
+class Copies(Protocol):
+    """What others hold of adapters beside the store: in host memory, on the device, dense. Safe from any thread."""
+
+    def forget(self, digest: str) -> None:
+        """Free all of it: no name, kept version or request reaches this digest any more."""
+
+    def want_materialised(self, digest: str, wanted: bool) -> None:
+        """Build a dense copy in the background, or drop it."""
+
+
+class NoCopies:
+    """Nobody holds any."""
+
+    def forget(self, digest: str) -> None:
+        """Nothing to free."""
+
+    def want_materialised(self, digest: str, wanted: bool) -> None:
+        """Nothing to build or drop."""
 
 
 class Resolved:
@@ -129,9 +149,10 @@ class Download:
 class Registry:
     """The one door to the adapters. Errors are those of `lorica_adapters.errors`, as AdapterStore documents them."""
 
-    def __init__(self, store: AdapterStore, read: ReadAdapter) -> None:
+    def __init__(self, store: AdapterStore, read: ReadAdapter, copies: Copies | None = None) -> None:
         self._store = store
         self._read = read
+        self._copies = copies or NoCopies()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorica-registry")
 
@@ -185,7 +206,7 @@ class Registry:
 
     async def delete(self, tenant: str, name: str) -> None:
         """Remove a name; running requests keep its bytes."""
-        await asyncio.to_thread(self._store.delete, tenant, name)
+        await asyncio.to_thread(self._delete, tenant, name)
 
     async def download(self, tenant: str, reference: str) -> Download:
         """The files behind a reference as first uploaded, pinned until `Download.close`."""
@@ -206,7 +227,39 @@ class Registry:
             raise
         except OSError as error:
             raise _unreadable() from error
-        return self._store.publish(tenant, upload_id, spec)
+        before = self._current(tenant, staged.manifest.name)
+        published = self._store.publish(tenant, upload_id, spec)
+        self._let_go(before)
+        return published
+
+    def _delete(self, tenant: str, name: str) -> None:
+        before = self._current(tenant, name)
+        self._store.delete(tenant, name)
+        self._let_go(before)
+
+    def _current(self, tenant: str, name: str) -> str | None:
+        """The digest a name points at now."""
+        try:
+            return self._store.get(tenant, name).digest
+        except AdapterNotFound:
+            return None
+
+    def _let_go(self, before: str | None) -> None:
+        """After a change of the name that pointed at `before`: others need not hold what nobody asks for.
+
+        A dense copy pays for a version that has the traffic of a name; what `name@digest` still reaches, and
+        what runs at the moment, goes on without one. The change itself is durable, whatever happens here.
+        """
+        try:
+            if before is not None and not self._store.is_named(before):
+                self._copies.want_materialised(before, False)
+        except AdapterError as error:
+            _log.warning("a dense copy may stay until its adapter is removed: %s", error)
+        self._forget_removed()
+
+    def _forget_removed(self) -> None:
+        for digest in self._store.take_removed():
+            self._copies.forget(digest)
 
     def _unpin(self, digest: str) -> None:
         if self._store.unpin(digest):
@@ -220,6 +273,7 @@ class Registry:
             self._store.collect()
         except AdapterError as error:
             _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
+        self._forget_removed()
 
 
 def split_reference(reference: str) -> tuple[str, str]:

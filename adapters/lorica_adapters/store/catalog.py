@@ -124,6 +124,14 @@ class Catalog:
             )
         )
 
+    def is_named(self, digest: str) -> bool:
+        """Whether any name of any tenant points at a version of this digest."""
+        return bool(
+            self._read(
+                "SELECT 1 FROM versions v JOIN names n ON n.version = v.id WHERE v.digest = ? LIMIT 1", (digest,)
+            )
+        )
+
     def blobs(self) -> Set[str]:
         """The hash of every file that some version needs."""
         return {row[0] for row in self._read("SELECT sha256 FROM blobs")}

@@ -180,6 +180,15 @@ def remove_versions(tx: sqlite3.Connection, versions: Iterable[int]) -> list[str
     return blobs
 
 
+def missing(tx: sqlite3.Connection, digests: Iterable[str]) -> frozenset[str]:
+    """Those of `digests` that no tenant has a version of."""
+    return frozenset(
+        digest
+        for digest in digests
+        if not tx.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchall()
+    )
+
+
 def quarantine(tx: sqlite3.Connection, sha256: str) -> None:
     """Mark a blob as corrupt: every version that needs it is refused from now on."""
     tx.execute("UPDATE blobs SET corrupt = 1 WHERE sha256 = ?", (sha256,))

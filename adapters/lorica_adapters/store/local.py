@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -68,6 +70,7 @@ class LocalStore:
         # Blobs of publishes that failed at their commit: a crash may still bring that commit back from SQLite's
         # log, until a later one overwrites it there. So they stay until then.
         self._doubtful: set[str] = set()
+        self._removed: deque[str] = deque()  # digests nobody was told of yet
         disk = disk or Disk()
         with storage_errors("be opened"):
             disk.make_directory(root)
@@ -204,6 +207,10 @@ class LocalStore:
             self._settle()
         self._collect_quietly()
 
+    def is_named(self, digest: str) -> bool:
+        checks.check_digest(digest)
+        return self._catalog.is_named(digest)
+
     # Pins
 
     def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
@@ -235,9 +242,18 @@ class LocalStore:
                     doomed = [version for version, digest in unreachable.items() if digest not in self._pins]
                     self._pins.set_orphans(frozenset(d for d in unreachable.values() if d in self._pins))
                 blobs = changes.remove_versions(tx, doomed)
+                removed = changes.missing(tx, {unreachable[version] for version in doomed})
+            self._removed.extend(removed)
             for sha256 in blobs:
                 self._remove_blob(sha256)
         return len(doomed)
+
+    def take_removed(self) -> frozenset[str]:
+        taken: set[str] = set()
+        while self._removed:
+            with suppress(IndexError):  # another thread was faster
+                taken.add(self._removed.popleft())
+        return frozenset(taken)
 
     # Bytes
 

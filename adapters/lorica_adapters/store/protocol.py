@@ -88,6 +88,15 @@ class AdapterStore(Protocol):
     def collect(self) -> int:
         """Remove versions that no name reaches and no pin holds; returns how many."""
 
+    def take_removed(self) -> frozenset[str]:
+        """Digests of which no version is left, removed since the last call by whatever method. Fast.
+
+        What others keep of them may go: whoever asks for one again must upload it again.
+        """
+
+    def is_named(self, digest: str) -> bool:
+        """Whether a name points at this version now; one that is only kept is not named. A point read."""
+
     def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
         """The record behind a name or alias, of a kept version with `prefix`. Errors as `acquire`, health aside."""
 
