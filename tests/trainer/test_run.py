@@ -26,7 +26,8 @@ from lorica_trainer.job import TrainJob
 from lorica_trainer.progress import Silent, StepReport
 from lorica_trainer.run import CHECKPOINTS, REPORT, train
 from lorica_trainer.targets import resolve_targets
-from support.tiny import load_tiny
+from support.checkpoints import save_checkpoint, wide_model
+from support.tiny import load_tiny, tiny_tokenizer
 
 JobMaker = Callable[..., TrainJob]
 WEIGHTS = "adapter_model.safetensors"
@@ -269,3 +270,11 @@ def test_sigterm_leaves_a_checkpoint_that_resumes(make_job: JobMaker, tmp_path: 
     with pytest.raises(Interrupted):
         train(job, resume=True, progress=watcher, stop=watcher.event)
     assert watcher.seen[0].step == checkpoint.step + 1
+
+
+def test_a_base_that_bitsandbytes_computes_wrongly_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
+    """Its NF4 blocks would cross the rows of a 96 wide weight."""
+    directory = save_checkpoint(wide_model("llama", hidden_size=96, head_dim=24), tmp_path / "base")
+    tiny_tokenizer().save_pretrained(directory)
+    with pytest.raises(JobInvalid, match="96 inputs, no multiple of the 64 weights"):
+        train(make_job(model=str(directory)))

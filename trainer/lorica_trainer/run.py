@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorica_adapters.apply.trainable import attach
-from lorica_adapters.base import BaseRefused, LoadedBase, load_base, refingerprint
+from lorica_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
 from lorica_adapters.embedded.tiny import TINY_NAME, tiny_path
 from lorica_trainer.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, replace_durably, write_checkpoint
 from lorica_trainer.data import DataReport, DataSet, load_data
@@ -192,9 +192,25 @@ def _source(job: TrainJob) -> str:
 def _load(job: TrainJob, device: torch.device) -> tuple[LoadedBase, Any]:
     try:
         base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
-        return base, AutoTokenizer.from_pretrained(_source(job))
+        tokenizer = AutoTokenizer.from_pretrained(_source(job))
     except (OSError, BaseRefused) as error:
         raise JobInvalid("model", f"{job.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _refuse_split_blocks(job, base)
+    return base, tokenizer
+
+
+def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
+    """bitsandbytes 0.50 on a CPU takes wrong scales where a block crosses a row: training would not see what serves."""
+    if base.device.type != "cpu":
+        return
+    for name, module in quantised_modules(base.model):
+        in_features = module.codes.shape[1] * 2
+        if in_features % module.block_size:
+            raise JobInvalid(
+                "model",
+                f"{name} of {job.model} has {in_features} inputs, no multiple of the {module.block_size} weights of an "
+                "NF4 block, which bitsandbytes computes wrongly on a CPU; train it on a GPU, or another base",
+            )
 
 
 def _device(job: TrainJob) -> torch.device:
