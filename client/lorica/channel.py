@@ -13,7 +13,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),  # prompt log-probabilities of a long context pass 4 MB
     # The bounded retries above count on a channel that tries again soon; the default waits up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name: what one attempt to connect may take. A busy server needs more than a few milliseconds.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.use_local_subchannel_pool", 1),  # no shared back-off with other channels of this process
 )
