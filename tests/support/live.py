@@ -55,7 +55,7 @@ def scrape(server: LocalServer, accept: str = "text/plain") -> str:
 
 
 def metric(server: LocalServer, name: str) -> dict[tuple[str, ...], float]:
-    """Samples of `name` by the values of their labels."""
+    """Samples of `name` by the values of their labels, in the alphabetical order of the labels' names."""
     return {
         tuple(sample.labels.values()): sample.value
         for family in text_string_to_metric_families(scrape(server))
