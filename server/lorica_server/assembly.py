@@ -254,7 +254,7 @@ def _model_info(
             max_adapter_bytes=read.max_bytes,
             adapter_device_bytes=memory.adapters,
             vocabulary=base.spec.vocab_size,
-            max_choices=config.max_choices,
+            max_choices=min(config.max_choices, engine.max_live),
             max_logprobs=config.max_logprobs,
             max_stop_strings=config.max_stop_strings,
         ),

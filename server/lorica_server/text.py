@@ -35,6 +35,7 @@ class TextCodec:
         self._eos_token_ids = eos_token_ids | (frozenset() if own is None else {own})
         self._template = _find_template(tokenizer)
         tokenizer.model_max_length = _NO_LIMIT
+        self._longest_token = max((len(piece.encode()) for piece in tokenizer.get_vocab()), default=1)
         self._lock: AbstractContextManager[Any] = nullcontext()
         self._spelling: _Spelling | None = None
         if tokenizer.is_fast:
@@ -60,6 +61,11 @@ class TextCodec:
     def vocab_size(self) -> int:
         """Ids the tokenizer can give; a model may have more rows."""
         return len(self._tokenizer)
+
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest piece of text that one token can stand for."""
+        return self._longest_token
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -49,6 +49,7 @@ class FakeCodec:
     """One token a character of ALPHABET; a chat is its contents with a space between."""
 
     template_digest = "0" * 64
+    longest_token = 8
     eos_token_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:

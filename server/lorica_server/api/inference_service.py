@@ -8,29 +8,27 @@ Knows the order of these; each of them is another module's matter.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from grpc import aio
 
 from lorica_protos.v1 import inference_pb2, inference_pb2_grpc
 from lorica_server.api import validate
-from lorica_server.api.calls import ChatTurn, GenerateCall
+from lorica_server.api.calls import GenerateCall, Limits
 from lorica_server.api.convert import build_submission, read_chat, read_generate, write_model
 from lorica_server.api.convert_answers import Answering
+from lorica_server.api.encoding import Encoder
 from lorica_server.api.gate import Gate
 from lorica_server.api.generation import Generation
 from lorica_server.api.ports import Codec
 from lorica_server.errors import InvalidRequest
 from lorica_server.observe.logs import CALL_ID
 from lorica_server.registry import Registry, Resolved
-
-_LONG_TEXT = 8192  # characters; more are tokenised off the event loop
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -48,6 +46,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     gate: Gate
     tenant_of: Callable[[Context], str]
     observer: NameObserver
+    encoder: Encoder = field(default_factory=Encoder)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -71,14 +70,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         """Token ids as Generate would make them of the same input."""
-        codec = self.gate.look().codec
+        parts = self.gate.look()
+        codec, limits = parts.codec, parts.model.limits
         match request.WhichOneof("input"):
             case "text":
-                ids = await _encode_text(codec, request.text)
+                ids = await self.encoder.encode_text("text", codec, limits, request.text)
             case "chat":
                 turns = read_chat(request.chat)
                 validate.check_chat("chat.messages", turns)
-                ids = await _encode_chat(codec, turns)
+                ids = await self.encoder.encode_chat(codec, limits, turns)
             case _:
                 raise InvalidRequest("input", "exactly one of text and chat must be set")
         return inference_pb2.TokenizeResponse(token_ids=ids)
@@ -89,7 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Text of token ids."""
         parts = self.gate.look()
         validate.check_token_ids("token_ids", request.token_ids, parts.model.limits.vocabulary)
-        text = await asyncio.to_thread(parts.codec.decode, list(request.token_ids))
+        text = await self.encoder.decode(parts.codec, list(request.token_ids))
         return inference_pb2.DetokenizeResponse(text=text)
 
     async def GetModel(
@@ -117,7 +117,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         tenant = self.tenant_of(context)
         with self._resolve(parts.registry, tenant, call.adapter) as resolved:
             digest = None if resolved is None else resolved.digest
-            prompt = await _encode(parts.codec, call)
+            prompt = await self._encode(parts.codec, call, parts.model.limits)
             max_tokens = validate.fit_tokens(len(prompt), call.stopping.max_tokens, parts.model.limits)
             seed = secrets.randbits(64) if call.sampling.seed is None else call.sampling.seed
             submission = build_submission(
@@ -134,6 +134,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             async with parts.engine.submit(submission) as stream:
                 yield Generation(stream, parts.codec), Answering(call, submission, parts.codec)
 
+    async def _encode(self, codec: Codec, call: GenerateCall, limits: Limits) -> list[int]:
+        if call.token_ids is not None:
+            return list(call.token_ids)
+        if call.chat is not None:
+            return await self.encoder.encode_chat(codec, limits, call.chat)
+        return await self.encoder.encode_text("text", codec, limits, call.text or "")
+
     def _resolve(self, registry: Registry, tenant: str, reference: str) -> Resolved | nullcontext[None]:
         if not reference:
             return nullcontext()
@@ -146,27 +153,3 @@ def _deadline(context: Any) -> float | None:
     """The call's deadline on the monotonic clock. grpc gives None without one, which its types do not say."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-async def _encode(codec: Codec, call: GenerateCall) -> list[int]:
-    if call.token_ids is not None:
-        return list(call.token_ids)
-    if call.chat is not None:
-        return await _encode_chat(codec, call.chat)
-    return await _encode_text(codec, call.text or "")
-
-
-async def _encode_text(codec: Codec, text: str) -> list[int]:
-    if len(text) < _LONG_TEXT:
-        return codec.encode(text)
-    return await asyncio.to_thread(codec.encode, text)
-
-
-async def _encode_chat(codec: Codec, turns: tuple[ChatTurn, ...]) -> list[int]:
-    if not codec.template_digest:
-        raise InvalidRequest("chat", "the base has no chat template; send text")
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    try:
-        return await asyncio.to_thread(codec.encode_chat, messages)
-    except ValueError as error:
-        raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error

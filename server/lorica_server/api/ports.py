@@ -26,6 +26,10 @@ class Codec(Protocol):
     def eos_token_ids(self) -> frozenset[int]:
         """Ids that end a text."""
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest piece of text one token can stand for."""
+
     def encode(self, text: str) -> list[int]:
         """Token ids with the special tokens the base expects."""
 

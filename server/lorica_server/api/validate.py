@@ -147,7 +147,7 @@ def _check_sampling(sampling: SamplingCall, limits: Limits) -> None:
     _within("sampling.temperature", sampling.temperature, 0.0, 100.0)
     _within("sampling.top_p", sampling.top_p, 0.0, 1.0, open_low=True)
     _within("sampling.min_p", sampling.min_p, 0.0, 1.0)
-    _within("sampling.repetition_penalty", sampling.repetition_penalty, 0.0, 10.0, open_low=True)
+    _within("sampling.repetition_penalty", sampling.repetition_penalty, 0.01, 10.0)
     _within("sampling.presence_penalty", sampling.presence_penalty, -2.0, 2.0)
     _within("sampling.frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
     _within("sampling.top_k", sampling.top_k, 0, (1 << 32) - 1)

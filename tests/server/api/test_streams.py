@@ -69,6 +69,8 @@ async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> No
     """An echo of two megabytes in twelve choices fills the transport's window, and then nobody reads."""
 
     class Short(FakeCodec):
+        longest_token = 1 << 20
+
         def encode(self, text: str) -> list[int]:
             return super().encode(text[:5])
 

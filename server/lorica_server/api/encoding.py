@@ -1,0 +1,77 @@
+"""A caller's text to token ids: judged by its length first, and off the event loop where that takes time.
+
+Tokenising runs before anything is admitted, so it must not be a way to hold up others: what cannot fit the context is
+refused unread, and long texts have threads of their own and a bounded queue, apart from the store's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from lorica_server.api.calls import ChatTurn, Limits
+from lorica_server.api.ports import Codec
+from lorica_server.errors import InvalidRequest, Overloaded
+
+T = TypeVar("T")
+
+_LONG_TEXT = 8192  # characters; more are tokenised off the event loop
+_THREADS = 2
+_MAX_WAITING = 64
+_RETRY_SECONDS = 1.0
+
+
+class Encoder:
+    """One per server."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorica-encode")
+        self._waiting = 0
+
+    async def encode_text(self, field: str, codec: Codec, limits: Limits, text: str) -> list[int]:
+        """Token ids with the special tokens the base expects.
+
+        Raises InvalidRequest for a text that is longer than any the context holds, Overloaded when many are waiting.
+        """
+        self._check_length(field, codec, limits, [text])
+        return await self._run(len(text), lambda: codec.encode(text))
+
+    async def encode_chat(self, codec: Codec, limits: Limits, turns: Sequence[ChatTurn]) -> list[int]:
+        """Token ids of a conversation rendered by the base's template; raises as `encode_text`."""
+        if not codec.template_digest:
+            raise InvalidRequest("chat", "the base has no chat template; send text")
+        self._check_length("chat.messages", codec, limits, [turn.content for turn in turns])
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        length = sum(len(turn.content) for turn in turns)
+        try:
+            return await self._run(length, lambda: codec.encode_chat(messages))
+        except ValueError as error:
+            raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
+
+    async def decode(self, codec: Codec, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return await self._run(len(ids), lambda: codec.decode(ids))
+
+    def _check_length(self, field: str, codec: Codec, limits: Limits, texts: Sequence[str]) -> None:
+        most = limits.context_tokens * codec.longest_token
+        size = sum(len(text) for text in texts)  # characters: no more than the bytes they are
+        if size > most:
+            raise InvalidRequest(
+                field,
+                f"{size} characters cannot fit the context of {limits.context_tokens} tokens,"
+                f" of at most {codec.longest_token} bytes each",
+                metadata={"context_tokens": str(limits.context_tokens)},
+            )
+
+    async def _run(self, length: int, work: Callable[[], T]) -> T:
+        if length < _LONG_TEXT:
+            return work()
+        if self._waiting >= _MAX_WAITING:
+            raise Overloaded(_RETRY_SECONDS)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._waiting -= 1

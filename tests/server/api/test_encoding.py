@@ -1,0 +1,74 @@
+"""Text is judged by its length before it is tokenised, and long texts wait in a bounded queue of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from lorica_server.api.calls import ChatTurn, Limits
+from lorica_server.api.encoding import Encoder
+from lorica_server.errors import InvalidRequest, Overloaded
+
+LIMITS = Limits(4096, 2048, 4, 8, 8192, 64, 1 << 20, 1 << 20, 256, 4, 4, 4)
+
+
+class SlowCodec:
+    """One token a character; a long text takes until `go` is set."""
+
+    template_digest = "0" * 64
+    eos_token_ids: frozenset[int] = frozenset()
+    longest_token = 4
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.asked += 1
+        if len(text) > 8192:
+            self.go.wait(10)
+        return [1] * len(text)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "x" * len(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"x"
+
+
+@pytest.mark.asyncio
+async def test_what_cannot_fit_is_refused_unread() -> None:
+    encoder, codec = Encoder(), SlowCodec()
+    with pytest.raises(InvalidRequest, match="16385 characters cannot fit") as refused:
+        await encoder.encode_text("text", codec, LIMITS, "a" * 16385)
+    assert refused.value.metadata == {"context_tokens": "4096"}
+    with pytest.raises(InvalidRequest, match="cannot fit"):
+        await encoder.encode_chat(codec, LIMITS, [ChatTurn("user", "a" * 9000), ChatTurn("user", "b" * 9000)])
+    assert codec.asked == 0
+    codec.go.set()
+    assert len(await encoder.encode_text("text", codec, LIMITS, "a" * 16384)) == 16384
+
+
+@pytest.mark.asyncio
+async def test_long_texts_hold_up_neither_short_ones_nor_other_threads() -> None:
+    encoder, codec = Encoder(), SlowCodec()
+    long: list[asyncio.Task[Any]] = [
+        asyncio.create_task(encoder.encode_text("text", codec, LIMITS, "a" * 9000)) for _ in range(64)
+    ]
+    await asyncio.sleep(0.05)
+    started = time.monotonic()
+    assert await encoder.encode_text("text", codec, LIMITS, "short") == [1] * 5
+    assert await asyncio.to_thread(lambda: 1) == 1
+    with pytest.raises(Overloaded):
+        await encoder.encode_text("text", codec, LIMITS, "a" * 9000)
+    assert time.monotonic() - started < 2
+    codec.go.set()
+    assert {len(ids) for ids in await asyncio.gather(*long)} == {9000}
