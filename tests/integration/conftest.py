@@ -27,6 +27,7 @@ OPTIONS = {
     "max_queued": "8",
     "max_batch_tokens": "256",
     "metrics_adapters": "20",
+    "max_uploads": "1000",
     "readiness_seconds": "0.2",
     "drain_seconds": "20",
     "stall_seconds": "2",
