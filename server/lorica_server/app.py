@@ -211,6 +211,8 @@ async def _serve(config: ServeConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    where = f"gRPC on {config.listen} answers health with NOT_SERVING until ready"
+    print(f"loading {config.model} ... ({where})", flush=True)
     try:
         await starting
     except asyncio.CancelledError:

@@ -106,6 +106,13 @@ class Unavailable(Retryable):
         super().__init__(message, retry_after=retry_after)
 
 
+class WarmingUp(Unavailable):
+    """The caller must wait: the server has started and is loading its base."""
+
+    def __init__(self, retry_after: float = 1.0) -> None:
+        super().__init__("the server is warming up", retry_after=retry_after)
+
+
 class Draining(Unavailable):
     """The caller must go elsewhere: the server is shutting down."""
 
@@ -168,6 +175,7 @@ _CLASSES: dict[type[Exception], Verdict] = {
     DuplicateRequest: Verdict(Code.ALREADY_EXISTS, 409, "DUPLICATE_REQUEST"),
     Overloaded: Verdict(Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
     Unavailable: Verdict(Code.UNAVAILABLE, 503, "UNAVAILABLE"),
+    WarmingUp: Verdict(Code.UNAVAILABLE, 503, "WARMING_UP"),
     Draining: Verdict(Code.UNAVAILABLE, 503, "DRAINING"),
     DeadlineExceeded: Verdict(Code.DEADLINE_EXCEEDED, 504, "DEADLINE"),
     ClientStalled: Verdict(Code.ABORTED, 408, "CLIENT_STALLED"),

@@ -25,6 +25,11 @@ def check_start(config: ServeConfig, environ: Mapping[str, str] | None = None) -
     check_address("listen", config.listen)
     if config.metrics_listen != "none":
         check_address("metrics_listen", config.metrics_listen)
+    check_setup(config, environ)
+
+
+def check_setup(config: ServeConfig, environ: Mapping[str, str] | None = None) -> None:
+    """The checks that hold whether or not a server of this configuration is running already. Raises StartError."""
     check_model(config.model, os.environ if environ is None else environ)
     check_data_dir(config.data_dir)
     if config.device.startswith("cuda"):

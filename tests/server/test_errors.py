@@ -46,6 +46,7 @@ def test_reasons_are_upper_snake_and_one_reason_has_one_http_class() -> None:
     [
         (errors.InvalidRequest("sampling.top_p", "must be positive"), Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
         (errors.DuplicateRequest("r1"), Code.ALREADY_EXISTS, 409, "DUPLICATE_REQUEST"),
+        (errors.WarmingUp(), Code.UNAVAILABLE, 503, "WARMING_UP"),
         (errors.Draining(), Code.UNAVAILABLE, 503, "DRAINING"),
         (errors.Overloaded(0.5), Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
         (adapter_errors.UploadOffset("x", committed=3), Code.OUT_OF_RANGE, 416, "UPLOAD_OFFSET"),

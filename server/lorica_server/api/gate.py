@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lorica_server.api.ports import AdapterStates, Codec, ModelInfo
 from lorica_server.engine.client import EngineClient
-from lorica_server.errors import Draining, Unavailable
+from lorica_server.errors import Draining, WarmingUp
 from lorica_server.registry import Registry
 
 
@@ -46,13 +46,13 @@ class Gate:
         self._draining = True
 
     def enter(self) -> Parts:
-        """For new work. Raises Unavailable while warming, Draining while stopping."""
+        """For new work. Raises WarmingUp while the base loads, Draining while stopping."""
         if self._draining:
             raise Draining()
         return self.look()
 
     def look(self) -> Parts:
-        """For calls that only look. Raises Unavailable while warming."""
+        """For calls that only look. Raises WarmingUp while the base loads."""
         if self._parts is None:
-            raise Unavailable("the server is warming up")
+            raise WarmingUp()
         return self._parts

@@ -18,6 +18,7 @@ EVERY = [
     errors.DuplicateRequest("r"),
     errors.Overloaded(0.25),
     errors.Unavailable(),
+    errors.WarmingUp(),
     errors.Draining(),
     errors.DeadlineExceeded(),
     errors.ClientStalled(3.0),
