@@ -41,5 +41,5 @@ class Interrupted(TrainerError):
     """The run was asked to stop and did, after saving `checkpoint`; resume continues it bit for bit."""
 
     def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"stopped after saving {checkpoint}; run again with resume to go on")
+        super().__init__(f"stopped after saving {checkpoint}; run again with --resume to go on")
         self.checkpoint = checkpoint

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +60,12 @@ def train(
     With `resume`, go on from the newest checkpoint if there is one. `stop` is read between steps: when it is set
     the state is saved and Interrupted raised. Raises the errors of lorica_trainer.errors.
     """
-    progress = progress or Silent()
-    checkpoints = job.output / CHECKPOINTS
-    saved = list_checkpoints(checkpoints)
-    _check_output(job, resume, bool(saved))
+    saved = list_checkpoints(job.output / CHECKPOINTS)
+    with _output_directory(job, resume, bool(saved)):
+        return _train(job, saved[-1] if resume and saved else None, progress or Silent(), stop or threading.Event())
+
+
+def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
     device = _device(job)
     base, tokenizer = _load(job, device)
     data = load_data(job.data, tokenizer, _end_ids(base, tokenizer), seed=job.training.seed)
@@ -85,9 +89,9 @@ def train(
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         loop = Loop(base.model, adapter, data, job.training, pad_id=pad_id or 0, device=device)
         run = _Run(job, base, data, loop, progress)
-        if resume and saved:
-            run.resume(read_checkpoint(saved[-1]))
-        result = run.go(stop or threading.Event())
+        if checkpoint is not None:
+            run.resume(read_checkpoint(checkpoint))
+        result = run.go(stop)
         if refingerprint(base) != base.spec.fingerprint:
             raise BaseChanged("the frozen base was written to during training; nothing was exported")
         export_peft(job, base.spec, adapter.state())
@@ -174,15 +178,28 @@ class _Run:
         return self._seconds_before + time.monotonic() - self._started
 
 
-def _check_output(job: TrainJob, resume: bool, has_checkpoints: bool) -> None:
+@contextmanager
+def _output_directory(job: TrainJob, resume: bool, has_checkpoints: bool) -> Iterator[None]:
+    """Make it before any work, so that a long run cannot fail on it at its end; what stays empty goes."""
     if (job.output / "adapter_config.json").exists():
         raise JobInvalid("output", f"{job.output} already holds an adapter; choose another directory")
     if has_checkpoints and not resume:
-        raise JobInvalid("output", f"{job.output} holds checkpoints of an unfinished run; resume it or choose another")
+        raise JobInvalid(
+            "output",
+            f"{job.output} holds checkpoints of an unfinished run; go on with --resume, or choose another directory",
+        )
+    existed = job.output.exists()
     try:
         job.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JobInvalid("output", f"{job.output} cannot be made: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not empty: a checkpoint is in it
+                job.output.rmdir()
+        raise
 
 
 def _source(job: TrainJob) -> str:
@@ -194,9 +211,17 @@ def _load(job: TrainJob, device: torch.device) -> tuple[LoadedBase, Any]:
         base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
         tokenizer = AutoTokenizer.from_pretrained(_source(job))
     except (OSError, BaseRefused) as error:
-        raise JobInvalid("model", f"{job.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise JobInvalid(
+            "model", f"{job.model} cannot be loaded: {str(error).splitlines()[0]}{_source_hint(job)}"
+        ) from error
     _refuse_split_blocks(job, base)
     return base, tokenizer
+
+
+def _source_hint(job: TrainJob) -> str:
+    if job.model == TINY_NAME or Path(job.model).is_dir():
+        return ""
+    return "; give a checkpoint directory, or a hub id: HF_HUB_OFFLINE=1 takes one from the local cache without asking"
 
 
 def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
