@@ -320,16 +320,25 @@ class AsyncClient:
 
     async def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
+        attempt = 1
         with download:
-            call = self._adapters.DownloadAdapter(request, timeout=timeout)
-            try:
-                async for response in call:
-                    await asyncio.to_thread(download.feed, response)
-                return await asyncio.to_thread(download.finish)
-            except grpc.aio.AioRpcError as error:
-                raise from_call(error, self.address) from None
-            finally:
-                call.cancel()
+            while True:
+                started = False
+                call = self._adapters.DownloadAdapter(request, timeout=timeout)
+                try:
+                    async for response in call:
+                        started = True
+                        await asyncio.to_thread(download.feed, response)
+                    return await asyncio.to_thread(download.finish)
+                except grpc.aio.AioRpcError as raised:
+                    error = from_call(raised, self.address)
+                finally:
+                    call.cancel()
+                pause = None if started else self._retry.pause(error, attempt, idempotent=True)
+                if pause is None:
+                    raise error
+                await asyncio.sleep(pause)
+                attempt += 1
 
 
 class _Ending:

@@ -313,13 +313,22 @@ class Client:
 
     def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
+        attempt = 1
         with download:
-            call = self._adapters.DownloadAdapter(request, timeout=timeout)
-            try:
-                for response in call:
-                    download.feed(response)
-                return download.finish()
-            except grpc.RpcError as error:
-                raise from_call(cast(grpc.Call, error), self.address) from None
-            finally:
-                cast(Any, call).cancel()
+            while True:
+                started = False
+                call = self._adapters.DownloadAdapter(request, timeout=timeout)
+                try:
+                    for response in call:
+                        started = True
+                        download.feed(response)
+                    return download.finish()
+                except grpc.RpcError as raised:
+                    error = from_call(cast(grpc.Call, raised), self.address)
+                finally:
+                    cast(Any, call).cancel()
+                pause = None if started else self._retry.pause(error, attempt, idempotent=True)
+                if pause is None:
+                    raise error
+                time.sleep(pause)
+                attempt += 1

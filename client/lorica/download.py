@@ -87,7 +87,8 @@ class Download:
         existing = [file for file in self._files if (directory / file).exists()]
         if existing and not self._overwrite:
             raise LocalFilesError(
-                f"{directory} already holds {', '.join(existing)}; choose another or allow overwriting"
+                f"{directory} already holds {', '.join(existing)}; "
+                "choose another, or replace them with --force (overwrite=True)"
             )
         try:
             directory.mkdir(parents=True, exist_ok=True)

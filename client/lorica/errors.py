@@ -6,6 +6,7 @@ name; both are stable, the message is for people.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -172,8 +173,19 @@ def from_call(call: grpc.Call | grpc.aio.AioRpcError, address: str) -> LoricaErr
     message = call.details() or f"the server answered {name} without a message"
     details = read_details(call.trailing_metadata())
     if kind is Unavailable and not details.reason:  # from the transport, not from a server
-        message = f"no server reachable at {address} ({message}); start one with `lorica serve`"
+        details = dataclasses.replace(details, metadata={"transport": message})
+        message = _unreachable(message, address)
     return kind(message, details, code=name)
+
+
+def _unreachable(message: str, address: str) -> str:
+    """What the transport's words mean to a caller; the words themselves stay in the error's metadata."""
+    lowered = message.lower()
+    if "resol" in lowered or "dns" in lowered:
+        return f"the host of {address} is unknown"
+    if "connect" in lowered and "reset" not in lowered:
+        return f"no server reachable at {address}; start one with `lorica serve`"
+    return f"the connection to the server at {address} broke: {message}"
 
 
 def read_details(metadata: object) -> ErrorDetails:

@@ -6,13 +6,20 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from lorica.bench.main import BenchOptions, BenchResults
+from lorica.cli.checks import examine
+from lorica.cli.connecting import WarmUpPatience
 from lorica.cli.main import app
-from lorica.terminal.failures import CommandError, ExitCode, explain
+from lorica.errors import ErrorDetails, Unavailable
+from lorica.terminal.failures import CommandError, ExitCode, Failure, explain
+from lorica.terminal.output import tell_failure
+from lorica_server.config import resolve_config
 from support.fake_service import DIGEST, FakeServer
 
 HEAVY = ("torch", "transformers", "grpc", "lorica_adapters.base", "peft")
@@ -111,11 +118,31 @@ def test_config_show_says_where_each_value_comes_from(tmp_path: Path, monkeypatc
     assert rows["model"]["origin"] == "default"
 
 
+def test_config_check_only_warns_of_an_address_in_use(fake: FakeServer, tmp_path: Path) -> None:
+    arguments = ("config", "check", "--metrics-listen=none", f"--data-dir={tmp_path}")
+    result = invoke(*arguments, f"--listen={fake.address}")
+    assert result.exit_code == 0
+    assert f"warning: listen: cannot listen on {fake.address}" in result.stderr
+    assert invoke(*arguments, "--listen=no-such-host.invalid:1").exit_code == ExitCode.USAGE
+
+
+def test_an_unknown_variable_is_told_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORICA_MAX_RUNING", "9")
+    monkeypatch.setenv("LORICA_SERVICE_HOST", "10.0.0.1")  # Kubernetes' own, beside a service named lorica
+    monkeypatch.setenv("LORICA_ADDRESS", "127.0.0.1:1")
+    result = invoke("config", "check", "--metrics-listen=none", "--listen=127.0.0.1:0", f"--data-dir={tmp_path}")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "warning: LORICA_MAX_RUNING is no option and is ignored; did you mean LORICA_MAX_RUNNING?"
+    ]
+
+
 def test_config_init_writes_what_config_show_reads(tmp_path: Path) -> None:
     file = tmp_path / "lorica.yaml"
     assert invoke("config", "init", str(file)).exit_code == 0
     text = file.read_text()
     assert "# max_running: 64" in text
+    assert f": {Path.home()}" not in text
     file.write_text(text.replace("# max_running: 64", "max_running: 65"))
     shown = {row["option"]: row for row in json.loads(invoke("config", "show", "-c", str(file), "--json").stdout)}
     assert shown["max_running"]["value"] == 65
@@ -172,7 +199,33 @@ def test_expected_errors_are_words_and_codes(
 def test_no_server_is_unavailable_and_says_how_to_start_one() -> None:
     result = invoke("generate", "x", "--address", "127.0.0.1:1")
     assert result.exit_code == ExitCode.UNAVAILABLE
-    assert "lorica serve" in result.stderr
+    assert result.stderr == "error: no server reachable at 127.0.0.1:1; start one with `lorica serve`\n"
+
+
+def test_a_name_in_place_of_the_address_is_told_apart(fake: FakeServer) -> None:
+    result = invoke("generate", "x", "-a", "shout")
+    assert result.exit_code == ExitCode.USAGE
+    assert "-A/--adapter" in result.stderr
+
+
+def test_an_unknown_adapter_says_where_the_known_are(fake: FakeServer) -> None:
+    assert "lorica adapters ls" in invoke("generate", "x", "-A", "nobody", "-a", fake.address).stderr
+
+
+@pytest.mark.parametrize("words", [("generate", "one"), ("adapters", "pull", "bot", "OUT"), ("adapters", "ls")])
+def test_commands_wait_for_a_server_that_warms_up(fake: FakeServer, tmp_path: Path, words: tuple[str, ...]) -> None:
+    fake.state.files["bot"] = {"adapter_config.json": b"{}"}
+    fake.state.faults.unavailable_calls, fake.state.faults.unavailable_reason = 2, "WARMING_UP"
+    result = invoke(*(str(tmp_path / w) if w == "OUT" else w for w in words), "-a", fake.address)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("warming up; waiting up to 60 s") == 1
+
+
+def test_patience_ends_and_is_for_warming_up_alone() -> None:
+    warming = Unavailable("the server is warming up", ErrorDetails(reason="WARMING_UP"))
+    assert WarmUpPatience().pause(warming, 99, idempotent=False) == 0.5
+    assert WarmUpPatience(seconds=0.0).pause(warming, 1, idempotent=True) is None
+    assert WarmUpPatience().pause(Unavailable("x", ErrorDetails(reason="DRAINING")), 99, idempotent=True) is None
 
 
 def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path: Path) -> None:
@@ -184,7 +237,7 @@ def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path:
     assert "no adapters yet" in adapters("ls").stdout
     pushed = adapters("push", str(adapter_dir), "--label", "team=a")
     assert "support-bot@dddddddddddd published" in pushed.stdout
-    assert "left out: README.md, optimizer.pt" in pushed.stdout
+    assert "kept here: README.md, optimizer.pt" in pushed.stdout
     assert "unchanged" in adapters("push", str(adapter_dir), "--label", "team=a").stdout
 
     listed = json.loads(adapters("ls", "--json").stdout)
@@ -212,6 +265,7 @@ def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path:
     adapters("pull", "support-bot", str(tmp_path / "back"))
     refused = invoke("adapters", "pull", "support-bot", str(tmp_path / "back"), "--address", fake.address)
     assert refused.exit_code == ExitCode.REFUSED
+    assert "--force" in refused.stderr
     assert json.loads(adapters("pull", "support-bot", str(tmp_path / "back"), "--force", "--json").stdout)["files"]
     assert "removed support-bot" in adapters("rm", "support-bot").stdout
 
@@ -243,6 +297,27 @@ def test_doctor_reports_every_check(tmp_path: Path) -> None:
     assert report["ok"] == (result.exit_code == ExitCode.OK)
 
 
+def test_doctor_names_the_compiler_and_leaves_no_trailing_blanks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    result = invoke("doctor", "--data-dir", str(tmp_path), "--listen=127.0.0.1:0", "--metrics-listen=none")
+    assert "no C compiler: plain torch instead of native kernels" in result.stdout
+    assert "absent, as it should be" in result.stdout
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
+
+
+def test_doctor_takes_the_client_alone_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorica.cli.checks.find_version", lambda name: None)
+    monkeypatch.setattr("lorica.cli.checks.find_spec", lambda name: None if name == "torch" else find_spec(name))
+    config = resolve_config(flags={"data_dir": str(tmp_path), "listen": "127.0.0.1:0"}).config
+    states = {finding.check: finding.state for finding in examine(config)}
+    assert states["serving"] == "note"
+    assert "device" not in states
+    assert "fail" not in states.values()
+
+
 def test_doctor_fails_on_what_must_change(tmp_path: Path) -> None:
     result = invoke("doctor", "--model", str(tmp_path / "missing"), "--data-dir", str(tmp_path))
     assert result.exit_code == ExitCode.NO
@@ -272,6 +347,37 @@ def test_bench_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         assert words in result.stderr
 
 
+def test_bench_leaves_an_absent_peft_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(options: BenchOptions, announce: object) -> BenchResults:
+        seen.append(options.drivers)
+        return BenchResults({}, "page", tmp_path / "a.json", tmp_path / "a.md")
+
+    monkeypatch.setattr("lorica.bench.main.run", run)
+    monkeypatch.setattr("lorica.cli.bench.find_spec", lambda name: None)
+    result = invoke("bench")
+    assert result.exit_code == 0
+    assert seen == [("engine",)]
+    assert "pip install 'lorica[bench]'" in result.stderr.splitlines()[0]
+    assert invoke("bench", "--driver", "peft").exit_code == ExitCode.USAGE
+
+
+def test_a_refused_run_leaves_no_directory_and_no_bar(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: missing.jsonl}\n")
+    result = invoke("train", str(job))
+    assert result.exit_code == ExitCode.REFUSED
+    assert not (tmp_path / "out").exists()
+    assert "loading" not in result.stderr
+    assert result.stderr.lstrip().startswith("error: ")
+
+
+def test_an_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_failure(Failure("stopped after saving x; run again with --resume to go on", ExitCode.INTERRUPTED))
+    assert capsys.readouterr().err.startswith("stopped after saving x")
+
+
 def test_unknown_demo_task_lists_the_known() -> None:
     result = invoke("demo", "--task", "nothing")
     assert result.exit_code == ExitCode.USAGE
@@ -284,5 +390,6 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert explain(CommandError("x", remedy="y")).remedy == "y"
     missing = explain(ModuleNotFoundError("No module named 'torch'", name="torch"))
     assert missing is not None
-    assert missing.remedy == "pip install 'lorica[serve]'"
+    assert "pip install 'lorica[" in missing.remedy
+    assert "pip install '.[" in missing.remedy
     assert explain(ModuleNotFoundError("x", name="elsewhere")) is None

@@ -36,6 +36,7 @@ class Faults:
     """What goes wrong, once each: counts are used up."""
 
     unavailable_calls: int = 0  # next calls of anything: UNAVAILABLE with RetryInfo
+    unavailable_reason: str = "UNAVAILABLE"
     retry_after: float = 0.01
     cut_upload_after: int | None = None  # bytes of one upload, then UNAVAILABLE
     corrupt_download: bool = False
@@ -89,7 +90,7 @@ def _enter(state: State, context: grpc.ServicerContext) -> None:
             context,
             grpc.StatusCode.UNAVAILABLE,
             "the server is not ready",
-            error_details_pb2.ErrorInfo(reason="UNAVAILABLE", domain="lorica"),
+            error_details_pb2.ErrorInfo(reason=state.faults.unavailable_reason, domain="lorica"),
             error_details_pb2.RetryInfo(retry_delay=delay),
         )
 
@@ -311,6 +312,7 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
     def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Any
     ) -> Iterator[adapters_pb2.DownloadAdapterResponse]:
+        _enter(self._state, context)
         if request.adapter not in self._state.files:
             _no_adapter(context, request.adapter)
         files = self._state.files[request.adapter]

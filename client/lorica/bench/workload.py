@@ -86,8 +86,9 @@ def read_workload(reference: str) -> Workload:
         try:
             text = Path(reference).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise WorkloadInvalid(
-                f"cannot read the workload {reference}: {error}; shipped are {', '.join(shipped())}"
+                f"cannot read the workload {reference}: {why}; shipped are {', '.join(shipped())}"
             ) from error
     return parse_workload(text)
 

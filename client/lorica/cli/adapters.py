@@ -34,10 +34,10 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter. A push that was cut goes on where it stopped when it is repeated."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
     target = name or directory.resolve().name
-    with Client(address) as client, _transfer(f"push {target}", as_json) as report:
+    with connect(address) as client, _transfer(f"push {target}", as_json) as report:
         pushed = client.push(
             directory, target, labels=_labels(label or []), allow_base_mismatch=allow_base_mismatch, progress=report
         )
@@ -45,20 +45,23 @@ def push(
         print_json(pushed)
         return
     adapter = pushed.adapter
-    state = "published" if pushed.created else "already published, unchanged"
-    print(f"{adapter.name}@{adapter.digest[:12]} {state} ({size(pushed.sent_bytes)} sent, rank {adapter.max_rank})")
+    version = f"{adapter.name}@{adapter.digest[:12]}"
+    if pushed.created:
+        print(f"{version} published ({size(pushed.sent_bytes)} sent, rank {adapter.max_rank})")
+    else:
+        print(f"{version} was published before, unchanged")
     if pushed.resumed_bytes:
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
-        print(f"left out: {', '.join(pushed.left_out)} (not part of an adapter)")
+        print(f"kept here: {', '.join(pushed.left_out)} (only the adapter's files travel)")
 
 
 @app.command("ls")
 def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List every adapter with the engine's view of where it is."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
-    with Client(address) as client:
+    with connect(address) as client:
         found = list(client.adapters())
     if as_json:
         print_json(found)
@@ -75,9 +78,9 @@ def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 @app.command("show")
 def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Show everything about one adapter."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
-    with Client(address) as client:
+    with connect(address) as client:
         adapter = client.adapter(name)
     if as_json:
         print_json(adapter)
@@ -110,9 +113,9 @@ def rm(
     names: Annotated[list[str], typer.Argument(help="Names to remove.")], address: Address = DEFAULT_ADDRESS
 ) -> None:
     """Remove adapters by name; requests that run on one end on their version."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
-    with Client(address) as client:
+    with connect(address) as client:
         for name in names:
             client.delete(name)
             print(f"removed {name}")
@@ -127,10 +130,10 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download an adapter's files, byte for byte as they were uploaded."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
     target = directory or Path(name.partition("@")[0])
-    with Client(address) as client, _transfer(f"pull {name}", as_json) as report:
+    with connect(address) as client, _transfer(f"pull {name}", as_json) as report:
         pulled = client.pull(name, target, overwrite=force, progress=report)
     if as_json:
         print_json(pulled)
@@ -146,10 +149,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read an adapter back and check every sha256; with --against, compare it with a local directory too."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
     from lorica.upload import collect
 
-    with Client(address) as client, _transfer(f"verify {name}", as_json) as report:
+    with connect(address) as client, _transfer(f"verify {name}", as_json) as report:
         stored = client.verify(name, progress=report)
     different: list[str] = []
     if against is not None:
@@ -186,9 +189,9 @@ def alias(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Give an adapter other names, or take them away."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
-    with Client(address) as client:
+    with connect(address) as client:
         if remove:
             adapter = client.update(name, remove_aliases=aliases)
         else:
@@ -204,10 +207,10 @@ def materialise(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Keep a dense copy of the base with this adapter merged in, for steps that are all its own."""
+    from lorica.cli.connecting import connect
     from lorica.cli.waiting import wait_materialised
-    from lorica.client import Client
 
-    with Client(address) as client:
+    with connect(address) as client:
         adapter = client.update(name, materialised=not off)
         if wait > 0:
             adapter = wait_materialised(client, adapter, wanted=not off, seconds=wait)
@@ -218,9 +221,9 @@ def materialise(
 
 
 def _set_pinned(name: str, pinned: bool, address: str) -> None:
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
-    with Client(address) as client:
+    with connect(address) as client:
         adapter = client.update(name, pinned=pinned)
     print(f"{adapter.name}: {'pinned' if adapter.pinned else 'not pinned'}")
 

@@ -7,8 +7,23 @@ from typing import Annotated
 import typer
 
 from lorica.channel import DEFAULT_ADDRESS
+from lorica.terminal.failures import CommandError, ExitCode
 
-Address = Annotated[str, typer.Option("--address", "-a", envvar="LORICA_ADDRESS", help="Server as HOST:PORT.")]
+
+def _check_address(address: str) -> str:
+    if ":" not in address:
+        raise CommandError(
+            f"{address!r} is no address of a server: it has no port",
+            remedy="-a/--address takes HOST:PORT; an adapter is chosen with -A/--adapter",
+            code=ExitCode.USAGE,
+        )
+    return address
+
+
+Address = Annotated[
+    str,
+    typer.Option("--address", "-a", envvar="LORICA_ADDRESS", help="Server as HOST:PORT.", callback=_check_address),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of a table.")]
 
 __all__ = ["DEFAULT_ADDRESS", "Address", "AsJson"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lorica.terminal.failures import CommandError, ExitCode
+from lorica.terminal.failures import CommandError, ExitCode, install_hint
 from lorica.terminal.output import print_json, say
 from lorica.terminal.signals import terminated_as_interrupted
 
@@ -44,6 +45,11 @@ def command(
         raise CommandError("--address is for the grpc driver", remedy="add --driver grpc", code=ExitCode.USAGE)
     if profile_step and "engine" not in drivers:
         raise CommandError("--profile-step needs the engine driver", remedy="add --driver engine", code=ExitCode.USAGE)
+    if "peft" in drivers and find_spec("peft") is None:
+        drivers = tuple(name for name in drivers if name != "peft")
+        if not drivers:
+            raise CommandError("the peft driver needs peft", remedy=install_hint("bench"), code=ExitCode.USAGE)
+        say(f"the peft driver is left out, for peft is not here: {install_hint('bench')}")
     hush_bars()
     try:
         options = BenchOptions(workload, drivers, address, rounds, threads, dtype, cache, out, profile_step)

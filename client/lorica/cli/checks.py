@@ -1,4 +1,4 @@
-"""The checks of `lorica doctor`: each looks at one thing and says ok, warn or fail, and what to do.
+"""The checks of `lorica doctor`: each looks at one thing and says ok, note, warn or fail, and what to do.
 
 They change nothing and contact nobody.
 """
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorica.machine import describe, find_version
+from lorica.terminal.failures import install_hint
 
 if TYPE_CHECKING:
     from lorica_server.config import ServeConfig
 
-State = Literal["ok", "warn", "fail"]
+State = Literal["ok", "note", "warn", "fail"]
 SERVING = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "regex", "jinja2")
 MIN_FREE_BYTES = 1 << 30
 
@@ -37,7 +38,7 @@ class Finding:
 def examine(config: ServeConfig) -> list[Finding]:
     """Every check, in the order in which a start would meet them."""
     checks: tuple[Callable[[ServeConfig], Iterator[Finding]], ...] = (
-        _versions, _processor, _torch, _threads, _hub_kernels, _base, _disk, _ports
+        _versions, _processor, _compiler, _torch, _threads, _hub_kernels, _base, _disk, _ports
     )  # fmt: skip
     return [finding for check in checks for finding in check(config)]
 
@@ -47,8 +48,10 @@ def _versions(_: ServeConfig) -> Iterator[Finding]:
     yield Finding("lorica", "ok", find_version("lorica") or "not installed as a distribution")
     missing = [name for name in SERVING if find_version(name) is None]
     found = ", ".join(f"{name} {version}" for name in SERVING if (version := find_version(name)) is not None)
-    if missing:
-        yield Finding("serving", "fail", f"missing: {', '.join(missing)}", "pip install 'lorica[serve]'")
+    if "torch" in missing:
+        yield Finding("serving", "note", "torch is not here: this is the client alone", install_hint("serve"))
+    elif missing:
+        yield Finding("serving", "fail", f"missing: {', '.join(missing)}", install_hint("serve"))
     else:
         yield Finding("serving", "ok", found)
 
@@ -64,10 +67,19 @@ def _processor(_: ServeConfig) -> Iterator[Finding]:
         yield Finding("processor", "warn", f"{detail}; no AVX512-BF16, so no packed NF4", remedy)
 
 
+def _compiler(_: ServeConfig) -> Iterator[Finding]:
+    # As the native kernels look for one; asking them would import torch.
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        detail = "no C compiler: plain torch instead of native kernels"
+        yield Finding("C compiler", "warn", detail, "install cc (gcc or clang); nothing else needs it")
+    else:
+        yield Finding("C compiler", "ok", f"{compiler}, for native kernels")
+
+
 def _torch(config: ServeConfig) -> Iterator[Finding]:
     if find_spec("torch") is None:
-        yield Finding("device", "fail", "torch is not installed", "pip install 'lorica[serve]'")
-        return
+        return  # said above
     import torch
 
     wheel = f"CUDA {torch.version.cuda} wheel" if torch.version.cuda else "CPU wheel"
@@ -102,7 +114,7 @@ def _threads(config: ServeConfig) -> Iterator[Finding]:
 def _hub_kernels(_: ServeConfig) -> Iterator[Finding]:
     version = find_version("kernels")
     if version is None:
-        yield Finding("kernels package", "ok", "not installed")
+        yield Finding("kernels package", "ok", "absent, as it should be")
     else:
         detail = f"kernels {version} is installed: bitsandbytes then fetches another CPU kernel from a hub at import"
         yield Finding("kernels package", "warn", detail, "pip uninstall kernels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from lorica.cli.arguments import AsJson
-from lorica.cli.server_options import ConfigFile, option_text, with_server_options
+from lorica.cli.server_options import ConfigFile, default_text, option_text, with_server_options
 from lorica.terminal.failures import CommandError
-from lorica.terminal.output import print_json, print_table
+from lorica.terminal.output import print_json, print_table, say
 
 app = typer.Typer(no_args_is_help=True, help="The server's configuration: file, environment and flags together.")
 
@@ -37,13 +38,33 @@ def show(flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = Fal
 @app.command("check")
 @with_server_options
 def check(flags: dict[str, Any], config: ConfigFile = None) -> None:
-    """Resolve the configuration and make every check that needs no model: ports, paths, model, device."""
+    """Resolve the configuration and make every check that needs no model: paths, model, device, addresses.
+
+    An address in use is only a warning: it may be this server's own, running already.
+    """
     from lorica_server.config import resolve_config
-    from lorica_server.preflight import check_start
+    from lorica_server.preflight import check_setup
 
     resolved = resolve_config(file=config, environ=os.environ, flags=flags)
-    check_start(resolved.config, os.environ)
-    print("ok: the server can start with this configuration")
+    check_setup(resolved.config, os.environ)
+    for name in ("listen", "metrics_listen"):
+        _warn_in_use(name, getattr(resolved.config, name))
+    print("ok: a server can start with this configuration")
+
+
+def _warn_in_use(name: str, address: str) -> None:
+    """Tell of an address that another process has; raise StartError for one that cannot be had at all."""
+    from lorica_server.errors import StartError
+    from lorica_server.preflight import check_address
+
+    if address == "none":
+        return
+    try:
+        check_address(name, address)
+    except StartError as error:
+        if not (isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE):
+            raise
+        say(f"warning: {error}; fine when that is this server, running already")
 
 
 @app.command("init")
@@ -60,7 +81,7 @@ def init(
     lines = ["# Options of `lorica serve`; LORICA_* variables and flags override them.", ""]
     for name, option in options().items():
         choices = f" ({', '.join(option.choices)})" if option.choices else ""
-        lines += [f"# {option.text}{choices}", f"# {name}: {option_text(standard[name])}", ""]
+        lines += [f"# {option.text}{choices}", f"# {name}: {default_text(standard[name])}", ""]
     try:
         file.write_text("\n".join(lines), encoding="utf-8")
     except OSError as error:

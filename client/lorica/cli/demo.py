@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import plain
 from lorica.terminal.signals import terminated_as_interrupted
+
+if TYPE_CHECKING:
+    from lorica.demo.values import DemoOutcome
 
 
 def command(
@@ -35,7 +38,7 @@ def command(
         outcome, kept = run(DemoOptions(tasks=tuple(task or ()), questions=questions, keep=keep), console)
     show(outcome, console)
     if json_file is not None:
-        _write(json_file, {**plain(outcome), "passed": outcome.passed})
+        _write(json_file, _values(outcome))
     if kept is not None:
         first = outcome.tasks[0]
         print(
@@ -46,6 +49,11 @@ def command(
         )
     if not outcome.passed:
         raise typer.Exit(ExitCode.NO)
+
+
+def _values(outcome: DemoOutcome) -> dict[str, object]:
+    values = plain(outcome)
+    return {**values, "burst": {**values["burst"], "ratio": outcome.burst.ratio}, "passed": outcome.passed}
 
 
 def _write(file: Path, values: object) -> None:

@@ -28,7 +28,7 @@ def command(flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = 
     if as_json:
         print_json({"ok": not failed, "findings": findings, "machine": describe()})
     else:
-        colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        colours = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
         rows = [
             (Text(f.state, style=colours[f.state]), f.check, f.detail + (f"\n-> {f.remedy}" if f.remedy else ""))
             for f in findings

@@ -44,7 +44,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON, once it is complete.")] = False,
 ) -> None:
     """Generate text on the base or with an adapter, streaming it to the terminal."""
-    from lorica.client import Client
+    from lorica.cli.connecting import connect
 
     text = _read_prompt(prompt)
     given = {
@@ -58,7 +58,7 @@ def command(
     if chat or system is not None:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-    with Client(address) as client:
+    with connect(address) as client:
         plain = None if messages else text
         if as_json:
             print_json(client.generate(plain, messages=messages, adapter=adapter, timeout=timeout, **options))

@@ -5,15 +5,22 @@ A flag that was not given is None, so that the environment and the file below it
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorica_server.config import defaults, options
+from lorica.terminal.output import say
+from lorica_server.config import ENV_PREFIX, FILE_VARIABLE, defaults, options
 from lorica_server.options import Option
+
+# What Kubernetes sets in every pod beside a service that is named lorica.
+_OF_KUBERNETES = re.compile(r"LORICA_(SERVICE_|PORT$|PORT_)")
 
 ConfigFile = Annotated[
     Path | None,
@@ -27,6 +34,8 @@ def with_server_options(function: Callable[..., None]) -> Callable[..., None]:
     known = options()
 
     def command(**values: Any) -> None:
+        for warning in unknown_variables(os.environ):
+            say(f"warning: {warning}")
         flags = {name: values.pop(name) for name in known}
         function(flags=flags, **values)
 
@@ -53,10 +62,30 @@ def _annotation(name: str, option: Option, default: object) -> Any:
     if option.choices:
         text += f" ({', '.join(option.choices)})"
     if default is not None:
-        text += f"; default {option_text(default)}"
+        text += f"; default {default_text(default)}"
     if option.kind == "flag":
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
     return Annotated[str | None, typer.Option(flag, help=text, metavar=option.kind.upper(), show_default=False)]
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each LORICA_* variable that no option and no command reads, with the nearest known one."""
+    known = [*(ENV_PREFIX + name.upper() for name in options()), FILE_VARIABLE, "LORICA_ADDRESS"]
+    found = []
+    for name in sorted(environ):
+        if not name.startswith(ENV_PREFIX) or name in known or _OF_KUBERNETES.match(name):
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`lorica config show` lists every option"
+        found.append(f"{name} is no option and is ignored; {hint}")
+    return found
+
+
+def default_text(value: object) -> str:
+    """As `option_text`, but a path below the home directory is written from `~`: a default is nobody's own."""
+    if isinstance(value, Path) and value.is_relative_to(Path.home()):
+        return f"~/{value.relative_to(Path.home())}"
+    return option_text(value)
 
 
 def option_text(value: object) -> str:

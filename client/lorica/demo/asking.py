@@ -60,7 +60,6 @@ async def measure_burst(client: AsyncClient, asks: Sequence[Ask], *, tokens: int
         rounds=rounds,
         mixed_rate=statistics.median(mixed),
         base_rate=statistics.median(base),
-        ratio=statistics.median(m / b for m, b in zip(mixed, base, strict=True)),
     )
 
 

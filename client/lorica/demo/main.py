@@ -65,7 +65,8 @@ def run(options: DemoOptions, console: Console) -> tuple[DemoOutcome, Kept | Non
     directory = Path(tempfile.mkdtemp(prefix="lorica-demo-"))
     kept = False
     try:
-        console.print(f"training {len(tasks)} adapters of rank 8 on the frozen NF4 base lorica-tiny")
+        noun = "adapter" if len(tasks) == 1 else "adapters"
+        console.print(f"training {len(tasks)} {noun} of rank 8 on the frozen NF4 base lorica-tiny")
         seconds = train_adapters(tasks, directory)
         trained = time.monotonic()
         # Half the cores compute, the others speak: the model is too small to share a step among many threads.

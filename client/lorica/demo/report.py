@@ -28,9 +28,10 @@ def task_table(tasks: tuple[TaskOutcome, ...]) -> Table:
 
 def burst_lines(burst: BurstOutcome) -> list[str]:
     """What the mixed burst cost."""
+    on = f"{burst.adapters} adapters, neighbours on different ones" if burst.adapters > 1 else "one adapter"
     return [
-        f"mixed burst: {burst.requests} requests at once on {burst.adapters} adapters, neighbours on different ones",
-        f"  {burst.mixed_rate:,.0f} output tokens/s; the same prompts on the base only {burst.base_rate:,.0f}; "
+        f"mixed burst: {burst.requests} requests at once on {on}",
+        f"  {burst.mixed_rate:,.0f} output tokens/s; the same prompts on the base only {burst.base_rate:,.0f}: "
         f"ratio {burst.ratio:.2f} (medians of {burst.rounds} alternating rounds)",
     ]
 

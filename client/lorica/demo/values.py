@@ -53,8 +53,7 @@ class TaskOutcome:
 class BurstOutcome:
     """One burst of `requests` at once, neighbours on different adapters, against the same prompts on the base.
 
-    Rates are output tokens per second, medians over `rounds` in which the two alternate; the ratio is the median
-    of the rounds' ratios.
+    Rates are output tokens per second, medians over `rounds` in which the two alternate.
     """
 
     requests: int
@@ -62,7 +61,11 @@ class BurstOutcome:
     rounds: int
     mixed_rate: float
     base_rate: float
-    ratio: float
+
+    @property
+    def ratio(self) -> float:
+        """Mixed over base, of the two medians that stand beside it."""
+        return self.mixed_rate / self.base_rate
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,16 @@ class CommandError(Exception):
         self.failure = Failure(message, code, remedy)
 
 
-_EXTRAS = {
-    "torch": "serve", "transformers": "serve", "bitsandbytes": "serve", "safetensors": "serve", "accelerate": "serve",
-    "numpy": "serve", "regex": "serve", "jinja2": "serve", "prometheus_client": "serve", "grpc_reflection": "serve",
-    "peft": "dev",
-}  # fmt: skip
+_OF_EXTRAS = frozenset({
+    "accelerate", "bitsandbytes", "grpc_reflection", "jinja2", "numpy", "prometheus_client", "psutil", "regex",
+    "safetensors", "tokenizers", "torch", "transformers",
+})  # fmt: skip
+_EXTRA_OF_HOUSE = {"lorica.bench": "bench", "lorica.demo": "serve,train", "lorica_trainer": "train"}
+
+
+def install_hint(extra: str) -> str:
+    """How to install what an extra brings, for an installed package and for a clone."""
+    return f"install the extra `{extra}`: pip install 'lorica[{extra}]' or, in a clone, pip install '.[{extra}]'"
 
 
 def explain(error: BaseException) -> Failure | None:
@@ -54,8 +59,9 @@ def explain(error: BaseException) -> Failure | None:
         return error.failure
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted", ExitCode.INTERRUPTED)
-    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
-        return Failure(f"this command needs {error.name}", ExitCode.USAGE, f"pip install 'lorica[{extra}]'")
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _OF_EXTRAS:
+        extra = next((extra for house, extra in _EXTRA_OF_HOUSE.items() if _loaded(house)), "serve")
+        return Failure(f"this command needs {error.name}", ExitCode.USAGE, install_hint(extra))
     return _client(error) or _server(error) or _adapters(error) or _trainer(error)
 
 
@@ -78,8 +84,11 @@ def _client(error: BaseException) -> Failure | None:
         | errors.Aborted | errors.PermissionDenied | errors.Unauthenticated,
     ):  # fmt: skip
         code = ExitCode.REFUSED
-    retry = getattr(error, "retry_after", None)
-    return Failure(str(error), code, f"try again in {retry:g} s" if retry else "")
+    if error.reason == "ADAPTER_NOT_FOUND":
+        remedy = "see `lorica adapters ls`"
+    else:
+        remedy = f"try again in {error.retry_after:g} s" if error.retry_after else ""
+    return Failure(str(error), code, remedy)
 
 
 def _server(error: BaseException) -> Failure | None:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.terminal.failures import Failure
+from lorica.terminal.failures import ExitCode, Failure
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -53,8 +53,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     if table.row_count == 0:
         print(empty)
     else:
-        # A pipe has no width: nothing is cut or wrapped there.
-        (Console() if sys.stdout.isatty() else Console(width=1000)).print(table)
+        if sys.stdout.isatty():
+            Console().print(table)
+            return
+        console = Console(width=1000)  # a pipe has no width: nothing is cut, wrapped or filled up there
+        with console.capture() as captured:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def say(message: str) -> None:
@@ -63,8 +68,8 @@ def say(message: str) -> None:
 
 
 def tell_failure(failure: Failure) -> None:
-    """An expected failure on stderr."""
-    say(f"error: {failure.message}")
+    """An expected failure on stderr; an interruption was asked for and is none."""
+    say(failure.message if failure.code == ExitCode.INTERRUPTED else f"error: {failure.message}")
     if failure.remedy:
         say(f"       {failure.remedy}")
 

@@ -20,11 +20,13 @@ class TrainingBar:
 
     def __init__(self, bar: Progress, description: str) -> None:
         self._bar = bar
-        self._task = bar.add_task(description, total=None, loss="loading", eval_loss="")
+        self._task = bar.add_task(
+            description, total=None, loss="loading", eval_loss="", visible=bar.console.is_terminal
+        )
 
     def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
         """The data is read and the first step begins."""
-        self._bar.update(self._task, total=total_steps, completed=first_step, loss="")
+        self._bar.update(self._task, total=total_steps, completed=first_step, loss="", visible=True)
         dropped = [
             f"{count} {what}"
             for count, what in ((data.duplicates, "duplicates"), (data.leaked, "leaked"), (data.overlong, "overlong"))
