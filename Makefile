@@ -1,5 +1,5 @@
 # Everything lives in $(VENV); nothing global is installed or written.
-#   make demo                           train four adapters, serve them in one mixed batch
+#   make demo                           train eight adapters, serve them in one mixed batch
 #   make test                           the whole suite
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    on a machine without a GPU
 
@@ -38,7 +38,7 @@ $(VENV)/.lorica-torch: constraints.txt
 
 $(VENV)/.lorica-run: $(VENV)/.lorica-torch pyproject.toml
 	@echo 'Installing Lorica and what it runs on ...'
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[serve,train]'
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[serve,train,bench]'
 	@touch $@
 
 $(VENV)/.lorica-dev: $(VENV)/.lorica-torch pyproject.toml
