@@ -1,4 +1,4 @@
-"""Starts and stops of the real process: rows 24, 26, 42, 43 and 44 of the fault list."""
+"""Starts and stops of the real process: rows 9 (the KV pool), 24, 26, 42, 43 and 44 of the fault list."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorica import Client
-from lorica.errors import LoricaError
+from lorica.errors import InvalidArgument, LoricaError, Unavailable
 from lorica.local_server import LocalServer, free_ports
 from lorica.retry import NO_RETRY
+from support.live import until
 
 OPTIONS = {"dtype": "float32", "kv_bytes": "64MiB", "readiness_seconds": "0.2", "drain_seconds": "20"}
 
@@ -61,28 +62,53 @@ def _gpus() -> bool:
     return Path("/dev/nvidia0").exists()
 
 
-def test_row_44_not_serving_until_warm_and_row_42_a_drain(tmp_path: Path) -> None:
+def test_rows_09_42_44_a_small_server_from_its_start_to_its_drain(tmp_path: Path) -> None:
     port, metrics = free_ports(2)
-    options = {**OPTIONS, "data_dir": str(tmp_path / "data"), "listen": f"127.0.0.1:{port}"}
+    address = f"127.0.0.1:{port}"
+    options = {**OPTIONS, "kv_bytes": "2MiB", "data_dir": str(tmp_path / "data"), "listen": address}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "lorica.cli.main", "serve", f"--metrics-listen=127.0.0.1:{metrics}", *flags]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        seen = _watch_health(f"127.0.0.1:{port}")
         statuses = health_pb2.HealthCheckResponse
-        assert seen == [statuses.NOT_SERVING, statuses.SERVING]
-        with Client(f"127.0.0.1:{port}", retry=NO_RETRY) as client:
-            stream = client.stream("x", max_tokens=400, temperature=0.0, ignore_eos=True)
+        assert _watch_health(address) == [statuses.NOT_SERVING, statuses.SERVING]
+        with Client(address, retry=NO_RETRY) as client:
+            _check_what_cannot_fit(client)
+            stream = client.stream("x", max_tokens=800, temperature=0.0, ignore_eos=True)
             parts = [next(stream)]
             process.send_signal(signal.SIGTERM)
+            until(lambda: not client.is_healthy(), "health says NOT_SERVING")
+            client.generate("x", max_tokens=1)  # balancers may not have heard of it: the readiness period
+            until(lambda: _refuses(client), "new work is refused")
             parts += list(stream)
             assert parts[-1].finish is not None
-            assert parts[-1].finish.usage.completion == 400
+            assert parts[-1].finish.usage.completion == 800
+        ended = time.monotonic()
         assert process.wait(30) == 0
+        assert time.monotonic() - ended < 3.0  # not the seconds that an interpreter with torch takes to end
+        assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
         process.kill()
         process.wait()
+
+
+def _check_what_cannot_fit(client: Client) -> None:
+    """Row 9, the last case: more than the whole KV pool, and less than the context."""
+    limits = client.model().limits
+    assert limits.kv_cache_tokens + 1 < limits.context_tokens
+    for options in ({"token_ids": [5] * (limits.kv_cache_tokens + 1)}, {"token_ids": [5], "max_tokens": 1200}):
+        with pytest.raises(InvalidArgument) as caught:
+            client.generate(**options)  # type: ignore[arg-type]
+        assert caught.value.metadata["kv_cache_tokens"] == str(limits.kv_cache_tokens)
+
+
+def _refuses(client: Client) -> bool:
+    try:
+        client.generate("x", max_tokens=1)
+    except Unavailable as error:
+        return error.reason == "DRAINING" and error.retry_after is not None
+    return False
 
 
 def _watch_health(address: str, seconds: float = 120.0) -> list[int]:
@@ -115,6 +141,7 @@ def test_row_42_a_second_signal_stops_at_once(tmp_path: Path) -> None:
             for _ in stream:
                 pass
         assert time.monotonic() - begun < 5.0
+        assert _exit_code(server.pid) == 128 + signal.SIGTERM
 
 
 def test_row_24_26_an_upload_survives_the_death_of_client_and_server(
@@ -123,9 +150,12 @@ def test_row_24_26_an_upload_survives_the_death_of_client_and_server(
     directory = adapter_dirs["large"]
     options = {**OPTIONS, "data_dir": str(tmp_path / "data")}
     pusher = (
-        "import os, sys, signal; from lorica import Client\n"
+        "import os, sys, signal, time; from lorica import Client, upload\n"
+        "upload.CHUNK_BYTES = 16384\n"
         "def stop(progress):\n"
-        "    if progress.done > 20000: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if progress.done < 100000: return\n"
+        "    time.sleep(0.3)  # for what was sent to arrive\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "Client(sys.argv[1]).push(sys.argv[2], 'large', progress=stop)\n"
     )
     with LocalServer(options, log=tmp_path / "log-1") as server, Client(server.address) as client:
@@ -133,9 +163,31 @@ def test_row_24_26_an_upload_survives_the_death_of_client_and_server(
         assert done.returncode == -signal.SIGKILL
         assert list(client.adapters()) == []
         os.kill(server.pid, signal.SIGKILL)
-    with LocalServer(options, log=tmp_path / "log-2") as server, Client(server.address) as client:
+    brief = {**options, "drain_seconds": "0.5"}
+    with LocalServer(brief, log=tmp_path / "log-2") as server, Client(server.address) as client:
         assert list(client.adapters()) == []
         first = client.push(directory, "large")
         again = client.push(directory, "large")
+        assert first.resumed_bytes > 0
         assert (first.created, again.created) == (True, False)
         assert client.verify("large").digest == first.adapter.digest == again.adapter.digest
+        _check_a_stream_longer_than_the_grace(server, client)
+
+
+def _check_a_stream_longer_than_the_grace(server: LocalServer, client: Client) -> None:
+    """Row 42: it is told, and the server leaves in order."""
+    stream = client.stream("x", adapter="large", max_tokens=2000, temperature=0.0, ignore_eos=True)
+    next(stream)
+    os.kill(server.pid, signal.SIGTERM)
+    *_, last = stream
+    assert last.finish is not None
+    assert last.finish.reason == "aborted"
+    assert 0 < last.finish.usage.completion < 2000
+    assert _exit_code(server.pid) == 0
+
+
+def _exit_code(pid: int) -> int:
+    """Of a child that ends by itself, which is left for its owner to reap."""
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    return ended.si_status

@@ -1,0 +1,131 @@
+"""A thousand adapters in the real process, and what is held of those that go: rows 37, 40 and 45 of the fault list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from lorica import Client
+from lorica.local_server import LocalServer
+from lorica.types import MaterialisedState
+from support.live import ask, metric, scrape, until, until_idle
+
+OPENMETRICS = "application/openmetrics-text"
+PER_ADAPTER = 20  # as the server is told
+OTHER = 1  # series for all the rest
+
+
+def _held(server: LocalServer) -> tuple[float, float, float]:
+    """Adapters in slots, adapters in host memory, dense copies."""
+    tiers = metric(server, "lorica_adapters")
+    return tiers[("resident",)], tiers[("loaded",)], metric(server, "lorica_materialised_sets")[()]
+
+
+def _materialise(client: Client, name: str) -> None:
+    def state() -> MaterialisedState:
+        return client.adapter(name).residency.materialised
+
+    client.update(name, materialised=True)
+    until(lambda: state() == "ready", f"{name} materialised", 30)
+
+
+def _timed_scrape(server: LocalServer, accept: str, parse: Callable[[str], object]) -> tuple[dict[str, Metric], float]:
+    begun = time.monotonic()
+    page = scrape(server, accept)
+    seconds = time.monotonic() - begun
+    families = list(parse(page))  # type: ignore[call-overload]
+    assert len({family.name for family in families}) == len(families)
+    return {family.name: family for family in families}, seconds
+
+
+def test_row_45_a_thousand_adapters_and_a_bounded_number_of_series(
+    server: LocalServer, client: Client, crowd: list[str]
+) -> None:
+    listed = [adapter.name for adapter in client.adapters(page_size=300)]
+    assert [name for name in listed if name.startswith("crowd-")] == crowd
+    with ThreadPoolExecutor(8) as pool:
+        used = crowd[::4]
+        assert len(used) > 10 * PER_ADAPTER
+        for _ in pool.map(lambda name: ask(client, name, 1), used):
+            pass
+        busy = [pool.submit(ask, client, name, 60) for name in crowd[:8]]
+        text, text_seconds = _timed_scrape(server, "text/plain", parse_text)
+        opened, open_seconds = _timed_scrape(server, OPENMETRICS, parse_openmetrics)
+        for future in busy:
+            future.result(60)
+    assert max(text_seconds, open_seconds) < 1.0
+    assert {"lorica_requests", "lorica_adapters", "lorica_step_seconds", "lorica_lora_requests_info"} <= opened.keys()
+    for families in (text, opened):
+        assert sum(len(family.samples) for family in families.values()) < 800
+        for name in ("lorica_adapter_requests", "lorica_adapter_completion_tokens"):
+            assert 2 <= len(families[name].samples) <= PER_ADAPTER + OTHER
+        assert len(families["lorica_lora_requests_info"].samples) == 1
+        for family in families.values():
+            assert family.documentation
+            assert ":" not in family.name
+    counted = sum(sample.value for sample in opened["lorica_adapter_requests"].samples)
+    assert counted >= len(used)  # those without a series of their own are counted all the same
+
+
+def test_row_40_a_deleted_adapter_leaves_slot_host_memory_and_dense_copy(
+    server: LocalServer, client: Client, adapter_dirs: dict[str, Path]
+) -> None:
+    until_idle(server)
+    alone = ask(client, "large", 8)
+    client.push(adapter_dirs["large"], "twin")  # the same content: the same digest
+    client.delete("twin")
+    assert client.adapter("large").residency.tier == "resident"  # another name reaches it
+    client.delete("large")
+    client.push(adapter_dirs["large"], "large")
+    until(lambda: client.adapter("large").residency.tier == "registered", "what was held of it is freed")
+    before = _held(server)  # without it
+    ask(client, "large", 8).check_equals(alone)
+    _materialise(client, "large")
+    ask(client, "large", 8).check_equals(alone)
+    assert _held(server) == (before[0] + 1, before[1] + 1, before[2] + 1)
+    client.delete("large")
+    until(lambda: _held(server) == before, "slot, host memory and dense copy are freed")
+    client.push(adapter_dirs["large"], "large")
+    ask(client, "large", 8).check_equals(alone)
+
+
+def test_row_37_a_dense_copy_goes_with_the_switch_of_its_name_and_nobody_notices(
+    server: LocalServer, client: Client, adapter_dirs: dict[str, Path]
+) -> None:
+    until_idle(server)
+    old, new = ask(client, "mlp", 200), ask(client, "small", 24)
+    client.push(adapter_dirs["mlp"], "switching")
+    digest = client.adapter("switching").digest
+    client.delete("mlp")  # now this is the only name of that version
+    sets = _held(server)[2]
+    _materialise(client, "switching")
+    assert _held(server)[2] == sets + 1
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, client, "switching", 200)
+        until(lambda: client.adapter("switching").residency.leases == 1, "it runs")
+        client.push(adapter_dirs["small"], "switching")
+        until(lambda: _held(server)[2] == sets, "the dense copy of a version no name points at is dropped")
+        running.result(60).check_equals(old)
+    ask(client, f"switching@{digest[:12]}", 24).check_begins(old)  # kept, served without a dense copy
+    ask(client, "switching", 24).check_equals(new)
+    assert client.adapter("switching").residency.materialised == "none"
+    client.delete("switching")
+    client.push(adapter_dirs["mlp"], "mlp")
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 1000])
+def test_pages_hold_every_adapter_once(client: Client, crowd: list[str], page_size: int) -> None:
+    names = []
+    for adapter in client.adapters(page_size=page_size):
+        names.append(adapter.name)
+        if page_size == 1 and len(names) == 20:
+            break
+    assert names == sorted(set(names))
+    assert len(names) == 20 or set(crowd) <= set(names)
