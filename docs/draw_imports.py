@@ -1,4 +1,4 @@
-"""Draws the import graph of the houses as Mermaid: `python docs/draw_imports.py --write` puts it into docs/structure.md.
+"""Draws the import graph as Mermaid: `python docs/draw_imports.py --write` puts it into docs/structure.md.
 
 A box is a package or a file directly in a house; an arrow is "imports", left out where a longer way says the same.
 Exits with 1 where there is a cycle.
