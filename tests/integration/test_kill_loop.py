@@ -22,6 +22,7 @@ import pytest
 from lorica import Client, upload
 from lorica.errors import LoricaError, NotFound, Unavailable
 from lorica.retry import NO_RETRY
+from lorica.types import TransferProgress
 from lorica_adapters.formats import registry as formats
 from lorica_adapters.formats.limits import ReadLimits
 from support.tiny import load_tiny
@@ -33,6 +34,7 @@ UPLOADERS = 4
 VERSIONS = 6  # contents of each name, taken in turn
 NEWEST = 2  # acknowledged versions that must stay reachable; the store keeps three
 CHUNK_BYTES = 16 << 10
+PUBLISH_SECONDS = 0.03
 
 Version = int | None  # None: deleted, or never there
 
@@ -94,14 +96,17 @@ class Uploader:
     resumed: int = 0
     done: int = 0
 
-    def run(self, client: Client, stop: threading.Event) -> None:
-        """Go on until the server dies; an operation it cut is taken up again in its next life."""
+    def run(self, client: Client, stop: threading.Event, committing: threading.Event) -> None:
+        """Go on until the server dies; an operation it cut is taken up again in its next life.
+
+        Sets `committing` whenever the last byte of an upload was sent.
+        """
         try:
             while not stop.is_set():
                 if not self.is_trying:
                     self.trying = self._choose()
                     self.is_trying = True
-                self._operate(client)
+                self._operate(client, committing)
                 self.acknowledged.append(self.trying)
                 self.is_trying = False
                 self.done += 1
@@ -114,9 +119,13 @@ class Uploader:
             return None
         return self.chance.choice([version for version in range(len(self.directories)) if version != current])
 
-    def _operate(self, client: Client) -> None:
+    def _operate(self, client: Client, committing: threading.Event) -> None:
+        def note(progress: TransferProgress) -> None:
+            if progress.done == progress.total:
+                committing.set()
+
         if self.trying is not None:
-            self.resumed += client.push(self.directories[self.trying], self.name).resumed_bytes > 0
+            self.resumed += client.push(self.directories[self.trying], self.name, progress=note).resumed_bytes > 0
             return
         try:
             client.delete(self.name)
@@ -143,12 +152,12 @@ class House:
             actual = None if adapter is None else adapter.digest
             assert actual in expected, f"{uploader.name}: {actual} is neither its old nor its new version"
             assert adapter is None or adapter.health == "ok"
-            if actual is not None:
-                for version in self._kept(uploader):
-                    self._check_bytes(client, uploader, version, scratch)
             if uploader.is_trying and actual == self._digest(uploader, uploader.trying):
                 uploader.acknowledged.append(uploader.trying)  # done, only not told
                 uploader.is_trying = False
+            if actual is not None:
+                for version in self._kept(uploader):
+                    self._check_bytes(client, uploader, version, scratch)
 
     def _digest(self, uploader: Uploader, version: Version) -> str | None:
         return None if version is None else self._digests[uploader.directories[version]]
@@ -197,9 +206,9 @@ def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
     server = Server(tmp_path / "data")
     unexpected: list[LoricaError] = []
 
-    def work(uploader: Uploader, client: Client, stop: threading.Event) -> None:
+    def work(uploader: Uploader, client: Client, stop: threading.Event, committing: threading.Event) -> None:
         try:
-            uploader.run(client, stop)
+            uploader.run(client, stop, committing)
         except LoricaError as error:
             unexpected.append(error)
 
@@ -210,11 +219,15 @@ def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
                 house.check(client, tmp_path / f"back-{life}")
                 if life == KILLS:
                     break
-                stop = threading.Event()
-                threads = [threading.Thread(target=work, args=(each, client, stop)) for each in uploaders]
+                stop, committing = threading.Event(), threading.Event()
+                threads = [threading.Thread(target=work, args=(each, client, stop, committing)) for each in uploaders]
                 for thread in threads:
                     thread.start()
-                time.sleep(chance.uniform(0.02, 0.3))
+                time.sleep(chance.uniform(0.02, 0.25))
+                if life % 3:  # most of an upload's time is in its chunks, most of what can go wrong in its publish
+                    committing.clear()
+                    committing.wait(5)
+                    time.sleep(chance.uniform(0.0, PUBLISH_SECONDS))
                 server.kill()
                 stop.set()
                 for thread in threads:
