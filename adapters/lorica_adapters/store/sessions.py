@@ -111,6 +111,7 @@ class Session:
         if not data:
             return committed
         self._torn.add(file)
+        self._verified = False
         with storage_errors("keep an upload"):
             self._disk.write_at(self._directory / file, offset, data)
         self._torn.discard(file)
@@ -196,6 +197,7 @@ class Session:
             # After a failed fsync Linux may call lost pages clean: only what an earlier one covered is sure.
             self._committed[file] = self._durable[file]
             self._torn.add(file)
+            self._verified = False
             raise
         self._durable[file] = self._committed[file]
 

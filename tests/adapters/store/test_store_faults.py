@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound, StoreUnavailable, UploadOffset
+from lorica_adapters.errors import (
+    AdapterConflict,
+    AdapterInvalid,
+    AdapterNotFound,
+    StoreUnavailable,
+    UploadOffset,
+)
 from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import AdapterUpdate, Published
@@ -103,6 +109,22 @@ def test_after_a_failed_sync_only_what_an_earlier_one_covered_counts(tmp_path: P
         assert store.query_upload(TENANT, "upload-0001").files[1].committed == 1000
         send(store, "upload-0001", NEW)
         assert store.staged_files(TENANT, "upload-0001").files[MODEL].read_bytes() == NEW[MODEL]
+
+
+def test_what_a_failed_sync_took_back_is_compared_with_its_hash_again(tmp_path: Path) -> None:
+    """The bytes sent in their place may be others: never published under the hash of the first."""
+    fault = Fault()
+    with LocalStore(tmp_path, disk=SteppedDisk(fault)) as store:
+        upload_id = stage(store, "one", NEW)
+        fault.arm(errno.EIO, "sync")
+        with pytest.raises(StoreUnavailable):
+            store.publish(TENANT, upload_id, spec_of(NEW))
+        fault.clear()
+        with pytest.raises(AdapterConflict, match="not staged"):
+            store.publish(TENANT, upload_id, spec_of(NEW))
+        send(store, upload_id, {file: data[::-1] for file, data in NEW.items()})
+        with pytest.raises(AdapterInvalid, match="do not have the declared sha256"):
+            store.staged_files(TENANT, upload_id)
 
 
 class Faulty(FaultyConnection):
