@@ -57,7 +57,7 @@ class FakeRunner:
         ] = {}  # (block, offset) -> position, token, digest
         self._known: dict[str, list[int]] = {}  # tokens by request, until it retires
         self._retired: set[str] = set()
-        self._poisoned: set[int] = set()  # blocks that a request that failed left NaN in
+        self._poisoned: set[tuple[int, int]] = set()  # cells that a request that failed left NaN in
 
     @property
     def known(self) -> frozenset[str]:
@@ -71,7 +71,6 @@ class FakeRunner:
         for key in plan.retired:
             self._retired.add(key)
             self._known.pop(key, None)
-        self._poisoned.difference_update(plan.scrub)
         self._check_writers(plan)
         for chunk in plan.chunks:
             self._write(chunk, plan)
@@ -80,7 +79,8 @@ class FakeRunner:
         for chunk in plan.chunks:
             tokens = self._read(chunk)
             if chunk.request_id in failures:
-                self._poisoned.update(chunk.blocks[chunk.start // self._block_tokens :])
+                end = chunk.start + len(chunk.tokens)
+                self._poisoned.update(self._cell(chunk, position) for position in range(chunk.start, end))
                 continue
             if chunk.samples:
                 token = next_token(tokens, self._digest(chunk), chunk.params)
@@ -118,16 +118,19 @@ class FakeRunner:
         if len(chunk.blocks) != -(-end // self._block_tokens) or len(set(chunk.blocks)) != len(chunk.blocks):
             raise KvMismatch(f"the block table of {chunk.request_id} does not cover {end} tokens exactly")
         for position, token in enumerate(chunk.tokens, start=chunk.start):
-            self._cells[self._cell(chunk, position)] = (position, token, self._digest(chunk))
+            cell = self._cell(chunk, position)
+            self._cells[cell] = (position, token, self._digest(chunk))
+            self._poisoned.discard(cell)
 
     def _read(self, chunk: Chunk) -> list[int]:
         """All tokens of the request so far, from the memory, checked against what is known of it."""
         digest = self._digest(chunk)
-        if self._poisoned.intersection(chunk.blocks):
-            raise KvMismatch(f"{chunk.request_id} got a block with NaN in it")
         tokens: list[int] = []
         for position in range(chunk.start + len(chunk.tokens)):
-            cell = self._cells.get(self._cell(chunk, position))
+            where = self._cell(chunk, position)
+            if where in self._poisoned:
+                raise KvMismatch(f"{chunk.request_id} finds NaN at position {position}")
+            cell = self._cells.get(where)
             if cell is None or cell[0] != position or cell[2] != digest:
                 raise KvMismatch(f"{chunk.request_id} finds {cell} at position {position} under {digest}")
             tokens.append(cell[1])

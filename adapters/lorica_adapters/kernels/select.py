@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_adapters.kernels.native import find_native
+from lorica_adapters.kernels.native_low_rank import find_native
 from lorica_adapters.kernels.protocol import Kernels
 from lorica_adapters.kernels.reference import ReferenceKernels
 

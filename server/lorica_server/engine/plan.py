@@ -49,7 +49,6 @@ class StepPlan:
     retired: tuple[str, ...] = ()  # chunk request ids whose per-request state the runner may drop; told once,
     # and again if every request of that step failed
     copies: tuple[tuple[int, int], ...] = ()  # KV block copies (source, destination), before the forward
-    scrub: tuple[int, ...] = ()  # KV blocks to zero before anything else: they may hold NaN, and 0 * NaN is NaN
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class Scheduler:
         self._next_deadline = float("inf")  # no live request has an earlier one
         self._step = 0
         self._retired: list[str] = []
-        self._scrub: list[int] = []
         self._events: list[Routed] = []
         self._marks = Marks()
         self._waiting_for: dict[WaitReason, int] = {}
@@ -113,16 +112,14 @@ class Scheduler:
             return StepPlan(self._step, ())
         self._step += 1
         retired, self._retired = tuple(self._retired), []
-        scrub, self._scrub = tuple(self._scrub), []
         weight_set = draft.find_weight_set(self._ready_weight_sets)
-        return StepPlan(self._step, tuple(draft.chunks), weight_set, retired, scrub=scrub)
+        return StepPlan(self._step, tuple(draft.chunks), weight_set, retired)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what the step gave. Each chunk's request goes on, ends, or fails alone."""
         if len(result.failures) == len(plan.chunks):
             # The step may have failed before the runner came to these.
             self._retired += plan.retired
-            self._scrub += plan.scrub
         for chunk in plan.chunks:
             key = chunk.request_id
             request = self._live[key]
@@ -358,7 +355,7 @@ class Scheduler:
 
     def _leave_step(self, request: Request, *, doubtful: bool = False) -> None:
         remove_ordered(self._running, request)
-        self._scrub += self.tables.release(request, doubtful=doubtful)
+        self.tables.release(request, doubtful=doubtful)
         if request.lease is not None:
             request.lease.release()
             request.lease = None

@@ -85,20 +85,18 @@ class BlockTables:
             self.pool.publish(request.blocks[index], request.hashes[index + 1])
         request.published = full
 
-    def release(self, request: Request, *, doubtful: bool = False) -> list[int]:
-        """Take all blocks back and return those to scrub before anyone else has them.
+    def release(self, request: Request, *, doubtful: bool = False) -> None:
+        """Take all blocks back.
 
         Content is in doubt when a step failed the request, or when no token was drawn from it yet: NaN shows
-        only in logits. Such blocks are never found again, and scrubbed unless somebody still shares them.
+        only in logits. Such blocks are never found again; who gets them overwrites whatever it reads.
         """
         blocks, request.blocks = request.blocks, []
-        doubtful = doubtful or request.computed > request.proven
-        if doubtful:
+        if doubtful or request.computed > request.proven:
             self.pool.forget(blocks)
         self.pool.release(blocks)
         request.table = ()
         request.published = request.computed = request.proven = 0
-        return self.pool.find_idle(blocks) if doubtful else []
 
     def _count_blocks(self, tokens: int) -> int:
         return (tokens - 1) // self._size + 1

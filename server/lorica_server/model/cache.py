@@ -20,7 +20,8 @@ class LayerShape(NamedTuple):
 
 
 class PagedCache:
-    """Keys and values [blocks, heads, block_size, width] per layer; zero at first, since 0 * NaN is NaN.
+    """Keys and values [blocks, heads, block_size, width] per layer. A block given to another keeps what it held until
+    it is overwritten: attention has to read no further than its own request's tokens.
 
     Heads before positions: what a gather of blocks by head gives is what a batched product reads, without a copy.
     """
@@ -57,13 +58,6 @@ class PagedCache:
     def read_blocks(self, blocks: torch.Tensor, heads: int) -> torch.Tensor:
         """The (block, head) pairs of `blocks` [..., n] -> [..., heads, n]."""
         return blocks[..., None, :] * heads + torch.arange(heads, device=blocks.device)[:, None]
-
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """Zeroes blocks in every layer: a NaN that a failed request left would reach the next owner as 0 * NaN."""
-        if blocks:
-            ids = torch.tensor(blocks, device=self.keys[0].device)
-            for tensor in (*self.keys, *self.values):
-                tensor.index_fill_(0, ids, 0)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks (source, destination) in every layer."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from lorica_server.engine.plan import BASE_SLOT, Chunk
-from lorica_server.model.attention import DecodeRows, PagedContext, Span
 from lorica_server.model.cache import PagedCache
+from lorica_server.model.decode_attention import attend_rows
+from lorica_server.model.paged_context import DecodeAttention, DecodeRows, PagedContext, Span
 
 ROW_MULTIPLE = 16
 """Rows of a deterministic step are padded to this, so that elementwise operations have no scalar tail of their own."""
@@ -36,7 +37,14 @@ class ForwardBatch:
     context: PagedContext
 
 
-def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, *, tiled: bool) -> ForwardBatch:
+def build_batch(
+    chunks: Sequence[Chunk],
+    cache: PagedCache,
+    scratch_block: int,
+    *,
+    tiled: bool,
+    decode: DecodeAttention = attend_rows,
+) -> ForwardBatch:
     """Lays out a step. `scratch_block` receives the KV of padding rows; `tiled` pads and attends row-invariantly."""
     ordered = tuple(sorted(chunks, key=lambda chunk: chunk.slot))
     size = cache.block_size
@@ -65,7 +73,7 @@ def build_batch(chunks: Sequence[Chunk], cache: PagedCache, scratch_block: int, 
         logit_rows=torch.tensor(logit_rows, device=device),
         logit_slots=[slots[row] for row in logit_rows],
         logits_of=logits_of,
-        context=PagedContext(cache, torch.tensor(places, device=device), spans, decodes, tiled=tiled),
+        context=PagedContext(cache, torch.tensor(places, device=device), decode, spans, decodes, tiled=tiled),
     )
 
 

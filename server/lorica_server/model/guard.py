@@ -14,8 +14,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.base import BaseRefused
-from lorica_server.model.attention import ATTENTION_NAME, PagedContext, Span
+from lorica_server.model.attention import ATTENTION_NAME
 from lorica_server.model.cache import PagedCache
+from lorica_server.model.decode_attention import attend_rows
+from lorica_server.model.paged_context import PagedContext, Span
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 """Largest relative error (norm of the difference over norm of the logits) between packed and solo forward.
@@ -100,7 +102,7 @@ def _packed(adapted: AdaptedModel, cache: PagedCache, ids: list[torch.Tensor]) -
         attention_mask=None,
         use_cache=False,
         logits_to_keep=torch.tensor([span.last - 1 for span in spans], device=device),
-        ctx=PagedContext(cache, torch.cat(rows), spans),
+        ctx=PagedContext(cache, torch.cat(rows), attend_rows, spans),
     )
     logits: torch.Tensor = output.logits[0]
     return logits

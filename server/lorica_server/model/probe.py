@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from lorica_adapters.base import LoadedBase
-from lorica_server.model.attention import ATTENTION_NAME, ShapeProbe, register
+from lorica_server.model.attention import ATTENTION_NAME, register
 from lorica_server.model.cache import LayerShape
+from lorica_server.model.paged_context import ShapeProbe
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from lorica_adapters.kernels.protocol import Kernels
 from lorica_server.engine.plan import Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
 from lorica_server.model.attention import ATTENTION_NAME, register
 from lorica_server.model.cache import PagedCache
+from lorica_server.model.decode_attention import select_decode
 from lorica_server.model.forward_batch import ForwardBatch, build_batch
 from lorica_server.model.sampler import Sampler
 from lorica_server.requests import RequestFailure, TokenLogprob
@@ -44,6 +45,7 @@ class ModelRunner:
         adapted.model.set_attn_implementation(ATTENTION_NAME)
         self._adapted, self._cache, self._kernels, self._config = adapted, cache, kernels, config
         self._weight_set = weight_set
+        self._decode = select_decode(adapted.base.device, adapted.base.compute_dtype)
         self._sampler = Sampler(adapted.spec.vocab_size, adapted.base.device)
 
     @torch.inference_mode()
@@ -51,12 +53,17 @@ class ModelRunner:
         """One forward and one draw. Raises StepOutOfMemory before any token was drawn."""
         started = time.perf_counter()
         self._sampler.retire(plan.retired)
-        self._cache.scrub(plan.scrub)
         if not plan.chunks:
             return StepResult(plan.step, {})
         try:
             self._cache.copy(plan.copies)
-            batch = build_batch(plan.chunks, self._cache, self._cache.blocks - 1, tiled=self._config.deterministic)
+            batch = build_batch(
+                plan.chunks,
+                self._cache,
+                self._cache.blocks - 1,
+                tiled=self._config.deterministic,
+                decode=self._decode,
+            )
             adapters = self._adapter_batch(batch, plan.weight_set)
             prepared = time.perf_counter()
             logits = self._forward(batch, adapters)

@@ -13,7 +13,7 @@ import torch
 from lorica_adapters.apply.batch import Layout, segments_of
 from lorica_adapters.kernels import gathered
 from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_adapters.kernels.native import NativeKernels, find_native
+from lorica_adapters.kernels.native_low_rank import NativeKernels, find_native
 from lorica_adapters.kernels.protocol import Kernels, RankPlan, Segment
 from lorica_adapters.kernels.reference import ReferenceKernels
 from lorica_adapters.kernels.select import select_kernels

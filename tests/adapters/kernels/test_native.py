@@ -10,8 +10,8 @@ import torch
 from adapters.kernels.test_low_rank import POPULARITIES, Case, assert_close, slots_of
 
 from lorica_adapters.kernels import native_build
-from lorica_adapters.kernels.native import NativeKernels, NativePlan, find_native
-from lorica_adapters.kernels.native_build import BuildFailed, build
+from lorica_adapters.kernels.native_build import BuildFailed, build, find_library
+from lorica_adapters.kernels.native_low_rank import SOURCE, NativeKernels, NativePlan, find_native
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine has no C compiler")
 
@@ -95,15 +95,18 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildFailed, match="no C compiler"):
-        build()
+        build(SOURCE)
 
 
 @needs_compiler
-def test_a_refused_source_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "native.c"
+def test_a_refused_source_leaves_nothing_behind_and_torch_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken.c"
     broken.write_text("this is not C", encoding="utf-8")
-    monkeypatch.setattr(native_build, "SOURCE", broken)
     monkeypatch.setattr(native_build.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
-    with pytest.raises(BuildFailed, match="refused"):
-        build()
+    with pytest.raises(BuildFailed, match=r"refused broken\.c"):
+        build(broken)
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+    assert find_library(broken) is None
+    assert "broken is off, plain torch serves" in caplog.text

@@ -84,19 +84,6 @@ def test_blocks_that_were_shared_with_a_failed_request_are_not_found_again():
     assert shapes(drive.step()) == [(0, 9)]
 
 
-def test_blocks_of_a_failed_request_are_scrubbed_unless_shared():
-    drive = Drive()
-    drive.submit(submission("a", prompt=9, max_tokens=9))
-    drive.step()
-    drive.submit(submission("bad", prompt=12))
-    drive.runner.inject = lambda plan: {"2:bad#0": RequestFailure("NUMERIC", "")}
-    table = drive.step().chunks[1].blocks
-    drive.runner.inject = None
-    assert [drive.step().scrub, drive.step().scrub] == [table[2:], ()]
-    drive.run()
-    drive.check_idle()
-
-
 @pytest.mark.parametrize(("steps", "in_doubt"), [(1, True), (2, True), (3, False), (4, False)])
 def test_kv_from_which_no_token_was_drawn_is_in_doubt(steps: int, in_doubt: bool):
     """NaN shows only in logits: a prompt of three chunks that is aborted before the third may hold it."""
@@ -104,27 +91,11 @@ def test_kv_from_which_no_token_was_drawn_is_in_doubt(steps: int, in_doubt: bool
     ticket = drive.submit(submission("a", prompt=20, max_tokens=9))
     for _ in range(steps):
         plan = drive.step()
-    table = drive.scheduler._live["1:a#0"].blocks[:]
     assert plan.chunks[0].samples is not in_doubt
     drive.abort(ticket)
     drive.submit(submission("b", prompt=20))
     plan = drive.step()
-    assert plan.scrub == (tuple(table) if in_doubt else ())
     assert plan.chunks[0].start == (0 if in_doubt else 16)
-
-
-def test_a_step_that_failed_whole_may_not_have_scrubbed():
-    drive = Drive()
-    drive.submit(submission("bad", prompt=5))
-    drive.runner.inject = lambda plan: {chunk.request_id: RequestFailure("NUMERIC", "") for chunk in plan.chunks}
-    table = drive.step().chunks[0].blocks
-    drive.submit(submission("b", prompt=5))
-    assert drive.step().scrub == table
-    drive.runner.inject = None
-    drive.submit(submission("c", prompt=5))
-    assert set(drive.step().scrub) == set(table)
-    drive.run()
-    drive.check_idle()
 
 
 def test_sharing_an_idle_block_takes_from_what_is_available():

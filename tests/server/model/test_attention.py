@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from lorica_server.engine.plan import Chunk
 from lorica_server.model.attention import paged_attention
 from lorica_server.model.cache import LayerShape, PagedCache
+from lorica_server.model.decode_attention import attend_rows
 from lorica_server.model.forward_batch import build_batch
+from lorica_server.model.native_decode import find_native_decode
+from lorica_server.model.paged_context import DecodeAttention, DecodeRows, Limits
 from lorica_server.requests import SamplingParams
 
 WIDTH, SIZE, BLOCKS = 16, 4, 97
@@ -34,10 +38,11 @@ class World:
     """Requests in a cache whose free rows hold garbage, stepped with random chunks."""
 
     def __init__(
-        self, heads: int, kv_heads: int, *, value_width: int = WIDTH, dtype: torch.dtype = torch.float32, tiled: bool,
+        self, heads: int, kv_heads: int, *, value_width: int = WIDTH, dtype: torch.dtype = torch.float32, form: str,
         garbage: float = 1e3, size: int = SIZE,
     ) -> None:  # fmt: skip
-        self.heads, self.kv_heads, self.value_width, self.dtype, self.tiled = heads, kv_heads, value_width, dtype, tiled
+        self.heads, self.kv_heads, self.value_width, self.dtype = heads, kv_heads, value_width, dtype
+        self.tiled, self.decode = form == "tiled", decode_of(form)
         self.random = random.Random(heads * 10 + kv_heads)
         self.generator = torch.Generator().manual_seed(heads)
         self.cache = PagedCache([LayerShape(kv_heads, WIDTH, value_width)], BLOCKS, size, dtype, torch.device("cpu"))
@@ -57,7 +62,7 @@ class World:
             one = self.sequences[index]
             slot = self.random.choice([-1, 0, 1])
             chunks.append(Chunk(one.name, (0,) * count, len(one.keys), one.blocks, slot, True, SamplingParams(), 1))
-        batch = build_batch(chunks, self.cache, BLOCKS - 1, tiled=self.tiled)
+        batch = build_batch(chunks, self.cache, BLOCKS - 1, tiled=self.tiled, decode=self.decode)
         rows = len(batch.ids)
         query, key = self.draw(1, self.heads, rows, WIDTH), self.draw(1, self.kv_heads, rows, WIDTH)
         value = self.draw(1, self.kv_heads, rows, self.value_width)
@@ -103,14 +108,25 @@ LIMITS = pytest.mark.parametrize(
      {"softcap": 1.5, "sliding_window": 7}],
     ids=["plain", "window", "itself", "softcap", "both"],
 )  # fmt: skip
-FORMS = pytest.mark.parametrize("tiled", [False, True], ids=["fast", "tiled"])
+FORMS = pytest.mark.parametrize(
+    "form",
+    ["torch", pytest.param("native", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
+     "tiled"],
+)  # fmt: skip
+
+
+def decode_of(form: str) -> DecodeAttention:
+    """What attends for decode rows; the tiled form has none."""
+    native = find_native_decode() if form == "native" else None
+    assert form != "native" or native is not None
+    return native or attend_rows
 
 
 @FORMS
 @LIMITS
 @HEADS
-def test_any_mix_of_chunks(heads: int, kv_heads: int, limits: dict[str, Any], tiled: bool) -> None:
-    world = World(heads, kv_heads, tiled=tiled)
+def test_any_mix_of_chunks(heads: int, kv_heads: int, limits: dict[str, Any], form: str) -> None:
+    world = World(heads, kv_heads, form=form)
     for _ in range(12):
         chosen = world.random.sample(range(8), world.random.randint(1, 8))
         counts = {index: world.random.choice([1, 1, 1, 2, 5, 9]) for index in chosen}
@@ -121,33 +137,33 @@ def test_any_mix_of_chunks(heads: int, kv_heads: int, limits: dict[str, Any], ti
 
 @FORMS
 @pytest.mark.parametrize("size", [1, 3, 16, 24, 64, 100])
-def test_blocks_of_any_size(size: int, tiled: bool) -> None:
-    world = World(4, 2, tiled=tiled, size=size)
+def test_blocks_of_any_size(size: int, form: str) -> None:
+    world = World(4, 2, form=form, size=size)
     for counts in ({0: 11, 1: 1}, {0: min(12 * size - 12, 120)}, {0: 1, 1: 1}):
         if counts[0] > 0 and len(world.sequences[0].keys) + counts[0] <= 12 * size:
             assert world.step(counts, softcap=3.0) < 1e-5
 
 
 @FORMS
-def test_values_of_another_width(tiled: bool) -> None:
-    world = World(4, 2, value_width=24, tiled=tiled)
+def test_values_of_another_width(form: str) -> None:
+    world = World(4, 2, value_width=24, form=form)
     for counts in ({0: 6, 1: 1}, {0: 1, 1: 1}, {0: 1}):
         assert world.step(counts) < 1e-5
 
 
 @FORMS
-def test_bfloat16(tiled: bool) -> None:
-    world = World(8, 2, dtype=torch.bfloat16, tiled=tiled)
+def test_bfloat16(form: str) -> None:
+    world = World(8, 2, dtype=torch.bfloat16, form=form)
     for counts in ({0: 17, 1: 3}, {0: 1, 1: 1, 2: 4}, {0: 1, 1: 1, 2: 1}):
         assert world.step(counts) < 0.03
 
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("garbage", [0.0, 3e38], ids=["zeros", "huge"])
-def test_what_a_former_owner_left_is_never_seen(tiled: bool, dtype: torch.dtype, garbage: float) -> None:
-    """Finite leftovers of any size: a score against them may be inf or NaN, and must be selected away."""
-    world, clean = (World(8, 2, dtype=dtype, tiled=tiled, garbage=value) for value in (garbage, 1.0))
+@pytest.mark.parametrize("garbage", [0.0, 3e38, float("inf"), float("nan")], ids=["zeros", "huge", "inf", "nan"])
+def test_what_a_former_owner_left_is_never_seen(form: str, dtype: torch.dtype, garbage: float) -> None:
+    """Leftovers of any size and kind: a score against them may be inf or NaN, and 0 * NaN is NaN."""
+    world, clean = (World(8, 2, dtype=dtype, form=form, garbage=value) for value in (garbage, 1.0))
     for counts in ({0: 3, 1: 1, 2: 9}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 4, 2: 1}):
         bound = 1e-5 if dtype == torch.float32 else 0.03
         assert world.step(counts) < bound
@@ -185,3 +201,49 @@ def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
         (list(range(70, 90)), tuple(range(23)), 5),
     ):
         assert torch.equal(run(cuts, blocks, neighbour), whole), cuts
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_decode_row_is_the_same_alone_and_in_company(dtype: torch.dtype) -> None:
+    """Bit for bit: the compiled kernel pads nothing and gathers nothing."""
+    company, alone = (World(8, 2, dtype=dtype, form="native") for _ in range(2))
+    lengths = {index: 3 * index + 1 for index in range(6)}
+    for world in (company, alone):
+        world.step(lengths)
+    query, key = torch.randn(1, 8, 6, WIDTH).to(dtype), torch.randn(1, 2, 6, WIDTH).to(dtype)
+
+    def attend(world: World, indices: list[int]) -> torch.Tensor:
+        chunks = [
+            Chunk(str(i), (0,), lengths[i], world.sequences[i].blocks, -1, True, SamplingParams(), 1) for i in indices
+        ]
+        batch = build_batch(chunks, world.cache, BLOCKS - 1, tiled=False, decode=world.decode)
+        out, _ = paged_attention(LAYER, query[:, :, indices], key[:, :, indices], key[:, :, indices], None,
+                                 ctx=batch.context)  # fmt: skip
+        return out[0]
+
+    together = attend(company, list(range(6)))
+    for index in range(6):
+        assert torch.equal(attend(alone, [index])[0], together[index])
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("width", [64, 128, 80, 5])
+def test_a_nan_of_its_own_reaches_its_row_and_no_other(width: int) -> None:
+    """Logits must tell of it: a kernel that dropped it would serve garbage in silence."""
+    native = decode_of("native")
+    cache = PagedCache([LayerShape(2, width, width)], 8, 16, torch.bfloat16, torch.device("cpu"))
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_(generator=torch.Generator().manual_seed(width))
+    rows = DecodeRows(None, torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([20, 31, 16]))
+    query = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sound = native(cache, 0, query, rows, Limits(0.1))
+    assert torch.allclose(sound.float(), attend_rows(cache, 0, query, rows, Limits(0.1)).float(), atol=0.02)
+    for tensor in (cache.keys[0], cache.values[0]):
+        kept = tensor[2, 1, 7, 0].clone()
+        tensor[2, 1, 7, 0] = float("nan")
+        found = native(cache, 0, query, rows, Limits(0.1))
+        assert torch.equal(found[[0, 2]], sound[[0, 2]])
+        assert torch.equal(found[1, :2], sound[1, :2])
+        assert found[1, 2:].isnan().any(-1).all()
+        tensor[2, 1, 7, 0] = kept

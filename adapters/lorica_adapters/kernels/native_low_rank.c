@@ -3,9 +3,9 @@
  * Reads exactly the rank rows that are used, once per token row, and sums in float32. A row's result depends on
  * nothing but the row and its adapter. Compiled for the machine it runs on by lorica_adapters.kernels.native.
  */
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+
+#include "native_floats.h"
 
 typedef struct {
     int64_t start, stop; /* token rows */
@@ -22,24 +22,6 @@ typedef struct {
 } map_t;
 
 #define CHUNK 256 /* output columns per task: their sums stay in registers and L1 */
-
-static inline float from_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-static inline uint16_t to_bf16(float value) {
-    uint32_t wide;
-    memcpy(&wide, &value, sizeof wide);
-    uint32_t nan = (wide & 0x7fffffffu) > 0x7f800000u;
-    uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16; /* to nearest, ties to even */
-    return nan ? (uint16_t)((wide >> 16) | 0x40u) : (uint16_t)rounded;
-}
-
-static inline float from_f32(float value) { return value; }
-static inline float to_f32(float value) { return value; }
 
 /* One task of the first phase is a (map, token row); of the second a (map, token row, chunk of columns). `shrunk` holds
  * max_rows floats per (map, token row). */

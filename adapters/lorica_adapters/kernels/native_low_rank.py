@@ -1,4 +1,4 @@
-"""Few rows per adapter on a CPU: native.c, compiled once for this machine and kept in the user's cache.
+"""Few rows per adapter on a CPU, by native_low_rank.c.
 
 Reads exactly the rank rows in use and sums in float32; segments of many rows go to the library's matrix products. Where
 there is no C compiler the plain torch path serves.
@@ -7,20 +7,19 @@ there is no C compiler the plain torch path serves.
 from __future__ import annotations
 
 import ctypes
-import logging
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_adapters.kernels.native_build import BuildFailed, build
+from lorica_adapters.kernels.native_build import find_library
 from lorica_adapters.kernels.protocol import RankPlan, Segment
 
-logger = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_suffix(".c")
 
 SHORT_SEGMENT = 256
 """Tokens x rank rows up to which a segment is walked natively: beyond it a matrix product reuses what it has read."""
@@ -135,11 +134,6 @@ class NativeKernels:
 
 @cache
 def find_native() -> NativeKernels | None:
-    """The compiled kernels, None (and one log line) where they cannot be had."""
-    if platform.system() != "Linux":
-        return None
-    try:
-        return NativeKernels(ctypes.PyDLL(str(build())))
-    except (BuildFailed, OSError, AttributeError) as error:
-        logger.warning("native kernels are off, plain torch serves: %s", error)
-        return None
+    """The compiled kernels, None where they cannot be had."""
+    library = find_library(SOURCE)
+    return None if library is None else NativeKernels(ctypes.PyDLL(str(library)))
