@@ -17,6 +17,13 @@ import torch.nn.functional as F
 from lorica_adapters.bnb import Linear4bit, matmul_4bit
 from lorica_adapters.bnb import functional as bnb_functional
 from lorica_adapters.kernels import invariant
+from lorica_adapters.kernels.native_linear import (
+    BLOCK_MULTIPLE,
+    IN_MULTIPLE,
+    OUT_MULTIPLE,
+    NativeLinear,
+    find_native_linear,
+)
 
 PACKED_ROWS_BESIDE_DENSE = 4
 """Up to here the packed layout beats a dense bf16 copy: it reads a quarter of the bytes, but its time grows with
@@ -25,23 +32,42 @@ every row (2 cores with AVX512-BF16 and AMX, 75M weights: 3, 5 and 17 ms at 1, 4
 PACKED_ROWS_ALONE = 16
 """Up to here the packed layout beats dequantising into a scratch weight on each call (16 rows: 17.5 against 18 ms)."""
 
+NATIVE_ROWS_BESIDE_DENSE = 192
+NATIVE_ROWS_BESIDE_TILES = 8
+"""Up to here our own product from the codes beats the library's on a dense bf16 copy, without AMX and with it (one core
+of Zen 4, 75M weights: 6, 8, 19, 57, 106 and 423 ms at 1, 4, 16, 64, 128 and 512 rows, against 16, 17, 26, 60, 110 and
+374; with AMX an estimate: the dense product's flat 8 ms above, held against half of these on two cores)."""
+
+NATIVE_ROWS_OF_DENSE_WEIGHT = 16
+"""Up to here our own product with an unquantised bf16 weight is the faster one (32000 x 768: 3.9, 4.8, 8.0 and 19.7 ms
+at 1, 4, 16 and 64 rows, against 5.3, 6.1, 8.5 and 19.1); with AMX the library serves."""
+
 
 @dataclass(frozen=True)
 class Layouts:
     """How frozen weights are held and multiplied.
 
-    `packed` needs AVX512-BF16 and bf16 compute; `dense` costs out x in elements; `invariant` makes a row's product
-    independent of the other rows.
+    `native` reads the codes as they are (see `native_linear`), `packed` is bitsandbytes' layout for where there is no
+    compiler; both need AVX512-BF16 and bf16 compute. `dense` costs out x in elements; `invariant` makes a row's product
+    independent of the other rows, whatever the library, and goes before the others.
     """
 
     packed: bool = False
     dense: bool = False
     invariant: bool = False
+    native: bool = False
 
 
 def supports_packed() -> bool:
     """Whether bitsandbytes has its AVX512-BF16 kernel on this machine."""
     return bool(bnb_functional.has_avx512bf16())
+
+
+def select_layouts(device: torch.device, dtype: torch.dtype, *, dense: bool, invariant: bool) -> Layouts:
+    """The fastest there is; `dense` says whether there is memory for a dense copy."""
+    small = device.type == "cpu" and dtype == torch.bfloat16 and not invariant
+    native = small and find_native_linear() is not None
+    return Layouts(packed=small and not native and supports_packed(), dense=dense, invariant=invariant, native=native)
 
 
 class FrozenLinear(Protocol):
@@ -87,6 +113,8 @@ class Nf4Linear:
         self._packed: tuple[torch.Tensor, Any] | None = None
         self._dense: torch.Tensor | None = None
         self._invariant = False
+        self._native: NativeLinear | None = None
+        self._native_rows = 0
 
     @classmethod
     def from_module(cls, module: Linear4bit, compute_dtype: torch.dtype) -> Nf4Linear:
@@ -133,6 +161,21 @@ class Nf4Linear:
         self._invariant = layouts.invariant
         if layouts.packed and not layouts.invariant and packable and self.compute_dtype == torch.bfloat16:
             self._packed = self._pack()
+        if layouts.native and not layouts.invariant:
+            self._native = self._find_native()
+
+    def _find_native(self) -> NativeLinear | None:
+        native = find_native_linear()
+        if (
+            native is None
+            or self.compute_dtype != torch.bfloat16
+            or self.in_features % self.block_size
+            or self.block_size % BLOCK_MULTIPLE
+            or self.out_features % OUT_MULTIPLE
+        ):
+            return None
+        self._native_rows = NATIVE_ROWS_BESIDE_TILES if native.has_tiles else NATIVE_ROWS_BESIDE_DENSE
+        return native
 
     def _pack(self) -> tuple[torch.Tensor, Any]:
         flat = self.codes.reshape(-1, 1)
@@ -156,6 +199,8 @@ class Nf4Linear:
             weight = self.dequantise(x.dtype) if self._dense is None else self._dense
             return invariant.linear(x, weight, self.bias)
         rows = x.shape[0]
+        if self._native is not None and (self._dense is None or rows <= self._native_rows):
+            return self._native.nf4(x, self.codes, self.absmax, self.block_size, self._state.code, self.bias)
         if self._packed is not None and rows <= (
             PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE
         ):
@@ -194,9 +239,18 @@ class DenseLinear:
         self.weight, self.bias = weight, bias
         self._linear = invariant.linear if layouts.invariant else F.linear
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
+        self._native = self._find_native() if layouts.native and not layouts.invariant else None
+
+    def _find_native(self) -> NativeLinear | None:
+        native = find_native_linear()
+        fits = self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
+        fits = fits and self.in_features % IN_MULTIPLE == 0 and self.out_features % OUT_MULTIPLE == 0
+        return native if native is not None and fits and not native.has_tiles else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]."""
+        if self._native is not None and x.shape[0] <= NATIVE_ROWS_OF_DENSE_WEIGHT:
+            return self._native.dense(x, self.weight, self.bias)
         return self._linear(x, self.weight, self.bias)
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,7 @@ from lorica_adapters.base import BaseRefused, LoadedBase, load_base
 from lorica_adapters.embedded.tiny import tiny_path
 from lorica_adapters.formats import registry as formats
 from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.frozen import Layouts, Nf4Linear, supports_packed
+from lorica_adapters.frozen import Nf4Linear, select_layouts, supports_packed
 from lorica_adapters.kernels.protocol import Kernels
 from lorica_adapters.kernels.select import select_kernels
 from lorica_adapters.residency.host import HostCache
@@ -206,11 +206,7 @@ def _prepare(
             f"{memory.adapters} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} on this base",
             remedy=f"set --adapter-device-bytes to {row_bytes * MAX_ROWS_OF_RANK * 2} or more",
         )
-    layouts = Layouts(
-        packed=base.device.type == "cpu" and supports_packed(),
-        dense=memory.dense_base,
-        invariant=config.deterministic,
-    )
+    layouts = select_layouts(base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic)
     adapted = inject(base, kernels, capacity=capacity, layouts=layouts)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
     if rounding:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
 from lorica_adapters.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
-from lorica_adapters.frozen import Layouts, supports_packed
+from lorica_adapters.frozen import select_layouts, supports_packed
 from support.adapters import peft_warnings_ignored
 from support.checkpoints import float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -181,7 +181,7 @@ def test_without_the_switch_a_forward_would_have(checkpoint: Path) -> None:
 def test_serving_never_changes_the_base(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     adapter = make_adapter_for(checkpoint, tmp_path / "a", seed=1, r=8, target_modules="all-linear")
     base = load_base(checkpoint, compute_dtype=dtype)
-    layouts = Layouts(packed=supports_packed(), dense=dtype == torch.bfloat16)
+    layouts = select_layouts(base.device, dtype, dense=dtype == torch.bfloat16, invariant=False)
     engine = ModelEngine(base, {"a": adapter}, layouts=layouts)
     assert engine.adapted.refingerprint() == base.spec.fingerprint
     for name in ("a", None, "a"):

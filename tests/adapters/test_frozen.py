@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import nn
 
-from lorica_adapters.frozen import DenseLinear, Layouts, Nf4Linear, logical_nf4, supports_packed
+from lorica_adapters.frozen import DenseLinear, Layouts, Nf4Linear, logical_nf4, select_layouts, supports_packed
+from lorica_adapters.kernels.native_linear import find_native_linear
 
 needs_packed = pytest.mark.skipif(not supports_packed(), reason="no AVX512-BF16 kernel on this machine")
 SHAPES = [(128, 192), (192, 128), (256, 64), (64, 48), (96, 40)]  # (in, out): packable, and not
@@ -103,7 +104,8 @@ def test_maps_that_cannot_be_packed_stay_unpacked_and_right() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantise_is_the_same_under_every_layout(dtype: torch.dtype) -> None:
     expected = Nf4Linear.from_module(quantised(256, 192), dtype).dequantise(torch.float32)
-    every = [Layouts(packed=supports_packed()), Layouts(dense=True), Layouts(invariant=True), Layouts(True, True, True)]
+    every = [Layouts(packed=supports_packed()), Layouts(dense=True), Layouts(invariant=True), Layouts(native=True)]
+    every.append(Layouts(True, True, True, True))
     for layouts in every:
         frozen = Nf4Linear.from_module(quantised(256, 192), dtype)
         frozen.build(layouts)
@@ -113,8 +115,9 @@ def test_dequantise_is_the_same_under_every_layout(dtype: torch.dtype) -> None:
         assert torch.equal(frozen.dequantise(torch.float32), expected)
 
 
-@pytest.mark.parametrize("layouts", [Layouts(), Layouts(dense=True), Layouts(packed=supports_packed())],
-                         ids=["codes", "dense", "packed"])  # fmt: skip
+@pytest.mark.parametrize("layouts", [Layouts(), Layouts(dense=True), Layouts(packed=supports_packed()),
+                                     Layouts(native=True)],
+                         ids=["codes", "dense", "packed", "native"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_stack_is_its_parts_bit_for_bit(dtype: torch.dtype, layouts: Layouts) -> None:
     modules = [quantised(128, 128), quantised(128, 64, bias=False), quantised(128, 96)]
@@ -128,6 +131,98 @@ def test_a_stack_is_its_parts_bit_for_bit(dtype: torch.dtype, layouts: Layouts) 
     for rows in (1, 4, 20):
         x = torch.randn(rows, 128).to(dtype)
         assert torch.equal(stack.forward(x), torch.cat([part.forward(x) for part in parts], 1))
+
+
+NATIVE = find_native_linear()
+needs_native = pytest.mark.skipif(NATIVE is None, reason="no C compiler, or no AVX512-BF16")
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("in_features", "out_features"), [(128, 192), (64, 4), (192, 100), (2048, 64)])
+def test_the_native_product_decodes_bit_for_bit(in_features: int, out_features: int, bias: bool) -> None:
+    """A row of the identity picks a column of the weight: no sum rounds."""
+    frozen = Nf4Linear.from_module(quantised(in_features, out_features, bias=bias), torch.bfloat16)
+    frozen.build(Layouts(native=True))
+    assert frozen._native is not None
+    picked = frozen.forward(torch.eye(in_features).bfloat16()).T
+    expected = frozen.dequantise(torch.bfloat16).float()
+    if frozen.bias is not None:
+        expected += frozen.bias.float()[:, None]
+    assert torch.equal(picked, expected.bfloat16())
+
+
+@needs_native
+@pytest.mark.parametrize("dense", [False, True], ids=["codes", "beside dense"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 33, 300])
+def test_the_native_product_is_the_same_map(rows: int, dense: bool) -> None:
+    module = quantised(256, 192)
+    frozen = Nf4Linear.from_module(module, torch.bfloat16)
+    frozen.build(Layouts(native=True, dense=dense))
+    wide = torch.randn(rows, 512).bfloat16()
+    for x in (wide[:, :256], wide[:, :256].contiguous(), wide[:, ::2]):
+        expected = F.linear(x.double(), by_hand(module).bfloat16().double(), module.bias.bfloat16().double())
+        assert torch.allclose(frozen.forward(x).double(), expected, rtol=2**-8, atol=1e-4)
+
+
+@needs_native
+def test_a_native_row_is_the_same_in_any_company() -> None:
+    nf4 = Nf4Linear.from_module(quantised(256, 192), torch.bfloat16)
+    nf4.build(Layouts(native=True))
+    dense = DenseLinear(torch.randn(320, 256).bfloat16(), None, Layouts(native=True))
+    x = torch.randn(15, 256).bfloat16()
+    for frozen in (nf4, dense):
+        together = frozen.forward(x)
+        for row in range(15):
+            assert torch.equal(frozen.forward(x[row : row + 1])[0], together[row])
+
+
+@needs_native
+def test_a_nan_stays_in_its_row() -> None:
+    frozen = Nf4Linear.from_module(quantised(128, 64), torch.bfloat16)
+    frozen.build(Layouts(native=True))
+    x = torch.randn(6, 128).bfloat16()
+    sound = frozen.forward(x)
+    x[2, 100] = float("nan")
+    found = frozen.forward(x)
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(found[others], sound[others])
+    assert found[2].isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize(("in_features", "out_features", "dtype"), [
+    (96, 64, torch.bfloat16), (128, 66, torch.bfloat16), (128, 64, torch.float32),
+])  # fmt: skip
+def test_maps_the_native_product_does_not_take(in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    module = quantised(in_features, out_features)
+    frozen = Nf4Linear.from_module(module, dtype)
+    frozen.build(Layouts(native=True))
+    assert frozen._native is None
+    x = torch.randn(3, in_features).to(dtype)
+    assert torch.equal(frozen.forward(x), F.linear(x, by_hand(module).to(dtype), module.bias.to(dtype)))
+
+
+@needs_native
+def test_an_unquantised_weight_natively() -> None:
+    weight, bias = torch.randn(100, 64).bfloat16(), torch.randn(100).bfloat16()
+    frozen = DenseLinear(weight, bias, Layouts(native=True))
+    for rows in (1, 5, 16, 40):
+        x = torch.randn(rows, 64).bfloat16()
+        expected = F.linear(x.double(), weight.double(), bias.double())
+        assert torch.allclose(frozen.forward(x).double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_the_fastest_layouts_of_a_device() -> None:
+    cpu = torch.device("cpu")
+    fast = select_layouts(cpu, torch.bfloat16, dense=True, invariant=False)
+    assert fast.native == (NATIVE is not None)
+    assert fast.packed == (NATIVE is None and supports_packed())
+    for device, dtype, invariant in (
+        (cpu, torch.float32, False), (cpu, torch.bfloat16, True), (torch.device("cuda"), torch.bfloat16, False),
+    ):  # fmt: skip
+        plain = Layouts(dense=True, invariant=invariant)
+        assert select_layouts(device, dtype, dense=True, invariant=invariant) == plain
 
 
 def test_rows_that_share_blocks_do_not_stack() -> None:

@@ -40,10 +40,14 @@ INLINE v16 load_bf16(const uint16_t *from) {
 }
 
 INLINE void store_bf16(uint16_t *to, v16 values) {
+#ifdef __AVX512BF16__
+    __m256bh bits = _mm512_cvtneps_pbh((__m512)values);
+#else
     u16x32 wide = (u16x32)values;
     u16x32 rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
     u16x32 nan = (u16x32)((wide & 0x7fffffffu) > 0x7f800000u);
     u16x16 bits = __builtin_convertvector((nan & ((wide >> 16) | 0x40u)) | (~nan & rounded), u16x16);
+#endif
     memcpy(to, &bits, sizeof bits);
 }
 
@@ -63,28 +67,49 @@ INLINE float sum_of(v16 values) {
     return sum;
 }
 
-/* Sixteen partial sums of the products of a and b [width]; their sum is the dot product. */
-INLINE v16 products_f32(const float *a, const float *b, int64_t width) {
-    v16 sum = {0};
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) sum += load_f32(a + i) * load_f32(b + i);
-    for (; i < width; i++) sum[0] += a[i] * b[i];
-    return sum;
-}
+/* What dot products are made of: LANES elements at a time, their products summed into sixteen partial sums. */
+typedef v16 lanes_f32;
+#define LANES_f32 16
+INLINE lanes_f32 lanes_load_f32(const float *from) { return load_f32(from); }
+INLINE v16 lanes_dot_f32(v16 sums, lanes_f32 a, lanes_f32 b) { return sums + a * b; }
 
-INLINE v16 products_bf16(const uint16_t *a, const uint16_t *b, int64_t width) {
-    v16 sum = {0};
-    int64_t i = 0;
 #ifdef __AVX512BF16__
-    __m512 pairs = _mm512_setzero_ps();
-    for (; i + 32 <= width; i += 32)
-        pairs = _mm512_dpbf16_ps(pairs, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-    sum = (v16)pairs;
+typedef __m512bh lanes_bf16;
+#define LANES_bf16 32
+INLINE lanes_bf16 lanes_load_bf16(const uint16_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
+INLINE v16 lanes_dot_bf16(v16 sums, lanes_bf16 a, lanes_bf16 b) { return (v16)_mm512_dpbf16_ps((__m512)sums, a, b); }
+#else
+typedef v16 lanes_bf16;
+#define LANES_bf16 16
+INLINE lanes_bf16 lanes_load_bf16(const uint16_t *from) { return load_bf16(from); }
+INLINE v16 lanes_dot_bf16(v16 sums, lanes_bf16 a, lanes_bf16 b) { return sums + a * b; }
 #endif
-    for (; i + 16 <= width; i += 16) sum += load_bf16(a + i) * load_bf16(b + i);
-    for (; i < width; i++) sum[0] += from_bf16(a[i]) * from_bf16(b[i]);
-    return sum;
-}
+
+/* ROWS x COLUMNS dot products (at most 4 x 4, or 1 x 16) over `width` elements, `rows` and `columns` that many elements apart; sums[r * COLUMNS + c]
+ * are the sixteen partial sums of each. Each element is loaded once: all sums stay in registers. */
+#define DEFINE_DOTS(SUFFIX, T)                                                                                        \
+    INLINE void dots_##SUFFIX(const T *row, int64_t rows, const T *column, int64_t columns, int64_t width, v16 *sums, \
+                              const int ROWS, const int COLUMNS) {                                                    \
+        v16 own[16];                                                                                                  \
+        for (int i = 0; i < ROWS * COLUMNS; i++) own[i] = (v16){0};                                                   \
+        int64_t i = 0;                                                                                                \
+        for (; i + LANES_##SUFFIX <= width; i += LANES_##SUFFIX) {                                                    \
+            lanes_##SUFFIX a[4];                                                                                      \
+            for (int r = 0; r < ROWS; r++) a[r] = lanes_load_##SUFFIX(row + r * rows + i);                            \
+            for (int c = 0; c < COLUMNS; c++) {                                                                       \
+                lanes_##SUFFIX b = lanes_load_##SUFFIX(column + c * columns + i);                                     \
+                for (int r = 0; r < ROWS; r++) own[r * COLUMNS + c] = lanes_dot_##SUFFIX(own[r * COLUMNS + c], a[r], b);\
+            }                                                                                                         \
+        }                                                                                                             \
+        for (; i < width; i++)                                                                                        \
+            for (int r = 0; r < ROWS; r++)                                                                            \
+                for (int c = 0; c < COLUMNS; c++)                                                                     \
+                    own[r * COLUMNS + c][0] += from_##SUFFIX(row[r * rows + i]) * from_##SUFFIX(column[c * columns + i]);\
+        for (int i = 0; i < ROWS * COLUMNS; i++) sums[i] = own[i];                                                    \
+    }
+
+DEFINE_DOTS(bf16, uint16_t)
+DEFINE_DOTS(f32, float)
 
 #ifdef __has_builtin
 #if __has_builtin(__builtin_shufflevector)

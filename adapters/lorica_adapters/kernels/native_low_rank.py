@@ -1,7 +1,6 @@
-"""Few rows per adapter on a CPU, by native_low_rank.c.
+"""Gathered low-rank products on a CPU by native_low_rank.c: reads exactly the rank rows in use, sums in float32.
 
-Reads exactly the rank rows in use and sums in float32; segments of many rows go to the library's matrix products. Where
-there is no C compiler the plain torch path serves.
+Long segments of high rank go to the library's matrix products.
 """
 
 from __future__ import annotations
@@ -21,8 +20,11 @@ from lorica_adapters.kernels.protocol import RankPlan, Segment
 
 SOURCE = Path(__file__).with_suffix(".c")
 
-SHORT_SEGMENT = 256
-"""Tokens x rank rows up to which a segment is walked natively: beyond it a matrix product reuses what it has read."""
+NATIVE_ROWS = 64
+"""Rank rows up to which a segment of many tokens is walked natively; beyond it the library's product is faster."""
+
+FEW_TOKENS = 16
+"""Tokens up to which a segment is walked natively whatever its rank: there is nothing for a product to reuse."""
 
 
 class _Segment(ctypes.Structure):
@@ -42,43 +44,40 @@ class _Map(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class NativePlan(RankPlan):
-    """`segments` are the long ones; the short ones are ready for the call."""
+    """`segments` are those left to the library; the native ones are ready for the call."""
 
-    short: Any = None  # ctypes array of _Segment
+    native: Any = None  # ctypes array of _Segment
     count: int = 0
-    begin: int = 0  # first token row of a short segment
-    end: int = 0
-    most_rows: int = 0
 
 
 class NativeKernels:
     """Implements `Kernels` for bf16 and float32 on a CPU."""
 
-    def __init__(self, library: ctypes.PyDLL) -> None:
-        # PyDLL keeps the interpreter lock: a call takes tens of microseconds, less than handing the lock over may.
+    def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        arguments: Sequence[Any] = (pointer, number, pointer, *[number] * 7, ctypes.c_int)
+        arguments: Sequence[Any] = (pointer, number, pointer, *[number] * 3, ctypes.c_int)
         self._calls = {torch.bfloat16: library.lorica_low_rank_bf16, torch.float32: library.lorica_low_rank_f32}
         for call in self._calls.values():
             call.argtypes, call.restype = arguments, ctypes.c_int
         self._products = GatheredKernels()
 
     def plan(self, segments: Sequence[Segment], token_slots: torch.Tensor, row_slots: torch.Tensor) -> RankPlan:
-        """Short segments natively, long ones by matrix products."""
-        short = [s for s in segments if s.stop - s.start == 1 or (s.stop - s.start) * s.rows <= SHORT_SEGMENT]
-        if not short:
+        """Natively but for long segments of high rank, which go to matrix products."""
+        native: list[Segment] = []
+        left: list[Segment] = []
+        for segment in segments:
+            walked = segment.rows <= NATIVE_ROWS or segment.stop - segment.start <= FEW_TOKENS
+            (native if walked else left).append(segment)
+        if not native:
             return self._products.plan(segments, token_slots, row_slots)
         return NativePlan(
-            segments=tuple(s for s in segments if s not in short),
+            segments=tuple(left),
             first=segments[0].start,
             low=0,
             high=0,
             drop=None,
-            short=(_Segment * len(short))(*[_Segment(*segment) for segment in short]),
-            count=len(short),
-            begin=short[0].start,
-            end=short[-1].stop,
-            most_rows=max(segment.rows for segment in short),
+            native=(_Segment * len(native))(*[_Segment(*segment) for segment in native]),
+            count=len(native),
         )
 
     def add_low_rank(
@@ -108,25 +107,20 @@ class NativeKernels:
         members: Sequence[int],
     ) -> None:
         maps = (_Map * len(members))()
-        begin, end, most_rows, most_out = x.shape[0], 0, 0, 0
         for place, member in enumerate(members):
             plan = plans[member]
             if not isinstance(plan, NativePlan):
-                raise TypeError("only members with short segments are run natively")
-            out = b[member].shape[1]
+                raise TypeError("only members with native segments are run natively")
             maps[place] = _Map(
                 a[member].data_ptr(),
                 b[member].data_ptr(),
                 y.data_ptr() + columns[member][0] * y.itemsize,
-                out,
+                b[member].shape[1],
                 plan.count,
-                plan.short,
+                plan.native,
             )
-            begin, end = min(begin, plan.begin), max(end, plan.end)
-            most_rows, most_out = max(most_rows, plan.most_rows), max(most_out, out)
         failed = self._calls[x.dtype](
-            maps, len(members), x.data_ptr(), x.stride(0), x.shape[1], y.stride(0), begin, end, most_rows, most_out,
-            torch.get_num_threads(),
+            maps, len(members), x.data_ptr(), x.stride(0), x.shape[1], y.stride(0), torch.get_num_threads()
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the shrunk rows of a step")
@@ -136,4 +130,4 @@ class NativeKernels:
 def find_native() -> NativeKernels | None:
     """The compiled kernels, None where they cannot be had."""
     library = find_library(SOURCE)
-    return None if library is None else NativeKernels(ctypes.PyDLL(str(library)))
+    return None if library is None else NativeKernels(ctypes.CDLL(str(library)))

@@ -65,16 +65,16 @@ INLINE void prefetch(const void *from, int64_t bytes) {
 
 /* One task is one row's query heads over one KV head: its keys and values come from memory once for all of them.
  * `scratch` holds group * (length + 16 + value_width) floats. */
-#define DEFINE(NAME, T, FROM, TO, LOAD, PRODUCTS)                                                                     \
+#define DEFINE(NAME, SUFFIX, T)                                                                                       \
     INLINE void NAME##_scores(const T *query, const T *keys, int64_t count, const int64_t width, float scale,         \
                               float *scores) {                                                                        \
         for (int64_t from = 0; from < count; from += 16) {                                                            \
-            v16 sums[16];                                                                                             \
+            v16 sums[16] = {0};                                                                                       \
+            const T *some = keys + from * width;                                                                      \
             if (count - from >= 16)                                                                                   \
-                for (int64_t p = 0; p < 16; p++) sums[p] = PRODUCTS(query, keys + (from + p) * width, width);         \
+                for (int p = 0; p < 16; p += 4) dots_##SUFFIX(query, 0, some + p * width, width, width, sums + p, 1, 4);\
             else                                                                                                      \
-                for (int64_t p = 0; p < 16; p++)                                                                      \
-                    sums[p] = from + p < count ? PRODUCTS(query, keys + (from + p) * width, width) : (v16){0};        \
+                for (int p = 0; p < count - from; p++) dots_##SUFFIX(query, 0, some + p * width, 0, width, sums + p, 1, 1);\
             store_f32(scores + from, sums_of_16(sums) * scale);                                                       \
         }                                                                                                             \
     }                                                                                                                 \
@@ -85,13 +85,13 @@ INLINE void prefetch(const void *from, int64_t bytes) {
             for (int64_t p = 0; p < count; p++) {                                                                     \
                 const T *row = values + p * width + i;                                                                \
                 v16 weight = splat(weights[p]);                                                                       \
-                a += weight * LOAD(row), b += weight * LOAD(row + 16);                                                \
-                c += weight * LOAD(row + 32), d += weight * LOAD(row + 48);                                           \
+                a += weight * load_##SUFFIX(row), b += weight * load_##SUFFIX(row + 16);                              \
+                c += weight * load_##SUFFIX(row + 32), d += weight * load_##SUFFIX(row + 48);                         \
             }                                                                                                         \
             store_f32(sum + i, a), store_f32(sum + i + 16, b), store_f32(sum + i + 32, c), store_f32(sum + i + 48, d);\
         }                                                                                                             \
         for (int64_t p = 0; p < count; p++)                                                                           \
-            for (int64_t j = i; j < width; j++) sum[j] += weights[p] * FROM(values[p * width + j]);                   \
+            for (int64_t j = i; j < width; j++) sum[j] += weights[p] * from_##SUFFIX(values[p * width + j]);          \
     }                                                                                                                 \
     INLINE void NAME##_task(const decode_t *d, int64_t row, int64_t kv, float *scratch, const int64_t key_width,      \
                             const int64_t value_width) {                                                              \
@@ -128,7 +128,7 @@ INLINE void prefetch(const void *from, int64_t bytes) {
                 NAME##_sum(scores + g * stride + from - first, values, count, value_width, sum + g * value_width);    \
         }                                                                                                             \
         T *out = (T *)d->out + (row * d->kv_heads + kv) * group * value_width;                                        \
-        for (int64_t i = 0; i < group * value_width; i++) out[i] = TO(sum[i]);                                        \
+        for (int64_t i = 0; i < group * value_width; i++) out[i] = to_##SUFFIX(sum[i]);                               \
     }                                                                                                                 \
     int NAME(const decode_t *d, int threads) {                                                                        \
         int64_t longest = 0;                                                                                          \
@@ -150,5 +150,5 @@ INLINE void prefetch(const void *from, int64_t bytes) {
         return 0;                                                                                                     \
     }
 
-DEFINE(lorica_decode_bf16, uint16_t, from_bf16, to_bf16, load_bf16, products_bf16)
-DEFINE(lorica_decode_f32, float, from_f32, to_f32, load_f32, products_f32)
+DEFINE(lorica_decode_bf16, bf16, uint16_t)
+DEFINE(lorica_decode_f32, f32, float)

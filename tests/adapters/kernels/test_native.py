@@ -12,6 +12,7 @@ from adapters.kernels.test_low_rank import POPULARITIES, Case, assert_close, slo
 from lorica_adapters.kernels import native_build
 from lorica_adapters.kernels.native_build import BuildFailed, build, find_library
 from lorica_adapters.kernels.native_low_rank import SOURCE, NativeKernels, NativePlan, find_native
+from lorica_adapters.kernels.protocol import Segment
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine has no C compiler")
 
@@ -42,13 +43,13 @@ def test_members_whose_slots_lie_differently(popularity: str) -> None:
 
 @needs_compiler
 def test_short_and_long_segments_share_a_step() -> None:
-    case = Case.make([-1, -1, 0, *[1] * 60, 2, *[3] * 7], 16, torch.float32)
+    case = Case.make([-1, -1, 0, *[1] * 60, 2, *[3] * 7], 80, torch.float32)
     assert_close(case.run(kernels()), case.expected(), torch.float32)
 
 
 @needs_compiler
 def test_a_row_is_the_same_alone_and_in_company() -> None:
-    case = Case.make(list(range(12)), 16, torch.bfloat16)
+    case = Case.make([0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4], 16, torch.bfloat16)
     together = case.run(kernels())
     for row in range(12):
         alone = Case([case.slots[row]], case.x[row : row + 1], case.y[row : row + 1], case.a, case.b, case.layouts,
@@ -79,16 +80,12 @@ def test_rows_that_are_not_contiguous() -> None:
 
 
 @needs_compiler
-def test_only_short_segments_are_walked_natively() -> None:
-    case = Case.make([0, *[1] * 100], 8, torch.float32)
-    layout = case.layouts[0]
-    from lorica_adapters.kernels.protocol import Segment
-
-    segments = [Segment(0, 1, *layout.ranges[0]), Segment(1, 101, *layout.ranges[1])]
-    plan = kernels().plan(segments, torch.zeros(101, dtype=torch.int32), layout.row_slots)
+@pytest.mark.parametrize(("tokens", "rank", "walked"), [(1, 200, True), (100, 8, True), (100, 200, False)])
+def test_long_segments_of_high_rank_are_left_to_the_library(tokens: int, rank: int, walked: bool) -> None:
+    segments = [Segment(0, 1, 0, 8), Segment(1, 1 + tokens, 8, rank)]
+    plan = kernels().plan(segments, torch.zeros(1 + tokens, dtype=torch.int32), torch.zeros(256, dtype=torch.int32))
     assert isinstance(plan, NativePlan)
-    assert plan.count == 1
-    assert plan.segments == (segments[1],)
+    assert (plan.count, plan.segments) == ((2, ()) if walked else (1, (segments[1],)))
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorica_adapters.base import load_base
-from lorica_adapters.frozen import Layouts, supports_packed
+from lorica_adapters.frozen import Layouts, select_layouts, supports_packed
 from support.checkpoints import PeftOracle, float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
 
@@ -187,8 +187,11 @@ FAST_BOUND = 0.12
 """Of bf16 logits with a standard deviation of about 0.7, alone against in company; measured 0.04."""
 
 
-def test_fast_mode_depends_on_company_by_rounding_only(world: World) -> None:
+@pytest.mark.parametrize("fastest", [False, True], ids=["library", "fastest"])
+def test_fast_mode_depends_on_company_by_rounding_only(world: World, fastest: bool) -> None:
     layouts = Layouts(packed=supports_packed(), dense=True)
+    if fastest:
+        layouts = select_layouts(torch.device("cpu"), torch.bfloat16, dense=True, invariant=False)
     together = ModelEngine(
         load_base(world.checkpoint, compute_dtype=torch.bfloat16), world.adapters, layouts=layouts, prefix_cache=False
     )
