@@ -96,9 +96,9 @@ def _entry(name: str, value: object, data_start: int, subject: str) -> TensorEnt
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _bad(subject, name, f"dtype {quote(dtype)} is not F32, F16 or BF16", "cast it before saving")
-    if not _is_naturals(shape) or len(shape) > _MAX_DIMENSIONS or any(size > _MAX_DIMENSION for size in shape):
+    if not _is_naturals(shape, _MAX_DIMENSIONS) or any(size > _MAX_DIMENSION for size in shape):
         raise _bad(subject, name, f"shape {quote(shape)} is not a list of at most {_MAX_DIMENSIONS} sizes")
-    if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_naturals(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(subject, name, f"data_offsets {quote(offsets)} are not a range")
     start, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
@@ -122,9 +122,10 @@ def _check_cover(tensors: Mapping[str, TensorEntry], data_start: int, size: int,
         )
 
 
-def _is_naturals(value: object) -> bool:
+def _is_naturals(value: object, most: int) -> bool:
+    """Whether it is a list of at most `most` whole numbers; a longer one is not looked through."""
     # bool is an int to isinstance, and not to the format
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and len(value) <= most and all(type(item) is int and item >= 0 for item in value)
 
 
 def _is_unicode(text: str) -> bool:

@@ -64,14 +64,10 @@ def parse(data: bytes, subject: str) -> dict[str, object]:
 
 
 def _check_depth(value: object, subject: str) -> None:
-    level = [value]
+    level: list[dict[str, object] | list[object]] = [value] if isinstance(value, (dict, list)) else []
     for _ in range(_MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, (dict, list))
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for some in children for child in some if type(child) is dict or type(child) is list]
         if not level:
             return
     raise _invalid(subject, f"is nested deeper than {_MAX_DEPTH} levels")
