@@ -27,7 +27,7 @@ from lorica_server.api.convert_adapters import (
 )
 from lorica_server.api.gate import Gate, Parts
 from lorica_server.api.upload import UploadSession
-from lorica_server.errors import InvalidRequest, get_verdict
+from lorica_server.errors import ClientStalled, InvalidRequest, get_verdict
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
@@ -71,6 +71,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             outcome = "created" if published.created else "unchanged"
         except Exception as error:
             outcome = get_verdict(error).reason.lower()
+            if not isinstance(error, ClientStalled):
+                await session.discard(request_iterator)
             raise
         finally:
             self.observer.upload(outcome)

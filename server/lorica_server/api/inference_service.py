@@ -131,6 +131,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 seed=seed,
                 deadline=deadline,
             )
+            validate.check_suppressed(submission.sampling.suppressed, parts.model.limits)
             async with parts.engine.submit(submission) as stream:
                 yield Generation(stream, parts.codec), Answering(call, submission, parts.codec)
 

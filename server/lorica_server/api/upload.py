@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from lorica_protos.v1 import adapters_pb2
 from lorica_server.api import validate
 from lorica_server.api.convert_adapters import read_manifest
-from lorica_server.errors import ClientStalled, InvalidRequest
+from lorica_server.errors import ClientStalled, InvalidRequest, LoricaError
 from lorica_server.registry import Registry
 
 MAX_CHUNK_BYTES = 1 << 20
 _HALF_CLOSE_SECONDS = 5.0  # for the end of the stream after the commit
+_DISCARD_SECONDS = 1.0
+_DISCARD_BYTES = 64 << 20
 
 
 class UploadSession:
@@ -48,6 +51,19 @@ class UploadSession:
                 case _:
                     raise InvalidRequest("step", "each message must be one of begin, chunk and commit")
         raise InvalidRequest("commit", "the stream ended without a commit; what arrived is kept for a resume")
+
+    async def discard(self, requests: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> None:
+        """Reads on for a moment after a refusal, to no end but that the caller hears it.
+
+        A call that is ended under a caller who still writes tells grpc.aio clients INTERNAL in place of its status.
+        """
+        left = _DISCARD_BYTES
+        with suppress(TimeoutError, LoricaError):  # also what cannot be decoded: the first refusal counts
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                async for message in requests:
+                    left -= len(message.chunk.data)
+                    if left < 0:
+                        return
 
     async def _begin(self, begin: adapters_pb2.UploadBegin) -> None:
         if self._upload_id is not None:

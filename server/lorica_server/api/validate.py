@@ -128,6 +128,12 @@ def fit_tokens(prompt: int, max_tokens: int | None, limits: Limits) -> int:
     return max_tokens if max_tokens is not None else min(limits.context_tokens, limits.kv_tokens + 1) - prompt
 
 
+def check_suppressed(suppressed: Collection[int], limits: Limits) -> None:
+    """The tokens forbidden until `min_tokens` are there must leave at least one to draw."""
+    if sum(token < limits.vocabulary for token in suppressed) >= limits.vocabulary:
+        raise InvalidRequest("stopping.min_tokens", "every token of the vocabulary would end the text")
+
+
 def _check_input(call: GenerateCall, limits: Limits) -> None:
     given = [value for value in (call.text, call.token_ids, call.chat) if value is not None]
     if len(given) != 1:

@@ -79,6 +79,25 @@ async def test_what_was_uploaded_comes_back_byte_for_byte(tmp_path: Path) -> Non
         assert {entry.file: entry.size for entry in manifest.files} == {name: len(FILES[name]) for name in FILES}
 
 
+async def test_a_caller_who_still_writes_hears_why_it_was_refused(tmp_path: Path) -> None:
+    """Under a caller who writes by itself, grpc.aio turns the status of a call that has ended into INTERNAL."""
+    messages = upload_messages("german", adapter_files(b"w" * 8_000_000), chunk=500_000)
+    messages[0].begin.name = "../german"
+
+    async def write(server: Served) -> None:
+        call = server.adapters.UploadAdapter()
+        for message in messages:
+            await call.write(message)
+        await call.done_writing()
+        await call
+
+    async with served(tmp_path) as server:
+        for _ in range(10):
+            found = await _fails(write(server))
+            assert found["code"] is grpc.StatusCode.INVALID_ARGUMENT
+            assert found["BadRequest"].field_violations[0].field == "begin.name"
+
+
 @pytest.mark.parametrize("end", ["half-close", "cancel", "deadline"])
 async def test_row_24_a_cut_upload_is_invisible_and_resumes(tmp_path: Path, end: str) -> None:
     messages = upload_messages("german", FILES, chunk=50_000)

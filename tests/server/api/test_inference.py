@@ -14,7 +14,7 @@ from grpc import aio
 
 from lorica_protos.v1 import inference_pb2
 from lorica_server.requests import SamplingParams, StopConditions, Submission
-from support.fake_runner import solo
+from support.fake_runner import VOCABULARY, solo
 from support.servers import EOS, FakeCodec, Inside, adapter_files, details, prompt_request, served, upload_messages
 
 pytestmark = pytest.mark.asyncio
@@ -146,6 +146,22 @@ async def test_min_tokens_forbid_every_end(tmp_path: Path) -> None:
         await server.inference.Generate(request)
         params = [plan.chunks[0].params for plan in server.inside.runner.plans if plan.chunks][-1]
         assert (params.suppressed, params.min_tokens) == ((5, EOS), 6)
+
+
+async def test_a_text_that_any_token_would_end_cannot_have_a_least_length(tmp_path: Path) -> None:
+    async with served(tmp_path) as server:
+        request = prompt_request("Hello", 10)
+        request.stopping.min_tokens = 1
+        request.stopping.stop_token_ids.extend(range(VOCABULARY - 1))
+        await server.inference.Generate(request)  # one is left
+        request.stopping.stop_token_ids.append(VOCABULARY - 1)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await server.inference.Generate(request)
+        found = details(caught.value)
+        assert found["code"] is grpc.StatusCode.INVALID_ARGUMENT
+        assert found["BadRequest"].field_violations[0].field == "stopping.min_tokens"
+        request.stopping.min_tokens = 0
+        assert (await server.inference.Generate(request)).choices[0].finish.usage.completion_tokens == 1
 
 
 async def test_row_23_a_duplicate_id_while_running(tmp_path: Path) -> None:
