@@ -112,7 +112,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
     states = _States(pool, weight_sets)
-    registry = Registry(store, read_spec, states)
+    registry = Registry(store, read_spec, base.spec.fingerprint, states)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:

@@ -149,9 +149,11 @@ class Download:
 class Registry:
     """The one door to the adapters. Errors are those of `lorica_adapters.errors`, as AdapterStore documents them."""
 
-    def __init__(self, store: AdapterStore, read: ReadAdapter, copies: Copies | None = None) -> None:
+    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, copies: Copies | None = None) -> None:
+        """`base` is the fingerprint of the base that `read` validates against."""
         self._store = store
         self._read = read
+        self._base = base
         self._copies = copies or NoCopies()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorica-registry")
@@ -228,7 +230,7 @@ class Registry:
         except OSError as error:
             raise _unreadable() from error
         before = self._current(tenant, staged.manifest.name)
-        published = self._store.publish(tenant, upload_id, spec)
+        published = self._store.publish(tenant, upload_id, spec, self._base)
         self._let_go(before)
         return published
 

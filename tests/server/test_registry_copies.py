@@ -11,7 +11,7 @@ import pytest
 from lorica_adapters.errors import AdapterNotFound
 from lorica_adapters.store.records import Quotas
 from lorica_server.registry import Registry
-from support.stores import TENANT, content, digest_of, manifest_of, quick_store, read_spec
+from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_spec
 
 pytestmark = pytest.mark.asyncio
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))
@@ -39,7 +39,7 @@ def copies() -> Copies:
 
 @pytest.fixture
 def registry(tmp_path: Path, copies: Copies) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, copies)
+    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, BASE, copies)
     yield registry
     registry.close()
 

@@ -42,6 +42,7 @@ from support.fake_runner import VOCABULARY, FakeRunner
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 ."
 EOS = 63  # "."
+BASE = "f" * 64
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -122,7 +123,8 @@ class Inside:
             max_running=config.max_running,
             max_queued=config.max_queued,
         )
-        self.registry = Registry(LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters)), self.read)
+        store = LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters))
+        self.registry = Registry(store, self.read, BASE)
         self.scheduler = Scheduler(bounds, self.pool)
         self.runner = FakeRunner(4, self.pool.digest_of, self._inject)
         mailbox = Mailbox(bounds.max_live)
@@ -144,7 +146,7 @@ class Inside:
             max_logprobs=config.max_logprobs,
             max_stop_strings=config.max_stop_strings,
         )
-        model = ModelInfo("fake", "llama", "f" * 64, "float32", "cpu", False, limits)
+        model = ModelInfo("fake", "llama", BASE, "float32", "cpu", False, limits)
         parts = Parts(self.client, self.registry, self.codec, model, self.states)
         return Built(parts, engine, lambda: AdapterReading(slots=4), self.registry.close)
 
