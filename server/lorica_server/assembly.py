@@ -40,6 +40,7 @@ from lorica_server.engine.limits import EngineLimits
 from lorica_server.engine.mailbox import Mailbox
 from lorica_server.engine.scheduler import Scheduler
 from lorica_server.errors import StartError
+from lorica_server.loading import AdapterLoader
 from lorica_server.model.cache import PagedCache, bytes_per_token
 from lorica_server.model.guard import check_supported, self_check
 from lorica_server.model.probe import probe_layers
@@ -84,13 +85,9 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
         return read(files, allow_base_mismatch=allow_base_mismatch).spec
 
-    def load(digest: str) -> AdapterWeights:
-        # Consent to another base was given at upload and is part of what the store remembers.
-        return read(store.files(digest), allow_base_mismatch=store.consents_to_base(digest))
-
     engine_limits = _engine_limits(config, cache)
     mailbox = Mailbox(engine_limits.max_live)
-    host = HostCache(load, config.adapter_host_bytes)
+    host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
     loader = ThreadPoolExecutor(1, thread_name_prefix="lorica-loader")
     pool = AdapterPool(
         SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
