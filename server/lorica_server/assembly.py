@@ -27,7 +27,7 @@ from lorica_adapters.residency.pool import AdapterPool
 from lorica_adapters.residency.slots import SlotTable
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Quotas
+from lorica_adapters.store.records import Quotas, Wishes
 from lorica_adapters.weights import AdapterWeights
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Parts
@@ -269,13 +269,14 @@ class _States:
         view, dense = self._pool.residency(digest), self._weight_sets.state(digest)
         return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Build a dense copy in the background, or drop it."""
-        self._weight_sets.want(digest, wanted)
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """Keep what is pinned on the device and have dense copies of what is to be materialised; nothing else."""
+        self._pool.keep(wishes.pinned, again)
+        self._weight_sets.wish(wishes.materialised, again)
 
     def forget(self, digest: str) -> None:
         """Free its slot once the last lease is back, its host bytes and its dense copy."""
-        self._weight_sets.want(digest, False)
+        self._weight_sets.forget(digest)
         self._pool.discard(digest)
 
 

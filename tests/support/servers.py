@@ -20,7 +20,7 @@ from grpc import aio
 from lorica_adapters.errors import AdapterInvalid
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Quotas
+from lorica_adapters.store.records import Quotas, Wishes
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Parts
@@ -73,18 +73,26 @@ class FakeCodec:
 
 
 class FakeStates:
-    """Where adapters are: as a test says."""
+    """Where adapters are: as a test says, or else as is wished for, at once. Also the registry's `Copies`."""
 
     def __init__(self) -> None:
         self.known: dict[str, AdapterState] = {}
+        self.wishes = Wishes()
 
     def state(self, digest: str) -> AdapterState:
-        """Registered only, unless a test knows better."""
-        return self.known.get(digest, AdapterState())
+        """What a test knows better goes first."""
+        wished = AdapterState(
+            "resident" if digest in self.wishes.pinned else "registered",
+            materialised="ready" if digest in self.wishes.materialised else "none",
+        )
+        return self.known.get(digest, wished)
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Ready at once."""
-        self.known[digest] = AdapterState(materialised="ready" if wanted else "none")
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """See `registry.Copies`."""
+        self.wishes = wishes
+
+    def forget(self, digest: str) -> None:
+        """See `registry.Copies`."""
 
 
 def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
@@ -124,7 +132,7 @@ class Inside:
             max_queued=config.max_queued,
         )
         store = LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters))
-        self.registry = Registry(store, self.read, BASE)
+        self.registry = Registry(store, self.read, BASE, self.states)
         self.scheduler = Scheduler(bounds, self.pool)
         self.runner = FakeRunner(4, self.pool.digest_of, self._inject)
         mailbox = Mailbox(bounds.max_live)

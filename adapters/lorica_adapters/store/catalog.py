@@ -125,14 +125,6 @@ class Catalog:
             )
         )
 
-    def is_named(self, digest: str) -> bool:
-        """Whether any name of any tenant points at a version of this digest."""
-        return bool(
-            self._read(
-                "SELECT 1 FROM versions v JOIN names n ON n.version = v.id WHERE v.digest = ? LIMIT 1", (digest,)
-            )
-        )
-
     def wishes(self) -> Wishes:
         """What names wish for the digests they point at."""
         rows = self._read(

@@ -209,10 +209,6 @@ class LocalStore:
             self._settle()
         self._collect_quietly()
 
-    def is_named(self, digest: str) -> bool:
-        checks.check_digest(digest)
-        return self._catalog.is_named(digest)
-
     def wishes(self) -> Wishes:
         return self._catalog.wishes()
 

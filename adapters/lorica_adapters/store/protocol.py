@@ -96,9 +96,6 @@ class AdapterStore(Protocol):
         What others keep of them may go: whoever asks for one again must upload it again.
         """
 
-    def is_named(self, digest: str) -> bool:
-        """Whether a name points at this version now; one that is only kept is not named. A point read."""
-
     def wishes(self) -> Wishes:
         """What the names of all tenants wish for now; versions that are only kept have no wish. Fast."""
 

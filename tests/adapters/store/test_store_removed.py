@@ -98,19 +98,3 @@ def test_wishes_outlive_a_restart(tmp_path: Path) -> None:
     with quick_store(tmp_path) as store:
         assert store.wishes() == Wishes(pinned=frozenset({TWO}), materialised=frozenset({ONE}))
         assert (store.get(TENANT, "a").pinned, store.get(TENANT, "a").materialised) == (False, True)
-
-
-def test_named_is_what_a_name_points_at_now(store: LocalStore) -> None:
-    put(store, "a", content("one"))
-    put(store, "b", content("one"))
-    assert store.is_named(ONE)
-    put(store, "a", content("two"))
-    assert store.is_named(ONE)  # by b
-    assert store.is_named(TWO)
-    put(store, "b", content("two"))
-    assert not store.is_named(ONE)  # kept, not named
-    assert store.get(TENANT, "a", ONE[:8]).digest == ONE
-    put(store, "a", content("one"))
-    assert store.is_named(ONE)
-    store.delete(TENANT, "a")
-    assert not store.is_named(ONE)
