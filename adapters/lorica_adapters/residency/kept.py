@@ -62,11 +62,11 @@ class Kept:
         return digest in self._digests
 
     def find_due(self, now: float, loading: Collection[str]) -> tuple[str, Size | None] | None:
-        """The absent one to try now, those never tried first, and its size if it is known."""
+        """The absent one to try now, that which has been due the longest, and its size if it is known."""
         due = [(digest, a) for digest, a in self._absent.items() if a.due <= now and digest not in loading]
         if not due:
             return None
-        digest, absent = min(due, key=lambda entry: (entry[1].size is not None, entry[1].due))
+        digest, absent = min(due, key=lambda entry: entry[1].due)
         return digest, absent.size
 
     def came(self, digest: str) -> None:

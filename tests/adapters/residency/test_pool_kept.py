@@ -120,10 +120,10 @@ def test_more_than_there_is_room_for_are_not_read_again_and_again(caplog: pytest
     assert world.reads == ["8-a", "8-b", "8-c"]
     assert caplog.text.count("8-c is pinned and finds no room") == 1
     assert world.pool.stats().loading == 0  # its bytes are the host tier's to keep or not
-    keep(world, "8-b", "8-c")  # a place has become free
     world.now += RETRY_SECONDS
-    keep(world, "8-b", "8-c")
-    assert world.resident("8-a", "8-b", "8-c") == [False, True, True]
+    keep(world, "8-b", "8-c", "8-0")  # a place has become free, for the one that waits
+    assert world.resident("8-b", "8-c", "8-0") == [True, True, False]
+    assert world.reads == ["8-a", "8-b", "8-c", "8-0"]  # c was in host memory
 
 
 def test_a_failed_load_is_logged_and_nobodys_failure(caplog: pytest.LogCaptureFixture) -> None:
