@@ -186,7 +186,7 @@ class Client:
         set_labels: Mapping[str, str] | None = None,
         remove_labels: Sequence[str] = (),
     ) -> Adapter:
-        """Change what is given and nothing else. `materialised` is a wish: watch `residency.materialised`."""
+        """Change what is given and nothing else. `pinned` and `materialised` are wishes: watch `residency`."""
         changes = AdapterChanges(
             pinned, materialised, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
         )

@@ -198,6 +198,8 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         updated=message.updated.ToDatetime(tzinfo=UTC),
         health="corrupt" if health == "corrupt" else "ok",
         residency=_residency(message.residency),
+        materialise=message.materialise,
+        accepted_bases=tuple(message.accepted_bases),
     )
 
 

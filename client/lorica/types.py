@@ -187,7 +187,7 @@ class Residency:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One name and the version (`digest`) it points at."""
+    """One name and the version (`digest`) it points at. `pinned` and `materialise` are wishes of the name."""
 
     name: str
     digest: str
@@ -204,6 +204,8 @@ class Adapter:
     updated: datetime
     health: AdapterHealth
     residency: Residency
+    materialise: bool
+    accepted_bases: tuple[str, ...]  # fingerprints; empty: not known
 
 
 @dataclass(frozen=True)

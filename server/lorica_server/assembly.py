@@ -27,7 +27,7 @@ from lorica_adapters.residency.pool import AdapterPool
 from lorica_adapters.residency.slots import SlotTable
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Quotas
+from lorica_adapters.store.records import Quotas, Wishes
 from lorica_adapters.weights import AdapterWeights
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Parts
@@ -40,6 +40,7 @@ from lorica_server.engine.limits import EngineLimits
 from lorica_server.engine.mailbox import Mailbox
 from lorica_server.engine.scheduler import Scheduler
 from lorica_server.errors import StartError
+from lorica_server.loading import AdapterLoader
 from lorica_server.model.cache import PagedCache, bytes_per_token
 from lorica_server.model.guard import check_supported, self_check
 from lorica_server.model.probe import probe_layers
@@ -84,13 +85,9 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
         return read(files, allow_base_mismatch=allow_base_mismatch).spec
 
-    def load(digest: str) -> AdapterWeights:
-        # Consent to another base was given at upload and is part of what the store remembers.
-        return read(store.files(digest), allow_base_mismatch=store.consents_to_base(digest))
-
     engine_limits = _engine_limits(config, cache)
     mailbox = Mailbox(engine_limits.max_live)
-    host = HostCache(load, config.adapter_host_bytes)
+    host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
     loader = ThreadPoolExecutor(1, thread_name_prefix="lorica-loader")
     pool = AdapterPool(
         SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
@@ -112,7 +109,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
     states = _States(pool, weight_sets)
-    registry = Registry(store, read_spec, states)
+    registry = Registry(store, read_spec, base.spec.fingerprint, states)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:
@@ -268,13 +265,14 @@ class _States:
         view, dense = self._pool.residency(digest), self._weight_sets.state(digest)
         return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Build a dense copy in the background, or drop it."""
-        self._weight_sets.want(digest, wanted)
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """Keep what is pinned on the device and have dense copies of what is to be materialised; nothing else."""
+        self._pool.keep(wishes.pinned, again)
+        self._weight_sets.wish(wishes.materialised, again)
 
     def forget(self, digest: str) -> None:
         """Free its slot once the last lease is back, its host bytes and its dense copy."""
-        self._weight_sets.want(digest, False)
+        self._weight_sets.forget(digest)
         self._pool.discard(digest)
 
 

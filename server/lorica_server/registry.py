@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, AdapterNotFound, StoreUnavailable
+from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.protocol import AdapterStore
 from lorica_adapters.store.records import (
@@ -27,6 +27,7 @@ from lorica_adapters.store.records import (
     Published,
     UploadManifest,
     UploadProgress,
+    Wishes,
 )
 
 _MIN_PREFIX = 8  # hex digits
@@ -46,8 +47,11 @@ class Copies(Protocol):
     def forget(self, digest: str) -> None:
         """Free all of it: no name, kept version or request reaches this digest any more."""
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Build a dense copy in the background, or drop it."""
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """All that is wished for from now on: bring it about in the background, and drop what is not in it.
+
+        What was refused or failed before is left alone, unless it is `again`. Never waits.
+        """
 
 
 class NoCopies:
@@ -56,8 +60,8 @@ class NoCopies:
     def forget(self, digest: str) -> None:
         """Nothing to free."""
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Nothing to build or drop."""
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """Nothing to bring about."""
 
 
 class Resolved:
@@ -149,12 +153,16 @@ class Download:
 class Registry:
     """The one door to the adapters. Errors are those of `lorica_adapters.errors`, as AdapterStore documents them."""
 
-    def __init__(self, store: AdapterStore, read: ReadAdapter, copies: Copies | None = None) -> None:
+    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, copies: Copies | None = None) -> None:
+        """`base` is the fingerprint of the base that `read` validates against."""
         self._store = store
         self._read = read
+        self._base = base
         self._copies = copies or NoCopies()
+        self._telling = threading.Lock()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorica-registry")
+        self._tell_wishes()
 
     def close(self) -> None:
         """Finish the publish under way, then close the store. Idempotent."""
@@ -201,8 +209,8 @@ class Registry:
         return await asyncio.to_thread(self._store.list, tenant, page_size, page_token)
 
     async def update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
-        """Change aliases, labels, pinned."""
-        return await asyncio.to_thread(self._store.update, tenant, name, change)
+        """Change aliases, labels and wishes; a wish made again is tried again."""
+        return await asyncio.to_thread(self._update, tenant, name, change)
 
     async def delete(self, tenant: str, name: str) -> None:
         """Remove a name; running requests keep its bytes."""
@@ -227,35 +235,33 @@ class Registry:
             raise
         except OSError as error:
             raise _unreadable() from error
-        before = self._current(tenant, staged.manifest.name)
-        published = self._store.publish(tenant, upload_id, spec)
-        self._let_go(before)
+        published = self._store.publish(tenant, upload_id, spec, self._base)
+        # Whatever was wrong with this content, bytes or base, is right now.
+        self._tell_wishes(again=published.record.digest)
+        self._forget_removed()
         return published
 
+    def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
+        record = self._store.update(tenant, name, change)
+        self._tell_wishes(again=record.digest if change.pinned or change.materialised else None)
+        return record
+
     def _delete(self, tenant: str, name: str) -> None:
-        before = self._current(tenant, name)
         self._store.delete(tenant, name)
-        self._let_go(before)
-
-    def _current(self, tenant: str, name: str) -> str | None:
-        """The digest a name points at now."""
-        try:
-            return self._store.get(tenant, name).digest
-        except AdapterNotFound:
-            return None
-
-    def _let_go(self, before: str | None) -> None:
-        """After a change of the name that pointed at `before`: others need not hold what nobody asks for.
-
-        A dense copy pays for a version that has the traffic of a name; what `name@digest` still reaches, and
-        what runs at the moment, goes on without one. The change itself is durable, whatever happens here.
-        """
-        try:
-            if before is not None and not self._store.is_named(before):
-                self._copies.want_materialised(before, False)
-        except AdapterError as error:
-            _log.warning("a dense copy may stay until its adapter is removed: %s", error)
+        self._tell_wishes()
         self._forget_removed()
+
+    def _tell_wishes(self, again: str | None = None) -> None:
+        """After every change of a name, and at the start: all wishes as they are now, not what has changed.
+
+        So nobody need remember what a name pointed at, and a message that is lost is made up for by the next.
+        The change itself is durable, whatever happens here.
+        """
+        with self._telling:  # read and told as one step: of two changes at once, the last to tell knows of both
+            try:
+                self._copies.wish(self._store.wishes(), again)
+            except AdapterError as error:
+                _log.warning("wishes could not be read, the next change of an adapter tells them: %s", error)
 
     def _forget_removed(self) -> None:
         for digest in self._store.take_removed():

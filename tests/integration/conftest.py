@@ -87,4 +87,4 @@ def _register(data_dir: Path, names: list[str]) -> None:
             for file, data in files.items():
                 store.write_chunk(TENANT, upload_id, file, 0, data)
             staged = store.staged_files(TENANT, upload_id)
-            store.publish(TENANT, upload_id, formats.read(staged.files, base, ReadLimits()).spec)
+            store.publish(TENANT, upload_id, formats.read(staged.files, base, ReadLimits()).spec, base.fingerprint)

@@ -20,6 +20,7 @@ from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.records import AdapterUpdate, Quotas
 from lorica_server.registry import Registry, split_reference
 from support.stores import (
+    BASE,
     CONFIG,
     MODEL,
     TENANT,
@@ -59,7 +60,7 @@ def reader() -> Reader:
 
 @pytest.fixture
 def registry(tmp_path: Path, reader: Reader) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, Quotas(max_adapters=3, keep_versions=2)), reader)
+    registry = Registry(quick_store(tmp_path, Quotas(max_adapters=3, keep_versions=2)), reader, BASE)
     yield registry
     registry.close()
 
@@ -291,7 +292,7 @@ async def test_resolving_is_fast_enough_for_the_event_loop(registry: Registry) -
 
 @pytest.mark.asyncio
 async def test_a_release_after_the_close_is_harmless(tmp_path: Path) -> None:
-    registry = Registry(quick_store(tmp_path), read_spec)
+    registry = Registry(quick_store(tmp_path), read_spec, BASE)
     await push(registry, "one", FILES)
     resolved = registry.resolve(TENANT, "one")
     await registry.delete(TENANT, "one")

@@ -1,17 +1,18 @@
-"""What the registry tells those who hold copies of an adapter when its name moves on or goes."""
+"""What the registry tells those who hold copies of adapters: all wishes after each change of a name, what is gone."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store.records import Quotas
+from lorica_adapters.errors import AdapterNotFound, StoreUnavailable
+from lorica_adapters.store.records import AdapterUpdate, Quotas, Wishes
 from lorica_server.registry import Registry
-from support.stores import TENANT, content, digest_of, manifest_of, quick_store, read_spec
+from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_spec
 
 pytestmark = pytest.mark.asyncio
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))
@@ -22,14 +23,17 @@ class Copies:
 
     def __init__(self) -> None:
         self.forgotten: list[str] = []
-        self.dropped: list[str] = []
+        self.wishes: list[Wishes] = []
+        self.again: list[str | None] = []
 
     def forget(self, digest: str) -> None:
+        assert self.wishes
+        assert digest not in self.wishes[-1].pinned | self.wishes[-1].materialised  # or it would come back
         self.forgotten.append(digest)
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        assert not wanted
-        self.dropped.append(digest)
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        self.wishes.append(wishes)
+        self.again.append(again)
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def copies() -> Copies:
 
 @pytest.fixture
 def registry(tmp_path: Path, copies: Copies) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, copies)
+    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, BASE, copies)
     yield registry
     registry.close()
 
@@ -53,49 +57,127 @@ async def push(registry: Registry, name: str, seed: str) -> None:
     await registry.publish(TENANT, upload_id)
 
 
+def wishes(pinned: str = "", materialised: str = "") -> Wishes:
+    return Wishes(frozenset({pinned} - {""}), frozenset({materialised} - {""}))
+
+
+WISH = AdapterUpdate(pinned=True, materialised=True)
+
+
+async def test_every_change_of_a_name_tells_all_wishes(registry: Registry, copies: Copies) -> None:
+    await push(registry, "a", "one")
+    await push(registry, "b", "two")
+    await registry.update(TENANT, "a", AdapterUpdate(materialised=True))
+    await registry.update(TENANT, "b", AdapterUpdate(pinned=True))
+    await registry.update(TENANT, "b", AdapterUpdate(add_aliases=("c",)))
+    await registry.update(TENANT, "a", AdapterUpdate(materialised=False))
+    await registry.delete(TENANT, "b")
+    assert copies.wishes == [
+        wishes(),  # at the start
+        wishes(),
+        wishes(),
+        wishes(materialised=ONE),
+        wishes(TWO, ONE),
+        wishes(TWO, ONE),
+        wishes(TWO),
+        wishes(),
+    ]
+
+
+async def test_only_what_asks_again_is_tried_again(registry: Registry, copies: Copies) -> None:
+    await push(registry, "a", "one")
+    await registry.update(TENANT, "a", WISH)
+    await registry.update(TENANT, "a", AdapterUpdate(set_labels={"k": "v"}, pinned=False))
+    await push(registry, "b", "two")
+    await push(registry, "a", "one")  # what was wrong with it may be right now
+    await registry.delete(TENANT, "b")
+    assert copies.again == [None, ONE, ONE, None, TWO, ONE, None]
+
+
+async def test_a_restart_tells_the_wishes_at_once(tmp_path: Path) -> None:
+    registry = Registry(quick_store(tmp_path), read_spec, BASE)
+    await push(registry, "a", "one")
+    await registry.update(TENANT, "a", WISH)
+    registry.close()
+    copies = Copies()
+    Registry(quick_store(tmp_path), read_spec, BASE, copies).close()
+    assert copies.wishes == [wishes(ONE, ONE)]
+
+
+async def test_a_wish_follows_its_name_and_what_it_left_is_forgotten_later(registry: Registry, copies: Copies) -> None:
+    await push(registry, "a", "one")
+    await registry.update(TENANT, "a", WISH)
+    await push(registry, "a", "two")
+    assert (copies.wishes[-1], copies.forgotten) == (wishes(TWO, TWO), [])  # name@digest reaches it still
+    await push(registry, "a", "three")
+    assert (copies.wishes[-1], copies.forgotten) == (wishes(THREE, THREE), [ONE])
+
+
 async def test_a_delete_lets_everything_go(registry: Registry, copies: Copies) -> None:
     await push(registry, "a", "one")
-    assert (copies.dropped, copies.forgotten) == ([], [])
+    await registry.update(TENANT, "a", WISH)
     await registry.delete(TENANT, "a")
-    assert (copies.dropped, copies.forgotten) == ([ONE], [ONE])
+    assert (copies.wishes[-1], copies.forgotten) == (wishes(), [ONE])
 
 
 async def test_a_delete_of_nothing_tells_nothing(registry: Registry, copies: Copies) -> None:
     with pytest.raises(AdapterNotFound):
         await registry.delete(TENANT, "a")
-    assert (copies.dropped, copies.forgotten) == ([], [])
+    assert (copies.wishes, copies.forgotten) == ([wishes()], [])
 
 
-async def test_a_switch_drops_the_dense_copy_and_later_the_rest(registry: Registry, copies: Copies) -> None:
-    await push(registry, "a", "one")
-    await push(registry, "a", "two")
-    assert (copies.dropped, copies.forgotten) == ([ONE], [])  # name@digest reaches it still
-    await push(registry, "a", "three")
-    assert (copies.dropped, copies.forgotten) == ([ONE, TWO], [ONE])
-
-
-async def test_the_same_content_again_drops_nothing(registry: Registry, copies: Copies) -> None:
-    await push(registry, "a", "one")
-    await push(registry, "a", "one")
-    assert (copies.dropped, copies.forgotten) == ([], [])
-
-
-async def test_what_another_name_points_at_stays(registry: Registry, copies: Copies) -> None:
-    await push(registry, "a", "one")
-    await push(registry, "b", "one")
-    await push(registry, "a", "two")
+async def test_what_another_name_wishes_for_stays(registry: Registry, copies: Copies) -> None:
+    for name in ("a", "b"):
+        await push(registry, name, "one")
+        await registry.update(TENANT, name, WISH)
     await registry.delete(TENANT, "a")
-    assert (copies.dropped, copies.forgotten) == ([TWO], [TWO])
+    assert (copies.wishes[-1], copies.forgotten) == (wishes(ONE, ONE), [])
     await registry.delete(TENANT, "b")
-    assert (copies.dropped, copies.forgotten) == ([TWO, ONE], [TWO, ONE])
+    assert (copies.wishes[-1], copies.forgotten) == (wishes(), [ONE])
 
 
 async def test_a_running_request_holds_it_until_its_end(registry: Registry, copies: Copies) -> None:
     await push(registry, "a", "one")
     with registry.resolve(TENANT, "a"):
         await registry.delete(TENANT, "a")
-        assert (copies.dropped, copies.forgotten) == ([ONE], [])
+        assert copies.forgotten == []
     async with asyncio.timeout(5):
         while not copies.forgotten:  # noqa: ASYNC110 -- the collection runs on a thread of its own
             await asyncio.sleep(0.005)
     assert copies.forgotten == [ONE]
+
+
+async def test_wishes_that_cannot_be_read_do_not_fail_a_change_that_is_durable(
+    registry: Registry, copies: Copies, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> Wishes:
+        raise StoreUnavailable("the store's catalog is locked")
+
+    await push(registry, "a", "one")
+    monkeypatch.setattr(registry._store, "wishes", fail)
+    assert (await registry.update(TENANT, "a", WISH)).materialised
+    assert "wishes could not be read" in caplog.text
+    monkeypatch.undo()
+    await registry.update(TENANT, "a", AdapterUpdate(add_aliases=("b",)))
+    assert copies.wishes[-1] == wishes(ONE, ONE)
+
+
+async def test_of_changes_at_once_the_last_told_knows_of_all(
+    registry: Registry, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told out of order, an older reading would stand until the next change."""
+    names = [f"n{index}" for index in range(6)]
+    for name in names:
+        await push(registry, name, name)
+    read, delays = registry._store.wishes, iter(range(len(names), 0, -1))
+
+    def read_slowly() -> Wishes:
+        found = read()
+        time.sleep(next(delays) * 0.01)  # whoever reads later is sooner done
+        return found
+
+    monkeypatch.setattr(registry._store, "wishes", read_slowly)
+    await asyncio.gather(*(registry.update(TENANT, name, AdapterUpdate(pinned=True)) for name in names))
+    counts = [len(told.pinned) for told in copies.wishes]
+    assert counts == sorted(counts)
+    assert counts[-1] == len(names)

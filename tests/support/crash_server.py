@@ -19,7 +19,7 @@ from lorica_adapters.errors import AdapterNotFound
 from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Quotas
-from support.stores import TENANT, SteppedDisk, content, manifest_of, send, spec_of
+from support.stores import BASE, TENANT, SteppedDisk, content, manifest_of, send, spec_of
 
 NAMES = ("a", "b", "c")
 QUOTAS = Quotas(keep_versions=1)
@@ -61,7 +61,7 @@ def work(root: Path, first: int, rounds: int, delete_every: int, kill_at: int | 
             store.begin_upload(TENANT, upload_id_of(number), manifest_of(name, files))
             send(store, upload_id_of(number), files, chunk=1000)
             store.staged_files(TENANT, upload_id_of(number))
-            store.publish(TENANT, upload_id_of(number), spec_of(files))
+            store.publish(TENANT, upload_id_of(number), spec_of(files), BASE)
             say(f"ack publish {name} {number}")
             if number % delete_every == 0:
                 other = NAMES[(number + 1) % len(NAMES)]

@@ -29,6 +29,7 @@ from lorica_protos.v1 import (
 )
 
 DIGEST = "d" * 64
+BASE = "b" * 64
 
 
 @dataclass
@@ -61,6 +62,7 @@ class State:
     faults: Faults = field(default_factory=Faults)
     uploads: dict[str, Upload] = field(default_factory=dict)
     adapters: dict[str, adapters_pb2.Adapter] = field(default_factory=dict)
+    keeps_sets: bool = False  # another name wishes for every dense copy too
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     calls: int = 0
@@ -188,7 +190,10 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
     def GetModel(self, request: inference_pb2.GetModelRequest, context: Any) -> inference_pb2.GetModelResponse:
         _enter(self._state, context)
         return inference_pb2.GetModelResponse(
-            model_id="fake", architecture="llama", limits=inference_pb2.Limits(context_tokens=64, max_rank=8)
+            model_id="fake",
+            architecture="llama",
+            fingerprint=BASE,
+            limits=inference_pb2.Limits(context_tokens=64, max_rank=8),
         )
 
     def Abort(self, request: inference_pb2.AbortRequest, context: Any) -> inference_pb2.AbortResponse:
@@ -289,8 +294,10 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
         if request.HasField("pinned"):
             adapter.pinned = request.pinned
         if request.HasField("materialised"):
+            adapter.materialise = request.materialised
+            is_ready = request.materialised or self._state.keeps_sets
             adapter.residency.materialised = (
-                adapters_pb2.MATERIALISED_STATE_READY if request.materialised else adapters_pb2.MATERIALISED_STATE_NONE
+                adapters_pb2.MATERIALISED_STATE_READY if is_ready else adapters_pb2.MATERIALISED_STATE_NONE
             )
         aliases = {*adapter.aliases, *request.add_aliases} - set(request.remove_aliases)
         del adapter.aliases[:]

@@ -20,7 +20,7 @@ from grpc import aio
 from lorica_adapters.errors import AdapterInvalid
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Quotas
+from lorica_adapters.store.records import Quotas, Wishes
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Parts
@@ -42,6 +42,7 @@ from support.fake_runner import VOCABULARY, FakeRunner
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 ."
 EOS = 63  # "."
+BASE = "f" * 64
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -72,18 +73,26 @@ class FakeCodec:
 
 
 class FakeStates:
-    """Where adapters are: as a test says."""
+    """Where adapters are: as a test says, or else as is wished for, at once. Also the registry's `Copies`."""
 
     def __init__(self) -> None:
         self.known: dict[str, AdapterState] = {}
+        self.wishes = Wishes()
 
     def state(self, digest: str) -> AdapterState:
-        """Registered only, unless a test knows better."""
-        return self.known.get(digest, AdapterState())
+        """What a test knows better goes first."""
+        wished = AdapterState(
+            "resident" if digest in self.wishes.pinned else "registered",
+            materialised="ready" if digest in self.wishes.materialised else "none",
+        )
+        return self.known.get(digest, wished)
 
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Ready at once."""
-        self.known[digest] = AdapterState(materialised="ready" if wanted else "none")
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """See `registry.Copies`."""
+        self.wishes = wishes
+
+    def forget(self, digest: str) -> None:
+        """See `registry.Copies`."""
 
 
 def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
@@ -122,7 +131,8 @@ class Inside:
             max_running=config.max_running,
             max_queued=config.max_queued,
         )
-        self.registry = Registry(LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters)), self.read)
+        store = LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters))
+        self.registry = Registry(store, self.read, BASE, self.states)
         self.scheduler = Scheduler(bounds, self.pool)
         self.runner = FakeRunner(4, self.pool.digest_of, self._inject)
         mailbox = Mailbox(bounds.max_live)
@@ -144,7 +154,7 @@ class Inside:
             max_logprobs=config.max_logprobs,
             max_stop_strings=config.max_stop_strings,
         )
-        model = ModelInfo("fake", "llama", "f" * 64, "float32", "cpu", False, limits)
+        model = ModelInfo("fake", "llama", BASE, "float32", "cpu", False, limits)
         parts = Parts(self.client, self.registry, self.codec, model, self.states)
         return Built(parts, engine, lambda: AdapterReading(slots=4), self.registry.close)
 

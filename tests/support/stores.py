@@ -17,6 +17,7 @@ from lorica_adapters.store.records import FileEntry, Published, Quotas, UploadMa
 TENANT = "default"
 CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
+BASE, OTHER_BASE = "b" * 64, "c" * 64
 
 Files = Mapping[str, bytes]
 
@@ -80,9 +81,11 @@ def stage(store: AdapterStore, name: str, files: Files, *, tenant: str = TENANT,
     return upload_id
 
 
-def put(store: AdapterStore, name: str, files: Files, *, tenant: str = TENANT, **options: object) -> Published:
+def put(
+    store: AdapterStore, name: str, files: Files, *, tenant: str = TENANT, base: str = BASE, **options: object
+) -> Published:
     """A whole upload."""
-    return store.publish(tenant, stage(store, name, files, tenant=tenant, **options), spec_of(files))
+    return store.publish(tenant, stage(store, name, files, tenant=tenant, **options), spec_of(files), base)
 
 
 def stored(store: AdapterStore, digest: str) -> dict[str, bytes]:

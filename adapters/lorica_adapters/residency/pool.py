@@ -1,4 +1,4 @@
-"""Which adapters are on the device: leases, single-flight loads, least recently used out first.
+"""Which adapters are on the device: leases, single-flight loads, least recently used out first, kept ones last.
 
 Belongs to the engine thread, which never waits here: reading and copying happen on a loader thread that reports back
 through `poll`. Torch-free; tiers are injected.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from lorica_adapters.errors import AdapterError, PoolExhausted
+from lorica_adapters.residency.kept import Kept, Size
 from lorica_adapters.residency.slots import Slot, SlotTable
 from lorica_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Rows, Weights
 
@@ -65,9 +66,11 @@ class _Load(Generic[W]):
 
     digest: str
     started: float
-    asked_at: int  # tick of the last request for it
+    is_asked: bool  # by a request; otherwise it is only to be kept
+    asked_at: int  # tick of the last request for it, or of its start
     state: Literal["reading", "ready", "writing"] = "reading"
     weights: W | None = None
+    size: Size | None = None
     slot: Slot | None = None
 
 
@@ -98,6 +101,7 @@ class AdapterPool(Generic[W]):
         self._loads: dict[str, _Load[W]] = {}
         self._failures: dict[str, tuple[AdapterError, float]] = {}
         self._doomed: set[str] = set()  # to be freed as soon as nobody holds a lease
+        self._kept = Kept()
         self._reports: deque[_Report[W]] = deque()
         self._discards: deque[str] = deque()
         self._tick = 0
@@ -120,17 +124,17 @@ class AdapterPool(Generic[W]):
         load = self._loads.get(digest)
         if load is None:
             self._count(waits=1)
-            self._loads[digest] = _Load(digest, self._clock(), self._tick)
-            self._loader.submit(self._read, digest)
+            self._start(digest, is_asked=True)
             return None
-        load.asked_at = self._tick
+        load.is_asked, load.asked_at = True, self._tick
         if load.state == "ready":
             self._place(load)
         return None
 
     def poll(self) -> None:
-        """Takes in what loaders have reported and what was discarded; once per step."""
+        """Takes in what loaders have reported, what was discarded and what is to be kept; once per step."""
         self._tick += 1
+        self._kept.take_in(self._slots, self._clock())
         while self._reports:
             self._take_in(self._reports.popleft())
         while self._discards:
@@ -143,6 +147,8 @@ class AdapterPool(Generic[W]):
                 self._host.discard(digest)
                 if slot is not None:
                     self._evict(slot)
+                    self._kept.went(digest, self._clock())
+        self._bring_kept()
         if self._failures:
             now = self._clock()
             self._failures = {d: (e, t) for d, (e, t) in self._failures.items() if now - t < FAILURE_SECONDS}
@@ -150,6 +156,15 @@ class AdapterPool(Generic[W]):
     def discard(self, digest: str) -> None:
         """Frees an adapter's slot and host bytes once its last lease is released. Any thread."""
         self._discards.append(digest)
+        self._notify()
+
+    def keep(self, digests: frozenset[str], again: str | None = None) -> None:
+        """From now on `digests`, and no others, are loaded unasked and evicted last. Any thread.
+
+        One that cannot come, for its load fails or there is no room, is tried again from time to time, and at once if
+        it is `again`.
+        """
+        self._kept.wish(digests, again)
         self._notify()
 
     def residency(self, digest: str) -> ResidencyView:
@@ -174,6 +189,7 @@ class AdapterPool(Generic[W]):
     def check(self) -> None:
         """Raises ValueError when the books do not add up. Engine thread."""
         self._table.check()
+        self._kept.check(self._slots)
         held = {slot.number for slot in self._slots.values()}
         held |= {load.slot.number for load in self._loads.values() if load.slot is not None}
         if held != self._table.numbers:
@@ -204,6 +220,27 @@ class AdapterPool(Generic[W]):
 
     # On the engine thread.
 
+    def _start(self, digest: str, *, is_asked: bool) -> None:
+        self._loads[digest] = _Load(digest, self._clock(), is_asked, self._tick)
+        self._loader.submit(self._read, digest)
+
+    def _bring_kept(self) -> None:
+        """Loads absent ones that are to be kept, one at a time: whoever asks for another waits for one at most."""
+        for load in self._loads.values():
+            if not load.is_asked:
+                if load.state == "ready":
+                    self._place(load)
+                return
+        now = self._clock()
+        due = self._kept.find_due(now, self._loads)
+        if due is None:
+            return
+        digest, size = due
+        if size is None or self._table.can_take_without(*size, _numbers(self._idle(kept=False))):
+            self._start(digest, is_asked=False)
+        else:
+            self._kept.found_no_room(digest, now, size)
+
     def _take_in(self, report: _Report[W]) -> None:
         load = self._loads[report.digest]
         if report.error is not None:
@@ -215,6 +252,7 @@ class AdapterPool(Generic[W]):
             self._device.bind(load.slot.number, load.slot.rows)
             load.slot.used_at = load.slot.bound_at = self._tick
             self._slots[report.digest] = load.slot
+            self._kept.came(report.digest)
             del self._loads[report.digest]
             self._count(loads=1, load_seconds=self._clock() - load.started)
 
@@ -223,46 +261,57 @@ class AdapterPool(Generic[W]):
         weights = load.weights
         if weights is None:
             raise ValueError(f"{load.digest} has not been read")
-        needs = self._table.needs(weights.spec.ranks)
-        extra_bytes = self._device.extra_bytes(weights)
+        load.size = needs, extra_bytes = self._table.needs(weights.spec.ranks), self._device.extra_bytes(weights)
         if not self._table.can_ever_hold(needs, extra_bytes):
             self._fail(load, self._too_large(needs, extra_bytes))
             return
         taken = self._table.try_take(needs, extra_bytes)
         if taken is None:
-            taken = self._take_from_idle(needs, extra_bytes)
+            taken = self._take_from_idle(load.size, may_take_kept=load.is_asked)
         if taken is None:
             return
         number, rows = taken
         load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "writing"
         self._loader.submit(self._write, load.slot, weights)
 
-    def _take_from_idle(self, needs: dict[str, int], extra_bytes: int) -> tuple[int, Rows] | None:
-        """Evicts idle slots, longest unused first, until there is room; none at all where that cannot help."""
-        idle = self._idle()
-        if not self._table.can_take_without(needs, extra_bytes, {slot.number for slot in idle}):
-            return None
+    def _take_from_idle(self, size: Size, *, may_take_kept: bool) -> tuple[int, Rows] | None:
+        """Evicts idle slots until there is room; none at all where that cannot help, kept ones where nothing else can.
+
+        A kept adapter gives way to a request, or others would starve, but never to another kept one.
+        """
+        idle = self._idle(kept=False)
+        if not self._table.can_take_without(*size, _numbers(idle)):
+            if not may_take_kept:
+                return None
+            idle += self._idle(kept=True)
+            if not self._table.can_take_without(*size, _numbers(idle)):
+                return None
         for slot in idle:
             self._evict(slot)
-            taken = self._table.try_take(needs, extra_bytes)
+            self._kept.gave_way(slot.digest, self._clock())
+            taken = self._table.try_take(*size)
             if taken is not None:
                 return taken
         return None
 
     def _give_up_unasked(self) -> None:
-        """Forgets read adapters that wait for a slot although whoever wanted them has gone."""
+        """Forgets read adapters that wait for a slot although whoever wanted them has gone, or nobody asked."""
         for load in list(self._loads.values()):
             patience = 1 if load.digest in self._doomed else READY_TICKS
             if load.state == "ready" and self._tick - load.asked_at > patience:
                 del self._loads[load.digest]
+                if not load.is_asked and load.digest in self._kept:
+                    logger.warning("adapter %s is pinned and finds no room on the device", load.digest)
+                    self._kept.found_no_room(load.digest, self._clock(), load.size)
 
     def _is_idle(self, slot: Slot) -> bool:
         """Without leases; one bound in this very step waits for its first request."""
         return not slot.leases and slot.bound_at != self._tick
 
-    def _idle(self) -> list[Slot]:
-        """Idle slots, longest unused first."""
-        return sorted(filter(self._is_idle, self._slots.values()), key=lambda slot: slot.used_at)
+    def _idle(self, *, kept: bool) -> list[Slot]:
+        """Idle slots of adapters that are to be kept, or of the others; longest unused first."""
+        idle = [slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._kept) == kept]
+        return sorted(idle, key=lambda slot: slot.used_at)
 
     def _evict(self, slot: Slot) -> None:
         self._device.unbind(slot.number)
@@ -279,10 +328,14 @@ class AdapterPool(Generic[W]):
         if load.slot is not None:
             self._table.free(load.slot.number)
         del self._loads[load.digest]
-        self._failures[load.digest] = (error, self._clock())
+        if load.is_asked:
+            self._failures[load.digest] = (error, self._clock())
+        if load.digest in self._kept:
+            logger.warning("adapter %s is pinned and could not be loaded: %s", load.digest, error)
+            self._kept.failed(load.digest, self._clock())
         self._count(load_failures=1)
 
-    def _too_large(self, needs: dict[str, int], extra_bytes: int) -> PoolExhausted:
+    def _too_large(self, needs: Mapping[str, int], extra_bytes: int) -> PoolExhausted:
         largest = max(needs.values(), default=0)
         return PoolExhausted(
             f"the adapter needs {largest} rank rows per module and {extra_bytes} bytes beside them, "
@@ -292,3 +345,7 @@ class AdapterPool(Generic[W]):
 
     def _count(self, **more: float) -> None:
         self._stats = replace(self._stats, **{key: getattr(self._stats, key) + value for key, value in more.items()})
+
+
+def _numbers(slots: Iterable[Slot]) -> set[int]:
+    return {slot.number for slot in slots}

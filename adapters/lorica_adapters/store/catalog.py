@@ -17,7 +17,7 @@ from typing import Any
 from lorica_adapters.errors import AdapterInvalid, AdapterNotFound
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store import schema
-from lorica_adapters.store.records import AdapterRecord, FileEntry, Health
+from lorica_adapters.store.records import AdapterRecord, FileEntry, Health, Wishes
 from lorica_adapters.store.spec_json import decode_spec
 
 Connect = Callable[[Path, float], sqlite3.Connection]
@@ -35,8 +35,9 @@ _CANONICAL = "coalesce((SELECT name FROM aliases WHERE tenant = :tenant AND alia
 _CURRENT = f"FROM names n JOIN versions v ON v.id = n.version WHERE n.tenant = :tenant AND n.name = {_CANONICAL}"
 _KEPT = f"""FROM names n JOIN history h ON h.tenant = n.tenant AND h.name = n.name JOIN versions v ON v.id = h.version
     WHERE n.tenant = :tenant AND n.name = {_CANONICAL} AND substr(v.digest, 1, length(:prefix)) = :prefix"""
-_RECORD = f"""n.name, v.digest, v.spec, {_CORRUPT}, n.labels, n.pinned, n.created, n.updated,
-    (SELECT group_concat(alias, ',') FROM aliases a WHERE a.tenant = n.tenant AND a.name = n.name)"""
+_RECORD = f"""n.name, v.digest, v.spec, {_CORRUPT}, n.labels, n.pinned, n.materialised, n.created, n.updated,
+    (SELECT group_concat(alias, ',') FROM aliases a WHERE a.tenant = n.tenant AND a.name = n.name),
+    (SELECT group_concat(base, ',') FROM versions w WHERE w.digest = v.digest)"""
 
 
 class Catalog:
@@ -124,13 +125,20 @@ class Catalog:
             )
         )
 
-    def is_named(self, digest: str) -> bool:
-        """Whether any name of any tenant points at a version of this digest."""
-        return bool(
-            self._read(
-                "SELECT 1 FROM versions v JOIN names n ON n.version = v.id WHERE v.digest = ? LIMIT 1", (digest,)
-            )
+    def wishes(self) -> Wishes:
+        """What names wish for the digests they point at."""
+        rows = self._read(
+            """SELECT v.digest, n.pinned, n.materialised FROM names n JOIN versions v ON v.id = n.version
+            WHERE n.pinned OR n.materialised"""
         )
+        return Wishes(
+            pinned=frozenset(digest for digest, pinned, _ in rows if pinned),
+            materialised=frozenset(digest for digest, _, materialised in rows if materialised),
+        )
+
+    def bases(self, digest: str) -> frozenset[str]:
+        """The base of each tenant's version of a digest."""
+        return frozenset(row[0] for row in self._read("SELECT base FROM versions WHERE digest = ?", (digest,)))
 
     def blobs(self) -> Set[str]:
         """The hash of every file that some version needs."""
@@ -182,7 +190,7 @@ class Catalog:
             return self._reader.execute(sql, values).fetchall()
 
     def _record(self, tenant: str, row: Row) -> AdapterRecord:
-        name, digest, spec, corrupt, labels, pinned, created, updated, aliases = row
+        name, digest, spec, corrupt, labels, pinned, materialised, created, updated, aliases, bases = row
         return AdapterRecord(
             id=AdapterId(tenant, name),
             digest=digest,
@@ -190,6 +198,8 @@ class Catalog:
             labels=json.loads(labels),
             aliases=tuple(sorted(aliases.split(","))) if aliases else (),
             pinned=bool(pinned),
+            materialised=bool(materialised),
+            bases=frozenset(bases.split(",")),
             created=created,
             updated=updated,
             health=_health(corrupt),

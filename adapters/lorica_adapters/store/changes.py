@@ -18,7 +18,13 @@ from lorica_adapters.store.spec_json import encode_spec
 
 
 def publish(
-    tx: sqlite3.Connection, tenant: str, manifest: UploadManifest, spec: AdapterSpec, quotas: Quotas, now: float
+    tx: sqlite3.Connection,
+    tenant: str,
+    manifest: UploadManifest,
+    spec: AdapterSpec,
+    base: str,
+    quotas: Quotas,
+    now: float,
 ) -> tuple[bool, bool]:
     """Point a name at a version, making both as needed: (the name changed, its files must be installed).
 
@@ -28,7 +34,7 @@ def publish(
     name = manifest.name
     if tx.execute("SELECT 1 FROM aliases WHERE tenant = ? AND alias = ?", (tenant, name)).fetchall():
         raise AdapterConflict(f"{name!r} is an alias", subject=name, remedy="choose another name or remove the alias")
-    version, is_new, install = _put_version(tx, tenant, spec, manifest.files)
+    version, is_new, install = _put_version(tx, tenant, spec, base, manifest.files)
     changed = _point(tx, tenant, manifest, version, quotas, now)
     tx.execute("DELETE FROM history WHERE tenant = ? AND name = ? AND version = ?", (tenant, name, version))
     tx.execute("INSERT INTO history (tenant, name, version) VALUES (?, ?, ?)", (tenant, name, version))
@@ -43,7 +49,7 @@ def publish(
 
 
 def _put_version(
-    tx: sqlite3.Connection, tenant: str, spec: AdapterSpec, files: Sequence[FileEntry]
+    tx: sqlite3.Connection, tenant: str, spec: AdapterSpec, base: str, files: Sequence[FileEntry]
 ) -> tuple[int, bool, bool]:
     """The version's row id, whether no name kept it before, whether its files are to be installed."""
     wanted = {(entry.file, entry.sha256) for entry in files}
@@ -51,6 +57,7 @@ def _put_version(
     is_new = True
     if rows:
         version = rows[0][0]
+        tx.execute("UPDATE versions SET base = ? WHERE id = ?", (base, version))
         is_new = not tx.execute("SELECT 1 FROM history WHERE version = ? LIMIT 1", (version,)).fetchall()
         stored = tx.execute(
             """SELECT f.file, f.sha256, b.corrupt FROM version_files f JOIN blobs b ON b.sha256 = f.sha256
@@ -63,8 +70,8 @@ def _put_version(
         tx.execute("DELETE FROM version_files WHERE version = ?", (version,))
     else:
         version = tx.execute(
-            "INSERT INTO versions (tenant, digest, spec, files) VALUES (?, ?, ?, ?)",
-            (tenant, spec.digest, encode_spec(spec), len(files)),
+            "INSERT INTO versions (tenant, digest, spec, files, base) VALUES (?, ?, ?, ?, ?)",
+            (tenant, spec.digest, encode_spec(spec), len(files), base),
         ).lastrowid
     for entry in files:
         tx.execute(
@@ -135,7 +142,7 @@ def _make_room(tx: sqlite3.Connection, tenant: str, quotas: Quotas) -> None:
 
 def update(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate, now: float) -> None:
     """Apply `change` to a name. Raises AdapterNotFound, AdapterConflict, AdapterInvalid."""
-    rows = tx.execute("SELECT labels, pinned FROM names WHERE tenant = ? AND name = ?", (tenant, name)).fetchall()
+    rows = tx.execute("SELECT labels FROM names WHERE tenant = ? AND name = ?", (tenant, name)).fetchall()
     if not rows:
         raise _absent(tx, tenant, name)
     for alias in change.remove_aliases:
@@ -156,8 +163,11 @@ def update(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate
     labels |= change.set_labels
     check_labels(labels)
     _write_labels(tx, tenant, name, labels)
-    pinned = rows[0][1] if change.pinned is None else int(change.pinned)
-    tx.execute("UPDATE names SET pinned = ?, updated = ? WHERE tenant = ? AND name = ?", (pinned, now, tenant, name))
+    tx.execute(
+        """UPDATE names SET pinned = coalesce(?, pinned), materialised = coalesce(?, materialised), updated = ?
+        WHERE tenant = ? AND name = ?""",
+        (change.pinned, change.materialised, now, tenant, name),
+    )
 
 
 def delete(tx: sqlite3.Connection, tenant: str, name: str) -> None:

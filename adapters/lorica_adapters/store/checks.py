@@ -59,6 +59,12 @@ def check_digest(digest: str) -> None:
         raise AdapterInvalid(f"digest {_shown(digest)} is not 64 lower-case hex digits", subject="digest")
 
 
+def check_fingerprint(base: str) -> None:
+    """AdapterInvalid unless `base` is 64 lower-case hex digits."""
+    if not DIGEST_PATTERN.fullmatch(base):
+        raise AdapterInvalid(f"base {_shown(base)} is not 64 lower-case hex digits", subject="base")
+
+
 def check_labels(labels: Mapping[str, str]) -> None:
     """AdapterInvalid unless there are at most MAX_LABELS, with plain keys and printable values."""
     if len(labels) > MAX_LABELS:

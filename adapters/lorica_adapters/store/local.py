@@ -38,6 +38,7 @@ from lorica_adapters.store.records import (
     StagedUpload,
     UploadManifest,
     UploadProgress,
+    Wishes,
 )
 from lorica_adapters.store.uploads import Uploads
 
@@ -140,9 +141,10 @@ class LocalStore:
         except AdapterNotFound:
             return
 
-    def publish(self, tenant: str, upload_id: str, spec: AdapterSpec) -> Published:
+    def publish(self, tenant: str, upload_id: str, spec: AdapterSpec, base: str) -> Published:
         self._check_upload(tenant, upload_id)
         checks.check_digest(spec.digest)
+        checks.check_fingerprint(base)
         with self._uploads.session(tenant, upload_id) as session:
             if not session.verified:
                 # Ended and begun anew since the caller read it: `spec` may be of other bytes.
@@ -150,18 +152,18 @@ class LocalStore:
             staged = session.staged()
             session.sync()
             with self._changing:
-                created = self._publish(tenant, staged, spec)
+                created = self._publish(tenant, staged, spec, base)
                 record = self._catalog.get(tenant, staged.manifest.name)
             self._uploads.end(tenant, upload_id, session)
         self._collect_quietly()
         return Published(record, created)
 
-    def _publish(self, tenant: str, staged: StagedUpload, spec: AdapterSpec) -> bool:
+    def _publish(self, tenant: str, staged: StagedUpload, spec: AdapterSpec, base: str) -> bool:
         manifest = staged.manifest
         new: set[str] = set()
         try:
             with self._catalog.transaction() as tx:
-                changed, install = changes.publish(tx, tenant, manifest, spec, self._quotas, self._clock())
+                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, self._clock())
                 if install:
                     with storage_errors("keep an adapter"):
                         for entry in manifest.files:
@@ -207,9 +209,8 @@ class LocalStore:
             self._settle()
         self._collect_quietly()
 
-    def is_named(self, digest: str) -> bool:
-        checks.check_digest(digest)
-        return self._catalog.is_named(digest)
+    def wishes(self) -> Wishes:
+        return self._catalog.wishes()
 
     # Pins
 
@@ -267,6 +268,10 @@ class LocalStore:
         finally:
             if self.unpin(digest):
                 self._collect_quietly()
+
+    def accepted_bases(self, digest: str) -> frozenset[str]:
+        checks.check_digest(digest)
+        return self._catalog.bases(digest)
 
     def consents_to_base(self, digest: str) -> bool:
         return any(spec.base_mismatch for spec in self._catalog.specs(digest))

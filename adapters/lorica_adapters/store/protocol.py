@@ -21,6 +21,7 @@ from lorica_adapters.store.records import (
     StagedUpload,
     UploadManifest,
     UploadProgress,
+    Wishes,
 )
 
 
@@ -59,11 +60,12 @@ class AdapterStore(Protocol):
         the others keep what they have.
         """
 
-    def publish(self, tenant: str, upload_id: str, spec: AdapterSpec) -> Published:
+    def publish(self, tenant: str, upload_id: str, spec: AdapterSpec, base: str) -> Published:
         """Make a staged upload visible under its name, in one step, durably; the upload ends.
 
-        The same digest again is idempotent: the first bytes stay, unless they are corrupt, in which case
-        the new ones replace them. Labels of the manifest, if any, replace those of the name.
+        `base` is the fingerprint of the base that `spec` was validated against. The same digest again is
+        idempotent: the first bytes stay, unless they are corrupt, in which case the new ones replace them; the
+        base becomes this one. Labels of the manifest, if any, replace those of the name; its wishes stay.
         Raises AdapterNotFound, QuotaExceeded, AdapterConflict (the name has become an alias, or `staged_files`
         was not called on this upload); after any error the upload is still there and nothing is visible.
         """
@@ -94,8 +96,8 @@ class AdapterStore(Protocol):
         What others keep of them may go: whoever asks for one again must upload it again.
         """
 
-    def is_named(self, digest: str) -> bool:
-        """Whether a name points at this version now; one that is only kept is not named. A point read."""
+    def wishes(self) -> Wishes:
+        """What the names of all tenants wish for now; versions that are only kept have no wish. Fast."""
 
     def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
         """The record behind a name or alias, of a kept version with `prefix`. Errors as `acquire`, health aside."""
@@ -118,6 +120,12 @@ class AdapterStore(Protocol):
 
         Raises AdapterNotFound, AdapterCorrupt (from then on refused by `acquire`, until the same content
         is uploaded again).
+        """
+
+    def accepted_bases(self, digest: str) -> frozenset[str]:
+        """The base for which each tenant last published this content, UNKNOWN_BASE among them; empty if none did.
+
+        All tenants' together: one who publishes it for another base takes it from nobody who has it for this one.
         """
 
     def consents_to_base(self, digest: str) -> bool:

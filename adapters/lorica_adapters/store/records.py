@@ -12,6 +12,9 @@ from pathlib import Path
 
 from lorica_adapters.spec import AdapterId, AdapterSpec
 
+UNKNOWN_BASE = ""
+"""The base of a version that was published before the store remembered bases."""
+
 # What an adapter may consist of, and how large each file may be; None: bounded by the upload quota alone.
 ALLOWED_FILES: Mapping[str, int | None] = {
     "adapter_config.json": 1 << 20,
@@ -90,7 +93,8 @@ class AdapterVersion:
 class AdapterRecord:
     """A name and the version it points at. `created` and `updated` are seconds since the epoch.
 
-    `pinned` is the operator's wish that the adapter stays resident; the store only remembers it.
+    `pinned` and `materialised` are wishes that the name keeps when it is switched; the store only remembers them.
+    `bases` are those that `AdapterStore.accepted_bases` tells of the version.
     """
 
     id: AdapterId
@@ -99,6 +103,8 @@ class AdapterRecord:
     labels: Mapping[str, str]
     aliases: tuple[str, ...]  # sorted
     pinned: bool
+    materialised: bool
+    bases: frozenset[str]
     created: float
     updated: float
     health: Health
@@ -117,10 +123,19 @@ class AdapterUpdate:
     """A change to a name; what is left out stays. Removals are applied before additions."""
 
     pinned: bool | None = None
+    materialised: bool | None = None
     add_aliases: tuple[str, ...] = ()
     remove_aliases: tuple[str, ...] = ()
     set_labels: Mapping[str, str] = field(default_factory=dict)
     remove_labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the names of all tenants wish for at one moment, as the digests they point at."""
+
+    pinned: frozenset[str] = frozenset()
+    materialised: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -88,13 +88,13 @@ def _rebuild(root: Path, disk: Disk) -> Report:
 
 
 def _salvage(catalog: Path, target: sqlite3.Connection) -> None:
-    """Copy every row that can be read, table by table."""
+    """Copy every row that can be read, table by table. An older catalog's rows lack the last columns of today's."""
     for table in schema.TABLES:
-        columns = len(target.execute(f"PRAGMA table_info({table})").fetchall())
-        holes = ", ".join("?" * columns)
+        columns = [column[1] for column in target.execute(f"PRAGMA table_info({table})").fetchall()]
         for row in _readable_rows(catalog, table):
-            if len(row) == columns:
-                target.execute(f"INSERT OR IGNORE INTO {table} VALUES ({holes})", row)
+            if len(row) <= len(columns):
+                names, holes = ", ".join(columns[: len(row)]), ", ".join("?" * len(row))
+                target.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({holes})", row)
 
 
 def _readable_rows(catalog: Path, table: str) -> Iterator[Sequence[object]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorica_adapters.errors import AdapterError, StoreCorrupt, StoreUnavailable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TABLES = ("blobs", "versions", "version_files", "names", "history", "aliases")  # parents first
 
 # A version belongs to a tenant although its digest is global: two tenants may send different files of one
@@ -29,6 +29,8 @@ CREATE TABLE versions (
     digest TEXT NOT NULL,
     spec TEXT NOT NULL,
     files INTEGER NOT NULL,
+    -- Fingerprint of the base it was last published for; empty: before this was remembered.
+    base TEXT NOT NULL DEFAULT '',
     UNIQUE (digest, tenant)
 );
 CREATE TABLE version_files (
@@ -46,9 +48,11 @@ CREATE TABLE names (
     pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1)),
     created REAL NOT NULL,
     updated REAL NOT NULL,
+    materialised INTEGER NOT NULL DEFAULT 0 CHECK (materialised IN (0, 1)),
     PRIMARY KEY (tenant, name)
 ) WITHOUT ROWID;
 CREATE INDEX names_by_version ON names (version);
+CREATE INDEX names_with_wishes ON names (version) WHERE pinned OR materialised;
 -- The kept versions of a name, the current one included; the highest seq is the newest.
 CREATE TABLE history (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -68,6 +72,16 @@ CREATE TABLE aliases (
 ) WITHOUT ROWID;
 CREATE INDEX aliases_by_name ON aliases (tenant, name);
 """
+
+# What makes a catalog of that version one of the next. A column is added at the end of its table, here and above: rows
+# of an older catalog are then the first columns of a newer one, which is how `repair` reads them.
+_UPGRADES = {
+    1: """
+ALTER TABLE versions ADD COLUMN base TEXT NOT NULL DEFAULT '';
+ALTER TABLE names ADD COLUMN materialised INTEGER NOT NULL DEFAULT 0 CHECK (materialised IN (0, 1));
+CREATE INDEX names_with_wishes ON names (version) WHERE pinned OR materialised;
+""",
+}
 
 _UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _REASONS = {
@@ -125,7 +139,7 @@ def connect(
 
 
 def prepare(connection: sqlite3.Connection, root: Path, *, blobs_exist: bool) -> None:
-    """Check an opened catalog, or create its tables in a new one.
+    """Check an opened catalog, bring an older one to this version, or create its tables in a new one.
 
     Raises StoreCorrupt (damaged, or gone while blobs are there: sweeping then would destroy them all)
     and StoreUnavailable (made by a newer version).
@@ -147,8 +161,15 @@ def prepare(connection: sqlite3.Connection, root: Path, *, blobs_exist: bool) ->
                     "the store holds files but its catalog is empty", subject="store", remedy=repair_command(root)
                 )
             create_tables(connection)
+        elif version < SCHEMA_VERSION:
+            _run(connection, "".join(_UPGRADES[number] for number in range(version, SCHEMA_VERSION)))
 
 
 def create_tables(connection: sqlite3.Connection) -> None:
     """Make the tables and stamp the version, all or nothing."""
-    connection.executescript(f"BEGIN IMMEDIATE; {_DDL} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    _run(connection, _DDL)
+
+
+def _run(connection: sqlite3.Connection, statements: str) -> None:
+    """All of them and the version's stamp in one transaction; one that fails is undone when the connection closes."""
+    connection.executescript(f"BEGIN IMMEDIATE; {statements} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")

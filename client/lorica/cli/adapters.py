@@ -63,12 +63,13 @@ def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 
     with connect(address) as client:
         found = list(client.adapters())
-    if as_json:
-        print_json(found)
-        return
+        if as_json:
+            print_json(found)
+            return
+        base = client.model().fingerprint
     rows = [
         (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
-         a.residency.materialised, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a))
+         a.residency.materialised, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a, base))
         for a in found
     ]  # fmt: skip
     columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MATERIALISED", "PINNED", "ALIASES", "REMARKS")
@@ -92,12 +93,14 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("digest", adapter.digest),
         ("kind", adapter.kind),
         ("base", adapter.base_fingerprint or "undeclared"),
+        ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
         ("rank", adapter.max_rank),
         ("targets", ", ".join(adapter.targets)),
         ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
         ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
         ("aliases", ", ".join(adapter.aliases) or "-"),
         ("pinned", "yes" if adapter.pinned else "no"),
+        ("materialise", "yes" if adapter.materialise else "no"),
         ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
         ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
         ("leases", residency.leases),
@@ -171,13 +174,13 @@ def verify(
 
 @app.command("pin")
 def pin(name: Name, address: Address = DEFAULT_ADDRESS) -> None:
-    """Keep an adapter on the device as long as there is room."""
+    """Load an adapter now and keep it on the device: it is evicted only when nothing else makes room."""
     _set_pinned(name, True, address)
 
 
 @app.command("unpin")
 def unpin(name: Name, address: Address = DEFAULT_ADDRESS) -> None:
-    """Let an adapter be evicted again."""
+    """Let an adapter be evicted as any other."""
     _set_pinned(name, False, address)
 
 
@@ -202,22 +205,26 @@ def alias(
 @app.command("materialise")
 def materialise(
     name: Name,
-    off: Annotated[bool, typer.Option("--off", help="Drop the dense copy.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Wish for no dense copy.")] = False,
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for it; 0 only asks.")] = 60.0,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Keep a dense copy of the base with this adapter merged in, for steps that are all its own."""
+    """Keep a dense copy of the base with this adapter merged in, for steps that are all its own.
+
+    The wish stays with the name, over restarts and new versions, until it is taken back with --off.
+    """
     from lorica.cli.connecting import connect
     from lorica.cli.waiting import wait_materialised
 
     with connect(address) as client:
         adapter = client.update(name, materialised=not off)
-        if wait > 0:
-            adapter = wait_materialised(client, adapter, wanted=not off, seconds=wait)
+        if wait > 0 and not off:
+            adapter = wait_materialised(client, adapter, seconds=wait)
     residency = adapter.residency
     if residency.materialised == "refused" and not off:
         raise CommandError(f"{name} is not materialised: {residency.materialised_reason or 'refused'}")
-    print(f"{name}: materialised {residency.materialised}")
+    others = ", wished for by another name of this version" if off and residency.materialised != "none" else ""
+    print(f"{name}: materialised {residency.materialised}{others}")
 
 
 def _set_pinned(name: str, pinned: bool, address: str) -> None:
@@ -236,8 +243,11 @@ def _labels(pairs: list[str]) -> dict[str, str]:
     return labels
 
 
-def _remarks(adapter: Adapter) -> str:
+def _remarks(adapter: Adapter, base: str) -> str:
+    """What an operator should see at a glance; `base` is the fingerprint of the one served."""
     remarks = ["corrupt"] if adapter.health == "corrupt" else []
+    if adapter.accepted_bases and base not in adapter.accepted_bases:
+        remarks.append("other base")
     if adapter.base_mismatch:
         remarks.append("base mismatch")
     elif adapter.base_fingerprint is None:

@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from lorica.types import Adapter
 
 
-def wait_materialised(client: Client, adapter: Adapter, *, wanted: bool, seconds: float, poll: float = 0.1) -> Adapter:
-    """The adapter once its dense copy is ready or refused (`wanted`), or gone. Raises DeadlineExceeded."""
-    settled = ("ready", "refused") if wanted else ("none", "refused")
+def wait_materialised(client: Client, adapter: Adapter, *, seconds: float, poll: float = 0.1) -> Adapter:
+    """The adapter once its dense copy is ready or refused. Raises DeadlineExceeded."""
     deadline = time.monotonic() + seconds
-    while adapter.residency.materialised not in settled:
+    while adapter.residency.materialised not in ("ready", "refused"):
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"{adapter.name} is still {adapter.residency.materialised} after {seconds:g} s")
         time.sleep(poll)

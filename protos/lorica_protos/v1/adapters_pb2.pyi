@@ -367,6 +367,8 @@ class Adapter(_message.Message):
     UPDATED_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
+    MATERIALISE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_BASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     """The version this name points at."""
@@ -377,7 +379,12 @@ class Adapter(_message.Message):
     max_rank: _builtins.int
     size_bytes: _builtins.int
     pinned: _builtins.bool
+    """The wish that the adapter is on the device: it is loaded without waiting for a request, and evicted only when
+    nothing else makes room. Residency.tier says where it is.
+    """
     health: Global___AdapterHealth.ValueType
+    materialise: _builtins.bool
+    """The wish that there is a dense copy; Residency.materialised says whether there is one."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Distinct last components of adapted module names."""
@@ -392,6 +399,12 @@ class Adapter(_message.Message):
     def updated(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def residency(self) -> Global___Residency: ...
+    @_builtins.property
+    def accepted_bases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Fingerprints of the bases for which uploads of this content were last accepted. When GetModel's is not among them,
+        requests are refused until it is uploaded again. Empty: uploaded before servers remembered this, never refused for it.
+        """
+
     def __init__(
         self,
         *,
@@ -410,10 +423,12 @@ class Adapter(_message.Message):
         updated: _timestamp_pb2.Timestamp | None = ...,
         health: Global___AdapterHealth.ValueType = ...,
         residency: Global___Residency | None = ...,
+        materialise: _builtins.bool = ...,
+        accepted_bases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "residency", b"residency", "updated", b"updated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "health", b"health", "kind", b"kind", "labels", b"labels", "materialise", b"materialise", "max_rank", b"max_rank", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,7 +541,9 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class UpdateAdapterRequest(_message.Message):
-    """Only set fields change."""
+    """Only set fields change. Wishes are of the name: they are kept over restarts, follow the name to a new version, and
+    come true asynchronously.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -559,8 +576,9 @@ class UpdateAdapterRequest(_message.Message):
     REMOVE_LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pinned: _builtins.bool
+    """See Adapter.pinned."""
     materialised: _builtins.bool
-    """Desired state of a dense copy; asynchronous, see Residency.materialised."""
+    """See Adapter.materialise. Wishing again for what was refused tries again."""
     @_builtins.property
     def add_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property

@@ -108,7 +108,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
-        """Change what the store remembers; wish for a dense copy, or for its end."""
+        """Change what the store remembers, wishes included; what comes of those tells the residency."""
         parts = self.gate.enter()
         validate.check_name("name", request.name)
         validate.check_labels("set_labels", request.set_labels)
@@ -118,10 +118,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 raise InvalidRequest(field, f"at most {MAX_ALIASES} at once")
             for index, alias in enumerate(aliases):
                 validate.check_name(f"{field}[{index}]", alias)
-        record = await parts.registry.update(self.tenant_of(context), request.name, read_update(request))
-        if request.HasField("materialised"):
-            parts.states.want_materialised(record.digest, request.materialised)
-        return _write(parts, record)
+        return _write(parts, await parts.registry.update(self.tenant_of(context), request.name, read_update(request)))
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context

@@ -8,6 +8,7 @@ from __future__ import annotations
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorica_adapters.store.records import (
+    UNKNOWN_BASE,
     AdapterRecord,
     AdapterUpdate,
     FileEntry,
@@ -43,9 +44,10 @@ def read_manifest(begin: adapters_pb2.UploadBegin) -> UploadManifest:
 
 
 def read_update(request: adapters_pb2.UpdateAdapterRequest) -> AdapterUpdate:
-    """What a caller wants changed in the store; `materialised` is not the store's."""
+    """What a caller wants changed."""
     return AdapterUpdate(
         pinned=request.pinned if request.HasField("pinned") else None,
+        materialised=request.materialised if request.HasField("materialised") else None,
         add_aliases=tuple(request.add_aliases),
         remove_aliases=tuple(request.remove_aliases),
         set_labels=dict(request.set_labels),
@@ -90,6 +92,8 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         updated=_timestamp(record.updated),
         health=_HEALTH[record.health],
         residency=residency,
+        materialise=record.materialised,
+        accepted_bases=() if UNKNOWN_BASE in record.bases else sorted(record.bases),
     )
 
 

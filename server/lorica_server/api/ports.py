@@ -55,13 +55,10 @@ class AdapterState:
 
 
 class AdapterStates(Protocol):
-    """Engine truth about adapters, and the wish to materialise one. Safe from any thread."""
+    """Engine truth about adapters. Safe from any thread."""
 
     def state(self, digest: str) -> AdapterState:
         """Where the version is at this moment."""
-
-    def want_materialised(self, digest: str, wanted: bool) -> None:
-        """Build a dense copy in the background, or drop it. Outcome in `state`."""
 
 
 @dataclass(frozen=True)

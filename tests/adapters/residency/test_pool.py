@@ -2,100 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 
 from lorica_adapters.errors import AdapterCorrupt, AdapterError, PoolExhausted
-from lorica_adapters.residency.host import HostCache
-from lorica_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.residency.tiers import ResidencyView, Rows
-from lorica_adapters.spec import AdapterSpec
-
-
-@dataclass(frozen=True)
-class FakeWeights:
-    """An adapter of one rank on one module: `8-a` has rank 8."""
-
-    spec: AdapterSpec
-    nbytes: int = 10
-
-
-class Device:
-    """Accepts everything, remembers what is bound."""
-
-    def __init__(self) -> None:
-        self.bound: set[int] = set()
-
-    def extra_bytes(self, weights: FakeWeights) -> int:
-        return 0
-
-    def write(self, slot: int, weights: FakeWeights, rows: Rows) -> None:
-        pass
-
-    def bind(self, slot: int, rows: Rows) -> None:
-        self.bound.add(slot)
-
-    def unbind(self, slot: int) -> None:
-        self.bound.remove(slot)
-
-
-class Later(Executor):
-    """Does its work when asked to."""
-
-    def __init__(self) -> None:
-        self.work: list[Callable[[], Any]] = []
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.work.append(lambda: fn(*args, **kwargs))
-        return Future()
-
-    def do_all(self) -> None:
-        while self.work:
-            self.work.pop(0)()
-
-
-class World:
-    """A pool of `capacity` rank rows and what is around it."""
-
-    def __init__(self, capacity: int = 32, slots: int = 8) -> None:
-        self.now, self.reads, self.notices = 0.0, [], 0
-        self.errors: dict[str, Exception] = {}
-        self.device, self.loader = Device(), Later()
-        self.host: HostCache[FakeWeights] = HostCache(self.read, 1000)
-        self.pool: AdapterPool[FakeWeights] = AdapterPool(
-            SlotTable(["q"], capacity, slots, 0), self.device, self.host, self.loader, self.notify, lambda: self.now
-        )
-
-    def read(self, digest: str) -> FakeWeights:
-        self.reads.append(digest)
-        if digest in self.errors:
-            raise self.errors[digest]
-        return FakeWeights(AdapterSpec(digest, "lora", None, False, {"q": int(digest.split("-")[0])}, frozenset(), 10))
-
-    def notify(self) -> None:
-        self.notices += 1
-
-    def settle(self) -> None:
-        for _ in range(2):
-            self.loader.do_all()
-            self.pool.poll()
-
-    def bring(self, digest: str) -> Lease:
-        """A lease on an adapter that has room."""
-        lease = self.pool.try_acquire(digest)
-        if lease is None:
-            self.settle()
-            lease = self.pool.try_acquire(digest)
-        assert lease is not None
-        return lease
-
-    def resident(self, *digests: str) -> list[bool]:
-        return [self.pool.residency(digest).tier == "resident" for digest in digests]
+from lorica_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS
+from lorica_adapters.residency.tiers import ResidencyView
+from support.pool_world import World
 
 
 def test_waiting_never_reads_twice() -> None:

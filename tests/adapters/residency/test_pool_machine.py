@@ -1,4 +1,5 @@
-"""AdapterPool as a state machine: loads end late, fail and are discarded while leases come and go; the books add up."""
+"""AdapterPool as a state machine: loads end late, fail and are discarded while leases come and go and wishes change;
+the books add up."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
 from lorica_adapters.residency.host import HostCache
+from lorica_adapters.residency.kept import LONGEST_SECONDS, RETRY_SECONDS
 from lorica_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
 from lorica_adapters.residency.slots import SlotTable
 from lorica_adapters.residency.tiers import Rows
@@ -50,6 +52,7 @@ class FakeDevice:
         self.written: dict[int, tuple[str, Rows]] = {}
         self.bound: dict[int, tuple[str, Rows]] = {}
         self.failing: set[str] = set()
+        self.on_unbind: Callable[[str], None] = lambda digest: None
 
     def extra_bytes(self, weights: FakeWeights) -> int:
         return SHAPES[weights.spec.digest][1]
@@ -70,7 +73,8 @@ class FakeDevice:
         self.bound[slot] = self.written.pop(slot)
 
     def unbind(self, slot: int) -> None:
-        del self.bound[slot]
+        digest, _ = self.bound.pop(slot)
+        self.on_unbind(digest)
 
 
 class Later(Executor):
@@ -103,7 +107,23 @@ class PoolMachine(RuleBasedStateMachine):
             self.table, self.device, self.host, self.loader, lambda: None, lambda: self.now
         )
         self.leases: list[tuple[Lease, int]] = []
-        self.may_have_failed: set[str] = set()
+        self.asked: set[str] = set()  # by a request that was told nothing yet
+        self.failed: set[str] = set()  # loads whose failure lies unread until the next poll
+        self.may_have_failed: set[str] = set()  # loads that somebody had asked for
+        self.wish: frozenset[str] = frozenset()
+        self.kept: frozenset[str] = frozenset()  # the wish of the last poll
+        self.discarded: set[str] = set()
+        self.acquiring = ""
+        self.device.on_unbind = self.see_who_leaves
+
+    def see_who_leaves(self, digest: str) -> None:
+        """A kept one leaves last, and for a request alone."""
+        if digest not in self.kept or digest in self.discarded:
+            return
+        leased = {lease.digest for lease, _ in self.leases}
+        others = {other for other, _ in self.device.bound.values()} - leased - self.kept - {self.acquiring}
+        assert {other for other in others if self.pool._slots[other].bound_at != self.pool._tick} == set()
+        assert self.asked
 
     def read(self, digest: str) -> FakeWeights:
         if digest in self.broken:
@@ -113,15 +133,20 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(digest=DIGESTS)
     def acquire(self, digest: str) -> None:
+        self.asked.add(digest)
+        self.may_have_failed |= self.failed & {digest}
         try:
             lease = self.pool.try_acquire(digest)
         except PoolExhausted:
             assert digest in TOO_LARGE
+            self.asked.discard(digest)
             return
         except AdapterError:
             assert digest in self.may_have_failed
+            self.asked.discard(digest)
             return
         if lease is not None:
+            self.asked.discard(digest)
             assert digest not in TOO_LARGE
             assert lease.digest == digest
             self.leases.append((lease, lease.slot))
@@ -136,12 +161,18 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.stats().leases == held
 
     @rule(
-        ticks=st.sampled_from([1, 1, 1, 2, READY_TICKS + 2]), seconds=st.sampled_from([0.0, 0.1, FAILURE_SECONDS + 1])
+        ticks=st.sampled_from([1, 1, 1, 2, READY_TICKS + 2]),
+        seconds=st.sampled_from([0.0, 0.1, FAILURE_SECONDS + 1, RETRY_SECONDS]),
     )
     def poll(self, ticks: int, seconds: float) -> None:
         self.now += seconds
         for _ in range(ticks):
-            self.pool.poll()
+            self.turn()
+
+    def turn(self) -> None:
+        self.kept = self.wish
+        self.failed.clear()
+        self.pool.poll()
 
     @precondition(lambda self: self.loader.work)
     @rule(data=st.data())
@@ -151,7 +182,8 @@ class PoolMachine(RuleBasedStateMachine):
     def do(self, index: int) -> None:
         digest, work = self.loader.work.pop(index)
         if digest in self.broken | self.device.failing:
-            self.may_have_failed.add(digest)
+            self.failed.add(digest)
+            self.may_have_failed |= self.asked & {digest}
         work()
 
     @rule(digest=DIGESTS)
@@ -161,11 +193,17 @@ class PoolMachine(RuleBasedStateMachine):
             self.acquire(digest)
             while self.loader.work:
                 self.do(0)
-            self.pool.poll()
+            self.turn()
 
     @rule(digest=DIGESTS)
     def discard(self, digest: str) -> None:
+        self.discarded.add(digest)
         self.pool.discard(digest)
+
+    @rule(digests=st.frozensets(DIGESTS), again=st.none() | DIGESTS)
+    def keep(self, digests: frozenset[str], again: str | None) -> None:
+        self.wish = digests
+        self.pool.keep(digests, again)
 
     @rule(digest=DIGESTS, where=st.sampled_from(["store", "device"]), is_broken=st.booleans())
     def break_or_mend(self, digest: str, where: str, is_broken: bool) -> None:
@@ -199,18 +237,31 @@ class PoolMachine(RuleBasedStateMachine):
         digests = [digest for digest, _ in self.device.bound.values()]
         assert len(digests) == len(set(digests))
 
+    @invariant()
+    def at_most_one_load_is_nobodys(self) -> None:
+        assert sum(not load.is_asked for load in self.pool._loads.values()) <= 1
+
     def teardown(self) -> None:
-        """Whatever happened: without leases and after discarding all, nothing is held anywhere."""
+        """Whatever happened: a wish that fits comes true without a request; without leases and wishes and after
+        discarding all, nothing is held anywhere."""
         for lease, _ in self.leases:
             lease.release()
-        for _ in range(3):
+        self.leases.clear()
+        self.broken.clear()
+        self.device.failing.clear()
+        self.keep(frozenset({"small", "bias"}), None)
+        self.now += LONGEST_SECONDS
+        for _ in range(READY_TICKS + 10):
+            self.now += 1.0
             while self.loader.work:
-                self.loader.work.pop()[1]()
-            self.pool.poll()
+                self.do(0)
+            self.turn()
+        assert {"small", "bias"} <= {digest for digest, _ in self.device.bound.values()}
+        self.keep(frozenset(), None)
         for digest in SHAPES:
-            self.pool.discard(digest)
+            self.discard(digest)
         for _ in range(4):
-            self.pool.poll()
+            self.turn()
         stats = self.pool.stats()
         assert (stats.leases, stats.resident, stats.loading, stats.rows_used, stats.resident_bytes) == (0, 0, 0, 0, 0)
         assert self.host.usage == (0, 0)

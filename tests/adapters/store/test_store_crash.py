@@ -19,7 +19,7 @@ import pytest
 from lorica_adapters.errors import AdapterNotFound
 from lorica_adapters.store.local import LocalStore
 from support.crash_server import NAMES, QUOTAS, files_of, upload_id_of
-from support.stores import TENANT, blob_files, digest_of, entries_of, manifest_of, send, spec_of, stored
+from support.stores import BASE, TENANT, blob_files, digest_of, entries_of, manifest_of, send, spec_of, stored
 
 TESTS = Path(__file__).resolve().parents[2]
 KILLED = -signal.SIGKILL
@@ -125,7 +125,7 @@ class CrashServer:
             assert entry.committed == (part.stat().st_size if part.exists() else 0)
         send(store, upload_id_of(number), files)
         store.staged_files(TENANT, upload_id_of(number))
-        assert store.publish(TENANT, upload_id_of(number), spec_of(files)).record.digest == digest_of(files)
+        assert store.publish(TENANT, upload_id_of(number), spec_of(files), BASE).record.digest == digest_of(files)
         return number
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
-from support.stores import TENANT, SteppedDisk, content, entries_of, manifest_of, put, spec_of, stage
+from support.stores import BASE, TENANT, SteppedDisk, content, entries_of, manifest_of, put, spec_of, stage
 
 FILES = content("one")
 
@@ -27,7 +27,7 @@ def test_bytes_and_their_names_are_synced_before_the_commit_and_the_upload_goes_
     with store:
         upload_id = stage(store, "one", FILES)
         start = len(log)
-        store.publish(TENANT, upload_id, spec_of(FILES))
+        store.publish(TENANT, upload_id, spec_of(FILES), BASE)
         steps = log[start:]
         staging = tmp_path / "uploads" / TENANT / upload_id
         commit = steps.index(("sql", "COMMIT"))

@@ -23,6 +23,7 @@ from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import AdapterUpdate, Published
 from support.stores import (
+    BASE,
     CONFIG,
     MODEL,
     TENANT,
@@ -50,7 +51,7 @@ def upload(store: LocalStore, upload_id: str) -> Published:
     store.begin_upload(TENANT, upload_id, manifest_of("one", NEW))
     send(store, upload_id, NEW)
     store.staged_files(TENANT, upload_id)
-    return store.publish(TENANT, upload_id, spec_of(NEW))
+    return store.publish(TENANT, upload_id, spec_of(NEW), BASE)
 
 
 @pytest.mark.parametrize("error", REASONS)
@@ -155,10 +156,10 @@ def test_a_catalog_that_cannot_commit_shows_nothing_and_recovers(
         failing_catalog.statement, failing_catalog.code = statement, code
         for _ in range(2):
             with pytest.raises(StoreUnavailable, match=reason):
-                store.publish(TENANT, upload_id, spec_of(NEW))
+                store.publish(TENANT, upload_id, spec_of(NEW), BASE)
         assert stored(store, store.acquire(TENANT, "one").digest) == OLD
         failing_catalog.statement = ""
-        assert store.publish(TENANT, upload_id, spec_of(NEW)).created
+        assert store.publish(TENANT, upload_id, spec_of(NEW), BASE).created
         assert stored(store, digest_of(NEW)) == NEW
 
 
@@ -169,7 +170,7 @@ def test_files_of_a_failed_commit_go_once_that_commit_cannot_come_back(
         upload_id = stage(store, "one", NEW)
         failing_catalog.statement, failing_catalog.code = "COMMIT", sqlite3.SQLITE_IOERR
         with pytest.raises(StoreUnavailable):
-            store.publish(TENANT, upload_id, spec_of(NEW))
+            store.publish(TENANT, upload_id, spec_of(NEW), BASE)
         store.discard_upload(TENANT, upload_id)
         assert len(blob_files(tmp_path)) == 2
         failing_catalog.statement = ""
@@ -278,7 +279,7 @@ def test_a_really_full_disk_in_mid_upload(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,size=16m", str(root)], check=True)
         send(store, "upload-0001", large, chunk=1 << 16)
         store.staged_files(TENANT, "upload-0001")
-        assert store.publish(TENANT, "upload-0001", spec_of(large)).created
+        assert store.publish(TENANT, "upload-0001", spec_of(large), BASE).created
 
 
 def test_a_really_read_only_store_refuses_the_start(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Health
 from support.stores import (
+    BASE,
     CONFIG,
     MODEL,
     TENANT,
@@ -179,7 +180,7 @@ def test_consent_to_another_base_is_remembered_with_the_version(tmp_path: Path) 
     with LocalStore(tmp_path) as store:
         put(store, "plain", content("other"))
         upload_id = stage(store, "one", FILES, allow_base_mismatch=True)
-        store.publish(TENANT, upload_id, spec_of(FILES, base_mismatch=True))
+        store.publish(TENANT, upload_id, spec_of(FILES, base_mismatch=True), BASE)
     with LocalStore(tmp_path) as store:
         assert store.consents_to_base(DIGEST)
         assert not store.consents_to_base(digest_of(content("other")))

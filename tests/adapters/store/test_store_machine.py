@@ -19,9 +19,11 @@ from lorica_adapters.errors import (
     UploadOffset,
 )
 from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterUpdate, Health, Quotas
+from lorica_adapters.store.records import AdapterUpdate, Health, Quotas, Wishes
 from support.stores import (
+    BASE,
     MODEL,
+    OTHER_BASE,
     blob_files,
     content,
     digest_of,
@@ -52,6 +54,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store: LocalStore = quick_store(self.root, QUOTAS)
         self.kept: dict[tuple[str, str], list[str]] = {}
         self.aliases: dict[tuple[str, str], str] = {}
+        self.wishes: dict[tuple[str, str], tuple[bool, bool]] = {}  # pinned, materialised
+        self.bases: dict[tuple[str, str], str] = {}  # tenant, digest -> base
         self.pins: Counter[str] = Counter()
         self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, committed
         self.corrupt: set[str] = set()  # digests; all tenants send the same files here
@@ -102,8 +106,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.write_chunk(tenant, upload_id, MODEL, offset, data) == committed + len(data)
         self.uploads[tenant, upload_id] = (name, digest, committed + len(data))
 
-    @rule(tenant=tenants, upload_id=upload_ids)
-    def publish(self, tenant: str, upload_id: str) -> None:
+    @rule(tenant=tenants, upload_id=upload_ids, base=st.sampled_from([BASE, OTHER_BASE]))
+    def publish(self, tenant: str, upload_id: str, base: str) -> None:
         if (tenant, upload_id) not in self.uploads:
             with pytest.raises(AdapterNotFound):
                 self.store.staged_files(tenant, upload_id)
@@ -122,9 +126,11 @@ class StoreMachine(RuleBasedStateMachine):
             expected = QuotaExceeded
         if expected:
             with pytest.raises(expected):
-                self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]))
+                self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]), base)
             return
-        published = self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]))
+        published = self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]), base)
+        self.bases[tenant, digest] = base
+        self.wishes.setdefault((tenant, name), (False, False))
         versions = self.kept.setdefault((tenant, name), [])
         assert published.created == (versions[-1:] != [digest])
         assert published.record.digest == digest
@@ -145,6 +151,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.store.delete(tenant, name)
         del self.kept[tenant, name]
+        del self.wishes[tenant, name]
         self.aliases = {key: n for key, n in self.aliases.items() if (key[0], n) != (tenant, name)}
 
     @rule(tenant=tenants, name=names, alias=aliases, add=st.booleans())
@@ -162,6 +169,19 @@ class StoreMachine(RuleBasedStateMachine):
                 self.aliases[tenant, alias] = name
             elif self.aliases.get((tenant, alias)) == name:
                 del self.aliases[tenant, alias]
+
+    @rule(tenant=tenants, name=names, pinned=st.none() | st.booleans(), materialised=st.none() | st.booleans())
+    def wish(self, tenant: str, name: str, pinned: bool | None, materialised: bool | None) -> None:
+        change = AdapterUpdate(pinned=pinned, materialised=materialised)
+        if (tenant, name) not in self.kept:
+            with pytest.raises(AdapterNotFound):
+                self.store.update(tenant, name, change)
+            return
+        before = self.wishes[tenant, name]
+        now = (before[0] if pinned is None else pinned, before[1] if materialised is None else materialised)
+        record = self.store.update(tenant, name, change)
+        assert (record.pinned, record.materialised) == now
+        self.wishes[tenant, name] = now
 
     @rule(tenant=tenants, reference=st.one_of(names, aliases), prefix=st.one_of(st.just(""), digests))
     def acquire(self, tenant: str, reference: str, prefix: str) -> None:
@@ -220,6 +240,27 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 with pytest.raises(AdapterNotFound):
                     self.store.files(digest)
+
+    @invariant()
+    def wishes_are_those_of_names_for_what_they_point_at(self) -> None:
+        wished = [(self.kept[name][-1], *wishes) for name, wishes in self.wishes.items()]
+        assert self.store.wishes() == Wishes(
+            frozenset(digest for digest, pinned, _ in wished if pinned),
+            frozenset(digest for digest, _, materialised in wished if materialised),
+        )
+
+    @invariant()
+    def each_copy_knows_the_base_it_was_last_published_for(self) -> None:
+        for tenant, digest in list(self.bases):
+            kept = any(digest in versions for (t, _), versions in self.kept.items() if t == tenant)
+            if not kept and not self.pins[digest]:
+                del self.bases[tenant, digest]
+        for digest in CONTENTS:
+            bases = {base for (_, d), base in self.bases.items() if d == digest}
+            assert self.store.accepted_bases(digest) == bases
+        for tenant in ("red", "blue"):
+            for record in self.store.list(tenant).records:
+                assert record.bases == self.store.accepted_bases(record.digest)
 
     @invariant()
     def lists_show_the_names(self) -> None:

@@ -11,7 +11,19 @@ from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import AdapterUpdate, Health, Quotas
 from lorica_adapters.store.spec_json import decode_spec, encode_spec
-from support.stores import CONFIG, TENANT, blob_files, content, digest_of, manifest_of, put, spec_of, stage, stored
+from support.stores import (
+    BASE,
+    CONFIG,
+    TENANT,
+    blob_files,
+    content,
+    digest_of,
+    manifest_of,
+    put,
+    spec_of,
+    stage,
+    stored,
+)
 
 
 @pytest.fixture
@@ -119,7 +131,7 @@ def test_a_prefix_that_fits_two_versions_is_refused(store: LocalStore) -> None:
 
 def put_as(store: LocalStore, name: str, files: dict[str, bytes], digest: str) -> None:
     """Publish under a chosen digest."""
-    store.publish(TENANT, stage(store, name, files), replace(spec_of(files), digest=digest))
+    store.publish(TENANT, stage(store, name, files), replace(spec_of(files), digest=digest), BASE)
 
 
 @pytest.mark.parametrize("prefix", ["0123456", "0123456G", "ABCDEF01", "0" * 65, "%%%%%%%%", "12345678\n"])
@@ -194,9 +206,9 @@ def test_an_alias_that_came_during_the_upload_wins(store: LocalStore) -> None:
     upload_id = stage(store, "uno", content("x"))
     store.update(TENANT, "one", AdapterUpdate(add_aliases=("uno",)))
     with pytest.raises(AdapterConflict):
-        store.publish(TENANT, upload_id, spec_of(content("x")))
+        store.publish(TENANT, upload_id, spec_of(content("x")), BASE)
     store.update(TENANT, "one", AdapterUpdate(remove_aliases=("uno",)))
-    assert store.publish(TENANT, upload_id, spec_of(content("x"))).created
+    assert store.publish(TENANT, upload_id, spec_of(content("x")), BASE).created
 
 
 def test_update_and_delete_take_names_and_say_so_of_aliases(store: LocalStore) -> None:

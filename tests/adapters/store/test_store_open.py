@@ -21,7 +21,7 @@ def filled(root: Path, count: int = 3) -> None:
     with LocalStore(root) as store:
         for number in range(count):
             put(store, f"a{number}", content(f"a{number}"), labels={"n": str(number)})
-        store.update(TENANT, "a0", AdapterUpdate(add_aliases=("zero",)))
+        store.update(TENANT, "a0", AdapterUpdate(add_aliases=("zero",), materialised=True))
 
 
 def damage(root: Path, start: int, length: int = 4096) -> None:

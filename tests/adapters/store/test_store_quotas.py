@@ -12,6 +12,7 @@ from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFo
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Published, Quotas
 from support.stores import (
+    BASE,
     TENANT,
     Files,
     blob_files,
@@ -48,7 +49,7 @@ def race(*calls: Callable[[], Published]) -> list[Published | BaseException]:
 
 
 def publishing(store: LocalStore, upload_id: str, files: Files) -> Callable[[], Published]:
-    return lambda: store.publish(TENANT, upload_id, spec_of(files))
+    return lambda: store.publish(TENANT, upload_id, spec_of(files), BASE)
 
 
 def test_one_too_many_is_refused_at_the_begin_and_a_replace_is_not(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_of_two_uploads_that_race_for_the_last_place_exactly_one_wins(tmp_path: 
                 store.get(TENANT, loser)
             # With room made, the loser's upload needs no byte again.
             store.delete(TENANT, won[0].record.id.name)
-            assert store.publish(TENANT, ids[loser], spec_of(content(loser))).created
+            assert store.publish(TENANT, ids[loser], spec_of(content(loser)), BASE).created
             store.delete(TENANT, loser)
 
 
@@ -172,7 +173,7 @@ def test_two_streams_of_one_upload_id_never_mix_their_bytes(tmp_path: Path) -> N
                 if discard and turn % 3 == 0:
                     store.discard_upload(TENANT, "upload-0001")
                 store.staged_files(TENANT, "upload-0001")
-                last = store.publish(TENANT, "upload-0001", spec_of(files))
+                last = store.publish(TENANT, "upload-0001", spec_of(files), BASE)
                 published[last.record.digest] += 1
             except (AdapterConflict, AdapterInvalid, AdapterNotFound, UploadOffset):
                 continue

@@ -16,7 +16,7 @@ from lorica_adapters.errors import (
 )
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import FileEntry, Quotas, UploadManifest
-from support.stores import CONFIG, MODEL, TENANT, content, entries_of, manifest_of, put, send, spec_of, stored
+from support.stores import BASE, CONFIG, MODEL, TENANT, content, entries_of, manifest_of, put, send, spec_of, stored
 
 FILES = content("one")
 ID = "upload-0001"
@@ -137,16 +137,16 @@ def test_a_file_with_a_wrong_hash_starts_again_alone(store: LocalStore) -> None:
     assert committed == {CONFIG: len(FILES[CONFIG]), MODEL: 0}
     send(store, ID, FILES)
     store.staged_files(TENANT, ID)
-    assert store.publish(TENANT, ID, spec_of(FILES)).created
+    assert store.publish(TENANT, ID, spec_of(FILES), BASE).created
 
 
 def test_publish_wants_the_very_upload_that_was_staged(store: LocalStore) -> None:
     with pytest.raises(AdapterNotFound):
-        store.publish(TENANT, ID, spec_of(FILES))
+        store.publish(TENANT, ID, spec_of(FILES), BASE)
     store.begin_upload(TENANT, ID, manifest_of("one", FILES))
     send(store, ID, FILES)
     with pytest.raises(AdapterConflict):
-        store.publish(TENANT, ID, spec_of(FILES))
+        store.publish(TENANT, ID, spec_of(FILES), BASE)
     with pytest.raises(AdapterNotFound):
         store.get(TENANT, "one")
 
@@ -168,7 +168,7 @@ def test_the_same_begin_resumes_and_takes_the_new_labels_and_consent(store: Loca
     send(store, ID, FILES)
     staged = store.staged_files(TENANT, ID)
     assert staged.manifest.allow_base_mismatch
-    assert store.publish(TENANT, ID, spec_of(FILES)).record.labels == {"b": "2"}
+    assert store.publish(TENANT, ID, spec_of(FILES), BASE).record.labels == {"b": "2"}
 
 
 def test_the_id_of_an_open_upload_cannot_mean_something_else(store: LocalStore) -> None:
@@ -199,7 +199,7 @@ def test_an_upload_continues_after_a_restart_with_what_is_on_disk(tmp_path: Path
         assert [progress.committed for progress in store.query_upload(TENANT, ID).files] == [0, 3000]
         send(store, ID, FILES)
         store.staged_files(TENANT, ID)
-        published = store.publish(TENANT, ID, spec_of(FILES))
+        published = store.publish(TENANT, ID, spec_of(FILES), BASE)
         assert published.record.labels == {"k": "v"}
         assert stored(store, published.record.digest) == FILES
 
@@ -260,7 +260,7 @@ def test_a_published_upload_is_gone_and_repeating_it_is_idempotent(store: LocalS
     store.begin_upload(TENANT, ID, manifest_of("one", FILES))
     send(store, ID, FILES)
     store.staged_files(TENANT, ID)
-    store.publish(TENANT, ID, spec_of(FILES))
+    store.publish(TENANT, ID, spec_of(FILES), BASE)
     assert not list((tmp_path / "uploads" / TENANT).iterdir())
     with pytest.raises(AdapterNotFound):
         store.write_chunk(TENANT, ID, MODEL, 5000, b"after the commit")
@@ -279,6 +279,6 @@ def test_a_large_file_is_synced_on_the_way(tmp_path: Path) -> None:
         store.begin_upload(TENANT, ID, manifest_of("large", files))
         send(store, ID, files, chunk=1 << 20)
         store.staged_files(TENANT, ID)
-        record = store.publish(TENANT, ID, spec_of(files)).record
+        record = store.publish(TENANT, ID, spec_of(files), BASE).record
         assert stored(store, record.digest) == files
         assert store.entries(TENANT, record.digest) == tuple(sorted(entries_of(files), key=lambda e: e.file))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable
+from contextlib import closing
 from pathlib import Path
+from sqlite3 import connect
 from typing import Any
 
 import grpc
 import pytest
 from grpc import aio
 
-from lorica_protos.v1 import adapters_pb2
+from lorica_protos.v1 import adapters_pb2, inference_pb2
 from lorica_server.api.ports import AdapterState
 from support.servers import (
+    BASE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     Served,
@@ -235,7 +238,9 @@ async def test_update_changes_what_it_names_and_list_tells_the_engines_truth(tmp
         )
         adapter = await server.adapters.UpdateAdapter(change)
         assert (adapter.pinned, list(adapter.aliases), dict(adapter.labels)) == (True, ["de"], {"team": "a"})
+        assert adapter.materialise
         assert adapter.residency.materialised == adapters_pb2.MATERIALISED_STATE_READY
+        assert adapter.residency.tier == adapters_pb2.TIER_RESIDENT
         server.inside.states.known[digest] = AdapterState("resident", 3, 2, "refused", "no room")
         found = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(adapter=f"de@{digest[:8]}"))
         residency = found.residency
@@ -243,6 +248,36 @@ async def test_update_changes_what_it_names_and_list_tells_the_engines_truth(tmp
         assert residency.materialised_reason == "no room"
         answer = await server.inference.Generate(prompt_request(adapter="de"))
         assert answer.prompt.adapter_digest == digest
+
+
+async def test_wishes_are_of_the_name_and_outlive_the_server(tmp_path: Path) -> None:
+    get = adapters_pb2.GetAdapterRequest(adapter="german")
+    async with served(tmp_path) as server:
+        await _push(server, "german", b"1")
+        wish = adapters_pb2.UpdateAdapterRequest(name="german", pinned=True, materialised=True)
+        await server.adapters.UpdateAdapter(wish)
+        switched = await _push(server, "german", b"2")
+        assert (switched.pinned, switched.materialise) == (True, True)
+        assert switched.residency.materialised == adapters_pb2.MATERIALISED_STATE_READY
+    async with served(tmp_path) as server:
+        found = await server.adapters.GetAdapter(get)
+        assert (found.pinned, found.materialise) == (True, True)
+        assert found.residency.materialised == adapters_pb2.MATERIALISED_STATE_READY
+        await server.adapters.UpdateAdapter(adapters_pb2.UpdateAdapterRequest(name="german", materialised=False))
+        found = await server.adapters.GetAdapter(get)
+        assert (found.pinned, found.materialise) == (True, False)
+        assert found.residency.materialised == adapters_pb2.MATERIALISED_STATE_NONE
+
+
+async def test_an_adapter_tells_the_bases_it_was_accepted_for(tmp_path: Path) -> None:
+    get = adapters_pb2.GetAdapterRequest(adapter="german")
+    async with served(tmp_path) as server:
+        assert list((await _push(server, "german", b"1")).accepted_bases) == [BASE]
+        assert (await server.inference.GetModel(inference_pb2.GetModelRequest())).fingerprint == BASE
+    with closing(connect(tmp_path / "catalog.sqlite3")) as catalog, catalog:
+        catalog.execute("UPDATE versions SET base = ''")  # as an upgraded catalog has it
+    async with served(tmp_path) as server:
+        assert list((await server.adapters.GetAdapter(get)).accepted_bases) == []
 
 
 async def test_row_27_aliases_and_labels(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_an_ill_request_cancelled_before_its_logits_harms_nobody(world: World) -
 
 def test_an_ill_materialised_adapter_fails_alone_too(world: World) -> None:
     engine = world.engine()
-    engine.weight_sets.want(engine.digests["ill"], True)
+    engine.weight_sets.wish(frozenset({engine.digests["ill"]}))
     engine.weight_sets._builder.submit(lambda: None).result()
     ticket = engine.submit("ill", prompts(1)[0], 4)
     engine.run()

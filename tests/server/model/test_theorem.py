@@ -164,7 +164,7 @@ def test_prefix_hits_and_cancelled_neighbours_change_nothing(world: World) -> No
 def test_materialised_adapter_gives_the_same_text(world: World) -> None:
     engine = engine_of(world)
     hot = "r16-rs"
-    engine.weight_sets.want(engine.digests[hot], True)
+    engine.weight_sets.wish(frozenset({engine.digests[hot]}))
     engine.weight_sets._builder.submit(lambda: None).result()
     assert engine.weight_sets.state(engine.digests[hot]).state == "ready"
     row = ORDER.index(hot)
@@ -179,7 +179,7 @@ def test_materialised_adapter_gives_the_same_text(world: World) -> None:
     worst = float((engine.logits(ticket) - world.logits[hot, row]).abs().max())
     assert worst < BOUND
     assert engine.adapted.refingerprint() == engine.adapted.spec.fingerprint
-    engine.weight_sets.want(engine.digests[hot], False)
+    engine.weight_sets.wish(frozenset())
     assert engine.weight_sets.usage()[:2] == (0, 0)
 
 

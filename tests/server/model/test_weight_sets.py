@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from lorica_adapters.apply.materialise import materialised_bytes
+from lorica_adapters.apply.materialise import materialise, materialised_bytes
 from lorica_adapters.errors import AdapterCorrupt
 from lorica_adapters.weights import AdapterWeights
+from lorica_server.model import weight_sets
 from lorica_server.model.weight_sets import SetState, WeightSets
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
@@ -43,12 +44,12 @@ def test_the_dense_path_answers_as_peft_and_as_the_gathered_path(kind: str, tmp_
     rows = [("hot", prompt) for prompt in prompts(4)]
     truths = ask_peft(checkpoint, adapters, [*rows, ("cold", prompts(1)[0]), (None, prompts(2)[1])], count=4)
     engine = engine_for(checkpoint, adapters)
-    engine.weight_sets.want(engine.digests["hot"], True)
+    engine.weight_sets.wish(frozenset({engine.digests["hot"]}))
     settle(engine.weight_sets)
     assert_equal_to_peft(engine, truths[:4])  # all its own: the dense path
     assert {plan.weight_set for plan in engine.plans} == {engine.digests["hot"]}
     assert_equal_to_peft(engine, truths)  # mixed
-    engine.weight_sets.want(engine.digests["hot"], False)
+    engine.weight_sets.wish(frozenset())
     count = len(engine.plans)
     assert_equal_to_peft(engine, truths[:4])  # dropped: the gathered path
     assert {plan.weight_set for plan in engine.plans[count:]} == {None}
@@ -64,6 +65,28 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> ModelEngine:
         for seed, name in enumerate("abc")
     }
     return engine_for(checkpoint, adapters)
+
+
+def in_order(engine: ModelEngine) -> list[str]:
+    """The digests in the order in which one wish for all is fulfilled."""
+    return sorted(engine.digests.values())
+
+
+class Gate:
+    """Holds the builder at a place until it is opened, and notes what came through."""
+
+    def __init__(self, passing: Callable[..., Any]) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.seen: list[Any] = []
+        self.passed: list[Any] = []
+        self._passing = passing
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.seen.append(arguments[-1])
+        self.reached.set()
+        assert self.open.wait(60)
+        self.passed.append(self._passing(*arguments))
+        return self.passed[-1]
 
 
 Make = Callable[..., WeightSets]
@@ -90,87 +113,159 @@ def test_states_and_books(engine: ModelEngine, make: Make) -> None:
     size, digest = bytes_of(engine, "a"), engine.digests["a"]
     sets = make(size)
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
-    sets.want(digest, True)
+    sets.wish(frozenset({digest}))
     settle(sets)
     assert sets.state(digest) == SetState("ready", nbytes=size)
     assert sets.ready() == {digest}
     assert sets.find(digest) is not None
     assert sets.usage() == (1, size, {"built": 1, "refused": 0})
-    sets.want(digest, True)  # again: nothing is built twice
+    sets.wish(frozenset({digest}))  # again: nothing is built twice
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 0}
-    sets.want(digest, False)
-    sets.want(digest, False)
+    sets.wish(frozenset())
+    sets.wish(frozenset())
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
     assert sets.usage()[:2] == (0, 0)
 
 
+def test_only_what_is_wished_for_stays(engine: ModelEngine, make: Make) -> None:
+    sets, (first, second, third) = make(1 << 30), in_order(engine)
+    sets.wish(frozenset({first, second}))
+    settle(sets)
+    kept = sets.find(second)
+    sets.wish(frozenset({second, third}))
+    settle(sets)
+    assert sets.ready() == {second, third}
+    assert sets.find(second) is kept
+    assert sets.usage()[2] == {"built": 3, "refused": 0}
+    sets.forget(third)
+    assert sets.ready() == {second}
+
+
 def test_beyond_the_budget_it_is_refused_with_the_numbers(engine: ModelEngine, make: Make) -> None:
     size = bytes_of(engine, "a")
-    sets = make(2 * size + 5)
-    for name in "abc":
-        sets.want(engine.digests[name], True)
+    sets, (first, second, third) = make(2 * size + 5), in_order(engine)
+    sets.wish(frozenset({first, second, third}))
     settle(sets)
-    assert [sets.state(engine.digests[name]).state for name in "abc"] == ["ready", "ready", "refused"]
-    reason = sets.state(engine.digests["c"]).reason
+    assert [sets.state(digest).state for digest in (first, second, third)] == ["ready", "ready", "refused"]
+    reason = sets.state(third).reason
     assert f"takes {size} bytes and 5 of {2 * size + 5} are left" in reason
     assert "--materialised-bytes" in reason
     assert sets.usage() == (2, 2 * size, {"built": 2, "refused": 1})
-    sets.want(engine.digests["a"], False)
-    sets.want(engine.digests["c"], True)  # asked again, there is room now
+
+
+@pytest.mark.parametrize("how", ["withdrawn", "forgotten"])
+def test_bytes_that_become_free_go_to_the_next(how: str, engine: ModelEngine, make: Make) -> None:
+    size, loads = bytes_of(engine, "a"), list[str]()
+
+    def load(digest: str) -> AdapterWeights:
+        loads.append(digest)
+        return engine.weights[digest]
+
+    sets, (first, second, third) = make(size, load), in_order(engine)
+    sets.wish(frozenset({first, second, third}))
     settle(sets)
-    assert sets.state(engine.digests["c"]).state == "ready"
+    for _ in range(3):
+        sets.wish(frozenset({first, second, third}))  # unrelated changes: there is no more room than before
+    settle(sets)
+    assert loads == [first, second, third]
+    if how == "withdrawn":
+        sets.wish(frozenset({second, third}))
+    else:
+        sets.forget(first)
+    settle(sets)
+    assert loads == [first, second, third, second]
+    assert [sets.state(digest).state for digest in (second, third)] == ["ready", "refused"]
+    assert sets.usage() == (1, size, {"built": 2, "refused": 2})
+
+
+def test_a_build_that_fails_leaves_its_bytes_to_the_next(engine: ModelEngine, make: Make) -> None:
+    size, broken = bytes_of(engine, "a"), set[str]()
+
+    def load(digest: str) -> AdapterWeights:
+        if digest in broken:
+            raise AdapterCorrupt("the stored bytes do not match")
+        return engine.weights[digest]
+
+    sets, (first, second, third) = make(size, load), in_order(engine)
+    sets.wish(frozenset({first, second, third}))
+    settle(sets)
+    broken.add(second)
+    sets.wish(frozenset({second, third}))  # the free bytes are set aside for the second, which turns out to be broken
+    settle(sets)
+    settle(sets)
+    assert [sets.state(digest).state for digest in (second, third)] == ["refused", "ready"]
+    assert sets.usage() == (1, size, {"built": 2, "refused": 3})
 
 
 def test_a_deterministic_server_refuses_every_wish(engine: ModelEngine, make: Make) -> None:
     sets = make(1 << 30, refusal="dense copies are off in deterministic mode")
-    sets.want(engine.digests["a"], True)
+    sets.wish(frozenset({engine.digests["a"]}))
     settle(sets)
     assert sets.state(engine.digests["a"]) == SetState("refused", "dense copies are off in deterministic mode")
     assert sets.usage()[:2] == (0, 0)
-    sets.want(engine.digests["a"], False)
+    sets.wish(frozenset({engine.digests["a"]}), again=engine.digests["a"])
+    assert sets.state(engine.digests["a"]).state == "refused"
+    sets.wish(frozenset())
     assert sets.state(engine.digests["a"]) == SetState()
 
 
 def test_dropped_while_it_is_built_it_never_appears(engine: ModelEngine, make: Make) -> None:
-    loading, go_on = threading.Event(), threading.Event()
-
-    def load(digest: str) -> AdapterWeights:
-        loading.set()
-        assert go_on.wait(60)
-        return engine.weights[digest]
-
-    sets, digest = make(1 << 30, load), engine.digests["a"]
-    sets.want(digest, True)
-    assert loading.wait(60)
+    gate, digest = Gate(engine.weights.__getitem__), engine.digests["a"]
+    sets = make(1 << 30, gate)
+    sets.wish(frozenset({digest}))
+    assert gate.reached.wait(60)
     assert sets.state(digest).state == "building"
-    sets.want(digest, False)
-    go_on.set()
+    sets.wish(frozenset())
+    gate.open.set()
     settle(sets)
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
     assert sets.usage() == (0, 0, {"built": 0, "refused": 0})
 
 
-def test_wanted_again_while_the_dropped_build_goes_on(engine: ModelEngine, make: Make) -> None:
-    loads: list[str] = []
-    loading, go_on = threading.Event(), threading.Event()
-
-    def load(digest: str) -> AdapterWeights:
-        loads.append(digest)
-        loading.set()
-        assert go_on.wait(60)
-        return engine.weights[digest]
-
-    sets, digest = make(bytes_of(engine, "a"), load), engine.digests["a"]
-    sets.want(digest, True)
-    assert loading.wait(60)
-    sets.want(digest, False)
-    sets.want(digest, True)
-    go_on.set()
+def test_dropped_before_its_turn_it_is_not_read(engine: ModelEngine, make: Make) -> None:
+    """It may have been deleted: nothing of it may come back into host memory."""
+    gate, (first, second, _) = Gate(engine.weights.__getitem__), in_order(engine)
+    sets = make(1 << 30, gate)
+    sets.wish(frozenset({first, second}))
+    assert gate.reached.wait(60)
+    sets.wish(frozenset({first}))
+    gate.open.set()
     settle(sets)
-    assert sets.state(digest) == SetState("ready", nbytes=bytes_of(engine, "a"))
-    assert sets.usage()[:2] == (1, bytes_of(engine, "a"))
-    assert sets.find(digest) is not None
+    assert gate.seen == [first]
+    assert sets.ready() == {first}
+
+
+@pytest.mark.parametrize("where", ["load", "materialise"])
+def test_wished_for_again_while_the_dropped_build_goes_on(
+    where: str, engine: ModelEngine, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first build is void wherever the drop met it: one set appears, once, and its bytes are counted once."""
+    size, digest = bytes_of(engine, "a"), engine.digests["a"]
+    gate = Gate(engine.weights.__getitem__ if where == "load" else materialise)
+    sets = make(size, gate if where == "load" else None)
+    if where == "materialise":
+        monkeypatch.setattr(weight_sets, "materialise", gate)
+    sets.wish(frozenset({digest}))
+    assert gate.reached.wait(60)
+    sets.wish(frozenset())
+    assert sets.usage()[1] == 0
+    sets.wish(frozenset({digest}))
+    gate.open.set()
+    settle(sets)
+    assert sets.state(digest) == SetState("ready", nbytes=size)
+    assert sets.usage() == (1, size, {"built": 1, "refused": 0})
+    assert len(gate.passed) == 2
+    if where == "materialise":
+        assert sets.find(digest) is gate.passed[1]
+
+
+def test_nothing_is_begun_after_the_close(engine: ModelEngine, make: Make) -> None:
+    sets, digest = make(1 << 30), engine.digests["a"]
+    sets.close()
+    sets.wish(frozenset({digest}))
+    sets.forget(digest)
+    assert sets.state(digest) == SetState()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +288,7 @@ def test_a_failed_build_is_refused_with_a_reason(
         return engine.weights[digest]
 
     sets, digest = make(1 << 30, load), engine.digests["a"]
-    sets.want(digest, True)
+    sets.wish(frozenset({digest}))
     settle(sets)
     state = sets.state(digest)
     assert state.state == "refused"
@@ -201,15 +296,22 @@ def test_a_failed_build_is_refused_with_a_reason(
     assert "secret" not in state.reason
     assert sets.usage()[:2] == (0, 0)
     failing = False
-    sets.want(digest, True)
+    sets.wish(frozenset({digest}))
+    sets.wish(frozenset({digest}), again=engine.digests["b"])
+    settle(sets)
+    assert sets.state(digest).state == "refused"  # not asked again
+    sets.wish(frozenset({digest}), again=digest)
     settle(sets)
     assert sets.state(digest).state == "ready"
+    sets.wish(frozenset({digest}), again=digest)  # nothing to mend
+    settle(sets)
+    assert sets.usage()[2] == {"built": 1, "refused": 1}
 
 
 def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> None:
     """The set is gone when the runner looks for it: the slot serves as well."""
     digest = engine.digests["a"]
-    engine.weight_sets.want(digest, True)
+    engine.weight_sets.wish(frozenset({digest}))
     settle(engine.weight_sets)
     assert engine.weight_sets.state(digest).state == "ready"
     prompt = prompts(2)[1]
@@ -218,7 +320,7 @@ def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> N
     while not plan.chunks:
         plan = engine.scheduler.plan(0.0)
     assert plan.weight_set == digest
-    engine.weight_sets.want(digest, False)
+    engine.weight_sets.wish(frozenset())
     engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)
     engine.run()
     again = engine.submit("a", prompt, 3)

@@ -1,0 +1,68 @@
+"""`lorica adapters`: what an operator sees of wishes, and of adapters that another base was served with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lorica.cli.main import app
+from lorica_protos.v1 import adapters_pb2
+from support.fake_service import BASE, FakeServer
+
+
+def adapters(fake: FakeServer, *arguments: str) -> str:
+    """What the command prints; a table cell is never cut."""
+    environment = {"COLUMNS": "300"}
+    result = CliRunner(env=environment).invoke(app, ["adapters", *arguments, "--address", fake.address])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def add(fake: FakeServer, name: str, **fields: object) -> adapters_pb2.Adapter:
+    return fake.state.adapters.setdefault(name, adapters_pb2.Adapter(name=name, digest="d" * 64, **fields))
+
+
+def remarks(fake: FakeServer) -> dict[str, str]:
+    """Name -> the last column of `ls`."""
+    header, *lines = adapters(fake, "ls").splitlines()
+    start = header.index("REMARKS")
+    return {line.split()[0]: line[start:].strip() for line in lines}
+
+
+def test_ls_remarks_what_was_accepted_for_other_bases_only(fake: FakeServer) -> None:
+    other = "c" * 64
+    add(fake, "here", accepted_bases=[BASE])
+    add(fake, "both", accepted_bases=[BASE, other])
+    add(fake, "unknown")
+    add(fake, "elsewhere", accepted_bases=[other])
+    add(fake, "agreed", accepted_bases=[other], base_fingerprint="e" * 64, base_mismatch=True)
+    assert remarks(fake) == {
+        "here": "base: undeclared",
+        "both": "base: undeclared",
+        "unknown": "base: undeclared",
+        "elsewhere": "other base, base: undeclared",
+        "agreed": "other base, base mismatch",
+    }
+
+
+@pytest.mark.parametrize(("bases", "shown"), [([BASE], BASE), ([], "not known")])
+def test_show_tells_bases_and_wishes(fake: FakeServer, bases: list[str], shown: str) -> None:
+    adapter = add(fake, "bot", accepted_bases=bases, pinned=True)
+    rows = dict(line.split(maxsplit=1) for line in adapters(fake, "show", "bot").splitlines() if " " in line)
+    assert rows["accepted"] == f"for  {shown}"
+    assert (rows["pinned"], rows["materialise"], rows["materialised"]) == ("yes", "no", "none")
+    adapter.materialise = True
+    assert json.loads(adapters(fake, "show", "bot", "--json"))["materialise"] is True
+
+
+def test_taking_a_wish_back_waits_for_nothing(fake: FakeServer) -> None:
+    """The copy may stay for the sake of another name of the same version, which is nothing to wait for."""
+    add(fake, "bot")
+    assert "materialised ready" in adapters(fake, "materialise", "bot")
+    assert adapters(fake, "materialise", "bot", "--off") == "bot: materialised none\n"
+    fake.state.keeps_sets = True
+    adapters(fake, "materialise", "bot")
+    said = adapters(fake, "materialise", "bot", "--off")
+    assert said == "bot: materialised ready, wished for by another name of this version\n"
