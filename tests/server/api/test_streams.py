@@ -129,17 +129,16 @@ async def test_row_22_many_opened_and_cancelled_leak_nothing(tmp_path: Path) -> 
             await asyncio.sleep(0.001)
             stream.cancel()
 
-        async def wave() -> tuple[int, int]:
+        async def wave() -> int:
             await asyncio.gather(*(open_and_cancel() for _ in range(100)))
             await until(lambda: server.inside.is_idle and server.inside.client.stats().submissions == 0)
-            await until(lambda: len(asyncio.all_tasks()) <= idle + 2)
-            return len(asyncio.all_tasks()), process.num_fds()
+            await until(lambda: len(asyncio.all_tasks()) <= idle + 2)  # or the test fails here
+            return process.num_fds()
 
         before = await wave()
         for _ in range(3):
             after = await wave()
-        assert after[0] <= before[0] + 2
-        assert after[1] <= before[1] + 2
+        assert after <= before + 2
         assert server.inside.pool.leased == 0
         await server.inference.Generate(prompt_request())  # its steps tell the runner who has left
         assert len(server.inside.runner.known) <= 1
