@@ -80,7 +80,7 @@ def byte_progress() -> Progress:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
@@ -94,7 +94,7 @@ def step_progress(state: str) -> Progress:
     """A progress bar in steps; `state` is a format over the task's fields, such as `{task.fields[loss]}`."""
     from rich.progress import TextColumn
 
-    return _counting(TextColumn(state))
+    return _counting(TextColumn(state, markup=False))
 
 
 def count_progress() -> Progress:
@@ -113,7 +113,7 @@ def _counting(*more: ProgressColumn) -> Progress:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *more)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *more)
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
