@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -328,11 +330,32 @@ def test_doctor_fails_on_what_must_change(tmp_path: Path) -> None:
 def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
+    missing = invoke("train", str(job), "--check")
+    assert missing.exit_code == ExitCode.REFUSED
+    assert "data.train" in missing.stderr
+    (tmp_path / "train.jsonl").write_text("{}")
     assert invoke("train", str(job), "--check").exit_code == 0
     job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\nlora: {rank: -1}\n")
     result = invoke("train", str(job), "--check")
     assert result.exit_code == ExitCode.REFUSED
     assert "lora.rank" in result.stderr
+
+
+def test_the_first_ctrl_c_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lorica_trainer.errors import Interrupted
+
+    def train(job: object, *, stop: threading.Event, **_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        if stop.is_set():
+            raise Interrupted(None)
+
+    monkeypatch.setattr("lorica_trainer.run.train", train)
+    job = tmp_path / "job.yaml"
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
+    assert invoke("train", str(job)).exit_code == ExitCode.INTERRUPTED
+    assert "stopping after this step" in capfd.readouterr().err
 
 
 def test_bench_refuses_what_it_cannot_do(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_an_assistant_who_speaks_first_needs_generation_marks(tokenizer: Any) ->
         ('{"messages": [{"role": "boss", "content": "a"}]}', "must be one of system"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "last message must be the assistant's"),
         ('{"prompt": "a\\ud83d", "completion": "b"}', r"prompt holds half a character at position 1: \\ud83d"),
-        ('{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "b"}]}', "half a char"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "b"}]}', "half a c"),
         ('{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', r"messages\[0\].name holds half"),
         ("[" * 100_000, "not JSON that can be read"),
         ("9" * 5000, "not JSON that can be read"),
