@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from lorica.terminal import output
+from lorica.terminal.failures import ExitCode, Failure
 from lorica.terminal.training_bar import COLUMN, TrainingBar
 from lorica_trainer.data import DataReport
 
@@ -33,3 +36,13 @@ def test_names_and_paths_are_no_markup() -> None:
     for other in (output.byte_progress(), output.count_progress()):
         other.add_task("push [/x]", total=None)
         assert "push [/x]" in _shown(other)
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2J\x9b1m\nrow\r"
+    output.print_table(("LABEL", "OURS"), [(evil, Text("two\nlines"))], empty="")
+    output.tell_failure(Failure(f"{evil}\tb", ExitCode.REFUSED))
+    shown = capsys.readouterr()
+    assert r"a\x1b[2J\x9b1m\nrow\r" in shown.out
+    assert "two\n" in shown.out
+    assert shown.err == "error: a\\x1b[2J\\x9b1m\nrow\\r\tb\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -42,14 +43,14 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """A table on stdout; `empty` says what it means that there are no rows. Cells are printed as they are."""
+    """A table on stdout; `empty` says what it means that there are no rows. Cells of `Text` are printed as they are."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in row))
     if table.row_count == 0:
         print(empty)
     else:
@@ -62,6 +63,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
+def visible(text: str, *, keep: str = "") -> str:
+    """`text` with its control characters spelt out: what others wrote must not steer the reader's terminal."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) == "Cc" and character not in keep
+        else character
+        for character in text
+    )
+
+
 def say(message: str) -> None:
     """A remark for people, on stderr."""
     print(message, file=sys.stderr)
@@ -69,7 +80,8 @@ def say(message: str) -> None:
 
 def tell_failure(failure: Failure) -> None:
     """An expected failure on stderr; an interruption was asked for and is none."""
-    say(failure.message if failure.code == ExitCode.INTERRUPTED else f"error: {failure.message}")
+    message = visible(failure.message, keep="\n\t")
+    say(message if failure.code == ExitCode.INTERRUPTED else f"error: {message}")
     if failure.remedy:
         say(f"       {failure.remedy}")
 
