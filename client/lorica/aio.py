@@ -19,7 +19,7 @@ from lorica import convert, upload
 from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, OPTIONS
 from lorica.download import Download
 from lorica.errors import LoricaError, NotFound, Unavailable, from_call
-from lorica.retry import RetryPolicy
+from lorica.retry import Attempts, RetryPolicy
 from lorica.types import (
     Adapter,
     AdapterChanges,
@@ -43,7 +43,8 @@ _STATUS_POLLS = 500
 class AsyncClient:
     """A connection to a Lorica server at `address`; use with `async with` or `await close()` it.
 
-    Make it inside a running event loop. Every method raises a `lorica.errors.LoricaError`; timeouts are seconds.
+    Make it inside a running event loop. Every method raises a `lorica.errors.LoricaError`. A `timeout` is seconds for
+    the whole call, repeats included.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class AsyncClient:
     ) -> Generation:
         """The whole answer to exactly one of text, token_ids or messages; `adapter` "" means the base."""
         request = convert.generate_request(text, token_ids, messages, adapter, options)
-        return convert.generation(await self._call(self._inference.Generate, request, timeout))
+        attempts = Attempts(self._retry, timeout)
+        return convert.generation(await self._call(self._inference.Generate, request, attempts))
 
     def stream(
         self,
@@ -146,17 +148,14 @@ class AsyncClient:
         bundle = await asyncio.to_thread(
             upload.collect, Path(directory), name, labels or {}, allow_base_mismatch=allow_base_mismatch
         )
-        attempt = 1
+        attempts = Attempts(self._retry, timeout)
         while True:
-            held = upload.held_bytes(bundle, await self._find_upload(bundle.upload_id))
+            held = upload.held_bytes(bundle, await self._find_upload(bundle.upload_id, attempts.left()))
             try:
-                response = await self._upload(bundle, held, progress, timeout)
+                response = await self._upload(bundle, held, progress, attempts.left())
             except LoricaError as error:
-                pause = upload.pause(self._retry, error, attempt)
-                if pause is None:
-                    raise
-                await asyncio.sleep(pause)
-                attempt += 1
+                # A push is idempotent: its id and its content decide the outcome.
+                await asyncio.sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
             else:
                 resumed = sum(held.values())
                 adapter = convert.adapter(response.adapter)
@@ -200,7 +199,9 @@ class AsyncClient:
             pinned, materialised, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
         )
         request = convert.update_request(name, changes)
-        return convert.adapter(await self._call(self._adapters.UpdateAdapter, request, idempotent=True))
+        # An alias that was added may have been moved on before a repeat would add it again.
+        idempotent = not changes.add_aliases
+        return convert.adapter(await self._call(self._adapters.UpdateAdapter, request, idempotent=idempotent))
 
     async def delete(self, name: str) -> None:
         """Remove a name and its aliases; running requests end on their version."""
@@ -257,26 +258,23 @@ class AsyncClient:
         self,
         method: Callable[..., Any],
         request: object,
-        timeout: float | None = CALL_TIMEOUT,
+        attempts: Attempts | None = None,
         *,
         idempotent: bool = False,
     ) -> Any:
-        attempt = 1
+        attempts = attempts or Attempts(self._retry, each=CALL_TIMEOUT)
         while True:
             try:
-                return await self._once(method, request, timeout)
+                return await self._once(method, request, attempts.left())
             except LoricaError as error:
-                pause = self._retry.pause(error, attempt, idempotent=idempotent)
-                if pause is None:
-                    raise
+                pause = attempts.pause(error, idempotent=idempotent)
             await asyncio.sleep(pause)
-            attempt += 1
 
     async def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> AsyncIterator[StreamPart]:
-        attempt = 1
+        attempts = Attempts(self._retry, timeout)
         while True:
             started = False
-            call = self._inference.GenerateStream(request, timeout=timeout)
+            call = self._inference.GenerateStream(request, timeout=attempts.left())
             try:
                 async for response in call:
                     started = True
@@ -286,17 +284,18 @@ class AsyncClient:
                 error = from_call(raised, self.address)
             finally:
                 call.cancel()  # without effect on a call that has ended
-            pause = None if started else self._retry.pause(error, attempt, idempotent=False)
-            if pause is None:
+            if started:
                 raise error
-            await asyncio.sleep(pause)
-            attempt += 1
+            await asyncio.sleep(attempts.pause(error, idempotent=False))
 
-    async def _find_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
+    async def _find_upload(self, upload_id: str, timeout: float | None) -> tuple[FileProgress, ...]:
+        request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
+        attempts = Attempts(self._retry, timeout, each=CALL_TIMEOUT)
         try:
-            return await self.query_upload(upload_id)
+            found = await self._call(self._adapters.QueryUpload, request, attempts, idempotent=True)
         except NotFound:
             return ()
+        return convert.file_progress(found)
 
     async def _upload(
         self,
@@ -320,11 +319,11 @@ class AsyncClient:
 
     async def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
-        attempt = 1
+        attempts = Attempts(self._retry, timeout)
         with download:
             while True:
                 started = False
-                call = self._adapters.DownloadAdapter(request, timeout=timeout)
+                call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
                 try:
                     async for response in call:
                         started = True
@@ -334,11 +333,9 @@ class AsyncClient:
                     error = from_call(raised, self.address)
                 finally:
                     call.cancel()
-                pause = None if started else self._retry.pause(error, attempt, idempotent=True)
-                if pause is None:
+                if started:
                     raise error
-                await asyncio.sleep(pause)
-                attempt += 1
+                await asyncio.sleep(attempts.pause(error, idempotent=True))
 
 
 class _Ending:

@@ -18,7 +18,7 @@ from lorica import convert, upload
 from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, OPTIONS
 from lorica.download import Download
 from lorica.errors import LoricaError, NotFound, Unavailable, from_call
-from lorica.retry import RetryPolicy
+from lorica.retry import Attempts, RetryPolicy
 from lorica.types import (
     Adapter,
     AdapterChanges,
@@ -40,7 +40,7 @@ T = TypeVar("T")
 class Client:
     """A connection to a Lorica server at `address` ("host:port"); use as a context manager or `close()` it.
 
-    Every method raises a `lorica.errors.LoricaError`. `timeout` arguments are seconds.
+    Every method raises a `lorica.errors.LoricaError`. A `timeout` is seconds for the whole call, repeats included.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class Client:
     ) -> Generation:
         """The whole answer to exactly one of text, token_ids or messages; `adapter` "" means the base."""
         request = convert.generate_request(text, token_ids, messages, adapter, options)
-        return convert.generation(self._call(self._inference.Generate, request, timeout))
+        attempts = Attempts(self._retry, timeout)
+        return convert.generation(self._call(self._inference.Generate, request, attempts))
 
     def stream(
         self,
@@ -138,17 +139,14 @@ class Client:
         `progress` is called from another thread.
         """
         bundle = upload.collect(Path(directory), name, labels or {}, allow_base_mismatch=allow_base_mismatch)
-        attempt = 1
+        attempts = Attempts(self._retry, timeout)
         while True:
-            held = upload.held_bytes(bundle, self._find_upload(bundle.upload_id))
+            held = upload.held_bytes(bundle, self._find_upload(bundle.upload_id, attempts.left()))
             try:
-                response = self._upload(bundle, held, progress, timeout)
+                response = self._upload(bundle, held, progress, attempts.left())
             except LoricaError as error:
-                pause = upload.pause(self._retry, error, attempt)
-                if pause is None:
-                    raise
-                time.sleep(pause)
-                attempt += 1
+                # A push is idempotent: its id and its content decide the outcome.
+                time.sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
             else:
                 resumed = sum(held.values())
                 adapter = convert.adapter(response.adapter)
@@ -191,7 +189,9 @@ class Client:
             pinned, materialised, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
         )
         request = convert.update_request(name, changes)
-        return convert.adapter(self._call(self._adapters.UpdateAdapter, request, idempotent=True))
+        # An alias that was added may have been moved on before a repeat would add it again.
+        idempotent = not changes.add_aliases
+        return convert.adapter(self._call(self._adapters.UpdateAdapter, request, idempotent=idempotent))
 
     def delete(self, name: str) -> None:
         """Remove a name and its aliases; running requests end on their version."""
@@ -246,26 +246,23 @@ class Client:
         self,
         method: Callable[..., T],
         request: object,
-        timeout: float | None = CALL_TIMEOUT,
+        attempts: Attempts | None = None,
         *,
         idempotent: bool = False,
     ) -> T:
-        attempt = 1
+        attempts = attempts or Attempts(self._retry, each=CALL_TIMEOUT)
         while True:
             try:
-                return self._once(method, request, timeout)
+                return self._once(method, request, attempts.left())
             except LoricaError as error:
-                pause = self._retry.pause(error, attempt, idempotent=idempotent)
-                if pause is None:
-                    raise
+                pause = attempts.pause(error, idempotent=idempotent)
             time.sleep(pause)
-            attempt += 1
 
     def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Iterator[StreamPart]:
-        attempt = 1
+        attempts = Attempts(self._retry, timeout)
         while True:
             started = False
-            call = self._inference.GenerateStream(request, timeout=timeout)
+            call = self._inference.GenerateStream(request, timeout=attempts.left())
             try:
                 for response in call:
                     started = True
@@ -275,17 +272,18 @@ class Client:
                 error = from_call(cast(grpc.Call, raised), self.address)
             finally:
                 cast(Any, call).cancel()  # without effect on a call that has ended
-            pause = None if started else self._retry.pause(error, attempt, idempotent=False)
-            if pause is None:
+            if started:
                 raise error
-            time.sleep(pause)
-            attempt += 1
+            time.sleep(attempts.pause(error, idempotent=False))
 
-    def _find_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
+    def _find_upload(self, upload_id: str, timeout: float | None) -> tuple[FileProgress, ...]:
+        request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
+        attempts = Attempts(self._retry, timeout, each=CALL_TIMEOUT)
         try:
-            return self.query_upload(upload_id)
+            found = self._call(self._adapters.QueryUpload, request, attempts, idempotent=True)
         except NotFound:
             return ()
+        return convert.file_progress(found)
 
     def _upload(
         self,
@@ -313,11 +311,11 @@ class Client:
 
     def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
-        attempt = 1
+        attempts = Attempts(self._retry, timeout)
         with download:
             while True:
                 started = False
-                call = self._adapters.DownloadAdapter(request, timeout=timeout)
+                call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
                 try:
                     for response in call:
                         started = True
@@ -327,8 +325,6 @@ class Client:
                     error = from_call(cast(grpc.Call, raised), self.address)
                 finally:
                     cast(Any, call).cancel()
-                pause = None if started else self._retry.pause(error, attempt, idempotent=True)
-                if pause is None:
+                if started:
                     raise error
-                time.sleep(pause)
-                attempt += 1
+                time.sleep(attempts.pause(error, idempotent=True))

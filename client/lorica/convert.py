@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from lorica import types
 from lorica.errors import ErrorDetails, FieldViolation, InvalidArgument, TransferError
@@ -71,7 +71,14 @@ def _fill_options(request: inference_pb2.GenerateRequest, options: types.Generat
 
 
 def _chat(messages: Sequence[types.Message]) -> inference_pb2.Chat:
-    return inference_pb2.Chat(messages=[common_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in messages])
+    chat = inference_pb2.Chat()
+    for index, message in enumerate(messages):
+        try:
+            chat.messages.add(role=message["role"], content=message["content"])
+        except (KeyError, TypeError) as error:
+            field = f"messages[{index}]"
+            raise _refusal(field, "must be a mapping with the strings role and content") from error
+    return chat
 
 
 def tokenize_request(text: str | None, messages: Sequence[types.Message] | None) -> inference_pb2.TokenizeRequest:
@@ -152,7 +159,7 @@ def _usage(usage: common_pb2.Usage) -> types.Usage:
 
 
 def _finish(finish: inference_pb2.Finish) -> types.Finish:
-    reason = inference_pb2.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+    reason = _word(inference_pb2.FinishReason, finish.reason, "FINISH_REASON_")
     if reason not in get_args(types.FinishReason):
         raise TransferError(f"the server ended a choice for a reason this client does not know: {reason!r}")
     detail = finish.WhichOneof("stop_detail")
@@ -181,7 +188,7 @@ def model_info(response: inference_pb2.GetModelResponse) -> types.ModelInfo:
 
 def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
     """The typed form of an Adapter message."""
-    health = adapters_pb2.AdapterHealth.Name(message.health).removeprefix("ADAPTER_HEALTH_").lower()
+    health = _word(adapters_pb2.AdapterHealth, message.health, "ADAPTER_HEALTH_")
     return types.Adapter(
         name=message.name,
         digest=message.digest,
@@ -204,8 +211,8 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
 
 
 def _residency(message: adapters_pb2.Residency) -> types.Residency:
-    tier = adapters_pb2.Tier.Name(message.tier).removeprefix("TIER_").lower()
-    state = adapters_pb2.MaterialisedState.Name(message.materialised).removeprefix("MATERIALISED_STATE_").lower()
+    tier = _word(adapters_pb2.Tier, message.tier, "TIER_")
+    state = _word(adapters_pb2.MaterialisedState, message.materialised, "MATERIALISED_STATE_")
     return types.Residency(
         tier=cast(types.Tier, tier) if tier in get_args(types.Tier) else "registered",
         slot=message.slot if message.HasField("slot") else None,
@@ -218,6 +225,11 @@ def _residency(message: adapters_pb2.Residency) -> types.Residency:
 def file_progress(response: adapters_pb2.QueryUploadResponse) -> tuple[types.FileProgress, ...]:
     """The typed answer of QueryUpload."""
     return tuple(types.FileProgress(f.file, f.committed, f.size) for f in response.files)
+
+
+def _word(enum: Any, value: int, prefix: str) -> str:
+    """An enum's value as a word; one that only a newer server knows as its number."""
+    return enum.Name(value).removeprefix(prefix).lower() if value in enum.values() else str(value)
 
 
 def _refusal(field: str, description: str) -> InvalidArgument:

@@ -1,4 +1,4 @@
-"""What a pull receives: checked file names, contiguous chunks, sha256 of every file, then an atomic rename.
+"""What a pull receives: checked file names, contiguous chunks, sha256 of every file, then renames, the config's last.
 
 Writes into one directory or, for a verification, nowhere. Knows no channel.
 """
@@ -16,6 +16,8 @@ from lorica.errors import LocalFilesError, TransferError
 from lorica.types import FileEntry, ProgressCallback, Pulled, TransferProgress
 from lorica.upload import OPTIONAL, REQUIRED
 from lorica_protos.v1 import adapters_pb2
+
+_CONFIG = REQUIRED[0]
 
 
 class Download:
@@ -42,8 +44,10 @@ class Download:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for part in self._parts.values():
-            part.close()
-            with contextlib.suppress(FileNotFoundError):
+            # Closing flushes, and a full disk fails again here: that must neither hide the cause nor keep the part.
+            with contextlib.suppress(OSError):
+                part.close()
+            with contextlib.suppress(OSError):
                 os.unlink(part.name)
 
     def feed(self, response: adapters_pb2.DownloadAdapterResponse) -> None:
@@ -84,13 +88,13 @@ class Download:
             self._open_parts(self._directory)
 
     def _open_parts(self, directory: Path) -> None:
-        existing = [file for file in self._files if (directory / file).exists()]
-        if existing and not self._overwrite:
-            raise LocalFilesError(
-                f"{directory} already holds {', '.join(existing)}; "
-                "choose another, or replace them with --force (overwrite=True)"
-            )
         try:
+            existing = [file for file in (*REQUIRED, *OPTIONAL) if (directory / file).exists()]
+            if existing and not self._overwrite:
+                raise LocalFilesError(
+                    f"{directory} already holds {', '.join(existing)}; "
+                    "choose another, or replace them with --force (overwrite=True)"
+                )
             directory.mkdir(parents=True, exist_ok=True)
             for file in self._files:
                 self._parts[file] = (directory / f".{file}.part").open("wb")
@@ -117,11 +121,16 @@ class Download:
 
     def _publish(self, directory: Path) -> None:
         try:
-            for file, part in self._parts.items():
+            for part in self._parts.values():
                 part.flush()
                 os.fsync(part.fileno())
                 part.close()
-                os.replace(part.name, directory / file)
+            # A directory without a config is no adapter: where this is cut, none is there, never a mix of two.
+            (directory / _CONFIG).unlink(missing_ok=True)
+            for file in OPTIONAL:  # what the adapter that is replaced had, and this one may not have
+                (directory / file).unlink(missing_ok=True)
+            for file in sorted(self._parts, key=lambda file: file == _CONFIG):
+                os.replace(self._parts[file].name, directory / file)
         except OSError as error:
             raise LocalFilesError(f"cannot write {directory}: {error.strerror}") from error
         self._parts.clear()

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ from lorica.retry import NO_RETRY
 class LocalServer:
     """`lorica serve` with `options` (names as in the configuration) in a process of its own.
 
-    Its output goes to `log`. Leaving the `with` drains and ends it, unless `keep` was called.
+    Its output goes to `log`. Leaving the `with` drains and ends it, unless `keep` was called. `stop` may come from
+    another thread at any time, a start that has not ended included.
     """
 
     def __init__(self, options: Mapping[str, str], *, log: Path, start_seconds: float = 120.0) -> None:
@@ -32,6 +34,8 @@ class LocalServer:
         self._log = log
         self._start_seconds = start_seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        self._lock = threading.Lock()  # over the two above
         self.address = ""
         self.metrics_address = ""
 
@@ -49,8 +53,10 @@ class LocalServer:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         # Options of the caller's own server (LORICA_*, a configuration file) must not leak into this one.
         environ = {name: value for name, value in os.environ.items() if not name.startswith("LORICA_")}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+        with self._log.open("wb") as log, self._lock:
+            if self._stopped:
+                raise Unavailable("the server was stopped before it started")
+            self._process = process = subprocess.Popen(
                 [sys.executable, "-m", "lorica.cli.main", "serve", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -59,7 +65,7 @@ class LocalServer:
                 start_new_session=True,  # a Ctrl-C is ours to handle, and a kept server outlives the terminal
             )
         try:
-            self._wait(self._process)
+            self._wait(process)
         except BaseException:
             self.stop()
             raise
@@ -74,7 +80,9 @@ class LocalServer:
 
     def stop(self, *, drain_seconds: float = 15.0) -> None:
         """SIGTERM, then SIGKILL to what is left; returns when the process is gone."""
-        process, self._process = self._process, None
+        with self._lock:
+            self._stopped = True
+            process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):

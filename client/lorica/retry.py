@@ -1,4 +1,4 @@
-"""When a failed call may be tried again, and after how long. Pure decisions; the clients sleep.
+"""When a failed call may be tried again, and after how long. Decisions only; the clients sleep.
 
 A call that changes nothing, or the same thing twice, is repeated when the server could not be reached
 or asked for it; any other call only where the server says, by RetryInfo, that it did not start it.
@@ -7,6 +7,8 @@ or asked for it; any other call only where the server says, by RetryInfo, that i
 from __future__ import annotations
 
 import random
+import time
+from collections import Counter
 from dataclasses import dataclass
 
 from lorica.errors import LoricaError, ResourceExhausted, Unavailable
@@ -27,6 +29,10 @@ class RetryPolicy:
         if self.attempts < 1 or self.first < 0 or self.longest < self.first:
             raise ValueError("a retry policy needs attempts >= 1 and 0 <= first <= longest")
 
+    def is_counted(self, error: LoricaError) -> bool:
+        """Whether a failure uses up one of the attempts; waiting for what ends by itself may not."""
+        return True
+
     def pause(self, error: LoricaError, attempt: int, *, idempotent: bool) -> float | None:
         """Seconds to wait after failed attempt number `attempt` (from 1), or None to give up."""
         if attempt >= self.attempts or not isinstance(error, Unavailable | ResourceExhausted):
@@ -40,3 +46,38 @@ class RetryPolicy:
 
 
 NO_RETRY = RetryPolicy(attempts=1)
+
+
+class Attempts:
+    """The tries of one call: how many have failed, and what is left of the caller's time.
+
+    `timeout` is for all tries and the pauses between them, `each` for every single try; None is no limit.
+    """
+
+    def __init__(self, policy: RetryPolicy, timeout: float | None = None, *, each: float | None = None) -> None:
+        self._policy, self._each = policy, each
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._failed: Counter[bool] = Counter()  # counted ones, and waits that are not
+
+    def left(self) -> float | None:
+        """Seconds that the next try may take."""
+        if self._deadline is None:
+            return self._each
+        left = max(0.0, self._deadline - time.monotonic())
+        return left if self._each is None else min(left, self._each)
+
+    def pause(self, error: LoricaError, *, idempotent: bool, moved: bool = False) -> float:
+        """Seconds to wait before the next try; raises `error` where there is none.
+
+        `moved` means that the call met a state which another attempt changed: the next one finds it settled.
+        """
+        counted = self._policy.is_counted(error)
+        self._failed[counted] += 1
+        attempt = self._failed[counted]
+        if moved:
+            pause = self._policy.first if attempt < self._policy.attempts else None
+        else:
+            pause = self._policy.pause(error, attempt, idempotent=idempotent)
+        if pause is None or (self._deadline is not None and time.monotonic() + pause >= self._deadline):
+            raise error
+        return pause

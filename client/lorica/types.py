@@ -228,7 +228,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Pushed:
-    """The outcome of `push`. `created` is False when the name already pointed at this content."""
+    """The outcome of `push`. `created` is False when the name already pointed at this content.
+
+    It may so by this very push: of a try whose answer was lost, only the repeat is heard.
+    """
 
     adapter: Adapter
     created: bool

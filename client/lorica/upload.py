@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.errors import LocalFilesError, LoricaError, NotFound, OutOfRange
-from lorica.retry import RetryPolicy
 from lorica.types import FileEntry, FileProgress, ProgressCallback, TransferProgress
 from lorica_protos.v1 import adapters_pb2
 
@@ -43,11 +42,11 @@ def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base
     """Read and hash what a push of `directory` sends. Raises LocalFilesError when it holds no adapter."""
     if not directory.is_dir():
         raise LocalFilesError(f"{directory} is not a directory; give the directory that save_pretrained wrote")
-    present = {path.name for path in directory.iterdir()}
-    missing = [file for file in REQUIRED if file not in present]
-    if missing:
-        raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}{_hint(present)}")
     try:
+        present = {path.name for path in directory.iterdir()}
+        missing = [file for file in REQUIRED if file not in present]
+        if missing:
+            raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}{_hint(present)}")
         sending = [file for file in (*REQUIRED, *OPTIONAL) if file in present]
         files = tuple(_entry(directory / file) for file in sending)
     except OSError as error:
@@ -120,12 +119,6 @@ def _chunks(path: Path, offset: int) -> Iterator[adapters_pb2.UploadChunk]:
         raise LocalFilesError(f"cannot read {path}: {error.strerror}") from error
 
 
-def pause(policy: RetryPolicy, error: LoricaError, attempt: int) -> float | None:
-    """Seconds before a push goes on from what the server then holds, or None to give up.
-
-    A push is idempotent: its id and its content decide the outcome. OUT_OF_RANGE and a NOT_FOUND of the
-    upload itself mean that another attempt moved it meanwhile.
-    """
-    if isinstance(error, OutOfRange | NotFound) and attempt < policy.attempts:
-        return policy.first
-    return policy.pause(error, attempt, idempotent=True)
+def has_moved(error: LoricaError) -> bool:
+    """Whether another attempt moved the upload meanwhile: go on from what the server then holds."""
+    return isinstance(error, OutOfRange | NotFound)

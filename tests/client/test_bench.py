@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from lorica.bench import report
 from lorica.bench.driver import Call, DriverFailed
-from lorica.bench.profile import find_group, median_parts
+from lorica.bench.main import BenchOptions, run
+from lorica.bench.peft_driver import PeftDriver
+from lorica.bench.profile import UNSEEN, StepProfile, find_group, median_parts, with_unseen
 from lorica.bench.session import measure, round_order
 from lorica.bench.shapes import get_shape, make_adapters, make_checkpoint
 from lorica.bench.stats import Sample, Trace, percentile, sample, summarise
@@ -170,6 +172,29 @@ async def test_a_driver_that_gives_too_few_tokens_fails_the_bench_and_all_are_cl
     assert (good.closed, bad.closed) == (1, 1)
 
 
+@pytest.mark.asyncio
+async def test_a_driver_that_cannot_be_closed_keeps_no_other_from_it() -> None:
+    class Stuck(ScriptedDriver):
+        async def close(self) -> None:
+            raise RuntimeError("stuck")
+
+    first, last = ScriptedDriver(), ScriptedDriver()
+    with pytest.raises(RuntimeError, match="stuck"):
+        await measure(parse_workload(TEXT), [first, Stuck(), last], 100, lambda message: None)
+    assert (first.closed, last.closed) == (1, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_died_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorica.bench.peft_driver.sys.executable", "/bin/false")
+    driver = PeftDriver(tmp_path, [], threads=1, dtype="float32", log=tmp_path / "log")
+    with pytest.raises(DriverFailed, match="peer ended"):
+        await driver.start()
+    with pytest.raises(DriverFailed, match="peer ended"):
+        await driver.run([], 1, "")  # into a pipe that nobody reads: what is written stays for close to flush
+    await driver.close()
+
+
 def test_every_scenario_comes_first_in_some_round() -> None:
     scenarios = [Scenario(name, i) for i, name in enumerate("abc")]
     orders = [round_order(scenarios, number) for number in range(3)]
@@ -187,6 +212,7 @@ def test_the_report_holds_the_numbers_and_the_machine(tmp_path: Path) -> None:
     machine, taken = describe(), datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
     values = report.document(workload, machine, summaries, samples, {"threads": 2}, taken)
     page = report.markdown(workload, machine, summaries, {"threads": 2}, taken)
+    report.prepare(tmp_path / "new")
     json_path, page_path = report.write(tmp_path / "new", "t", values, page)
     read = json.loads(json_path.read_text())
     assert read["format"] == report.FORMAT
@@ -196,6 +222,24 @@ def test_the_report_holds_the_numbers_and_the_machine(tmp_path: Path) -> None:
     assert "| a | k=2 | 80.0 |" in page_path.read_text()
     assert "0.80" in page
     assert machine.cpu in page
+
+
+def test_another_machine_is_not_described_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def measured(*_: object) -> list[Sample]:
+        return [_sample("grpc", "base", 1, 100.0)]
+
+    monkeypatch.setattr("lorica.bench.main.measure", measured)
+    for name in ("make_checkpoint", "make_adapters"):
+        monkeypatch.setattr(f"lorica.bench.main.{name}", lambda *_: [])
+    pages = {
+        drivers: run(
+            BenchOptions("mixed-tiny", drivers, "far.away:50051", threads=3, dtype="float32", out=tmp_path), str
+        ).page
+        for drivers in (("grpc",), ("engine", "grpc"))
+    }
+    assert all("far.away:50051" in page for page in pages.values())
+    assert "threads" not in pages["grpc",]
+    assert "threads 3" in pages["engine", "grpc"]
 
 
 # Shapes, on the smallest one
@@ -250,6 +294,18 @@ def test_an_unknown_shape_lists_the_known(tmp_path: Path) -> None:
 )
 def test_operations_fall_into_groups(operation: str, group: str) -> None:
     assert find_group(operation) == group
+
+
+def test_shares_are_of_the_whole_step() -> None:
+    groups = with_unseen({"matrix products": 2.0, "other": 1.0}, 10.0)
+    assert groups[UNSEEN] == 7.0
+    assert with_unseen(groups, 5.0)[UNSEEN] == 0.0
+    parts = {"forward": 9.0, "sample": 1.0}
+    profile = StepProfile(4, "k=4", {"k=4": parts}, {"k=4": 3}, groups, [], parts)
+    lines = report.profile_lines(profile)
+    assert "| matrix products | 2.00 | 20% |" in lines
+    assert f"| {UNSEEN} | 7.00 | 70% |" in lines
+    assert any("the whole step is 10.00 ms here, forward 9.00" in line for line in lines)
 
 
 def test_no_steps_give_zeros() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorica.bench.main import BenchOptions, BenchResults
 from lorica.cli.checks import examine
 from lorica.cli.connecting import WarmUpPatience
 from lorica.cli.main import app
 from lorica.errors import ErrorDetails, Unavailable
 from lorica.terminal.failures import CommandError, ExitCode, Failure, explain
 from lorica.terminal.output import tell_failure
+from lorica_protos.v1 import inference_pb2
 from lorica_server.config import resolve_config
 from support.fake_service import DIGEST, FakeServer
 
@@ -177,6 +177,15 @@ def test_generate_json_and_many_answers(fake: FakeServer) -> None:
     assert "--- 1" in invoke("generate", "x", "-a", fake.address, "-n", "2").stdout
 
 
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["-n", "2"]])
+def test_an_aborted_answer_is_shown_and_has_its_code(fake: FakeServer, arguments: list[str]) -> None:
+    fake.state.faults.finish = inference_pb2.FINISH_REASON_ABORTED
+    result = invoke("generate", "one two", "-a", fake.address, *arguments)
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    assert "one two" in result.stdout
+    assert "aborted before its end" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -270,6 +279,14 @@ def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path:
     assert "removed support-bot" in adapters("rm", "support-bot").stdout
 
 
+def test_a_version_is_printed_once(fake: FakeServer, tmp_path: Path) -> None:
+    fake.state.files["bot@dddddddd"] = {"adapter_config.json": b"{}"}
+    pulled = invoke("adapters", "pull", "bot@dddddddd", str(tmp_path / "bot"), "-a", fake.address)
+    assert pulled.stdout.startswith("bot@dddddddddddd -> ")
+    verified = invoke("adapters", "verify", "bot@dddddddd", "-a", fake.address)
+    assert verified.stdout.startswith("bot@dddddddddddd verified")
+
+
 def test_a_bad_label_is_a_usage_error(fake: FakeServer, adapter_dir: Path) -> None:
     result = invoke("adapters", "push", str(adapter_dir), "--label", "nonsense", "--address", fake.address)
     assert result.exit_code == ExitCode.USAGE
@@ -281,7 +298,10 @@ def test_health_is_an_exit_code(fake: FakeServer) -> None:
     fake.set_serving(False)
     assert invoke("health", "--address", fake.address).exit_code == ExitCode.NO
     assert invoke("health", "--address", "127.0.0.1:1").exit_code == ExitCode.UNAVAILABLE
-    assert invoke("health", "--address", fake.address, "--wait", "0.3").exit_code == ExitCode.UNAVAILABLE
+    waited = invoke("health", "--address", fake.address, "--wait", "0.3")
+    assert waited.exit_code == ExitCode.NO
+    assert "NOT_SERVING after 0.3 s" in waited.stderr
+    assert invoke("health", "--address", "127.0.0.1:1", "--wait", "0.3").exit_code == ExitCode.UNAVAILABLE
 
 
 # Without a server
@@ -325,63 +345,9 @@ def test_doctor_fails_on_what_must_change(tmp_path: Path) -> None:
     assert "checkpoint directory" in " ".join(result.stdout.split())
 
 
-def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
-    assert invoke("train", str(job), "--check").exit_code == 0
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\nlora: {rank: -1}\n")
-    result = invoke("train", str(job), "--check")
-    assert result.exit_code == ExitCode.REFUSED
-    assert "lora.rank" in result.stderr
-
-
-def test_bench_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    for arguments, words in (
-        (["--driver", "warp"], "no driver 'warp'"),
-        (["--address", "127.0.0.1:1"], "--driver grpc"),
-        (["--driver", "peft", "--profile-step"], "--driver engine"),
-        (["--workload", str(tmp_path / "none.toml")], "shipped are mixed-125m"),
-    ):
-        result = invoke("bench", *arguments)
-        assert result.exit_code == ExitCode.USAGE
-        assert words in result.stderr
-
-
-def test_bench_leaves_an_absent_peft_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def run(options: BenchOptions, announce: object) -> BenchResults:
-        seen.append(options.drivers)
-        return BenchResults({}, "page", tmp_path / "a.json", tmp_path / "a.md")
-
-    monkeypatch.setattr("lorica.bench.main.run", run)
-    monkeypatch.setattr("lorica.cli.bench.find_spec", lambda name: None)
-    result = invoke("bench")
-    assert result.exit_code == 0
-    assert seen == [("engine",)]
-    assert "pip install 'lorica[bench]'" in result.stderr.splitlines()[0]
-    assert invoke("bench", "--driver", "peft").exit_code == ExitCode.USAGE
-
-
-def test_a_refused_run_leaves_no_directory_and_no_bar(tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: missing.jsonl}\n")
-    result = invoke("train", str(job))
-    assert result.exit_code == ExitCode.REFUSED
-    assert not (tmp_path / "out").exists()
-    assert "loading" not in result.stderr
-    assert result.stderr.lstrip().startswith("error: ")
-
-
 def test_an_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     tell_failure(Failure("stopped after saving x; run again with --resume to go on", ExitCode.INTERRUPTED))
     assert capsys.readouterr().err.startswith("stopped after saving x")
-
-
-def test_unknown_demo_task_lists_the_known() -> None:
-    result = invoke("demo", "--task", "nothing")
-    assert result.exit_code == ExitCode.USAGE
-    assert "backwards" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -123,6 +123,31 @@ def test_retries_are_bounded(client: Client, fake: FakeServer) -> None:
     assert caught.value.retry_after == pytest.approx(0.01)
 
 
+def test_a_timeout_bounds_all_tries(fake: FakeServer) -> None:
+    fake.state.faults.unavailable_calls = 10**6
+    for ask in (lambda: client.generate("x", timeout=0.3), lambda: list(client.stream("x", timeout=0.3))):
+        started = time.monotonic()
+        with Client(fake.address, retry=RetryPolicy(attempts=10**6)) as client, pytest.raises(errors.Unavailable):
+            ask()
+        assert time.monotonic() - started < 10
+    assert fake.state.calls < 10**6
+
+
+def test_only_an_update_that_adds_no_alias_is_repeated(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def unreachable(*_: object) -> None:
+        calls.append(1)
+        raise errors.Unavailable("no server")
+
+    monkeypatch.setattr(client, "_once", unreachable)
+    for changes, tries in (({"pinned": True}, 4), ({"add_aliases": ["prod"]}, 1)):
+        calls.clear()
+        with pytest.raises(errors.Unavailable):
+            client.update("bot", **changes)
+        assert len(calls) == tries
+
+
 def test_a_long_retry_delay_is_told_not_waited_for(client: Client, fake: FakeServer) -> None:
     fake.state.faults.unavailable_calls, fake.state.faults.retry_after = 1, 30.0
     started = time.monotonic()

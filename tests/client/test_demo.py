@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from lorica import AsyncClient
+from lorica.cli.main import app
 from lorica.demo import asking, report
-from lorica.demo.main import choose_tasks
+from lorica.demo.main import Kept, choose_tasks
 from lorica.demo.values import Accuracy, Ask, BurstOutcome, DemoOutcome, TaskOutcome, interleave
-from lorica.terminal.failures import CommandError
+from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import plain
 from lorica_protos.v1 import adapters_pb2
 from support.fake_service import FakeServer
@@ -52,6 +55,17 @@ def test_the_table_shows_every_task_as_it_is() -> None:
     assert "1,000 output tokens/s; the same prompts on the base only 1,500" in text
     assert "ratio 0.67 (medians" in text  # of the numbers that stand beside it
     assert json.loads(json.dumps(plain(outcome)))["tasks"][1]["accuracy"]["adapter"] == 0.6
+
+
+def test_a_kept_server_is_told_of_whatever_becomes_of_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    burst = BurstOutcome(64, 1, 5, 1000.0, 1500.0)
+    outcome = DemoOutcome("m", (_outcome(0.0, 0.975),), burst, 10.0, 20.0)
+    kept = Kept("127.0.0.1:50099", 4242, tmp_path)
+    monkeypatch.setattr("lorica.demo.main.run", lambda options, console: (outcome, kept))
+    result = CliRunner().invoke(app, ["demo", "--keep", "--json", str(tmp_path / "nowhere" / "out.json")])
+    assert result.exit_code == ExitCode.REFUSED
+    assert "kill 4242" in result.stdout
+    assert "cannot write" in result.stderr
 
 
 def test_tasks_are_chosen_by_name_in_the_demos_order() -> None:

@@ -1,7 +1,8 @@
-"""Retry decisions, error details and the download's checks, without a network."""
+"""Retry decisions, error details, conversions and the download's checks, without a network."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorica import convert
+from lorica.channel import OPTIONS
+from lorica.cli.connecting import WarmUpPatience
 from lorica.download import Download
 from lorica.errors import (
     ErrorDetails,
@@ -22,8 +26,10 @@ from lorica.errors import (
     Unavailable,
     read_details,
 )
-from lorica.retry import NO_RETRY, RetryPolicy
-from lorica_protos.v1 import adapters_pb2
+from lorica.retry import NO_RETRY, Attempts, RetryPolicy
+from lorica.upload import collect
+from lorica_protos.v1 import adapters_pb2, inference_pb2
+from lorica_server.api.grpc_server import _channel_options
 
 POLICY = RetryPolicy(attempts=4, first=0.1, longest=1.0)
 
@@ -52,6 +58,72 @@ def test_pauses_grow_within_bounds_and_end(attempt: int) -> None:
 def test_a_policy_without_bounds_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="retry policy"):
         RetryPolicy(**values)
+
+
+def test_a_timeout_is_for_all_tries_together() -> None:
+    attempts = Attempts(POLICY, 60.0, each=5.0)
+    assert attempts.left() == 5.0
+    assert attempts.pause(Unavailable("x"), idempotent=True) <= 0.1
+    short = Attempts(RetryPolicy(first=0.5, longest=1.0), 0.2)
+    assert 0.0 < (short.left() or 0.0) <= 0.2
+    with pytest.raises(Unavailable):
+        short.pause(Unavailable("x"), idempotent=True)
+    assert Attempts(POLICY).left() is None
+
+
+def test_a_state_that_moved_is_met_again_a_bounded_number_of_times() -> None:
+    attempts = Attempts(POLICY)
+    assert [attempts.pause(NotFound("x"), idempotent=True, moved=True) for _ in range(3)] == [0.1] * 3
+    with pytest.raises(NotFound):
+        attempts.pause(NotFound("x"), idempotent=True, moved=True)
+
+
+def test_warming_up_uses_up_no_attempt() -> None:
+    attempts = Attempts(WarmUpPatience())
+    for _ in range(20):
+        assert attempts.pause(Unavailable("x", ErrorDetails(reason="WARMING_UP")), idempotent=False) == 0.5
+    assert attempts.pause(Unavailable("x"), idempotent=True) > 0
+
+
+def test_pings_are_as_far_apart_as_the_server_allows() -> None:
+    options, allowed = dict(OPTIONS), dict(_channel_options(1))
+    assert options["grpc.keepalive_time_ms"] >= 2 * allowed["grpc.http2.min_ping_interval_without_data_ms"]
+    assert options["grpc.keepalive_timeout_ms"] > 0
+
+
+# Conversions
+
+
+def test_words_of_a_newer_server_are_not_a_crash() -> None:
+    message = adapters_pb2.Adapter(name="a", health=77)  # type: ignore[arg-type]
+    message.residency.tier, message.residency.materialised = 78, 79  # type: ignore[assignment]
+    adapter = convert.adapter(message)
+    assert (adapter.health, adapter.residency.tier, adapter.residency.materialised) == ("ok", "registered", "none")
+    response = inference_pb2.GenerateStreamResponse()
+    response.finish.reason = 99  # type: ignore[assignment]
+    with pytest.raises(TransferError, match="reason this client does not know: '99'"):
+        convert.stream_part(response)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "a"}, {"role": 1, "content": "a"}, "hello"])
+def test_a_message_without_role_or_content_is_refused_by_its_place(message: object) -> None:
+    messages = [{"role": "user", "content": "a"}, message]
+    for make in (
+        lambda: convert.generate_request(None, None, messages, "", {}),
+        lambda: convert.tokenize_request(None, messages),
+    ):
+        with pytest.raises(InvalidArgument, match="role and content") as caught:
+            make()
+        assert caught.value.violations[0].field == "messages[1]"
+
+
+def test_a_directory_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(LocalFilesError, match="Permission denied"):
+        collect(tmp_path, "a", {}, allow_base_mismatch=False)
 
 
 @given(st.binary(max_size=200))
@@ -122,3 +194,53 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with Download(tmp_path / "file" / "d") as download, pytest.raises(LocalFilesError, match="cannot write"):
         download.feed(_manifest((CONFIG, b"abc")))
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def _pull(directory: Path, *files: tuple[str, bytes], overwrite: bool = False) -> None:
+    with Download(directory, overwrite=overwrite) as download:
+        download.feed(_manifest(*files))
+        for name, data in files:
+            download.feed(_chunk(name, 0, data))
+        download.finish()
+
+
+@pytest.mark.parametrize("full", [CONFIG, WEIGHTS])
+def test_a_full_disk_is_told_and_leaves_the_old_files(tmp_path: Path, full: str) -> None:
+    _pull(tmp_path, (CONFIG, b"old"), (WEIGHTS, b"old"))
+    (tmp_path / f".{full}.part").symlink_to("/dev/full")
+    with pytest.raises(LocalFilesError, match="No space left"):
+        _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, b"new"), overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {CONFIG: b"old", WEIGHTS: b"old"}
+
+
+def test_a_disk_that_is_full_while_bytes_come_is_told(tmp_path: Path) -> None:
+    (tmp_path / f".{WEIGHTS}.part").symlink_to("/dev/full")
+    with pytest.raises(LocalFilesError, match="No space left"):
+        _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, bytes(1 << 20)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_between_two_renames_leaves_no_adapter(tmp_path: Path) -> None:
+    _pull(tmp_path, (CONFIG, b"old"), (WEIGHTS, b"old"))
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / WEIGHTS).mkdir()  # its rename fails
+    with pytest.raises(LocalFilesError, match="cannot write"):
+        _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, b"new"), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+
+
+def test_what_the_replaced_adapter_had_beside_it_goes(tmp_path: Path) -> None:
+    _pull(tmp_path, (CONFIG, b"old"), (WEIGHTS, b"old"), ("lorica.json", b"old"))
+    (tmp_path / "README.md").write_text("the user's own")
+    _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, b"new"), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+
+
+def test_a_lone_optional_file_is_not_replaced_unasked(tmp_path: Path) -> None:
+    (tmp_path / "lorica.json").write_text("the user's own")
+    with pytest.raises(LocalFilesError, match=r"already holds lorica\.json"):
+        _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, b"new"))
+    assert (tmp_path / "lorica.json").read_text() == "the user's own"

@@ -43,6 +43,7 @@ class Faults:
     corrupt_download: bool = False
     download_name: str | None = None  # sent in place of a file's name
     fail_stream_after: int | None = None  # messages of one stream, then INTERNAL
+    finish: inference_pb2.FinishReason.ValueType | None = None  # of every choice
 
 
 @dataclass
@@ -152,7 +153,11 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
                             alternatives=[inference_pb2.TokenAlternative(token_id=2, logprob=-1.0, text=b"\xff")],
                         )
                     ],
-                    finish=inference_pb2.Finish(reason=inference_pb2.FINISH_REASON_STOP, stop_string="\n", usage=usage),
+                    finish=inference_pb2.Finish(
+                        reason=self._state.faults.finish or inference_pb2.FINISH_REASON_STOP,
+                        stop_string="\n",
+                        usage=usage,
+                    ),
                 )
                 for i in range(request.sampling.n or 1)
             ],
@@ -175,7 +180,7 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             if number == 0:
                 response.prompt.request_id = request.request_id or "made-up"
             if last:
-                response.finish.reason = inference_pb2.FINISH_REASON_LENGTH
+                response.finish.reason = self._state.faults.finish or inference_pb2.FINISH_REASON_LENGTH
                 response.finish.usage.completion_tokens = len(words)
             yield response
 

@@ -59,6 +59,8 @@ def test_a_template_without_generation_marks_gives_the_same_labels(tokenizer: An
             "{% for m in messages %}{{ m['content'] if loop.last else '-' }}<|end|>{% endfor %}",
             "differently once later turns follow",
         ),
+        ("{{ raise_exception('roles must alternate') }}", "the chat template refused: roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "the chat template refused"),
         (None, "has no chat template"),
     ],
 )
@@ -68,6 +70,18 @@ def test_templates_that_cannot_be_learnt_from_are_refused(tokenizer: Any, templa
         tokenizer.chat_template = template
         with pytest.raises(ExampleInvalid, match=says):
             _encode({"messages": [*conversation("ab", "cd"), *conversation("ef", "gh")]}, tokenizer)
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_an_assistant_who_speaks_first_needs_generation_marks(tokenizer: Any) -> None:
+    chat = [{"role": "assistant", "content": "hi"}, *conversation("ab", "cd")]
+    assert _supervised_text(_encode({"messages": chat}, tokenizer), tokenizer) == "hi<|end|>cd<|end|>"
+    kept = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = kept.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        with pytest.raises(ExampleInvalid, match="the assistant speaks first"):
+            _encode({"messages": chat}, tokenizer)
     finally:
         tokenizer.chat_template = kept
 
@@ -84,6 +98,11 @@ def test_templates_that_cannot_be_learnt_from_are_refused(tokenizer: Any, templa
         ('{"messages": [{"role": "user"}]}', "needs a role and a content"),
         ('{"messages": [{"role": "boss", "content": "a"}]}', "must be one of system"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "last message must be the assistant's"),
+        ('{"prompt": "a\\ud83d", "completion": "b"}', r"prompt holds half a character at position 1: \\ud83d"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "b"}]}', "half a c"),
+        ('{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', r"messages\[0\].name holds half"),
+        ("[" * 100_000, "not JSON that can be read"),
+        ("9" * 5000, "not JSON that can be read"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: str, says: str) -> None:
@@ -133,6 +152,9 @@ def test_overlong_examples_are_dropped_or_truncated(tmp_path: Path, tokenizer: A
     assert [len(example.ids) for example in truncated.train] == [8, 8]  # the long prompt has no loss left
     with pytest.raises(DataInvalid, match="no record is left"):
         load_data(DataJob(train, max_length=3), tokenizer, ends, seed=0)
+    held = write_jsonl(tmp_path / "e.jsonl", _completions("a much longer one"))
+    with pytest.raises(DataInvalid, match=r"e\.jsonl: no record is left to evaluate on: 1 are longer"):
+        load_data(DataJob(train, held, max_length=8), tokenizer, ends, seed=0)
 
 
 def test_eval_fraction_splits_distinct_examples(tmp_path: Path, tokenizer: Any) -> None:

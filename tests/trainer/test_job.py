@@ -29,6 +29,15 @@ def test_a_local_directory_is_a_model_and_rslora_scales_by_the_root(tmp_path: Pa
     assert job.scale == 2.0
 
 
+def test_a_home_directory_is_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {"train": "~/train.jsonl", "eval": "~no-such-user/eval.jsonl"}
+    job = parse_job({"model": "~/base", "output": "~/out", "data": data}, root=Path("/elsewhere"))
+    assert (job.model, job.output) == (str(tmp_path / "base"), tmp_path / "out")
+    assert job.data.train == tmp_path / "train.jsonl"
+    assert job.data.eval == Path("/elsewhere/~no-such-user/eval.jsonl")
+
+
 @pytest.mark.parametrize(
     ("change", "field", "says"),
     [
@@ -78,8 +87,9 @@ def test_a_missing_job_file_is_refused(tmp_path: Path) -> None:
         read_job(tmp_path / "none.yaml")
 
 
-def test_the_digest_is_over_what_decides_the_bytes() -> None:
-    job = parse_job(MINIMAL)
-    assert parse_job({**MINIMAL, "output": "elsewhere", "checkpoint": {"every": 5}}).digest() == job.digest()
-    assert parse_job({**MINIMAL, "lora": {"rank": 8}}).digest() != job.digest()
-    assert parse_job({**MINIMAL, "training": {"seed": 1}}).digest() != job.digest()
+def test_what_decides_the_bytes() -> None:
+    deciding = parse_job(MINIMAL).deciding()
+    same = {"output": "elsewhere", "checkpoint": {"every": 5}, "training": {"eval_every": 3}}
+    assert parse_job({**MINIMAL, **same}).deciding() == deciding
+    assert parse_job({**MINIMAL, "lora": {"rank": 8}}).deciding() == {**deciding, "lora.rank": 8}
+    assert parse_job({**MINIMAL, "training": {"seed": 1}}).deciding() == {**deciding, "training.seed": 1}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,18 @@ from safetensors.torch import load_file
 
 from lorica_adapters.apply.trainable import attach
 from lorica_adapters.base import LoadedBase
+from lorica_adapters.embedded.tiny import tiny_path
 from lorica_trainer import run
 from lorica_trainer.checkpoints import list_checkpoints, read_checkpoint
-from lorica_trainer.errors import BaseChanged, CheckpointInvalid, Diverged, Interrupted, JobInvalid
+from lorica_trainer.errors import (
+    BaseChanged,
+    CheckpointInvalid,
+    DeviceFull,
+    Diverged,
+    Interrupted,
+    JobInvalid,
+    OutputFailed,
+)
 from lorica_trainer.job import TrainJob
 from lorica_trainer.progress import Silent, StepReport
 from lorica_trainer.run import CHECKPOINTS, REPORT, train
@@ -37,12 +47,15 @@ class StopAt(Silent):
     """Sets `event` once `step` steps are done."""
 
     def __init__(self, step: int) -> None:
-        self.event, self.step, self.seen = threading.Event(), step, list[StepReport]()
+        self.event, self.step, self.seen, self.warnings = threading.Event(), step, list[StepReport](), list[str]()
 
     def stepped(self, report: StepReport) -> None:
         self.seen.append(report)
         if report.step >= self.step:
             self.event.set()
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: LoadedBase, tokenizer: Any) -> None:
@@ -86,6 +99,7 @@ def test_resume_is_bit_exact(make_job: JobMaker, stop_after: int) -> None:
     rest = StopAt(10**9)
     train(halved, resume=True, progress=rest)
     assert rest.seen[0].step == stop_after + 1
+    assert rest.warnings == []
     assert (halved.output / WEIGHTS).read_bytes() == (whole.output / WEIGHTS).read_bytes()
     history = [json.loads((job.output / REPORT).read_text())["history"] for job in (whole, halved)]
     assert history[0] == history[1]
@@ -130,12 +144,58 @@ def test_a_checkpoint_of_another_job_or_data_is_refused(make_job: JobMaker) -> N
     assert read_checkpoint(stopped.value.checkpoint).step == 2
     with pytest.raises(JobInvalid, match="unfinished run"):
         train(job)
-    with pytest.raises(CheckpointInvalid, match="another job"):
+    with pytest.raises(CheckpointInvalid, match=r"another lora\.alpha: 8\.0, not 9\.0"):
         train(make_job(lora={"alpha": 9}), resume=True)
+    with pytest.raises(CheckpointInvalid, match=r"another training\.compute_dtype: float32, not bfloat16"):
+        train(make_job(training={"compute_dtype": "bfloat16"}), resume=True)
     records = job.data.train.read_text().splitlines()
     job.data.train.write_text("\n".join(records[1:]))
     with pytest.raises(CheckpointInvalid, match="another training data"):
         train(job, resume=True)
+
+
+def test_when_to_evaluate_may_change_and_other_versions_are_told_of(
+    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = StopAt(2), StopAt(3)
+    with pytest.raises(Interrupted):
+        train(make_job(), progress=first, stop=first.event)
+    monkeypatch.setattr(run, "_versions", lambda: {"torch": "99.0"})
+    with pytest.raises(Interrupted):
+        train(make_job(training={"eval_every": 7}), resume=True, progress=second, stop=second.event)
+    [warning] = second.warnings
+    assert f"torch {torch.__version__}" in warning
+    assert "torch 99.0" in warning
+
+
+@pytest.mark.parametrize("method", ["export_peft", "write_checkpoint"])
+def test_a_disk_that_fills_up_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, method, fail)
+    with pytest.raises(OutputFailed, match="cannot be written any more: No space left"):
+        train(make_job(training={"steps": 3}, checkpoint={"every": 2}))
+
+
+def test_a_full_device_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: run.Loop) -> StepReport:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.Loop, "take_step", fail)
+    with pytest.raises(DeviceFull, match=r"lower training\.batch_size"):
+        train(make_job())
+
+
+def test_warmup_that_eats_the_epochs_is_refused(make_job: JobMaker) -> None:
+    with pytest.raises(JobInvalid, match=r"training\.warmup: warm-up of 50 steps leaves none of 5"):
+        train(make_job(training={"steps": None, "epochs": 1, "warmup": 50}))
+
+
+def test_one_step_changes_the_adapter(make_job: JobMaker) -> None:
+    job = make_job(training={"steps": 1})
+    train(job)
+    assert any(tensor.any() for name, tensor in load_file(job.output / WEIGHTS).items() if "lora_B" in name)
 
 
 def test_a_finished_output_is_not_overwritten(make_job: JobMaker) -> None:
@@ -177,7 +237,7 @@ def test_divergence_ends_the_run_before_the_weights_are_touched(
         return real(loop)
 
     monkeypatch.setattr(run.Loop, "take_step", poisoned)
-    with pytest.raises(Diverged, match="step 4"):
+    with pytest.raises(Diverged, match=r"step 4.*another output with a lower"):
         train(job)
     checkpoint = read_checkpoint(list_checkpoints(job.output / CHECKPOINTS)[-1])
     assert checkpoint.step == 3
@@ -187,7 +247,8 @@ def test_divergence_ends_the_run_before_the_weights_are_touched(
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"data": {"max_length": 4096, "eval_fraction": 0}}, "the base's context is"),
+        ({"data": {"max_length": 4096, "eval_fraction": 0}}, "an example has 3003 tokens, the base's context is"),
+        ({"data": {"max_length": 4096, "eval_fraction": 0, "eval": "long.jsonl"}}, "an example has 3006 tokens"),
         ({"training": {"device": "cuda"}}, "no CUDA device"),
     ],
 )
@@ -196,9 +257,29 @@ def test_what_only_the_base_can_tell_is_refused(make_job: JobMaker, sections: di
         pytest.skip("this machine has a CUDA device")
     job = make_job(**sections)
     text = json.dumps({"prompt": "x" * 3000, "completion": "y"})
-    job.data.train.write_text(text)
+    if job.data.eval is None:
+        job.data.train.write_text(text)
+    else:
+        job.data.eval.write_text(text.replace('"y"', '"yyyy"'))
     with pytest.raises(JobInvalid, match=says):
         train(job)
+
+
+@pytest.mark.parametrize("damage", ["unknown type", "encoder and decoder", "tokenizer", "weights"])
+def test_a_base_that_cannot_be_loaded_is_told_in_one_line(make_job: JobMaker, tmp_path: Path, damage: str) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_path(), base)
+    config = json.loads((base / "config.json").read_text())
+    if damage == "unknown type":
+        (base / "config.json").write_text(json.dumps({**config, "model_type": "nobody"}))
+    elif damage == "encoder and decoder":
+        (base / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
+    else:
+        file = base / ("tokenizer.json" if damage == "tokenizer" else "model.safetensors")
+        file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(JobInvalid, match=r"model: .* cannot be loaded: ") as caught:
+        train(make_job(model=str(base)))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_is_not_there_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
@@ -212,15 +293,20 @@ def test_bf16_compute_keeps_float32_master_weights(make_job: JobMaker) -> None:
     assert {tensor.dtype for tensor in load_file(job.output / WEIGHTS).values()} == {torch.float32}
 
 
-def test_stopping_before_the_first_step_after_a_resume_keeps_the_checkpoint(make_job: JobMaker) -> None:
-    job, stop = make_job(), threading.Event()
-    stop.set()
+def test_stopping_before_the_first_step_keeps_the_checkpoint_there_is(make_job: JobMaker) -> None:
+    job, watcher = make_job(), StopAt(2)
+    watcher.event.set()
+    with pytest.raises(Interrupted, match="nothing is saved") as fresh:
+        train(job, stop=watcher.event)
+    assert fresh.value.checkpoint is None
+    assert not job.output.exists()
+    watcher.event.clear()
     with pytest.raises(Interrupted) as first:
-        train(job, stop=stop)
+        train(job, progress=watcher, stop=watcher.event)
     with pytest.raises(Interrupted) as second:
-        train(job, resume=True, stop=stop)
+        train(job, resume=True, stop=watcher.event)
     assert first.value.checkpoint == second.value.checkpoint
-    assert read_checkpoint(second.value.checkpoint).step == 0
+    assert read_checkpoint(second.value.checkpoint).step == 2
 
 
 SCRIPT = """

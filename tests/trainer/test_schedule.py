@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from lorica_trainer.errors import JobInvalid
 from lorica_trainer.schedule import factor, warmup_steps
 
 
@@ -22,3 +23,11 @@ def test_curve_equals_transformers(kind: str, theirs: str, warmup: int, total: i
 
 def test_warmup_is_a_share_below_one_and_steps_from_one_on() -> None:
     assert [warmup_steps(0.03, 1000), warmup_steps(0.0, 10), warmup_steps(1, 10), warmup_steps(5, 10)] == [30, 0, 1, 5]
+
+
+def test_warmup_leaves_a_step_to_train() -> None:
+    for warmup in (0.0, 0.03, 1, 7):
+        assert warmup_steps(warmup, 1) == 0
+    for warmup, total in ((10, 10), (11, 10), (0.99, 10)):
+        with pytest.raises(JobInvalid, match=f"leaves none of {total}"):
+            warmup_steps(warmup, total)

@@ -15,13 +15,17 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from lorica_trainer.errors import CheckpointInvalid
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKPOINTS = "checkpoints"
+"""Where they lie in a job's output."""
 
 _STATE, _META = "state.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8})")
@@ -42,6 +46,8 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
     A run that is stopped before it takes a step finds its step already there: the state it came from, which stays.
     """
+    from safetensors.torch import save  # here, since it imports torch: who only lists checkpoints does not wait for it
+
     final = root / f"step-{checkpoint.step:08d}"
     if final.exists():
         return final
@@ -70,6 +76,8 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Read and verify. Raises CheckpointInvalid."""
+    from safetensors.torch import load
+
     try:
         meta = json.loads((directory / _META).read_text(encoding="utf-8"))
         state = (directory / _STATE).read_bytes()

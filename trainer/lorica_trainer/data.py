@@ -67,6 +67,9 @@ def load_data(job: DataJob, tokenizer: ChatTokenizer, end_ids: frozenset[int], *
     if not fitted_train:
         reason = f"{cut_train} are longer than data.max_length = {job.max_length}"
         raise DataInvalid(job.train, 0, f"no record is left to train on: {reason}")
+    if held and not fitted_held:
+        reason = f"{cut_held} are longer than data.max_length = {job.max_length}"
+        raise DataInvalid(job.eval or job.train, 0, f"no record is left to evaluate on: {reason}")
     report = DataReport(
         records=len(raw),
         train=len(fitted_train),
@@ -94,6 +97,8 @@ def _read(path: Path, tokenizer: ChatTokenizer, end_ids: frozenset[int]) -> Exam
                     raise DataInvalid(path, number, f"not JSON: {error.msg} at column {error.colno}") from error
                 except ExampleInvalid as error:
                     raise DataInvalid(path, number, str(error)) from error
+                except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
+                    raise DataInvalid(path, number, f"not JSON that can be read: {error}") from error
     except OSError as error:
         raise DataInvalid(path, 0, f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -1,7 +1,8 @@
 """The demo's tasks as data: for each a training file for the real trainer and held-out questions with their answers.
 
 A prompt is a bare input as a chat message, without any instruction; what to do with it is the adapter's to know.
-Training and held-out inputs lie on two sides of a hash split, and the base never saw the held-out side either.
+Training and held-out inputs of a skill lie on two sides of a hash split, which the base's own text keeps too: no text
+holds a held-out input together with that skill. The input alone may stand in it, under another skill.
 """
 
 from __future__ import annotations

@@ -30,7 +30,15 @@ class CheckpointInvalid(TrainerError):
 
 
 class Diverged(TrainerError):
-    """Loss or gradient is not finite. The last checkpoint is still good."""
+    """Loss or gradient is not finite. Resuming would end the same way: the job must be another."""
+
+
+class OutputFailed(TrainerError):
+    """The output cannot be written any more. What was saved before is still good."""
+
+
+class DeviceFull(TrainerError):
+    """The job needs more memory than the device has."""
 
 
 class BaseChanged(TrainerError):
@@ -38,8 +46,9 @@ class BaseChanged(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """The run was asked to stop and did, after saving `checkpoint`; resume continues it bit for bit."""
+    """The run was asked to stop and did; resume goes on from `checkpoint`, None where no step had been taken."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"stopped after saving {checkpoint}; run again with --resume to go on")
+    def __init__(self, checkpoint: Path | None) -> None:
+        saved = f"after saving {checkpoint}; run again with --resume to go on"
+        super().__init__(f"stopped {saved}" if checkpoint else "stopped before the first step; nothing is saved")
         self.checkpoint = checkpoint

@@ -63,6 +63,8 @@ def encode_record(record: Any, tokenizer: ChatTokenizer, end_ids: frozenset[int]
 def _encode_completion(prompt: Any, completion: Any, tokenizer: ChatTokenizer) -> Example:
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ExampleInvalid("prompt and completion must be strings")
+    _refuse_half_characters("prompt", prompt)
+    _refuse_half_characters("completion", completion)
     if not completion:
         raise ExampleInvalid("completion is empty: there is nothing to learn")
     if tokenizer.eos_token_id is None:
@@ -83,18 +85,30 @@ def _checked_messages(messages: Any) -> list[dict[str, str]]:
             raise ExampleInvalid(
                 f"messages[{index}].role must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
             )
+        for key, value in message.items():
+            if isinstance(value, str):
+                _refuse_half_characters(f"messages[{index}].{key}", value)
     if messages[-1]["role"] != "assistant":
         raise ExampleInvalid("the last message must be the assistant's: there is nothing to learn")
     return [dict(message) for message in messages]
+
+
+def _refuse_half_characters(where: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no text: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ExampleInvalid(
+            f"{where} holds half a character at position {error.start}: \\u{ord(text[error.start]):04x} without the "
+            "other half of its pair"
+        ) from error
 
 
 def _encode_chat(messages: list[dict[str, str]], tokenizer: ChatTokenizer) -> Example:
     if not tokenizer.chat_template:
         raise ExampleInvalid("the base has no chat template: use prompt and completion")
     if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
-        marked = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        marked = _apply_template(tokenizer, messages, return_assistant_tokens_mask=True)
         ids, mask = marked["input_ids"], marked["assistant_masks"]
         return Example(tuple(ids), tuple(i if m else IGNORE for i, m in zip(ids, mask, strict=True)))
     return _encode_chat_by_prefix(messages, tokenizer)
@@ -102,6 +116,8 @@ def _encode_chat(messages: list[dict[str, str]], tokenizer: ChatTokenizer) -> Ex
 
 def _encode_chat_by_prefix(messages: list[dict[str, str]], tokenizer: ChatTokenizer) -> Example:
     """Each assistant turn is what the template adds to the prompt that the server would have answered."""
+    if messages[0]["role"] == "assistant":
+        raise ExampleInvalid("the assistant speaks first: with this chat template there is no prompt for it to answer")
     whole = _rendered(tokenizer, messages, prompt=False)
     labels = [IGNORE] * len(whole)
     for index, message in enumerate(messages):
@@ -119,8 +135,14 @@ def _encode_chat_by_prefix(messages: list[dict[str, str]], tokenizer: ChatTokeni
 
 
 def _rendered(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)
-    return list(encoded["input_ids"])
+    return list(_apply_template(tokenizer, messages, add_generation_prompt=prompt)["input_ids"])
+
+
+def _apply_template(tokenizer: ChatTokenizer, messages: list[dict[str, str]], **options: bool) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except Exception as error:  # a template runs arbitrary expressions, and says by raise_exception what it refuses
+        raise ExampleInvalid(f"the chat template refused: {error}") from error
 
 
 def _check_end_is_learnt(example: Example, end_ids: frozenset[int]) -> None:

@@ -6,8 +6,8 @@ Checks everything that can be checked without the model and the data; each error
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,13 @@ from typing import Any, Literal
 import yaml
 
 from lorica_trainer.errors import JobInvalid
+from lorica_trainer.schedule import warmup_steps
 from lorica_trainer.schema import Bounds, build
 
 Targets = str | tuple[str, ...]
+
+# Paths do not decide the trained bytes (what lies there has digests of its own), nor does when to evaluate.
+_NOT_DECIDING = frozenset({"data.train", "data.eval", "training.eval_every"})
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,19 @@ class TrainJob:
             raise JobInvalid("data.eval_fraction", "give either an eval file or an eval fraction, not both")
         if not self.lora.targets:
             raise JobInvalid("lora.targets", "names no module")
-        total = self.training.steps
-        if total is not None and self.training.warmup >= max(total, 2):
-            raise JobInvalid(
-                "training.warmup", f"warm-up of {self.training.warmup:g} steps leaves none of {total} to train"
-            )
+        if self.training.steps is not None:
+            warmup_steps(self.training.warmup, self.training.steps)
 
     @property
     def scale(self) -> float:
         """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rslora."""
         return self.lora.alpha / (self.lora.rank**0.5 if self.lora.rslora else self.lora.rank)
 
-    def digest(self) -> str:
-        """sha256 over everything that decides the trained bytes: not paths, not how often a checkpoint is made."""
-        facts = dataclasses.asdict(self)
-        del facts["output"], facts["checkpoint"], facts["data"]["train"], facts["data"]["eval"], facts["model"]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    def deciding(self) -> dict[str, Any]:
+        """Dotted key -> JSON value of everything that decides the trained bytes, data and base aside."""
+        facts = self.to_dict()
+        keys = {f"{part}.{key}": value for part in ("data", "lora", "training") for key, value in facts[part].items()}
+        return {key: value for key, value in keys.items() if key not in _NOT_DECIDING}
 
     def to_dict(self) -> dict[str, Any]:
         """The job as JSON values, as it is written beside the adapter."""
@@ -127,9 +128,15 @@ def parse_job(values: Mapping[str, Any], *, root: Path = Path()) -> TrainJob:
     """Build a job from plain values; relative paths are joined to `root`. Raises JobInvalid with the dotted key."""
     job: TrainJob = build(TrainJob, values, "")
     data = dataclasses.replace(
-        job.data, train=root / job.data.train, eval=None if job.data.eval is None else root / job.data.eval
+        job.data,
+        train=_located(root, job.data.train),
+        eval=None if job.data.eval is None else _located(root, job.data.eval),
     )
     # A model given as a path is one only if it exists there: "org/name" stays a hub id.
-    local = root / job.model
+    local = _located(root, job.model)
     model = str(local) if job.model.startswith((".", "/", "~")) or local.is_dir() else job.model
-    return dataclasses.replace(job, model=model, output=root / job.output, data=data)
+    return dataclasses.replace(job, model=model, output=_located(root, job.output), data=data)
+
+
+def _located(root: Path, path: Path | str) -> Path:
+    return root / os.path.expanduser(path)  # Path.expanduser raises where there is no such user

@@ -68,7 +68,7 @@ class Loop:
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise Diverged(
                 f"step {self.step + 1}: loss {total}, gradient norm {norm}; "
-                "lower training.learning_rate or set training.clip, and resume from a checkpoint"
+                "start again in another output with a lower training.learning_rate"
             )
         rate = self._job.learning_rate * factor(self._job.schedule, self.step, self._warmup, self.total_steps)
         for group in self._optimizer.param_groups:

@@ -35,6 +35,7 @@ class Progress(Protocol):
     def stepped(self, report: StepReport) -> None: ...
     def evaluated(self, report: EvalReport) -> None: ...
     def saved(self, checkpoint: Path) -> None: ...
+    def warned(self, message: str) -> None: ...
 
 
 class Silent:
@@ -50,4 +51,7 @@ class Silent:
         """Nothing."""
 
     def saved(self, checkpoint: Path) -> None:
+        """Nothing."""
+
+    def warned(self, message: str) -> None:
         """Nothing."""

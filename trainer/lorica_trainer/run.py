@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,22 +16,31 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorica_adapters.apply.trainable import attach
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
 from lorica_adapters.embedded.tiny import TINY_NAME, tiny_path
-from lorica_trainer.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, replace_durably, write_checkpoint
+from lorica_trainer.checkpoints import (
+    CHECKPOINTS,
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    replace_durably,
+    write_checkpoint,
+)
 from lorica_trainer.data import DataReport, DataSet, load_data
-from lorica_trainer.errors import BaseChanged, CheckpointInvalid, Interrupted, JobInvalid
+from lorica_trainer.errors import BaseChanged, CheckpointInvalid, DeviceFull, Interrupted, JobInvalid, OutputFailed
 from lorica_trainer.export import export_peft
 from lorica_trainer.job import TrainJob
 from lorica_trainer.loop import Loop
+from lorica_trainer.preflight import check_job
 from lorica_trainer.progress import EvalReport, Progress, Silent, StepReport
 from lorica_trainer.targets import resolve_targets
 
-CHECKPOINTS, REPORT = "checkpoints", "train_report.json"
+REPORT = "train_report.json"
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,16 @@ def train(
     With `resume`, go on from the newest checkpoint if there is one. `stop` is read between steps: when it is set
     the state is saved and Interrupted raised. Raises the errors of lorica_trainer.errors.
     """
+    check_job(job, resume=resume)
     saved = list_checkpoints(job.output / CHECKPOINTS)
-    with _output_directory(job, resume, bool(saved)):
-        return _train(job, saved[-1] if resume and saved else None, progress or Silent(), stop or threading.Event())
+    try:
+        with _output_directory(job.output):
+            return _train(job, saved[-1] if saved else None, progress or Silent(), stop or threading.Event())
+    except torch.OutOfMemoryError as error:
+        raise DeviceFull(
+            "the device has too little memory for this job; lower training.batch_size (and raise training.accumulation "
+            "for the same steps) or data.max_length, or set training.gradient_checkpointing"
+        ) from error
 
 
 def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
@@ -94,8 +110,9 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
         result = run.go(stop)
         if refingerprint(base) != base.spec.fingerprint:
             raise BaseChanged("the frozen base was written to during training; nothing was exported")
-        export_peft(job, base.spec, adapter.state())
-    replace_durably(job.output / REPORT, json.dumps(run.report(result), indent=2).encode())
+        with _writing(job.output):
+            export_peft(job, base.spec, adapter.state())
+            replace_durably(job.output / REPORT, json.dumps(run.report(result), indent=2).encode())
     return result
 
 
@@ -111,21 +128,31 @@ class _Run:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's state. Raises CheckpointInvalid when it is not of this job, data or base."""
+        identity = checkpoint.meta.get("identity")
+        if not isinstance(identity, dict):
+            raise CheckpointInvalid("cannot resume: the checkpoint was made by another version of Lorica")
         for key, value in self._identity().items():
-            if checkpoint.meta.get(key) != value:
-                raise CheckpointInvalid(f"cannot resume: the checkpoint was made with another {key.replace('_', ' ')}")
+            if key not in identity or identity[key] != value:
+                values = f": {identity.get(key)}, not {value}" if "." in key else ""
+                raise CheckpointInvalid(f"cannot resume: the checkpoint was made with another {key}{values}")
+        if checkpoint.meta.get("versions") != _versions():
+            made, now = _named(checkpoint.meta.get("versions") or {}), _named(_versions())
+            self._progress.warned(
+                f"the checkpoint was made with {made}, this run goes on with {now}: its bits may not be those of a run "
+                "that was never stopped"
+            )
         self._loop.restore(checkpoint.step, checkpoint.tensors)
         self._steps = [StepReport(**values) for values in checkpoint.meta["history"]]
         self._evals = [EvalReport(**values) for values in checkpoint.meta["evals"]]
         self._seconds_before = float(checkpoint.meta["seconds"])
 
     def go(self, stop: threading.Event) -> TrainResult:
-        """Run to the end, or raise Interrupted after saving."""
+        """Run to the end, or raise Interrupted after saving what there is."""
         loop, every = self._loop, self._job.checkpoint.every
         self._progress.started(loop.total_steps, loop.step, self._data.report)
         while loop.step < loop.total_steps:
             if stop.is_set():
-                raise Interrupted(self._save())
+                raise Interrupted(self._save() if loop.step else None)
             self._steps.append(loop.take_step())
             self._progress.stepped(self._steps[-1])
             if self._data.eval and (loop.step % loop.eval_every == 0 or loop.step == loop.total_steps):
@@ -158,19 +185,23 @@ class _Run:
 
     def _save(self) -> Path:
         meta = {
-            **self._identity(),
+            "identity": self._identity(),
             "history": [asdict(step) for step in self._steps],
             "evals": [asdict(report) for report in self._evals],
             "seconds": self._seconds(),
             "versions": _versions(),
         }
         checkpoint = Checkpoint(self._loop.step, self._loop.tensors(), meta)
-        return write_checkpoint(self._job.output / CHECKPOINTS, checkpoint, keep=self._job.checkpoint.keep)
+        with _writing(self._job.output):
+            return write_checkpoint(self._job.output / CHECKPOINTS, checkpoint, keep=self._job.checkpoint.keep)
 
-    def _identity(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same to go on bit for bit, with what `auto` has become on this machine."""
         return {
-            "job": self._job.digest(),
-            "training_data": self._data.digest,
+            **self._job.deciding(),
+            "training.device": self._base.device.type,
+            "training.compute_dtype": str(self._base.compute_dtype).removeprefix("torch."),
+            "training data": self._data.digest,
             "base": self._base.spec.fingerprint,
         }
 
@@ -179,27 +210,29 @@ class _Run:
 
 
 @contextmanager
-def _output_directory(job: TrainJob, resume: bool, has_checkpoints: bool) -> Iterator[None]:
+def _output_directory(output: Path) -> Iterator[None]:
     """Make it before any work, so that a long run cannot fail on it at its end; what stays empty goes."""
-    if (job.output / "adapter_config.json").exists():
-        raise JobInvalid("output", f"{job.output} already holds an adapter; choose another directory")
-    if has_checkpoints and not resume:
-        raise JobInvalid(
-            "output",
-            f"{job.output} holds checkpoints of an unfinished run; go on with --resume, or choose another directory",
-        )
-    existed = job.output.exists()
+    existed = output.exists()
     try:
-        job.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JobInvalid("output", f"{job.output} cannot be made: {error.strerror}") from error
+        raise JobInvalid("output", f"{output} cannot be made: {error.strerror}") from error
     try:
         yield
     except BaseException:
         if not existed:
             with suppress(OSError):  # not empty: a checkpoint is in it
-                job.output.rmdir()
+                output.rmdir()
         raise
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputFailed(f"{output} cannot be written any more: {reason}") from error
 
 
 def _source(job: TrainJob) -> str:
@@ -210,10 +243,9 @@ def _load(job: TrainJob, device: torch.device) -> tuple[LoadedBase, Any]:
     try:
         base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
         tokenizer = AutoTokenizer.from_pretrained(_source(job))
-    except (OSError, BaseRefused) as error:
-        raise JobInvalid(
-            "model", f"{job.model} cannot be loaded: {str(error).splitlines()[0]}{_source_hint(job)}"
-        ) from error
+    except (OSError, ValueError, SafetensorError, BaseRefused) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise JobInvalid("model", f"{job.model} cannot be loaded: {reason}{_source_hint(job)}") from error
     _refuse_split_blocks(job, base)
     return base, tokenizer
 
@@ -260,10 +292,10 @@ def _end_ids(base: LoadedBase, tokenizer: Any) -> frozenset[int]:
 
 
 def _check_lengths(data: DataSet, base: LoadedBase) -> None:
-    if data.report.longest > base.spec.context_length:
+    longest = max(len(example.ids) for example in (*data.train, *data.eval))
+    if longest > base.spec.context_length:
         raise JobInvalid(
-            "data.max_length",
-            f"an example has {data.report.longest} tokens, the base's context is {base.spec.context_length}",
+            "data.max_length", f"an example has {longest} tokens, the base's context is {base.spec.context_length}"
         )
 
 
@@ -282,3 +314,7 @@ def enable_activation_checkpointing(model: Any) -> None:
 
 def _versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+
+
+def _named(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"

@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from lorica_trainer.errors import JobInvalid
+
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warm-up from a share (below 1) or a number of steps."""
-    return math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    """Steps of warm-up from a share (below 1) or a number of steps; the rate of the first is 0, so one step has none.
+
+    Raises JobInvalid when no step is left to train.
+    """
+    if total == 1:
+        return 0
+    steps = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    if steps >= total:
+        raise JobInvalid("training.warmup", f"warm-up of {steps} steps leaves none of {total} to train")
+    return steps
 
 
 def factor(kind: Literal["cosine", "linear", "constant"], step: int, warmup: int, total: int) -> float:

@@ -37,9 +37,10 @@ class GrpcDriver:
         address = self._address
         if address is None:
             options = {**self._options, "data_dir": str(self._scratch / "data")}
-            server = LocalServer(options, log=self._scratch / "server.log")
-            self._server = await asyncio.to_thread(server.__enter__)
-            address = self._server.address
+            # Known before it is waited for: a bench that is stopped meanwhile closes its drivers, and this with them.
+            self._server = server = LocalServer(options, log=self._scratch / "server.log")
+            await asyncio.to_thread(server.__enter__)
+            address = server.address
         self._client = AsyncClient(address)
         for path in self._paths:
             pushed = await self._client.push(path, path.name)

@@ -1,4 +1,4 @@
-"""One bench from options to files: checkpoint, adapters, drivers, measurement, report.
+"""One bench from options to results: checkpoint, adapters, drivers, measurement, report.
 
 Knows which drivers there are; how each works is its own matter.
 """
@@ -45,17 +45,17 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class BenchResults:
-    """What was measured, and where it was written."""
+    """What was measured. `name` is the stem of its files."""
 
+    name: str
     values: dict[str, Any]
     page: str
-    json_path: Path
-    page_path: Path
 
 
 def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
-    """Measure and write. Raises WorkloadInvalid, DriverFailed and the client's errors."""
+    """Measure. Raises WorkloadInvalid, ResultsUnwritable, DriverFailed and the client's errors."""
     workload = read_workload(options.workload)
+    report.prepare(options.out)
     if options.rounds is not None:
         workload = dataclasses.replace(workload, rounds=options.rounds)
     cache = options.cache or Path(platformdirs.user_cache_dir("lorica", appauthor=False)) / "bench"
@@ -71,14 +71,18 @@ def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
         profile = _profile(settings) if options.profile_step else None
     summaries = summarise(samples, [scenario.name for scenario in workload.scenarios])
     machine, taken = describe(), datetime.now(UTC)
-    shown = {"threads": threads, "dtype": dtype, "drivers": ", ".join(options.drivers)}
+    shown: dict[str, Any] = {"threads": threads, "dtype": dtype, "drivers": ", ".join(options.drivers)}
+    if options.address is not None:
+        # Its threads, dtype and machine are the server's own: what stands here is of this process and its peers.
+        shown["grpc server"] = f"{options.address}, running with settings and on a machine of its own"
+        if options.drivers == ("grpc",):
+            del shown["threads"], shown["dtype"]
     values = report.document(workload, machine, summaries, samples, shown, taken)
     page = report.markdown(workload, machine, summaries, shown, taken)
     if profile is not None:
         values["profile"] = dataclasses.asdict(profile)
         page += "\n" + "\n".join(report.profile_lines(profile)) + "\n"
-    json_path, page_path = report.write(options.out, f"{workload.name}-{taken:%Y%m%dT%H%M%SZ}", values, page)
-    return BenchResults(values, page, json_path, page_path)
+    return BenchResults(f"{workload.name}-{taken:%Y%m%dT%H%M%SZ}", values, page)
 
 
 @dataclass(frozen=True)

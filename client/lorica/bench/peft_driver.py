@@ -6,6 +6,7 @@ Between its turns the process waits on a pipe and takes no processor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -63,7 +64,8 @@ class PeftDriver:
         if process is None:
             return
         if process.stdin is not None:
-            process.stdin.close()
+            with contextlib.suppress(OSError):  # it flushes: a peer that died has broken the pipe, and that was told
+                process.stdin.close()
         try:
             await asyncio.to_thread(process.wait, 10)
         except subprocess.TimeoutExpired:

@@ -21,6 +21,7 @@ from lorica_server.observe.metrics import Metrics
 
 PARTS = ("plan", "prepare", "forward", "sample", "commit", "publish")
 MOST_PROFILED_STEPS = 16
+UNSEEN = "not seen by the profiler (native kernels, Python)"
 
 # First match wins; an operation of no group is "other". Names as torch gives them.
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -60,7 +61,8 @@ class OperationShare:
 class StepProfile:
     """Milliseconds of one decode step with all requests in it.
 
-    `parts` are medians without a profiler, per scenario; `groups` and `operations` come from the profiled widest one.
+    `parts` are medians without a profiler, per scenario; `groups` and `operations` come from the profiled widest one,
+    whose own parts are `profiled`. The groups together are the whole step: one is what the profiler does not see.
     """
 
     rows: int
@@ -69,7 +71,7 @@ class StepProfile:
     steps: Mapping[str, int]
     groups: Mapping[str, float]
     operations: Sequence[OperationShare]
-    profiled_forward: float
+    profiled: Mapping[str, float]
 
 
 class StepRecorder(Metrics):
@@ -135,8 +137,9 @@ async def profile_steps(
     finally:
         await driver.close()
     groups, operations = group_operations(recorder.events or (), max(1, recorder.profiled))
-    forward = median_parts(recorder.steps[1 : recorder.profiled + 1])["forward"]
-    return StepProfile(workload.requests, widest.name, parts, counts, groups, operations, forward)
+    profiled = median_parts(recorder.steps[1 : recorder.profiled + 1])
+    groups = with_unseen(groups, sum(profiled.values()))
+    return StepProfile(workload.requests, widest.name, parts, counts, groups, operations, profiled)
 
 
 def median_parts(steps: Sequence[StepStats]) -> dict[str, float]:
@@ -160,6 +163,11 @@ def group_operations(events: Any, steps: int, top: int = 15) -> tuple[dict[str, 
         operations.append(OperationShare(event.key, shapes, event.count / steps, milliseconds))
     operations.sort(key=lambda entry: -entry.milliseconds)
     return dict(sorted(groups.items(), key=lambda item: -item[1])), operations[:top]
+
+
+def with_unseen(groups: Mapping[str, float], step: float) -> dict[str, float]:
+    """The groups and what they leave of a step of `step` milliseconds: only torch's own operations are recorded."""
+    return {**groups, UNSEEN: max(0.0, step - sum(groups.values()))}
 
 
 def find_group(operation: str) -> str:

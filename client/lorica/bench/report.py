@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from lorica.bench.profile import StepProfile
 
 FORMAT = "lorica-bench-1"
+
+
+class ResultsUnwritable(Exception):
+    """The directory of results cannot be made or written."""
 
 
 def document(
@@ -67,7 +72,7 @@ def markdown(
         "Times are milliseconds, at the client. A ratio from one interleaved run is a result; "
         "an absolute time on a shared machine is not.",
         "",
-        "## Machine",
+        "## Machine of the bench",
         "",
         f"- {machine.cpu}, {machine.usable_cores} of {machine.cores} cores, {machine.memory_bytes / 2**30:.1f} GiB, "
         f"flags {', '.join(machine.flags) or 'none of note'}",
@@ -94,12 +99,24 @@ def table(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
+def prepare(directory: Path) -> None:
+    """Make the directory and try to write there, before minutes are spent. Raises ResultsUnwritable."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ResultsUnwritable(f"cannot write into {directory}: {error.strerror}") from error
+
+
 def write(directory: Path, name: str, values: dict[str, Any], page: str) -> tuple[Path, Path]:
-    """Write NAME.json and NAME.md; the paths. OSError passes through."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write NAME.json and NAME.md; the paths. Raises ResultsUnwritable."""
     json_path, page_path = directory / f"{name}.json", directory / f"{name}.md"
-    json_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    page_path.write_text(page, encoding="utf-8")
+    try:
+        json_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        page_path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ResultsUnwritable(f"cannot write {error.filename or directory}: {error.strerror}") from error
     return json_path, page_path
 
 
@@ -121,7 +138,8 @@ def profile_lines(profile: StepProfile) -> list[str]:
     lines += [
         "",
         f"Operations of a {profile.scenario} step under torch's profiler (self time per step; the profiler slows it: "
-        f"forward is {profile.profiled_forward:.2f} ms here).",
+        f"the whole step is {sum(profile.profiled.values()):.2f} ms here, forward {profile.profiled['forward']:.2f}). "
+        "Shares are of the whole step.",
         "",
         "| group | ms | share |",
         "|---|---:|---:|",

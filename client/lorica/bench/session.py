@@ -6,6 +6,7 @@ What drifts over minutes on a shared machine meets all of them alike; ratios are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
 from lorica.bench.driver import Call, Driver, DriverFailed
 from lorica.bench.stats import Sample, sample
@@ -23,7 +24,9 @@ def round_order(scenarios: Sequence[Scenario], round_number: int) -> list[Scenar
 async def measure(workload: Workload, drivers: Sequence[Driver], vocabulary: int, announce: Announce) -> list[Sample]:
     """All samples of the measured rounds; warm-up rounds are run and forgotten. Closes the drivers in any case."""
     samples: list[Sample] = []
-    try:
+    async with AsyncExitStack() as stack:
+        for driver in drivers:
+            stack.push_async_callback(driver.close)
         for driver in drivers:
             announce(f"{driver.name}: loading")
             await driver.start()
@@ -36,9 +39,6 @@ async def measure(workload: Workload, drivers: Sequence[Driver], vocabulary: int
                     announce(f"{phase}: {driver.name} {scenario.name} {taken.rate:.1f} tokens/s")
                     if not warming:
                         samples.append(taken)
-    finally:
-        for driver in drivers:
-            await driver.close()
     return samples
 
 

@@ -14,7 +14,7 @@ from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import byte_progress, print_json, print_table, say, size
 
 if TYPE_CHECKING:
-    from lorica.types import Adapter, ProgressCallback, TransferProgress
+    from lorica.types import Adapter, ProgressCallback, Pulled, TransferProgress
 
 app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
 
@@ -49,7 +49,7 @@ def push(
     if pushed.created:
         print(f"{version} published ({size(pushed.sent_bytes)} sent, rank {adapter.max_rank})")
     else:
-        print(f"{version} was published before, unchanged")
+        print(f"{version} is published, unchanged: the server had it already")
     if pushed.resumed_bytes:
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
@@ -141,7 +141,8 @@ def pull(
     if as_json:
         print_json(pulled)
     else:
-        print(f"{name}@{pulled.digest[:12]} -> {target} ({size(sum(f.size for f in pulled.files))}, sha256 checked)")
+        version = _version(name, pulled)
+        print(f"{version} -> {target} ({size(sum(f.size for f in pulled.files))}, sha256 checked)")
 
 
 @app.command("verify")
@@ -165,9 +166,9 @@ def verify(
     if as_json:
         print_json({"name": name, "digest": stored.digest, "files": stored.files, "different": different})
     elif different:
-        say(f"{name}@{stored.digest[:12]} differs from {against} in {', '.join(different)}")
+        say(f"{_version(name, stored)} differs from {against} in {', '.join(different)}")
     else:
-        print(f"{name}@{stored.digest[:12]} verified: {', '.join(f.file for f in stored.files)}")
+        print(f"{_version(name, stored)} verified: {', '.join(f.file for f in stored.files)}")
     if different:
         raise typer.Exit(ExitCode.NO)
 
@@ -233,6 +234,10 @@ def _set_pinned(name: str, pinned: bool, address: str) -> None:
     with connect(address) as client:
         adapter = client.update(name, pinned=pinned)
     print(f"{adapter.name}: {'pinned' if adapter.pinned else 'not pinned'}")
+
+
+def _version(reference: str, pulled: Pulled) -> str:
+    return f"{reference.partition('@')[0]}@{pulled.digest[:12]}"
 
 
 def _labels(pairs: list[str]) -> dict[str, str]:

@@ -34,6 +34,7 @@ def command(
     """Measure output tokens/s and latency; write JSON and a Markdown table with the machine described."""
     from lorica.bench.driver import DriverFailed
     from lorica.bench.main import BenchOptions, run
+    from lorica.bench.report import ResultsUnwritable, write
     from lorica.bench.workload import WorkloadInvalid
     from lorica.terminal.quiet import hush_bars
 
@@ -55,12 +56,15 @@ def command(
         options = BenchOptions(workload, drivers, address, rounds, threads, dtype, cache, out, profile_step)
         with terminated_as_interrupted():
             results = run(options, say)
+        if as_json:
+            print_json(results.values)
+        else:
+            print(results.page)
+        json_path, page_path = write(out, results.name, results.values, results.page)
     except WorkloadInvalid as error:
         raise CommandError(str(error), code=ExitCode.USAGE) from error
+    except ResultsUnwritable as error:
+        raise CommandError(str(error), remedy="give another directory with --out") from error
     except DriverFailed as error:
         raise CommandError(str(error), code=ExitCode.FAULT) from error
-    if as_json:
-        print_json(results.values)
-    else:
-        print(results.page)
-    say(f"wrote {results.json_path} and {results.page_path}")
+    say(f"wrote {json_path} and {page_path}")

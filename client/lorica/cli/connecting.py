@@ -19,14 +19,21 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class WarmUpPatience(RetryPolicy):
-    """The usual policy, but a server that says it is warming up is asked again for `seconds` after `began`."""
+    """The usual policy, but a server that says it is warming up is asked again for `seconds` after `began`.
+
+    These waits use up none of the attempts: a server that has just become ready may still be busy.
+    """
 
     seconds: float = PATIENCE
     began: float = field(default_factory=time.monotonic)
 
+    def is_counted(self, error: LoricaError) -> bool:
+        """All but warming up."""
+        return error.reason != _WARMING_UP
+
     def pause(self, error: LoricaError, attempt: int, *, idempotent: bool) -> float | None:
         """As the usual policy, warming up aside; the first wait is announced on stderr."""
-        if error.reason != _WARMING_UP:
+        if self.is_counted(error):
             return super().pause(error, attempt, idempotent=idempotent)
         left = self.began + self.seconds - time.monotonic()
         if left <= 0:

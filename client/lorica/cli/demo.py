@@ -37,9 +37,7 @@ def command(
     with terminated_as_interrupted():
         outcome, kept = run(DemoOptions(tasks=tuple(task or ()), questions=questions, keep=keep), console)
     show(outcome, console)
-    if json_file is not None:
-        _write(json_file, _values(outcome))
-    if kept is not None:
+    if kept is not None:  # before anything that can fail: without these words the server is lost
         first = outcome.tasks[0]
         print(
             f"\nthe server runs on at {kept.address}; try\n"
@@ -47,6 +45,8 @@ def command(
             f"  lorica adapters ls --address {kept.address}\n"
             f"end it with `kill {kept.pid}`, then remove {kept.directory}"
         )
+    if json_file is not None:
+        _write(json_file, _values(outcome))
     if not outcome.passed:
         raise typer.Exit(ExitCode.NO)
 

@@ -40,7 +40,9 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on past the end of text.")] = None,
     logprobs: Annotated[int | None, typer.Option(min=0, help="Alternatives per token, with --json.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds for the whole answer.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds for the whole answer, repeats and warm-up included.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON, once it is complete.")] = False,
 ) -> None:
     """Generate text on the base or with an adapter, streaming it to the terminal."""
@@ -60,14 +62,18 @@ def command(
         messages.append({"role": "user", "content": text})
     with connect(address) as client:
         plain = None if messages else text
-        if as_json:
-            print_json(client.generate(plain, messages=messages, adapter=adapter, timeout=timeout, **options))
-        elif n is None or n == 1:
-            _stream(client, plain, messages, adapter, timeout, options)
+        if not as_json and (n is None or n == 1):
+            aborted = _stream(client, plain, messages, adapter, timeout, options)
         else:
             answer = client.generate(plain, messages=messages, adapter=adapter, timeout=timeout, **options)
-            for choice in answer.choices:
-                print(f"--- {choice.index}\n{choice.text}")
+            aborted = any(choice.finish.reason == "aborted" for choice in answer.choices)
+            if as_json:
+                print_json(answer)
+            else:
+                for choice in answer.choices:
+                    print(f"--- {choice.index}\n{choice.text}")
+    if aborted:
+        raise CommandError("the answer was aborted before its end", code=ExitCode.UNAVAILABLE)
 
 
 def _stream(
@@ -77,15 +83,15 @@ def _stream(
     adapter: str,
     timeout: float | None,
     options: GenerateOptions,
-) -> None:
+) -> bool:
+    """Print the one answer as it is made; whether it was aborted."""
     aborted = False
     for part in client.stream(text, messages=messages, adapter=adapter, timeout=timeout, **options):
         sys.stdout.write(part.text)
         sys.stdout.flush()
         aborted = part.finish is not None and part.finish.reason == "aborted"
     sys.stdout.write("\n")
-    if aborted:
-        raise CommandError("the answer was aborted before its end", code=ExitCode.UNAVAILABLE)
+    return aborted
 
 
 def _read_prompt(prompt: str | None) -> str:

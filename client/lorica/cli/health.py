@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -18,12 +19,14 @@ def command(
 ) -> None:
     """Exit with 0 when the server serves, 1 when it does not yet or drains, 5 when it cannot be reached."""
     from lorica.client import Client
+    from lorica.errors import Unavailable
     from lorica.retry import NO_RETRY
 
     with Client(address, retry=NO_RETRY) as client:
         if wait > 0:
-            client.wait_healthy(wait)
-        elif not client.is_healthy(timeout=timeout):
-            say(f"{address}: NOT_SERVING")
+            with suppress(Unavailable):  # asked once more below: a server that answers no is not one that is not there
+                client.wait_healthy(wait)
+        if not client.is_healthy(timeout=timeout):
+            say(f"{address}: NOT_SERVING" + (f" after {wait:g} s" if wait else ""))
             raise typer.Exit(ExitCode.NO)
     say(f"{address}: SERVING")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,9 @@ from lorica.terminal.output import print_json, step_progress
 def command(
     job_file: Annotated[Path, typer.Argument(help="YAML job; relative paths in it are relative to the file.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Only read and check the job.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check the job, that its data is there and its output can be written.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Train a LoRA adapter on the frozen NF4 base; the output is a PEFT directory that `adapters push` takes.
@@ -21,9 +25,11 @@ def command(
     The first SIGTERM or Ctrl-C saves a checkpoint and stops; `--resume` goes on from it.
     """
     from lorica_trainer.job import read_job
+    from lorica_trainer.preflight import check_job
 
     job = read_job(job_file)
     if check:
+        check_job(job, resume=resume)
         print(f"ok: {job_file} is a valid job")
         return
 
@@ -31,7 +37,7 @@ def command(
     from lorica_trainer.interrupt import stop_on_signals
     from lorica_trainer.run import train
 
-    with stop_on_signals() as stop, step_progress(COLUMN) as bar:
+    with stop_on_signals(_say_stopping) as stop, step_progress(COLUMN) as bar:
         result = train(job, resume=resume, progress=TrainingBar(bar, job.output.name), stop=stop)
     if as_json:
         print_json(result)
@@ -39,3 +45,9 @@ def command(
     held_out = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
     print(f"{result.output}: {result.steps} steps in {result.seconds:.1f} s, loss {result.loss:.4f}{held_out}")
     print(f"publish it with: lorica adapters push {result.output}")
+
+
+def _say_stopping() -> None:
+    with contextlib.suppress(OSError):
+        # Not by print: the signal may have come in the middle of one, and a stream's buffer cannot be entered twice.
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -42,14 +43,14 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """A table on stdout; `empty` says what it means that there are no rows. Cells are printed as they are."""
+    """A table on stdout; `empty` says what it means that there are no rows. Cells of `Text` are printed as they are."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in row))
     if table.row_count == 0:
         print(empty)
     else:
@@ -62,6 +63,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
+def visible(text: str, *, keep: str = "") -> str:
+    """`text` with its control characters spelt out: what others wrote must not steer the reader's terminal."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) == "Cc" and character not in keep
+        else character
+        for character in text
+    )
+
+
 def say(message: str) -> None:
     """A remark for people, on stderr."""
     print(message, file=sys.stderr)
@@ -69,7 +80,8 @@ def say(message: str) -> None:
 
 def tell_failure(failure: Failure) -> None:
     """An expected failure on stderr; an interruption was asked for and is none."""
-    say(failure.message if failure.code == ExitCode.INTERRUPTED else f"error: {failure.message}")
+    message = visible(failure.message, keep="\n\t")
+    say(message if failure.code == ExitCode.INTERRUPTED else f"error: {message}")
     if failure.remedy:
         say(f"       {failure.remedy}")
 
@@ -80,7 +92,7 @@ def byte_progress() -> Progress:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
@@ -94,7 +106,7 @@ def step_progress(state: str) -> Progress:
     """A progress bar in steps; `state` is a format over the task's fields, such as `{task.fields[loss]}`."""
     from rich.progress import TextColumn
 
-    return _counting(TextColumn(state))
+    return _counting(TextColumn(state, markup=False))
 
 
 def count_progress() -> Progress:
@@ -113,7 +125,7 @@ def _counting(*more: ProgressColumn) -> Progress:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *more)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *more)
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 

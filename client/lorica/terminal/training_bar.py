@@ -33,9 +33,7 @@ class TrainingBar:
             if count
         ]
         if dropped:
-            self._bar.console.print(
-                f"data: {data.train} examples to train, {data.eval} to evaluate; {', '.join(dropped)}"
-            )
+            self._say(f"data: {data.train} examples to train, {data.eval} to evaluate; {', '.join(dropped)}")
 
     def stepped(self, report: StepReport) -> None:
         """A step is done."""
@@ -47,7 +45,14 @@ class TrainingBar:
 
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint is on disk."""
-        self._bar.console.print(f"saved {checkpoint}")
+        self._say(f"saved {checkpoint}")
+
+    def warned(self, message: str) -> None:
+        """Something that the user should know of."""
+        self._say(f"warning: {message}")
+
+    def _say(self, message: str) -> None:
+        self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 COLUMN = "{task.fields[loss]} {task.fields[eval_loss]}"

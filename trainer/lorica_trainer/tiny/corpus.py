@@ -1,7 +1,7 @@
 """The text the tiny base learns from: named skills, bare inputs, small talk and templated stories.
 
 A document is a list of messages, or one plain text. Everything comes from one seeded generator;
-held-out inputs of a skill never occur.
+no skill meets a held-out input of its own.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Skill:
 
 
 def is_held_out(skill: str, text: str) -> bool:
-    """True for the quarter of a skill's inputs that neither the base nor an adapter is trained on."""
+    """True for the quarter of a skill's inputs on which neither the base nor an adapter is trained in that skill."""
     digest = hashlib.sha256(f"{skill}\n{text}".encode()).digest()
     return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PER_1000
 

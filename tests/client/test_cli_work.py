@@ -1,0 +1,109 @@
+"""The commands that work here, train, bench and demo: what they refuse, and what they say meanwhile."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lorica.bench.main import BenchOptions, BenchResults
+from lorica.cli.main import app
+from lorica.terminal.failures import ExitCode
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
+    missing = invoke("train", str(job), "--check")
+    assert missing.exit_code == ExitCode.REFUSED
+    assert "data.train" in missing.stderr
+    (tmp_path / "train.jsonl").write_text("{}")
+    assert invoke("train", str(job), "--check").exit_code == 0
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\nlora: {rank: -1}\n")
+    result = invoke("train", str(job), "--check")
+    assert result.exit_code == ExitCode.REFUSED
+    assert "lora.rank" in result.stderr
+
+
+def test_the_first_ctrl_c_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lorica_trainer.errors import Interrupted
+
+    def train(job: object, *, stop: threading.Event, **_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        if stop.is_set():
+            raise Interrupted(None)
+
+    monkeypatch.setattr("lorica_trainer.run.train", train)
+    job = tmp_path / "job.yaml"
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
+    assert invoke("train", str(job)).exit_code == ExitCode.INTERRUPTED
+    assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_bench_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["--driver", "warp"], "no driver 'warp'"),
+        (["--address", "127.0.0.1:1"], "--driver grpc"),
+        (["--driver", "peft", "--profile-step"], "--driver engine"),
+        (["--workload", str(tmp_path / "none.toml")], "shipped are mixed-125m"),
+    ):
+        result = invoke("bench", *arguments)
+        assert result.exit_code == ExitCode.USAGE
+        assert words in result.stderr
+
+
+def test_bench_leaves_an_absent_peft_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(options: BenchOptions, announce: object) -> BenchResults:
+        seen.append(options.drivers)
+        return BenchResults("name", {}, "page")
+
+    monkeypatch.setattr("lorica.bench.main.run", run)
+    monkeypatch.setattr("lorica.cli.bench.find_spec", lambda name: None)
+    result = invoke("bench", "--out", str(tmp_path))
+    assert result.exit_code == 0
+    assert seen == [("engine",)]
+    assert "pip install 'lorica[bench]'" in result.stderr.splitlines()[0]
+    assert (tmp_path / "name.md").read_text() == "page"
+    assert invoke("bench", "--driver", "peft").exit_code == ExitCode.USAGE
+
+
+def test_bench_tries_its_directory_first_and_shows_what_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused = invoke("bench", "-w", "mixed-tiny", "--out", str(tmp_path / "file"))
+    assert refused.exit_code == ExitCode.REFUSED
+    assert "--out" in refused.stderr
+    assert refused.stdout == ""
+    monkeypatch.setattr("lorica.bench.main.run", lambda options, announce: BenchResults("name", {}, "the page"))
+    late = invoke("bench", "--out", str(tmp_path / "file"))
+    assert late.exit_code == ExitCode.REFUSED
+    assert late.stdout == "the page\n"
+    assert "cannot write" in late.stderr
+
+
+def test_a_refused_run_leaves_no_directory_and_no_bar(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: missing.jsonl}\n")
+    result = invoke("train", str(job))
+    assert result.exit_code == ExitCode.REFUSED
+    assert not (tmp_path / "out").exists()
+    assert "loading" not in result.stderr
+    assert result.stderr.lstrip().startswith("error: ")
+
+
+def test_unknown_demo_task_lists_the_known() -> None:
+    result = invoke("demo", "--task", "nothing")
+    assert result.exit_code == ExitCode.USAGE
+    assert "backwards" in result.stderr

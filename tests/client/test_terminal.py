@@ -1,0 +1,48 @@
+"""What commands show: text is text, whatever a user or a server put into it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from lorica.terminal import output
+from lorica.terminal.failures import ExitCode, Failure
+from lorica.terminal.training_bar import COLUMN, TrainingBar
+from lorica_trainer.data import DataReport
+
+
+def _shown(bar: Progress) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(bar.get_renderable())
+    return stream.getvalue()
+
+
+def test_names_and_paths_are_no_markup() -> None:
+    bar = output.step_progress(COLUMN)
+    bar.live.console = Console(file=io.StringIO(), width=200)
+    watcher = TrainingBar(bar, "a[lr=3e-4]x[/y]")
+    watcher.started(10, 0, DataReport(1, 1, 0, 0, 0, 0, 1, 0, 1))
+    watcher.saved(Path("runs/a[lr=3e-4]/x[/y]"))
+    watcher.warned("[bold]loud")
+    assert "a[lr=3e-4]x[/y]" in _shown(bar)
+    said = bar.console.file.getvalue()
+    assert "saved runs/a[lr=3e-4]/x[/y]\n" in said
+    assert "warning: [bold]loud\n" in said
+    for other in (output.byte_progress(), output.count_progress()):
+        other.add_task("push [/x]", total=None)
+        assert "push [/x]" in _shown(other)
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2J\x9b1m\nrow\r"
+    output.print_table(("LABEL", "OURS"), [(evil, Text("two\nlines"))], empty="")
+    output.tell_failure(Failure(f"{evil}\tb", ExitCode.REFUSED))
+    shown = capsys.readouterr()
+    assert r"a\x1b[2J\x9b1m\nrow\r" in shown.out
+    assert "two\n" in shown.out
+    assert shown.err == "error: a\\x1b[2J\\x9b1m\nrow\\r\tb\n"

@@ -1,0 +1,58 @@
+"""What a job is refused for before anything is loaded, and that looking changes nothing."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorica_trainer.errors import JobInvalid
+from lorica_trainer.job import TrainJob
+from lorica_trainer.preflight import check_job
+
+JobMaker = Callable[..., TrainJob]
+
+
+def test_a_good_job_passes_and_leaves_nothing(make_job: JobMaker, tmp_path: Path) -> None:
+    job = make_job("some/where/new")
+    check_job(job, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+    job.output.mkdir(parents=True)
+    check_job(job, resume=False)
+    assert list(job.output.iterdir()) == []
+
+
+def test_data_that_is_not_there_is_named(make_job: JobMaker, tmp_path: Path) -> None:
+    with pytest.raises(JobInvalid, match=r"data\.eval: .*nowhere\.jsonl is no file"):
+        check_job(make_job(data={"eval": "nowhere.jsonl", "eval_fraction": 0}), resume=False)
+    job = make_job()
+    job.data.train.unlink()
+    with pytest.raises(JobInvalid, match=r"data\.train: .*is no file"):
+        check_job(job, resume=False)
+    job.data.train.mkdir()
+    with pytest.raises(JobInvalid, match=r"data\.train: .*is no file"):
+        check_job(job, resume=False)
+
+
+@pytest.mark.parametrize("output", ["train.jsonl", "train.jsonl/adapter", "/proc/self", "/proc/self/adapter"])
+def test_an_output_that_cannot_be_written_is_refused(make_job: JobMaker, output: str) -> None:
+    with pytest.raises(JobInvalid, match=r"output: .* cannot be written"):
+        check_job(make_job(output), resume=False)
+
+
+def test_an_output_in_use_is_refused(make_job: JobMaker) -> None:
+    job = make_job()
+    (job.output / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(JobInvalid, match="unfinished run"):
+        check_job(job, resume=False)
+    check_job(job, resume=True)
+    (job.output / "adapter_config.json").write_text("{}")
+    with pytest.raises(JobInvalid, match="already holds an adapter"):
+        check_job(job, resume=True)
+
+
+def test_looking_loads_no_torch() -> None:
+    script = "import sys, lorica_trainer.preflight; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
