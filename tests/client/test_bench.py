@@ -7,21 +7,26 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.bench import report
 from lorica.bench.driver import Call, DriverFailed
 from lorica.bench.main import BenchOptions, run
+from lorica.bench.marks import marked_kernels
 from lorica.bench.peft_driver import PeftDriver
-from lorica.bench.profile import UNSEEN, StepProfile, find_group, median_parts, with_unseen
+from lorica.bench.profile import UNSEEN, StepProfile, find_group, group_operations, median_parts, with_unseen
 from lorica.bench.session import measure, round_order
 from lorica.bench.shapes import get_shape, make_adapters, make_checkpoint
 from lorica.bench.stats import Sample, Trace, percentile, sample, summarise
 from lorica.bench.workload import AdapterPlan, Scenario, WorkloadInvalid, parse_workload, read_workload, shipped
 from lorica.machine import describe
+from lorica_adapters.kernels.native_low_rank import find_native
+from lorica_adapters.kernels.protocol import Segment
 
 TEXT = """
 name = "t"
@@ -286,6 +291,9 @@ def test_an_unknown_shape_lists_the_known(tmp_path: Path) -> None:
         ("aten::mul", "elementwise and norms"),
         ("aten::multinomial", "choice of tokens"),
         ("bitsandbytes::gemm_4bit", "NF4 products"),
+        ("lorica::nf4_product", "NF4 products"),
+        ("lorica::low_rank", "low-rank products"),
+        ("lorica::decode_attention", "attention of decode rows"),
         ("aten::to", "copies and casts"),
         ("aten::topk", "choice of tokens"),
         ("aten::t", "views and allocation"),
@@ -306,6 +314,27 @@ def test_shares_are_of_the_whole_step() -> None:
     assert "| matrix products | 2.00 | 20% |" in lines
     assert f"| {UNSEEN} | 7.00 | 70% |" in lines
     assert any("the whole step is 10.00 ms here, forward 9.00" in line for line in lines)
+
+
+@pytest.mark.skipif(find_native() is None, reason="no C compiler")
+def test_compiled_kernels_are_marked_while_it_is_asked_for() -> None:
+    kernels = find_native()
+    assert kernels is not None
+    plan = kernels.plan([Segment(0, 2, 0, 8)], torch.zeros(2, dtype=torch.int32), torch.zeros(8, dtype=torch.int32))
+
+    def run() -> Any:
+        a, b = torch.zeros(1, 8, 16), [torch.zeros(8, 4)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            kernels.add_low_rank(torch.zeros(2, 4), torch.zeros(2, 16), a, b, [(0, 4)], [plan])
+        return profiler.key_averages()
+
+    with marked_kernels():
+        marked = run()
+    groups, operations = group_operations(marked, 1)
+    found = next(entry for entry in operations if entry.operation == "lorica::low_rank")
+    assert found.shapes == "[2, 16] [1, 8, 16]"
+    assert groups["low-rank products"] == found.milliseconds > 0
+    assert not any(event.key.startswith("lorica::") for event in run())
 
 
 def test_no_steps_give_zeros() -> None:

@@ -26,10 +26,11 @@ def test_a_server_that_is_stopped_while_it_starts_ends(tmp_path: Path) -> None:
         except Unavailable as error:
             failures.append(error)
 
+    before = set(psutil.Process().children())
     thread = threading.Thread(target=start)
     thread.start()
     try:
-        while not (children := psutil.Process().children()):
+        while not (children := set(psutil.Process().children()) - before):
             thread.join(0.01)
         server.stop()
         thread.join(30)

@@ -15,19 +15,22 @@ import torch
 
 from lorica.bench.driver import Call
 from lorica.bench.engine_driver import EngineDriver
+from lorica.bench.marks import marked_kernels, split_mark
 from lorica.bench.workload import Scenario, Workload
 from lorica_server.engine.stats import StepStats
 from lorica_server.observe.metrics import Metrics
 
 PARTS = ("plan", "prepare", "forward", "sample", "commit", "publish")
 MOST_PROFILED_STEPS = 16
-UNSEEN = "not seen by the profiler (native kernels, Python)"
+UNSEEN = "not seen by the profiler (Python, waiting)"
 
 # First match wins; an operation of no group is "other". Names as torch gives them.
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("NF4 products", ("bitsandbytes::",)),
+    ("NF4 products", ("bitsandbytes::", "lorica::nf4_product")),
+    ("low-rank products", ("lorica::low_rank",)),
+    ("attention of decode rows", ("lorica::decode_attention",)),
     ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul",
-                         "aten::einsum", "mkldnn::", "onednn::")),
+                         "aten::einsum", "mkldnn::", "onednn::", "lorica::dense_product")),
     ("fused attention and softmax", ("aten::scaled_dot", "aten::_scaled_dot", "aten::softmax", "aten::_softmax",
                                      "aten::_safe_softmax")),
     ("gather and scatter", ("aten::index", "aten::_index", "aten::gather", "aten::scatter", "aten::embedding",
@@ -133,7 +136,8 @@ async def profile_steps(
         widest = max(workload.scenarios, key=lambda scenario: scenario.distinct)
         recorder.steps.clear()
         recorder.profile_next(max(1, min(MOST_PROFILED_STEPS, workload.output_tokens // 2)))
-        await _burst(workload, driver, widest, number + 1, vocabulary)
+        with marked_kernels():
+            await _burst(workload, driver, widest, number + 1, vocabulary)
     finally:
         await driver.close()
     groups, operations = group_operations(recorder.events or (), max(1, recorder.profiled))
@@ -157,10 +161,11 @@ def group_operations(events: Any, steps: int, top: int = 15) -> tuple[dict[str, 
         milliseconds = event.self_cpu_time_total / 1e3 / steps
         if milliseconds <= 0:
             continue
-        name = find_group(event.key)
-        groups[name] = groups.get(name, 0.0) + milliseconds
-        shapes = " ".join(str(shape) for shape in event.input_shapes if shape)
-        operations.append(OperationShare(event.key, shapes, event.count / steps, milliseconds))
+        operation, marked = split_mark(event.key)
+        group = find_group(operation)
+        groups[group] = groups.get(group, 0.0) + milliseconds
+        shapes = marked or " ".join(str(shape) for shape in event.input_shapes if shape)
+        operations.append(OperationShare(operation, shapes, event.count / steps, milliseconds))
     operations.sort(key=lambda entry: -entry.milliseconds)
     return dict(sorted(groups.items(), key=lambda item: -item[1])), operations[:top]
 

@@ -20,6 +20,7 @@ from lorica_server.api.interceptors import ErrorInterceptor, Observe
 from lorica_server.errors import StartError
 
 _LOG = logging.getLogger("lorica_server.api")
+_WINDOW_BYTES = 4 << 20  # 80 MB/s at a round trip of 50 ms
 _FLUSH_SECONDS = 2.0  # for last messages to reach clients after the engine is idle
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -114,9 +115,14 @@ class GrpcServer:
 
 
 def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """`grpc.so_reuseport` 0: or a second server shares the port in silence."""
+    """`grpc.so_reuseport` 0: or a second server shares the port in silence.
+
+    A fixed window for what a stream may send ahead: left to itself it grows to tens of megabytes for each upload.
+    """
     return [
         ("grpc.so_reuseport", 0),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", 16 << 10),

@@ -119,10 +119,10 @@ def test_what_a_failed_sync_took_back_is_compared_with_its_hash_again(tmp_path: 
         upload_id = stage(store, "one", NEW)
         fault.arm(errno.EIO, "sync")
         with pytest.raises(StoreUnavailable):
-            store.publish(TENANT, upload_id, spec_of(NEW))
+            store.publish(TENANT, upload_id, spec_of(NEW), BASE)
         fault.clear()
         with pytest.raises(AdapterConflict, match="not staged"):
-            store.publish(TENANT, upload_id, spec_of(NEW))
+            store.publish(TENANT, upload_id, spec_of(NEW), BASE)
         send(store, upload_id, {file: data[::-1] for file, data in NEW.items()})
         with pytest.raises(AdapterInvalid, match="do not have the declared sha256"):
             store.staged_files(TENANT, upload_id)
