@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from lorica.errors import LoricaError, ResourceExhausted, Unavailable
+from lorica.errors import DeadlineExceeded, LoricaError, ResourceExhausted, Unavailable
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Attempts:
         self._policy, self._each = policy, each
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._failed: Counter[bool] = Counter()  # counted ones, and waits that are not
+        self._reason: LoricaError | None = None  # what the last try but those cut by the deadline failed of
 
     def left(self) -> float | None:
         """Seconds that the next try may take."""
@@ -67,10 +68,14 @@ class Attempts:
         return left if self._each is None else min(left, self._each)
 
     def pause(self, error: LoricaError, *, idempotent: bool, moved: bool = False) -> float:
-        """Seconds to wait before the next try; raises `error` where there is none.
+        """Seconds to wait before the next try. Where there is none, raises `error`, or what tries before it failed of
+        if this one was cut by the caller's own deadline: that says more.
 
         `moved` means that the call met a state which another attempt changed: the next one finds it settled.
         """
+        if isinstance(error, DeadlineExceeded) and self._deadline is not None:
+            raise self._reason or error
+        self._reason = error
         counted = self._policy.is_counted(error)
         self._failed[counted] += 1
         attempt = self._failed[counted]

@@ -17,6 +17,7 @@ from lorica.channel import OPTIONS
 from lorica.cli.connecting import WarmUpPatience
 from lorica.download import Download
 from lorica.errors import (
+    DeadlineExceeded,
     ErrorDetails,
     InvalidArgument,
     LocalFilesError,
@@ -76,6 +77,17 @@ def test_a_state_that_moved_is_met_again_a_bounded_number_of_times() -> None:
     assert [attempts.pause(NotFound("x"), idempotent=True, moved=True) for _ in range(3)] == [0.1] * 3
     with pytest.raises(NotFound):
         attempts.pause(NotFound("x"), idempotent=True, moved=True)
+
+
+def test_a_try_cut_by_the_deadline_tells_what_those_before_it_failed_of() -> None:
+    cut, busy = DeadlineExceeded("cut"), Unavailable("busy")
+    attempts = Attempts(POLICY, 60.0)
+    attempts.pause(busy, idempotent=True)
+    with pytest.raises(Unavailable) as caught:
+        attempts.pause(cut, idempotent=True)
+    assert caught.value is busy
+    with pytest.raises(DeadlineExceeded):
+        Attempts(POLICY, 60.0).pause(cut, idempotent=True)
 
 
 def test_warming_up_uses_up_no_attempt() -> None:

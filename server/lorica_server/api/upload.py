@@ -19,7 +19,7 @@ from lorica_server.registry import Registry
 MAX_CHUNK_BYTES = 1 << 20
 _HALF_CLOSE_SECONDS = 5.0  # for the end of the stream after the commit
 _DISCARD_SECONDS = 1.0
-_DISCARD_BYTES = 64 << 20
+_DISCARD_BYTES = 16 << 20  # more would cost a refusal milliseconds of processor time
 
 
 class UploadSession:
