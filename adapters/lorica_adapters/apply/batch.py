@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from lorica_adapters.frozen import DenseLinear
 from lorica_adapters.kernels.protocol import Kernels, RankPlan, Segment
 
 
@@ -83,7 +84,7 @@ class DenseWeights(NamedTuple):
     """A materialised adapter: replacement weights by group, see `lorica_adapters.apply.materialise`."""
 
     digest: str
-    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # group key -> ([out, in], bias [out])
+    weights: Mapping[str, DenseLinear]  # by group key
 
 
 class AdapterBatch:

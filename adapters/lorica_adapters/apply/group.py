@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lorica_adapters.apply.batch import AdapterBatch, Layout, SlotSegment, StepCell
@@ -101,8 +100,7 @@ class SiteGroup:
         if batch is None:
             return self.frozen.forward(x)
         if batch.dense is not None and self.key in batch.dense.weights:
-            weight, bias = batch.dense.weights[self.key]
-            return F.linear(x, weight, bias)
+            return batch.dense.weights[self.key].forward(x)
         y = self.frozen.forward(x)
         if batch.dense is None:
             self._add_adapters(y, x, batch)

@@ -39,6 +39,7 @@ class AdaptedModel:
     embeddings: dict[str, AdaptedEmbedding]
     norms: dict[str, AdaptedNorm]
     capacity: int  # rank rows per linear module
+    layouts: Layouts  # of the frozen weights
 
     @property
     def spec(self) -> BaseModelSpec:
@@ -96,7 +97,7 @@ def inject(
         elif spec.kind == "norm" and spec.has_bias:
             norms[name] = AdaptedNorm(module, cell)
             _replace(base.model, name, norms[name])
-    return AdaptedModel(base.model, base, cell, tuple(groups), linears, embeddings, norms, capacity)
+    return AdaptedModel(base.model, base, cell, tuple(groups), linears, embeddings, norms, capacity, layouts)
 
 
 def _linear_specs(spec: BaseModelSpec) -> list[ModuleSpec]:

@@ -11,6 +11,7 @@ import torch
 from lorica_adapters.apply.batch import DenseWeights
 from lorica_adapters.apply.group import SiteGroup
 from lorica_adapters.apply.inject import AdaptedModel
+from lorica_adapters.frozen import DenseLinear, Layouts
 from lorica_adapters.weights import AdapterWeights
 
 
@@ -23,7 +24,8 @@ def materialised_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
 def materialise(adapted: AdaptedModel, weights: AdapterWeights) -> DenseWeights:
     """Builds the dense copies in float32 and rounds once to the compute dtype."""
     dtype = adapted.base.compute_dtype
-    dense: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    layouts = Layouts(native=adapted.layouts.native)
+    dense: dict[str, DenseLinear] = {}
     for group in _groups(adapted, weights):
         weight = group.frozen.dequantise(torch.float32)
         bias = None if group.frozen.bias is None else group.frozen.bias.float()
@@ -37,7 +39,7 @@ def materialise(adapted: AdaptedModel, weights: AdapterWeights) -> DenseWeights:
             if module.bias is not None:
                 bias = torch.zeros(group.frozen.out_features, device=weight.device) if bias is None else bias.clone()
                 bias[begin:end] = module.bias.to(weight.device)
-        dense[group.key] = (weight.to(dtype), None if bias is None else bias.to(dtype))
+        dense[group.key] = DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype), layouts)
     return DenseWeights(weights.spec.digest, dense)
 
 

@@ -68,7 +68,7 @@ def test_it_is_the_merged_weight(kind: str, tmp_path: Path) -> None:
         if group.key not in dense.weights:
             continue
         begin, end = group.columns[member]
-        weight, bias = dense.weights[group.key]
+        weight, bias = dense.weights[group.key].weight, dense.weights[group.key].bias
         site = merged.get_submodule(name)
         expected = site.weight.T if isinstance(site, Conv1D) else site.weight
         torch.testing.assert_close(weight[begin:end], expected.detach(), atol=1e-5, rtol=1e-5)
@@ -86,10 +86,10 @@ def test_bytes_are_told_before(tmp_path: Path) -> None:
         weights = read(files_of(path), base.spec, ReadLimits())
         adapted = inject(base, GatheredKernels(), capacity=8)
         dense = materialise(adapted, weights)
-        assert {weight.dtype for weight, _ in dense.weights.values()} == {dtype}
+        assert {linear.weight.dtype for linear in dense.weights.values()} == {dtype}
         assert materialised_bytes(adapted, weights) == _nbytes(dense)
         assert len(dense.weights) == 4  # qkv and down, of two layers
 
 
 def _nbytes(dense: DenseWeights) -> int:
-    return sum(weight.numel() * weight.element_size() for weight, _ in dense.weights.values())
+    return sum(linear.weight.numel() * linear.weight.element_size() for linear in dense.weights.values())
