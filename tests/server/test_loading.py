@@ -90,7 +90,7 @@ def test_a_version_of_an_older_catalog_is_loaded_as_it_was(tmp_path: Path) -> No
         put(store, "a", FILES, base=OTHER_BASE)
         put(store, "a", FILES, tenant="other", base=OTHER_BASE)
     with closing(connect(tmp_path / "catalog.sqlite3")) as catalog, catalog:
-        catalog.execute("UPDATE versions SET base = '' WHERE tenant = ?", (TENANT,))
+        catalog.execute("UPDATE versions SET bases = '' WHERE tenant = ?", (TENANT,))
     with quick_store(tmp_path) as store:
         assert AdapterLoader(store, Declared(), BASE).load(DIGEST).spec.digest == DIGEST
         with pytest.raises(AdapterIncompatible, match="trained on another base"):

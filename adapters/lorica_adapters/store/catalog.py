@@ -37,7 +37,7 @@ _KEPT = f"""FROM names n JOIN history h ON h.tenant = n.tenant AND h.name = n.na
     WHERE n.tenant = :tenant AND n.name = {_CANONICAL} AND substr(v.digest, 1, length(:prefix)) = :prefix"""
 _RECORD = f"""n.name, v.digest, v.spec, {_CORRUPT}, n.labels, n.pinned, n.materialised, n.created, n.updated,
     (SELECT group_concat(alias, ',') FROM aliases a WHERE a.tenant = n.tenant AND a.name = n.name),
-    (SELECT group_concat(base, ',') FROM versions w WHERE w.digest = v.digest)"""
+    (SELECT group_concat(bases, ',') FROM versions w WHERE w.digest = v.digest)"""
 
 
 class Catalog:
@@ -137,8 +137,9 @@ class Catalog:
         )
 
     def bases(self, digest: str) -> frozenset[str]:
-        """The base of each tenant's version of a digest."""
-        return frozenset(row[0] for row in self._read("SELECT base FROM versions WHERE digest = ?", (digest,)))
+        """The bases of each tenant's version of a digest."""
+        rows = self._read("SELECT bases FROM versions WHERE digest = ?", (digest,))
+        return frozenset(base for row in rows for base in row[0].split(","))
 
     def blobs(self) -> Set[str]:
         """The hash of every file that some version needs."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.checks import MAX_ALIASES, check_labels
-from lorica_adapters.store.records import AdapterUpdate, FileEntry, Quotas, UploadManifest
+from lorica_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, FileEntry, Quotas, UploadManifest
 from lorica_adapters.store.spec_json import encode_spec
 
 
@@ -53,11 +53,14 @@ def _put_version(
 ) -> tuple[int, bool, bool]:
     """The version's row id, whether no name kept it before, whether its files are to be installed."""
     wanted = {(entry.file, entry.sha256) for entry in files}
-    rows = tx.execute("SELECT id FROM versions WHERE digest = ? AND tenant = ?", (spec.digest, tenant)).fetchall()
+    rows = tx.execute(
+        "SELECT id, bases FROM versions WHERE digest = ? AND tenant = ?", (spec.digest, tenant)
+    ).fetchall()
     is_new = True
     if rows:
-        version = rows[0][0]
-        tx.execute("UPDATE versions SET base = ? WHERE id = ?", (base, version))
+        version, known = rows[0]
+        bases = ",".join(sorted({*known.split(","), base} - {UNKNOWN_BASE}))
+        tx.execute("UPDATE versions SET bases = ? WHERE id = ?", (bases, version))
         is_new = not tx.execute("SELECT 1 FROM history WHERE version = ? LIMIT 1", (version,)).fetchall()
         stored = tx.execute(
             """SELECT f.file, f.sha256, b.corrupt FROM version_files f JOIN blobs b ON b.sha256 = f.sha256
@@ -70,7 +73,7 @@ def _put_version(
         tx.execute("DELETE FROM version_files WHERE version = ?", (version,))
     else:
         version = tx.execute(
-            "INSERT INTO versions (tenant, digest, spec, files, base) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO versions (tenant, digest, spec, files, bases) VALUES (?, ?, ?, ?, ?)",
             (tenant, spec.digest, encode_spec(spec), len(files), base),
         ).lastrowid
     for entry in files:

@@ -65,7 +65,8 @@ class AdapterStore(Protocol):
 
         `base` is the fingerprint of the base that `spec` was validated against. The same digest again is
         idempotent: the first bytes stay, unless they are corrupt, in which case the new ones replace them; the
-        base becomes this one. Labels of the manifest, if any, replace those of the name; its wishes stay.
+        base is added to those it is accepted for. Labels of the manifest, if any, replace those of the name; its
+        wishes stay.
         Raises AdapterNotFound, QuotaExceeded, AdapterConflict (the name has become an alias, or `staged_files`
         was not called on this upload); after any error the upload is still there and nothing is visible.
         """
@@ -123,9 +124,9 @@ class AdapterStore(Protocol):
         """
 
     def accepted_bases(self, digest: str) -> frozenset[str]:
-        """The base for which each tenant last published this content, UNKNOWN_BASE among them; empty if none did.
+        """The bases for which any tenant published this content, UNKNOWN_BASE among them; empty if none did.
 
-        All tenants' together: one who publishes it for another base takes it from nobody who has it for this one.
+        None is ever taken away: an operator may go back to an earlier base.
         """
 
     def consents_to_base(self, digest: str) -> bool:

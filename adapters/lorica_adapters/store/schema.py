@@ -29,8 +29,8 @@ CREATE TABLE versions (
     digest TEXT NOT NULL,
     spec TEXT NOT NULL,
     files INTEGER NOT NULL,
-    -- Fingerprint of the base it was last published for; empty: before this was remembered.
-    base TEXT NOT NULL DEFAULT '',
+    -- Fingerprints of the bases it was published for, a comma between; empty: before these were remembered.
+    bases TEXT NOT NULL DEFAULT '',
     UNIQUE (digest, tenant)
 );
 CREATE TABLE version_files (
@@ -77,7 +77,7 @@ CREATE INDEX aliases_by_name ON aliases (tenant, name);
 # of an older catalog are then the first columns of a newer one, which is how `repair` reads them.
 _UPGRADES = {
     1: """
-ALTER TABLE versions ADD COLUMN base TEXT NOT NULL DEFAULT '';
+ALTER TABLE versions ADD COLUMN bases TEXT NOT NULL DEFAULT '';
 ALTER TABLE names ADD COLUMN materialised INTEGER NOT NULL DEFAULT 0 CHECK (materialised IN (0, 1));
 CREATE INDEX names_with_wishes ON names (version) WHERE pinned OR materialised;
 """,

@@ -401,7 +401,7 @@ class Adapter(_message.Message):
     def residency(self) -> Global___Residency: ...
     @_builtins.property
     def accepted_bases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Fingerprints of the bases for which uploads of this content were last accepted. When GetModel's is not among them,
+        """Fingerprints of the bases for which uploads of this content were accepted. When GetModel's is not among them,
         requests are refused until it is uploaded again. Empty: uploaded before servers remembered this, never refused for it.
         """
 

@@ -55,7 +55,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.kept: dict[tuple[str, str], list[str]] = {}
         self.aliases: dict[tuple[str, str], str] = {}
         self.wishes: dict[tuple[str, str], tuple[bool, bool]] = {}  # pinned, materialised
-        self.bases: dict[tuple[str, str], str] = {}  # tenant, digest -> base
+        self.bases: dict[tuple[str, str], set[str]] = {}  # tenant, digest -> bases
         self.pins: Counter[str] = Counter()
         self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, committed
         self.corrupt: set[str] = set()  # digests; all tenants send the same files here
@@ -129,7 +129,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]), base)
             return
         published = self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]), base)
-        self.bases[tenant, digest] = base
+        self.bases.setdefault((tenant, digest), set()).add(base)
         self.wishes.setdefault((tenant, name), (False, False))
         versions = self.kept.setdefault((tenant, name), [])
         assert published.created == (versions[-1:] != [digest])
@@ -250,13 +250,13 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
     @invariant()
-    def each_copy_knows_the_base_it_was_last_published_for(self) -> None:
+    def each_copy_knows_the_bases_it_was_published_for(self) -> None:
         for tenant, digest in list(self.bases):
             kept = any(digest in versions for (t, _), versions in self.kept.items() if t == tenant)
             if not kept and not self.pins[digest]:
                 del self.bases[tenant, digest]
         for digest in CONTENTS:
-            bases = {base for (_, d), base in self.bases.items() if d == digest}
+            bases = {base for (_, d), known in self.bases.items() if d == digest for base in known}
             assert self.store.accepted_bases(digest) == bases
         for tenant in ("red", "blue"):
             for record in self.store.list(tenant).records:

@@ -275,7 +275,7 @@ async def test_an_adapter_tells_the_bases_it_was_accepted_for(tmp_path: Path) ->
         assert list((await _push(server, "german", b"1")).accepted_bases) == [BASE]
         assert (await server.inference.GetModel(inference_pb2.GetModelRequest())).fingerprint == BASE
     with closing(connect(tmp_path / "catalog.sqlite3")) as catalog, catalog:
-        catalog.execute("UPDATE versions SET base = ''")  # as an upgraded catalog has it
+        catalog.execute("UPDATE versions SET bases = ''")  # as an upgraded catalog has it
     async with served(tmp_path) as server:
         assert list((await server.adapters.GetAdapter(get)).accepted_bases) == []
 
