@@ -40,11 +40,22 @@ def find_library(source: Path) -> Path | None:
         return None
     try:
         built = build(source)
-        ctypes.CDLL(str(built))
+        if not _loads(built):  # a disk that was full, a file that was cut: once more, from the source
+            built.unlink(missing_ok=True)
+            built = build(source)
+            ctypes.CDLL(str(built))
     except (BuildFailed, OSError) as error:
         logger.warning("%s is off, plain torch serves: %s", source.stem, error)
         return None
     return built
+
+
+def _loads(library: Path) -> bool:
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    return True
 
 
 def build(source: Path) -> Path:

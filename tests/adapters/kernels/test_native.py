@@ -107,3 +107,15 @@ def test_a_refused_source_leaves_nothing_behind_and_torch_serves(
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
     assert find_library(broken) is None
     assert "broken is off, plain torch serves" in caplog.text
+
+
+@needs_compiler
+def test_a_library_that_was_cut_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_build.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    library = build(SOURCE)
+    whole = library.read_bytes()
+    library.write_bytes(whole[:1000])
+    find_library.cache_clear()
+    assert find_library(SOURCE) == library
+    assert len(library.read_bytes()) == len(whole)
+    find_library.cache_clear()
