@@ -40,22 +40,11 @@ def find_library(source: Path) -> Path | None:
         return None
     try:
         built = build(source)
-        if not _loads(built):  # a disk that was full, a file that was cut: once more, from the source
-            built.unlink(missing_ok=True)
-            built = build(source)
-            ctypes.CDLL(str(built))
+        ctypes.CDLL(str(built))
     except (BuildFailed, OSError) as error:
         logger.warning("%s is off, plain torch serves: %s", source.stem, error)
         return None
     return built
-
-
-def _loads(library: Path) -> bool:
-    try:
-        ctypes.CDLL(str(library))
-    except OSError:
-        return False
-    return True
 
 
 def build(source: Path) -> Path:
@@ -64,11 +53,18 @@ def build(source: Path) -> Path:
     if compiler is None:
         raise BuildFailed("there is no C compiler (cc, gcc or clang); install one, or set CC")
     directory = Path(platformdirs.user_cache_dir("lorica", appauthor=False)) / "kernels"
-    target = directory / f"{source.stem}-{_key(source, compiler)}.so"
-    if not target.exists():
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _compile(compiler, source, target)
-    return target
+    stem = f"{source.stem}-{_key(source, compiler)}"
+    for library in directory.glob(f"{stem}-*.so"):
+        # Its name tells its content: loading one that was cut or has rotted could kill the process.
+        if library.name == _name(stem, library.read_bytes()):
+            return library
+        library.unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return _compile(compiler, source, directory, stem)
+
+
+def _name(stem: str, content: bytes) -> str:
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
 def _key(source: Path, compiler: str) -> str:
@@ -80,16 +76,18 @@ def _key(source: Path, compiler: str) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    """Into a temporary file first: whoever looks at `target` sees a whole library or none."""
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+def _compile(compiler: str, source: Path, directory: Path, stem: str) -> Path:
+    """Into a temporary file first: whoever looks finds a whole library or none."""
+    handle, name = tempfile.mkstemp(dir=directory, suffix=".tmp")
     os.close(handle)
     try:
         command = [*compiler.split(), *FLAGS, "-I", str(HEADERS), str(source), "-o", name, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode:
             raise BuildFailed(f"{compiler} refused {source.name}: {done.stderr.strip()[-500:]}")
-        os.replace(name, target)
+        library = directory / _name(stem, Path(name).read_bytes())
+        os.replace(name, library)
+        return library
     except subprocess.TimeoutExpired as error:
         raise BuildFailed(f"{compiler} took longer than {SECONDS} s") from error
     finally:

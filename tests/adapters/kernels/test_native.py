@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,12 +111,18 @@ def test_a_refused_source_leaves_nothing_behind_and_torch_serves(
 
 
 @needs_compiler
-def test_a_library_that_was_cut_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda whole: whole[:1000], lambda whole: whole[:-1] + b"!", lambda whole: b""])
+def test_a_library_that_was_cut_or_has_rotted_is_not_loaded(
+    damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A library that ends early kills the process that maps it."""
     monkeypatch.setattr(native_build.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
-    library = build(SOURCE)
-    whole = library.read_bytes()
-    library.write_bytes(whole[:1000])
+    whole = build(SOURCE).read_bytes()
+    assert build(SOURCE).read_bytes() == whole
+    build(SOURCE).write_bytes(damage(whole))
     find_library.cache_clear()
-    assert find_library(SOURCE) == library
-    assert len(library.read_bytes()) == len(whole)
+    mended = find_library(SOURCE)
     find_library.cache_clear()
+    assert mended is not None
+    assert mended.read_bytes() == whole
+    assert list(mended.parent.iterdir()) == [mended]
