@@ -23,12 +23,18 @@ FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="Lorica" \
       org.opencontainers.image.description="Multi-tenant LoRA serving over gRPC" \
       org.opencontainers.image.licenses="Apache-2.0"
+# A C compiler: at its first start the server compiles its CPU kernels for the processor it finds itself on.
+# hadolint ignore=DL3008 -- any gcc of this Debian will do, and its security updates are wanted
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home lorica \
     && install -d -o lorica -g lorica /data
 COPY --from=build /opt/lorica /opt/lorica
 ENV PATH=/opt/lorica/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/data/huggingface \
+    XDG_CACHE_HOME=/data/cache \
     LORICA_DATA_DIR=/data/lorica \
     LORICA_LISTEN=0.0.0.0:50051 \
     LORICA_METRICS_LISTEN=0.0.0.0:9464
