@@ -23,8 +23,9 @@ FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="Lorica" \
       org.opencontainers.image.description="Multi-tenant LoRA serving over gRPC" \
       org.opencontainers.image.licenses="Apache-2.0"
-# A C compiler: at its first start the server compiles its CPU kernels for the processor it finds itself on.
-# hadolint ignore=DL3008 -- any gcc of this Debian will do, and its security updates are wanted
+# A C compiler: at its first start the server compiles its CPU kernels for the processor it finds itself on. Without a
+# version, since any gcc of this Debian will do and its security updates are wanted.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
