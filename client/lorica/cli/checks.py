@@ -61,10 +61,10 @@ def _processor(_: ServeConfig) -> Iterator[Finding]:
     detail = f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores, {', '.join(machine.flags) or 'no AVX'}"
     if "avx512_bf16" in machine.flags:
         tiles = "with" if "amx_bf16" in machine.flags else "without"
-        yield Finding("processor", "ok", f"{detail}; bfloat16 and packed NF4 {tiles} AMX")
+        yield Finding("processor", "ok", f"{detail}; bfloat16 and 4-bit kernels {tiles} AMX")
     else:
         remedy = "--dtype auto takes float32 here; expect half the speed or less of an AVX512-BF16 machine"
-        yield Finding("processor", "warn", f"{detail}; no AVX512-BF16, so no packed NF4", remedy)
+        yield Finding("processor", "warn", f"{detail}; no AVX512-BF16, so no 4-bit kernels", remedy)
 
 
 def _compiler(_: ServeConfig) -> Iterator[Finding]:
