@@ -68,13 +68,13 @@ class Attempts:
         return left if self._each is None else min(left, self._each)
 
     def pause(self, error: LoricaError, *, idempotent: bool, moved: bool = False) -> float:
-        """Seconds to wait before the next try. Where there is none, raises `error`, or what tries before it failed of
-        if this one was cut by the caller's own deadline: that says more.
+        """Seconds to wait before the next try. Where there is none, raises `error`, from what the try before it failed
+        of if this one was cut by the caller's own deadline: the server may have been at work on it.
 
         `moved` means that the call met a state which another attempt changed: the next one finds it settled.
         """
         if isinstance(error, DeadlineExceeded) and self._deadline is not None:
-            raise self._reason or error
+            raise error from self._reason
         self._reason = error
         counted = self._policy.is_counted(error)
         self._failed[counted] += 1
