@@ -36,7 +36,9 @@ def test_only_the_one_piece_of_advice_is_kept_back(caplog: pytest.LogCaptureFixt
     assert [record.getMessage() for record in caplog.records] == ["the library was compiled for another CPU"]
 
 
-def test_bars_of_others_stay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bars_of_others_stay(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # whatever a command in this process has said
+
     def count(bar: object, args: object, options: object) -> object:
         made.append(options)
         return bar(*args, **options)  # type: ignore[operator]
