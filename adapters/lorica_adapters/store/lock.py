@@ -26,7 +26,7 @@ class DirectoryLock:
                 raise StoreUnavailable(
                     f"the store is in use by process {holder}",
                     subject="store",
-                    remedy="stop that process or choose another store directory",
+                    remedy="stop that process or choose another store directory (--data-dir)",
                 ) from error
             except BaseException:
                 os.close(self._descriptor)
