@@ -82,7 +82,9 @@ def _compile(compiler: str, source: Path, directory: Path, stem: str) -> Path:
     os.close(handle)
     try:
         command = [*compiler.split(), *FLAGS, "-I", str(HEADERS), str(source), "-o", name, "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS, check=False
+        )
         if done.returncode:
             raise BuildFailed(f"{compiler} refused {source.name}: {done.stderr.strip()[-500:]}")
         library = directory / _name(stem, Path(name).read_bytes())

@@ -20,6 +20,7 @@ MAX_CHUNK_BYTES = 1 << 20
 _HALF_CLOSE_SECONDS = 5.0  # for the end of the stream after the commit
 _DISCARD_SECONDS = 1.0
 _DISCARD_BYTES = 16 << 20  # more would cost a refusal milliseconds of processor time
+_MESSAGE_BYTES = 16 << 10  # what a message costs beside its bytes, in bytes
 
 
 class UploadSession:
@@ -61,7 +62,7 @@ class UploadSession:
         with suppress(TimeoutError, LoricaError):  # also what cannot be decoded: the first refusal counts
             async with asyncio.timeout(_DISCARD_SECONDS):
                 async for message in requests:
-                    left -= len(message.chunk.data)
+                    left -= message.ByteSize() + _MESSAGE_BYTES
                     if left < 0:
                         return
 

@@ -126,3 +126,13 @@ def test_a_library_that_was_cut_or_has_rotted_is_not_loaded(
     assert mended is not None
     assert mended.read_bytes() == whole
     assert list(mended.parent.iterdir()) == [mended]
+
+
+def test_a_compiler_that_speaks_another_encoding_is_heard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_bytes(b"#!/bin/sh\nprintf 'g\\351n\\351ral' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(native_build.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    with pytest.raises(BuildFailed, match="g\ufffdn\ufffdral"):
+        build(SOURCE)
