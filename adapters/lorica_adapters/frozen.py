@@ -65,9 +65,10 @@ def supports_packed() -> bool:
 
 def select_layouts(device: torch.device, dtype: torch.dtype, *, dense: bool, invariant: bool) -> Layouts:
     """The fastest there is; `dense` says whether there is memory for a dense copy."""
-    small = device.type == "cpu" and dtype == torch.bfloat16 and not invariant
-    native = small and find_native_linear() is not None
-    return Layouts(packed=small and not native and supports_packed(), dense=dense, invariant=invariant, native=native)
+    four_bit = device.type == "cpu" and dtype == torch.bfloat16 and not invariant
+    native = four_bit and find_native_linear() is not None
+    packed = four_bit and not native and supports_packed()
+    return Layouts(packed=packed, dense=dense, invariant=invariant, native=native)
 
 
 class FrozenLinear(Protocol):

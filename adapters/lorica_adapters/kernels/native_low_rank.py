@@ -20,8 +20,10 @@ from lorica_adapters.kernels.protocol import RankPlan, Segment
 
 SOURCE = Path(__file__).with_suffix(".c")
 
-NATIVE_ROWS = 64
-"""Rank rows up to which a segment of many tokens is walked natively; beyond it the library's product is faster."""
+NATIVE_ROWS = 32
+"""Rank rows up to which a segment of many tokens is walked natively; beyond it the library's product is faster (16 x 128
+tokens over 12 layers of the 125M shape, one core: 99, 273 and 708 ms at rank 8, 32 and 64, against 174, 218 and 589;
+two busy cores: 230 and 457 at 16 and 32, against 822 and 1001: many small products wait for each other)."""
 
 FEW_TOKENS = 16
 """Tokens up to which a segment is walked natively whatever its rank: there is nothing for a product to reuse."""
@@ -90,40 +92,23 @@ class NativeKernels:
         plans: Sequence[RankPlan | None],
     ) -> None:
         """See `Kernels.add_low_rank`."""
-        native = [member for member, plan in enumerate(plans) if isinstance(plan, NativePlan)]
+        native = [(member, plan) for member, plan in enumerate(plans) if isinstance(plan, NativePlan)]
         if native:
-            self._run(y, x if x.stride(1) == 1 else x.contiguous(), a, b, columns, plans, native)
+            rows = x if x.stride(1) == 1 else x.contiguous()
+            maps = (_Map * len(native))(*[_map(y, a[m], b[m], columns[m][0], plan) for m, plan in native])
+            failed = self._calls[x.dtype](
+                maps, len(native), rows.data_ptr(), rows.stride(0), x.shape[1], y.stride(0), torch.get_num_threads()
+            )
+            if failed:
+                raise MemoryError("no memory for the shrunk rows of a step")
         if len(native) < len(plans) or any(plan is not None and plan.segments for plan in plans):
             self._products.add_low_rank(y, x, a, b, columns, plans)
 
-    def _run(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        columns: Sequence[tuple[int, int]],
-        plans: Sequence[RankPlan | None],
-        members: Sequence[int],
-    ) -> None:
-        maps = (_Map * len(members))()
-        for place, member in enumerate(members):
-            plan = plans[member]
-            if not isinstance(plan, NativePlan):
-                raise TypeError("only members with native segments are run natively")
-            maps[place] = _Map(
-                a[member].data_ptr(),
-                b[member].data_ptr(),
-                y.data_ptr() + columns[member][0] * y.itemsize,
-                b[member].shape[1],
-                plan.count,
-                plan.native,
-            )
-        failed = self._calls[x.dtype](
-            maps, len(members), x.data_ptr(), x.stride(0), x.shape[1], y.stride(0), torch.get_num_threads()
-        )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for the shrunk rows of a step")
+
+def _map(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, column: int, plan: NativePlan) -> _Map:
+    """One map's arguments: a [C, in], b [C, out], its first column in y."""
+    first = y.data_ptr() + column * y.itemsize
+    return _Map(a.data_ptr(), b.data_ptr(), first, b.shape[1], plan.count, plan.native)
 
 
 @cache
