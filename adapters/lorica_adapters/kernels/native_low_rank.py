@@ -21,9 +21,9 @@ from lorica_adapters.kernels.protocol import RankPlan, Segment
 SOURCE = Path(__file__).with_suffix(".c")
 
 NATIVE_ROWS = 32
-"""Rank rows up to which a segment of many tokens is walked natively; beyond it the library's product is faster (16 x 128
-tokens over 12 layers of the 125M shape, one core: 99, 273 and 708 ms at rank 8, 32 and 64, against 174, 218 and 589;
-two busy cores: 230 and 457 at 16 and 32, against 822 and 1001: many small products wait for each other)."""
+"""Rank rows up to which a segment of many tokens is walked natively; beyond it the library's product is faster
+(16 x 128 tokens over 12 layers of the 125M shape, one core: 99, 273 and 708 ms at rank 8, 32 and 64, against 174, 218
+and 589; two busy cores: 230 and 457 at 16 and 32, against 822 and 1001: many small products wait for each other)."""
 
 FEW_TOKENS = 16
 """Tokens up to which a segment is walked natively whatever its rank: there is nothing for a product to reuse."""
