@@ -16,7 +16,11 @@ BASE_SLOT = -1
 
 
 class StepOutOfMemory(Exception):
-    """The runner could not hold this step. Raised before any token was drawn: the same chunks may run again, fewer."""
+    """The runner could not hold this step. The same chunks may run again, fewer."""
+
+
+class DeviceLost(Exception):
+    """The device computes nothing any more until the process ends, as after an illegal access on CUDA."""
 
 
 @dataclass(frozen=True)

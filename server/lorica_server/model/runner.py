@@ -14,10 +14,11 @@ import torch
 from lorica_adapters.apply.batch import AdapterBatch, DenseWeights, RowMap
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.kernels.protocol import Kernels
-from lorica_server.engine.plan import Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
+from lorica_server.engine.plan import DeviceLost, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
 from lorica_server.model.attention import ATTENTION_NAME, register
 from lorica_server.model.cache import PagedCache
 from lorica_server.model.decode_attention import select_decode
+from lorica_server.model.faults import is_device_lost, is_out_of_memory
 from lorica_server.model.forward_batch import ForwardBatch, build_batch
 from lorica_server.model.sampler import Sampler
 from lorica_server.requests import RequestFailure, TokenLogprob
@@ -50,29 +51,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """One forward and one draw. Raises StepOutOfMemory before any token was drawn."""
+        """One forward and one draw. Whatever it raises, the same chunks may run again: what a request remembers of a
+        step is entered once, by position.
+
+        Raises StepOutOfMemory, and DeviceLost after a fault that the process cannot recover from.
+        """
+        try:
+            return self._run(plan)
+        except BaseException as error:
+            self._adapted.forget()
+            if is_out_of_memory(error):
+                raise StepOutOfMemory(str(error)) from error
+            if is_device_lost(error):
+                raise DeviceLost(str(error)) from error
+            raise
+
+    def _run(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         self._sampler.retire(plan.retired)
         if not plan.chunks:
             return StepResult(plan.step, {})
-        try:
-            self._cache.copy(plan.copies)
-            batch = build_batch(
-                plan.chunks,
-                self._cache,
-                self._cache.blocks - 1,
-                tiled=self._config.deterministic,
-                decode=self._decode,
-            )
-            adapters = self._adapter_batch(batch, plan.weight_set)
-            prepared = time.perf_counter()
-            logits = self._forward(batch, adapters)
-            forwarded = time.perf_counter()
-        except BaseException as error:
-            self._adapted.forget()
-            if _is_out_of_memory(error):
-                raise StepOutOfMemory(str(error)) from error
-            raise
+        self._cache.copy(plan.copies)
+        batch = build_batch(
+            plan.chunks,
+            self._cache,
+            self._cache.blocks - 1,
+            tiled=self._config.deterministic,
+            decode=self._decode,
+        )
+        adapters = self._adapter_batch(batch, plan.weight_set)
+        prepared = time.perf_counter()
+        logits = self._forward(batch, adapters)
+        forwarded = time.perf_counter()
         sampled, prompt_logprobs, failures = self._sample(batch, logits)
         timing = StepTiming(prepared - started, forwarded - prepared, time.perf_counter() - forwarded)
         return StepResult(plan.step, sampled, prompt_logprobs, failures, timing)
@@ -122,10 +132,3 @@ class ModelRunner:
             logits = logits[last_rows]
         sampled, failed = self._sampler.sample(sampling, logits)
         return sampled, prompt_logprobs, failures | failed
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller step may succeed. torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

@@ -37,14 +37,21 @@ class Sampler:
         self._vocab_size = vocab_size
         self._counts = TokenCounts(vocab_size, torch.device(device))
         self._addends = Addends(vocab_size, torch.device(device))
-        self._prompt_rows: dict[str, Tensor] = {}  # logits [1, vocab] that predict the next chunk's first token
+        # By request and position: logits [1, vocab] that predict the token there, the first of a next chunk.
+        self._prompt_rows: dict[str, dict[int, Tensor]] = {}
 
     def observe(self, chunks: Iterable[Chunk]) -> None:
         """Take the chunks' tokens into the penalties, each position once.
 
-        Call it once a step with every chunk, also those that do not sample. A chunk at position 0 or with
-        `history` begins its request anew. Raises ValueError when a penalised request skips positions.
+        Call it with every chunk of a step, also those that do not sample; again when the step failed and runs again. A
+        chunk at position 0 or with `history` begins its request anew. Raises ValueError when a penalized request skips
+        positions.
         """
+        if self._prompt_rows:
+            chunks = tuple(chunks)
+            for chunk in chunks:
+                if chunk.start >= chunk.prompt_length:
+                    self._prompt_rows.pop(chunk.request_id, None)
         self._counts.observe([chunk for chunk in chunks if chunk.params.needs_history])
 
     def sample(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[dict[str, Sampled], dict[str, RequestFailure]]:
@@ -118,12 +125,15 @@ class Sampler:
         token is kept between them. Raises ValueError when one is missing.
         """
         prompt = chunk.tokens[: max(0, chunk.prompt_length - chunk.start)]
-        before = self._prompt_rows.pop(chunk.request_id, None)
+        # A step that failed comes again: the row before this chunk is kept until a later chunk is observed.
+        before = self._prompt_rows.get(chunk.request_id, {}).get(chunk.start)
         if not prompt:
             return ()
         rows = logits[: len(prompt)]
+        kept = {} if before is None else {chunk.start: before}
         if chunk.start + len(prompt) < chunk.prompt_length:
-            self._prompt_rows[chunk.request_id] = rows[-1:].clone()
+            kept[chunk.start + len(prompt)] = rows[-1:].clone()
+        self._prompt_rows[chunk.request_id] = kept
         if not bool(finite_rows(rows).all()):
             return _numeric_failure()
         number = chunk.params.prompt_logprobs or 0

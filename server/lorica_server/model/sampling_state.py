@@ -27,14 +27,17 @@ class TokenCounts:
     def observe(self, chunks: Iterable[Chunk]) -> None:
         """Count the chunks' tokens, each position once; a chunk with `history` or at 0 begins anew.
 
-        Raises ValueError if positions are missing: neither counted before nor in `history`.
+        Raises ValueError if positions are missing: neither counted before nor in `history`. Nothing counts as observed
+        when it raises, so that the step can run again.
         """
+        ends: dict[str, int] = {}
         rows: list[int] = []
         tokens: list[int] = []
         output_rows: list[int] = []
         output_tokens: list[int] = []
         for chunk in chunks:
             row, first, fresh = self._admit(chunk)
+            ends[chunk.request_id] = first + len(fresh)
             rows += [row] * len(fresh)
             tokens += fresh
             output = fresh[max(0, chunk.prompt_length - first) :]
@@ -48,15 +51,16 @@ class TokenCounts:
             where = (torch.tensor(output_rows, device=device), torch.tensor(output_tokens, device=device))
             one = torch.ones((), dtype=torch.int32, device=device)
             self._output.index_put_(where, one, accumulate=True)
+        self._counted.update(ends)
 
     def _admit(self, chunk: Chunk) -> tuple[int, int, tuple[int, ...]]:
         """Row of the chunk's request, and the tokens to count with the position of the first."""
-        end = chunk.start + len(chunk.tokens)
         if chunk.start == 0 or chunk.history is not None:
             history = chunk.history or ()
             if len(history) != chunk.start:
                 raise ValueError(f"{chunk.request_id}: history of {len(history)} tokens for start {chunk.start}")
             row = self._empty_row(chunk.request_id)
+            self._counted.pop(chunk.request_id, None)
             first, fresh = 0, (*history, *chunk.tokens)
         else:
             first = self._counted.get(chunk.request_id, -1)
@@ -64,7 +68,6 @@ class TokenCounts:
                 raise ValueError(f"{chunk.request_id}: tokens before {chunk.start} were never observed")
             row = self._rows[chunk.request_id]
             fresh = chunk.tokens[first - chunk.start :]
-        self._counted[chunk.request_id] = max(first, end)
         return row, first, fresh
 
     def _empty_row(self, request_id: str) -> int:

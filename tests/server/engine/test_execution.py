@@ -1,11 +1,11 @@
-"""What goes wrong in a step: memory is retried in halves, anything else ends the step's requests alone."""
+"""What goes wrong in a step: it is run again in halves until the requests at fault end alone; a lost device is passed on."""
 
 from __future__ import annotations
 
 import pytest
 
 from lorica_server.engine.execution import run_contained
-from lorica_server.engine.plan import BASE_SLOT, Chunk, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
+from lorica_server.engine.plan import BASE_SLOT, Chunk, DeviceLost, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
 from lorica_server.requests import SamplingParams
 
 
@@ -57,8 +57,23 @@ def test_who_does_not_fit_alone_fails_alone():
     assert set(result.sampled) == {"r0", "r1", "r3", "r4", "r5"}
 
 
-def test_any_other_error_fails_the_step_and_says_nothing_of_itself():
+def test_any_other_error_ends_only_the_request_that_meets_it_alone():
+    runner = Picky(8, frozenset({"r2"}), ZeroDivisionError)
+    result = run_contained(runner, plan_of(6))
+    assert {key: failure.code for key, failure in result.failures.items()} == {"r2": "INTERNAL"}
+    assert set(result.sampled) == {"r0", "r1", "r3", "r4", "r5"}
+    assert [plan.retired for plan in runner.seen][1:] == [("gone",), ("gone",), (), (), (), ()]
+
+
+def test_an_error_that_every_request_meets_ends_all_and_says_nothing_of_itself():
     result = run_contained(Picky(0, error=ZeroDivisionError), plan_of(3))
     assert {failure.code for failure in result.failures.values()} == {"INTERNAL"}
     assert set(result.failures) == {"r0", "r1", "r2"}
     assert "Zero" not in str(result.failures)
+
+
+def test_a_lost_device_is_passed_on_and_not_tried_again():
+    runner = Picky(0, error=DeviceLost)
+    with pytest.raises(DeviceLost):
+        run_contained(runner, plan_of(4))
+    assert len(runner.seen) == 1

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from lorica_server.engine.plan import DeviceLost
 from lorica_server.model.forward_batch import ForwardBatch
 from lorica_server.model.runner import ModelRunner
+from lorica_server.model.sampler import Sampler
 from lorica_server.requests import FinishReason, SamplingParams
 from support.adapters import edit_tensors
 from support.against_peft import Truth, ask_peft, assert_equal_to_peft, engine_for, prompts
@@ -191,6 +193,64 @@ def test_out_of_memory_is_retried_in_halves(
     again = calm.submit("a", prompts(4)[3], 6, sampling=penalised)
     calm.run()
     assert calm.tokens(again) == engine.tokens(mine)
+
+
+def test_an_id_the_model_has_no_row_for_ends_its_own_request_only(world: World) -> None:
+    """A tokenizer may have more tokens than the model, as when a padding token was added without resizing."""
+    engine = world.engine()
+    tickets = submit(engine, world.truths)
+    penalized = SamplingParams(temperature=0.0, repetition_penalty=1.3, prompt_logprobs=0)
+    mine = engine.submit("a", prompts(4)[3], 6, sampling=penalized)
+    bad = engine.submit("b", [3, engine.adapted.spec.vocab_size, 5], 4)
+    engine.run()
+    failure = engine.events[bad, 0][-1].failure
+    assert failure is not None
+    assert failure.code == "INTERNAL"
+    for ticket, truth in zip(tickets, world.truths, strict=True):
+        assert engine.tokens(ticket) == truth.tokens
+    calm = world.engine()
+    again = calm.submit("a", prompts(4)[3], 6, sampling=penalized)
+    calm.run()
+    assert calm.tokens(again) == engine.tokens(mine)
+    assert len(engine.events[mine, 0]) == len(calm.events[again, 0])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")], ids=repr)
+def test_a_fault_while_tokens_are_drawn_is_contained_like_one_in_the_forward(
+    world: World, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = world.engine()
+    original = Sampler.sample
+
+    def sample(self: Sampler, chunks: Any, logits: torch.Tensor) -> Any:
+        if len(chunks) > 2:
+            raise error
+        return original(self, chunks, logits)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    tickets = submit(engine, world.truths)
+    engine.run()
+    for ticket, truth in zip(tickets, world.truths, strict=True):
+        assert engine.tokens(ticket) == truth.tokens
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered at line 77 in file ops.cu"),
+        RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"),
+    ],
+    ids=["torch", "library", "assert"],
+)
+def test_a_lost_device_is_no_failure_of_requests(
+    world: World, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = world.engine()
+    monkeypatch.setattr(ModelRunner, "_forward", failing_above(0, lambda: error, ModelRunner._forward))
+    submit(engine, world.truths)
+    with pytest.raises(DeviceLost):
+        engine.run()
 
 
 def test_a_request_that_fits_never_is_told_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lorica_server.engine.plan import BASE_SLOT, Chunk
 from lorica_server.model.sampler import Sampler
+from lorica_server.model.sampling_state import TokenCounts
 from lorica_server.requests import RequestFailure, SamplingParams, TokenLogprob
 
 VOCABULARY = 40
@@ -145,7 +147,32 @@ def test_prompt_logprobs_do_not_depend_on_chunks(borders: tuple[int, ...]) -> No
         assert entry.token == tokens[position]
         assert entry.logprob == pytest.approx(predicted[tokens[position]].item(), abs=1e-6)
         assert [i for i, _ in entry.top] == predicted.topk(2).indices.tolist()
+    sampler.observe([chunk((tokens[-1],), 11, prompt_length, params=SamplingParams(prompt_logprobs=2))])
     assert sampler.remembered() == 0  # nothing is kept past the prompt
+
+
+def test_prompt_logprobs_of_a_step_that_runs_again_are_the_same() -> None:
+    logits = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    sampler = Sampler(VOCABULARY)
+    for tokens, start in (((1, 2), 0), ((3, 4), 2), ((5, 6), 4)):
+        once, again = (sampler.prompt_logprobs(asking(tokens, start, 6), logits[start : start + 2]) for _ in range(2))
+        assert once == again
+
+
+def test_a_failed_observation_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step runs again in halves; what was not written must be written then."""
+    good = chunk((1, 2), 0, 2, request_id="good")
+    bad = chunk((VOCABULARY,), 0, 1, request_id="bad")
+    counts = TokenCounts(VOCABULARY, torch.device("cpu"))
+    with pytest.raises(IndexError):
+        counts.observe([good, bad])
+    counts.observe([good])
+    later = replace(good, tokens=(3,), start=2)
+    with pytest.raises(IndexError):
+        counts.observe([later, bad])
+    counts.observe([later])
+    assert counts.is_current(later)
+    assert counts.seen(["good"])[0].nonzero().flatten().tolist() == [1, 2, 3]
 
 
 def test_prompt_logprobs_begin_anew_after_preemption_and_notice_a_gap() -> None:
