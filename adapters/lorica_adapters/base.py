@@ -21,6 +21,7 @@ from transformers.utils.logging import set_tqdm_hook
 from lorica_adapters.bnb import Linear4bit
 from lorica_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec
 from lorica_adapters.frozen import logical_nf4
+from lorica_adapters.quantize import exact_quantizer
 from lorica_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 
 
@@ -65,7 +66,7 @@ def load_base(
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_use_double_quant=double_quant,
         )
-    with _without_bar():
+    with _without_bar(), exact_quantizer():
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -142,7 +143,11 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not (name.endswith(".weight") and isinstance(model.get_submodule(name[: -len(".weight")]), Linear4bit))
     }
-    modules = {spec.name: spec for name, module in model.named_modules() if (spec := _module_spec(name, module))}
+    modules = {
+        spec.name: spec
+        for name, module in model.named_modules()
+        if (spec := _module_spec(name, module, is_embedding=module is embedding))
+    }
     config = model.config.get_text_config()
     return BaseModelSpec(
         model_id=Path(source).name if Path(source).exists() else source,
@@ -170,17 +175,28 @@ def _context_length(config: PretrainedConfig) -> int:
     return stated
 
 
-def _module_spec(name: str, module: nn.Module) -> ModuleSpec | None:
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is the plain map of its kind: routers of experts subclass nn.Linear and return a choice."""
+    return type(module).forward is kind.forward
+
+
+def _module_spec(name: str, module: nn.Module, *, is_embedding: bool) -> ModuleSpec | None:
+    """What adapters may find at `name`; None for modules that no adapter can act on.
+
+    The model's own embedding may scale its rows; another with a forward of its own is called as its model likes.
+    """
     kind: ModuleKind
     if isinstance(module, Linear4bit):
         kind = "conv1d" if getattr(module, "source_cls", None) is Conv1D else "linear"
         out_features, in_features = module.weight.quant_state.shape
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear) and _computes_as(module, nn.Linear):
         kind, out_features, in_features = "linear", module.out_features, module.in_features
-    elif isinstance(module, Conv1D):
+    elif isinstance(module, Conv1D) and _computes_as(module, Conv1D):
         kind, (in_features, out_features) = "conv1d", module.weight.shape
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding) and (is_embedding or _computes_as(module, nn.Embedding)):
         kind, in_features, out_features = "embedding", module.num_embeddings, module.embedding_dim
+    elif isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        return None
     elif (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None and weight.dim() == 1:
         kind, in_features, out_features = "norm", weight.numel(), weight.numel()
     else:

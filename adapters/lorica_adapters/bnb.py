@@ -22,6 +22,6 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 logging.getLogger(_ADVISER).addFilter(_is_wanted)
 
 from bitsandbytes import functional, matmul_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 
-__all__ = ["Linear4bit", "functional", "matmul_4bit"]
+__all__ = ["Linear4bit", "Params4bit", "functional", "matmul_4bit"]
