@@ -18,6 +18,7 @@ import torch
 from lorica_adapters.apply.batch import DenseWeights
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.apply.materialise import materialise, materialised_bytes
+from lorica_adapters.device import use_device
 from lorica_adapters.errors import AdapterError
 from lorica_adapters.weights import AdapterWeights
 
@@ -59,7 +60,9 @@ class WeightSets:
         self._builds = {"built": 0, "refused": 0}
         self._is_closed = False
         self._lock = threading.Lock()
-        self._builder = ThreadPoolExecutor(1, thread_name_prefix="lorica-materialise")
+        self._builder = ThreadPoolExecutor(
+            1, "lorica-materialise", initializer=use_device, initargs=(adapted.base.device,)
+        )
 
     def wish(self, digests: frozenset[str], again: str | None = None) -> None:
         """From now on `digests`, and no others, have sets: drops what is not wished for, builds what is missing.
