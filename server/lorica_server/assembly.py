@@ -7,8 +7,9 @@ Everything is made here once and handed on; nothing here runs afterwards but `cl
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,10 +17,13 @@ import torch
 from lorica_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from lorica_adapters.apply.slots import SlotTensors
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base
+from lorica_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device, use_device
 from lorica_adapters.embedded.tiny import tiny_path
 from lorica_adapters.formats import registry as formats
 from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.frozen import Nf4Linear, select_layouts, supports_packed
+from lorica_adapters.frozen import Nf4Linear, select_layouts
+from lorica_adapters.guard.exactness import ask_untouched
+from lorica_adapters.guard.examine import Examined, examine, refusals_of
 from lorica_adapters.kernels.protocol import Kernels
 from lorica_adapters.kernels.select import select_kernels
 from lorica_adapters.residency.host import HostCache
@@ -42,8 +46,8 @@ from lorica_server.engine.scheduler import Scheduler
 from lorica_server.errors import StartError
 from lorica_server.loading import AdapterLoader
 from lorica_server.model.cache import PagedCache, bytes_per_token
-from lorica_server.model.guard import check_supported, self_check
-from lorica_server.model.probe import probe_layers
+from lorica_server.model.decode_attention import select_decode
+from lorica_server.model.guard import self_check
 from lorica_server.model.runner import ModelRunner, RunnerConfig
 from lorica_server.model.sizing import Memory
 from lorica_server.model.weight_sets import WeightSets
@@ -75,7 +79,9 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
     codec = TextCodec.load(source, revision=config.revision)
     kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
-    adapted, cache, memory = _prepare(config, base, kernels, context)
+    with _refused():
+        examined = examine(base, context)
+        adapted, cache, memory = _prepare(config, base, examined, kernels, context)
     capacity = adapted.capacity
     limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
 
@@ -85,10 +91,10 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
         return read(files, allow_base_mismatch=allow_base_mismatch).spec
 
-    engine_limits = _engine_limits(config, cache)
+    engine_limits = _engine_limits(config, cache, examined)
     mailbox = Mailbox(engine_limits.max_live)
     host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
-    loader = ThreadPoolExecutor(1, thread_name_prefix="lorica-loader")
+    loader = ThreadPoolExecutor(1, "lorica-loader", initializer=use_device, initargs=(base.device,))
     pool = AdapterPool(
         SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
         SlotTensors(adapted),
@@ -102,7 +108,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
         adapted,
         cache,
         kernels,
-        RunnerConfig(config.deterministic),
+        RunnerConfig(config.deterministic, examined.rope),
         weight_sets.find,
     )
     scheduler = Scheduler(engine_limits, pool, ready_weight_sets=weight_sets.ready)
@@ -121,7 +127,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     return Built(parts, engine, lambda: _read(pool, host, weight_sets), close)
 
 
-def _engine_limits(config: ServeConfig, cache: PagedCache) -> EngineLimits:
+def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
     try:
         return EngineLimits(
             kv_blocks=cache.blocks - 1,  # the last one is scratch
@@ -131,6 +137,7 @@ def _engine_limits(config: ServeConfig, cache: PagedCache) -> EngineLimits:
             max_queued=config.max_queued,
             prefix_cache=config.prefix_cache,
             deterministic=config.deterministic,
+            original_context=None if examined.rope is None else examined.rope.original_context,
         )
     except ValueError as error:
         raise StartError(str(error), remedy="change the options it names") from error
@@ -147,10 +154,8 @@ def _quotas(config: ServeConfig) -> Quotas:
 
 
 def _load(config: ServeConfig, source: str) -> LoadedBase:
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
     try:
+        device = select_device(config.device)
         return load_base(
             source,
             compute_dtype=_compute_dtype(config.dtype, device),
@@ -158,7 +163,7 @@ def _load(config: ServeConfig, source: str) -> LoadedBase:
             double_quant=config.double_quant,
             revision=config.revision,
         )
-    except BaseRefused as error:
+    except (BaseRefused, DeviceRefused) as error:
         raise StartError(str(error), remedy="see `lorica doctor`") from error
     except (OSError, ValueError) as error:
         raise StartError(
@@ -172,21 +177,17 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
         dtype = getattr(torch, name)
         if not isinstance(dtype, torch.dtype):
             raise StartError(f"{name} is no dtype", remedy="use auto, float32, bfloat16 or float16")
+        check_dtype(device, dtype)
         return dtype
-    return torch.bfloat16 if device.type == "cuda" or supports_packed() else torch.float32
+    return best_dtype(device)
 
 
 def _prepare(
-    config: ServeConfig, base: LoadedBase, kernels: Kernels, context: int
+    config: ServeConfig, base: LoadedBase, examined: Examined, kernels: Kernels, context: int
 ) -> tuple[AdaptedModel, PagedCache, Memory]:
     """Injects places for adapters and allocates the KV cache, both sized from what is free."""
-    try:
-        check_supported(base.model, context)
-    except BaseRefused as refusal:
-        raise StartError(str(refusal), remedy="serve another base") from refusal
     row_bytes = rank_row_bytes(base.spec, base.compute_dtype)
-    layers = probe_layers(base)
-    token_bytes = bytes_per_token(layers, base.compute_dtype)
+    token_bytes = bytes_per_token(examined.layers, base.compute_dtype)
     weights = [m.in_features * m.out_features for m in base.spec.modules.values() if m.kind in ("linear", "conv1d")]
     memory = Memory.plan(
         base.device,
@@ -203,23 +204,33 @@ def _prepare(
             f"{memory.adapters} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} on this base",
             remedy=f"set --adapter-device-bytes to {row_bytes * MAX_ROWS_OF_RANK * 2} or more",
         )
+    blocks = memory.kv // (token_bytes * config.block_tokens)
+    if blocks < 2:
+        raise StartError(
+            f"{memory.kv} bytes hold no KV cache of two blocks",
+            remedy=f"set --kv-bytes to {token_bytes * config.block_tokens * 4} or more",
+        )
+    with refusals_of(base):
+        truth = ask_untouched(base, examined.layers, context, room=blocks * config.block_tokens)
     layouts = select_layouts(base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic)
     adapted = inject(base, kernels, capacity=capacity, layouts=layouts)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
     if rounding:
         _LOG.warning("the packed layout rounds block scales", extra={"fields": {"largest_relative_error": rounding}})
-    blocks = memory.kv // (token_bytes * config.block_tokens)
-    if blocks * config.block_tokens < 2 * config.block_tokens:
-        raise StartError(
-            f"{memory.kv} bytes hold no KV cache of two blocks",
-            remedy=f"set --kv-bytes to {token_bytes * config.block_tokens * 4} or more",
-        )
-    cache = PagedCache(layers, int(blocks) + 1, config.block_tokens, base.compute_dtype, base.device)
-    try:
-        self_check(adapted, cache, context)
-    except BaseRefused as refusal:
-        raise StartError(str(refusal), remedy="serve another base") from refusal
+    cache = PagedCache(examined.layers, int(blocks) + 1, config.block_tokens, base.compute_dtype, base.device)
+    decode = select_decode(base.device, base.compute_dtype)
+    error = self_check(adapted, cache, truth, rope=examined.rope, decode=decode, tiled=config.deterministic)
+    _LOG.info("packed steps equal the untouched model", extra={"fields": {"largest_relative_error": f"{error:.2g}"}})
     return adapted, cache, memory
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except BaseRefused as refusal:
+        remedy = "serve another base; docs/models.md lists the architectures that are served exactly"
+        raise StartError(str(refusal), remedy=remedy) from refusal
 
 
 def _model_info(

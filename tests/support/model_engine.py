@@ -18,6 +18,7 @@ from lorica_adapters.base import LoadedBase
 from lorica_adapters.formats.limits import ReadLimits
 from lorica_adapters.formats.registry import read
 from lorica_adapters.frozen import Layouts
+from lorica_adapters.guard.examine import examine
 from lorica_adapters.kernels.select import select_kernels
 from lorica_adapters.residency.host import HostCache
 from lorica_adapters.residency.pool import AdapterPool
@@ -29,7 +30,6 @@ from lorica_server.engine.plan import StepPlan
 from lorica_server.engine.scheduler import Scheduler
 from lorica_server.model.cache import PagedCache
 from lorica_server.model.forward_batch import ForwardBatch
-from lorica_server.model.probe import probe_layers
 from lorica_server.model.runner import ModelRunner, RunnerConfig
 from lorica_server.model.weight_sets import WeightSets
 from lorica_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
@@ -76,13 +76,24 @@ class ModelEngine:
         **limits: Any,
     ) -> None:
         kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
-        layers = probe_layers(base)
+        examined = examine(base, base.spec.context_length)
         layouts = replace(layouts, invariant=deterministic)
         self.adapted = inject(base, kernels, capacity=capacity, layouts=layouts, stack=stack)
         self.limits = EngineLimits(
-            **({"kv_blocks": 256, "block_tokens": 16, "deterministic": deterministic, "prefill_chunk": 64} | limits)
+            **(
+                {
+                    "kv_blocks": 256,
+                    "block_tokens": 16,
+                    "deterministic": deterministic,
+                    "prefill_chunk": 64,
+                    "original_context": None if examined.rope is None else examined.rope.original_context,
+                }
+                | limits
+            )
         )
-        cache = PagedCache(layers, self.limits.kv_blocks + 1, self.limits.block_tokens, base.compute_dtype, base.device)
+        cache = PagedCache(
+            examined.layers, self.limits.kv_blocks + 1, self.limits.block_tokens, base.compute_dtype, base.device
+        )
         self.weights: dict[str, AdapterWeights] = {}
         self.digests: dict[str, str] = {}
         for name, path in adapters.items():
@@ -97,7 +108,9 @@ class ModelEngine:
             lambda: None,
         )
         self.weight_sets = WeightSets(self.adapted, self.weights.__getitem__, dense_bytes)
-        self.runner = RecordingRunner(self.adapted, cache, kernels, RunnerConfig(deterministic), self.weight_sets.find)
+        self.runner = RecordingRunner(
+            self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope), self.weight_sets.find
+        )
         self.scheduler = Scheduler(self.limits, self.pool, ready_weight_sets=self.weight_sets.ready)
         self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
         self.plans: list[StepPlan] = []

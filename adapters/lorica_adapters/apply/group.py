@@ -148,8 +148,9 @@ class AdaptedEmbedding(nn.Module):
         """The frozen table [vocab, hidden]."""
         return self.frozen.weight
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as torch's, for models that call by keyword
         """[1, T] ids -> [1, T, hidden]."""
+        ids = input
         y: torch.Tensor = self.frozen(ids)
         batch = self._cell.batch
         if batch is None or not self.slots:

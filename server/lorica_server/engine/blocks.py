@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
-def root_hash(tenant: str, salt: str, digest: str | None) -> bytes:
-    """Where a chain of block hashes begins: two chains meet only for one tenant, salt and adapter content.
+def root_hash(tenant: str, salt: str, digest: str | None, *, long_rope: bool = False) -> bytes:
+    """Where a chain of block hashes begins: two chains meet only for one tenant, salt, adapter content and choice of
+    rotary factors.
 
     Always salted by the digest, also when an adapter leaves k and v alone. Fields are length-prefixed, so that
-    no two triples read alike; a digest is never empty, so the base cannot be taken for an adapter.
+    no two lists read alike; a digest is never empty, so the base cannot be taken for an adapter.
     """
-    fields = [field.encode() for field in (tenant, salt, digest or "")]
+    fields = [field.encode() for field in (tenant, salt, digest or "", "long" if long_rope else "")]
     return hashlib.sha256(b"".join(len(field).to_bytes(8, "little") + field for field in fields)).digest()
 
 

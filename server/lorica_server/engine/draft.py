@@ -63,6 +63,7 @@ class Draft:
                 request.params,
                 request.prompt_length,
                 history,
+                request.long_rope,
             )
         )
         self._left -= end - start

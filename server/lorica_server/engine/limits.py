@@ -29,6 +29,7 @@ class EngineLimits:
     prefix_cache: bool = True
     deterministic: bool = False
     prefill_chunk: int = 256
+    original_context: int | None = None  # of a longrope base: longer requests use its long factors throughout
 
     def __post_init__(self) -> None:
         lows = dict.fromkeys(("kv_blocks", "block_tokens", "max_running", "max_loads_tried", "prefill_chunk"), 1)
@@ -55,6 +56,13 @@ class EngineLimits:
     def kv_tokens(self) -> int:
         """Tokens the empty KV pool holds."""
         return self.kv_blocks * self.block_tokens
+
+    def uses_long_rope(self, submission: Submission) -> bool:
+        """Whether the sequence may become longer than the original context. Decided once for the whole request, as a
+        training sequence of that length is computed."""
+        if self.original_context is None:
+            return False
+        return len(submission.prompt) + submission.stop.max_tokens - 1 > self.original_context
 
     def check_fits(self, submission: Submission) -> None:
         """Raise InvalidRequest, with the limit in its metadata, for what could never run even alone."""

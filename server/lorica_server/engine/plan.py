@@ -41,6 +41,7 @@ class Chunk:
     prompt_length: int  # tokens of the original prompt: what follows is output
     history: tuple[int, ...] | None = None  # tokens 0 .. start-1, on a request's first chunk after
     # (re)admission when params.needs_history; None otherwise
+    long_rope: bool = False  # whether the request may grow beyond the original context of a longrope base
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Request:
     arrived: float
     tokens: list[int]  # prompt, then output
     prompt_length: int
+    long_rope: bool = False  # see EngineLimits.uses_long_rope
     leader: Request | None = None  # the choice whose prompt blocks this one waits for
 
     state: State = State.WAITING
@@ -92,9 +93,9 @@ class Request:
         return None
 
 
-def expand(ticket: int, submission: Submission, arrived: float) -> Iterator[Request]:
+def expand(ticket: int, submission: Submission, arrived: float, *, long_rope: bool = False) -> Iterator[Request]:
     """The choices of a submission, in order. Prompt log-probabilities are told by the first alone."""
-    root = root_hash(submission.tenant, submission.cache_salt, submission.digest)
+    root = root_hash(submission.tenant, submission.cache_salt, submission.digest, long_rope=long_rope)
     leader: Request | None = None
     for choice in range(submission.n):
         asked = submission.sampling.prompt_logprobs if choice == 0 else None
@@ -108,6 +109,7 @@ def expand(ticket: int, submission: Submission, arrived: float) -> Iterator[Requ
             arrived=arrived,
             tokens=list(submission.prompt),
             prompt_length=len(submission.prompt),
+            long_rope=long_rope,
             leader=leader,
             hashes=[root],
             prompt_logprobs=None if asked is None else [],

@@ -63,7 +63,8 @@ class Scheduler:
 
     def submit(self, ticket: int, submission: Submission, arrived: float) -> None:
         """Queue the choices of `submission`; they fail with TOO_LARGE at once if they could never fit."""
-        choices = list(expand(ticket, submission, arrived))
+        long_rope = self.limits.uses_long_rope(submission)
+        choices = list(expand(ticket, submission, arrived, long_rope=long_rope))
         self._tickets[ticket] = choices[:]
         for request in choices:
             self._live[request.key] = request

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from lorica_server.model.cache import LayerShape, PagedCache
-from lorica_server.model.paged_context import Limits, PagedContext, ShapeProbe, Span
+from lorica_server.model.cache import PagedCache
+from lorica_server.model.paged_context import Limits, PagedContext, Span
 from lorica_server.model.tiled_attention import attend_tiled, hidden_positions
 
 ATTENTION_NAME = "lorica_paged"
@@ -28,21 +28,17 @@ def paged_attention(
     value: torch.Tensor,  # [1, KV, T, Dv]
     attention_mask: torch.Tensor | None,
     *,
-    ctx: PagedContext | ShapeProbe,
+    ctx: PagedContext,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **_: Any,  # judged when the base was probed; windows too, which some models carry in their masks only
 ) -> tuple[torch.Tensor, None]:
     """Writes this step's keys and values to the cache and attends; returns ([1, T, H, Dv], None)."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    if isinstance(ctx, ShapeProbe):
-        ctx.layers[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return torch.zeros_like(value).repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
     ctx.write(layer, key[0], value[0])
     rows = query[0].transpose(0, 1)  # [T, H, D]
-    limits = Limits(scale, sliding_window, softcap)
+    limits = Limits(scale, ctx.cache.layers[layer].window, softcap)
     only = ctx.decodes[0] if len(ctx.decodes) == 1 and not ctx.spans else None
     if only is not None and only.rows is None:
         return ctx.decode(ctx.cache, layer, rows, only, limits)[None], None
@@ -89,6 +85,7 @@ def _span(
     return out[0].transpose(0, 1)
 
 
-def register() -> None:
-    """Makes `ATTENTION_NAME` known to transformers. No mask function is registered, so no mask is built."""
+def use_paged_attention(model: PreTrainedModel) -> None:
+    """From now on `model` attends here. No mask function is registered under the name, so no mask is built."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    model.set_attn_implementation(ATTENTION_NAME)

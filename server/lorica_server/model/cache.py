@@ -6,17 +6,10 @@ Which block belongs to whom is decided by `engine.blocks`; here is only where a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-
-class LayerShape(NamedTuple):
-    """KV heads and head width of one attention layer, for keys and values (some models differ)."""
-
-    heads: int
-    key_width: int
-    value_width: int
+from lorica_adapters.guard.layers import AttentionLayer
 
 
 class PagedCache:
@@ -27,7 +20,7 @@ class PagedCache:
     """
 
     def __init__(
-        self, layers: Sequence[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, layers: Sequence[AttentionLayer], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size, self.blocks, self.layers = block_size, blocks, tuple(layers)
         self.keys = [torch.zeros(blocks, s.heads, block_size, s.key_width, dtype=dtype, device=device) for s in layers]
@@ -69,6 +62,6 @@ class PagedCache:
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 
-def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+def bytes_per_token(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> int:
     """KV bytes of one token over all layers."""
     return sum(shape.heads * (shape.key_width + shape.value_width) for shape in layers) * dtype.itemsize

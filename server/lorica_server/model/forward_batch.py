@@ -35,6 +35,7 @@ class ForwardBatch:
     logit_slots: list[int]  # n
     logits_of: tuple[tuple[int, int], ...]
     context: PagedContext
+    long_rope: torch.Tensor  # [T] bool: rows of requests that use the long rotary factors
 
 
 def build_batch(
@@ -53,6 +54,7 @@ def build_batch(
     ids = [0] * padding
     positions = [0] * padding
     slots = [BASE_SLOT] * padding
+    long_rope = [False] * padding
     places = [scratch_block * size + row % size for row in range(padding)]
     firsts: list[int] = []
     for chunk in ordered:
@@ -61,6 +63,7 @@ def build_batch(
         stop = chunk.start + len(chunk.tokens)
         positions.extend(range(chunk.start, stop))
         slots.extend([chunk.slot] * len(chunk.tokens))
+        long_rope.extend([chunk.long_rope] * len(chunk.tokens))
         places.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
     logit_rows, logits_of = _logit_rows(ordered, firsts, tiled=tiled)
     device = cache.keys[0].device
@@ -74,6 +77,7 @@ def build_batch(
         logit_slots=[slots[row] for row in logit_rows],
         logits_of=logits_of,
         context=PagedContext(cache, torch.tensor(places, device=device), decode, spans, decodes, tiled=tiled),
+        long_rope=torch.tensor(long_rope, device=device),
     )
 
 

@@ -1,108 +1,95 @@
-"""What must be true of a base before it may serve a packed batch; what is not, is refused at start with the reason.
-
-Some models' rotary frequencies depend on the longest sequence of the whole step, and some attention never goes through
-the attention interface: both would give wrong tokens in silence.
+"""The serving path asked about a base it is about to serve: packed steps over the paged cache, as the runner lays them
+out, against the untouched model.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorica_adapters.apply.inject import AdaptedModel
-from lorica_adapters.base import BaseRefused
-from lorica_server.model.attention import ATTENTION_NAME
+from lorica_adapters.guard.exactness import Piece, Truth, check_exact
+from lorica_adapters.guard.examine import refusals_of
+from lorica_adapters.guard.rope import RopeChoice, choosing
+from lorica_server.engine.plan import BASE_SLOT, Chunk
+from lorica_server.model.attention import use_paged_attention
 from lorica_server.model.cache import PagedCache
-from lorica_server.model.decode_attention import attend_rows
-from lorica_server.model.paged_context import PagedContext, Span
+from lorica_server.model.forward_batch import build_batch
+from lorica_server.model.paged_context import DecodeAttention
+from lorica_server.requests import SamplingParams
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
-"""Largest relative error (norm of the difference over norm of the logits) between packed and solo forward.
-Measured: 1e-6 in float32 and 0.01 in bfloat16 on sound models; a wrong position or mask gives 0.3 and more."""
-
-
-def check_supported(model: PreTrainedModel, context: int) -> None:
-    """Raises BaseRefused for architectures and rotary schemes that cannot be packed. Fixes longrope for `context`."""
-    if not getattr(model, "_supports_attention_backend", False):
-        raise BaseRefused(
-            f"{type(model).__name__} does not route attention through transformers' attention interface, "
-            "so its cache cannot be paged: serve another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, ...)"
-        )
-    for module in model.modules():
-        declared = getattr(module, "rope_type", None)
-        kinds = set(declared.values()) if isinstance(declared, dict) else {declared}
-        if any(kind is not None and "dynamic" in kind for kind in kinds):
-            raise BaseRefused(
-                "rope type 'dynamic' depends on the longest sequence of a step, so neighbours would change a request's "
-                "tokens: set rope scaling to linear, llama3 or yarn in the checkpoint's config.json"
-            )
-        if declared == "longrope":
-            _fix_longrope(module, context)
-        elif "longrope" in kinds:
-            raise BaseRefused("rope type 'longrope' per layer type is not supported by this version")
+_EVERY_ROW = SamplingParams(temperature=0.0, prompt_logprobs=0)
 
 
-def _fix_longrope(module: Any, context: int) -> None:
-    """Chooses the long or the short factors once, by the server's context limit, as if every sequence had it."""
-    original = module.config.rope_parameters["original_max_position_embeddings"]
-    if context > original:
-        initialise = ROPE_INIT_FUNCTIONS["longrope"]
-        long_frequencies, _ = initialise(module.config, module.inv_freq.device, seq_len=original + 1)
-        module.register_buffer("inv_freq", long_frequencies, persistent=False)
-    module.rope_type = "longrope, fixed"  # transformers updates the frequencies only under the exact name
-
-
-@torch.inference_mode()
-def self_check(adapted: AdaptedModel, cache: PagedCache, context: int) -> None:
-    """Compares two packed sequences, one reaching `context` where memory allows, with the model's own solo forward.
+def self_check(
+    adapted: AdaptedModel,
+    cache: PagedCache,
+    truth: Truth,
+    *,
+    rope: RopeChoice | None,
+    decode: DecodeAttention,
+    tiled: bool,
+) -> float:
+    """Computes the steps of `truth` as serving does and returns the largest relative error.
 
     Writes to blocks of an empty cache. Raises BaseRefused on a mismatch.
     """
-    size = cache.block_size
-    long = min(context, (cache.blocks - 2) * size - size, 4096)
-    lengths = [length for length in (min(11, long), long) if length > 0]
-    ids = [_some_ids(length, adapted.spec.vocab_size, adapted.base.device) for length in lengths]
-    packed = _packed(adapted, cache, ids)
-    adapted.model.set_attn_implementation("eager")
-    try:
-        for row, sequence in enumerate(ids):
-            solo = adapted.model(input_ids=sequence[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
-            error = float((packed[row].float() - solo).norm() / solo.norm().clamp_min(1e-9))
-            if not error <= TOLERANCE[adapted.base.compute_dtype]:
-                raise BaseRefused(
-                    f"a packed batch gives other logits than a lone sequence of {len(sequence)} tokens (relative error "
-                    f"{error:.2g}): this architecture cannot be served exactly by this version"
-                )
-    finally:
-        adapted.model.set_attn_implementation(ATTENTION_NAME)
+    use_paged_attention(adapted.model)
+    with refusals_of(adapted.base):
+        steps = _PagedSteps(adapted, cache, truth, rope, decode, tiled)
+        return check_exact(truth, steps, adapted.base.compute_dtype)
 
 
-def _some_ids(length: int, vocabulary: int, device: torch.device) -> torch.Tensor:
-    return (torch.arange(length, device=device) * 7919 + 13) % vocabulary
+class _PagedSteps:
+    """Implements `exactness.PackedModel` on the server's own cache; sequences lie one after the other in its blocks."""
 
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        cache: PagedCache,
+        truth: Truth,
+        rope: RopeChoice | None,
+        decode: DecodeAttention,
+        tiled: bool,
+    ) -> None:
+        self._adapted, self._cache, self._rope, self._decode, self._tiled = adapted, cache, rope, decode, tiled
+        self._blocks: list[tuple[int, ...]] = []
+        first = 0
+        for index, ids in enumerate(truth.ids):
+            before = truth.far_start if index == len(truth.ids) - 1 else 0
+            count = -(-(before + len(ids)) // cache.block_size)
+            self._blocks.append(tuple(range(first, first + count)))
+            first += count
 
-def _packed(adapted: AdaptedModel, cache: PagedCache, ids: list[torch.Tensor]) -> torch.Tensor:
-    """The last logits of each sequence [len(ids), vocab] from one packed forward."""
-    device, size = adapted.base.device, cache.block_size
-    spans, rows, positions, block = [], [], [], 0
-    first = 0
-    for sequence in ids:
-        count = -(-len(sequence) // size)
-        blocks = torch.arange(block, block + count, device=device)
-        spans.append(Span(first, first + len(sequence), 0, blocks))
-        rows.append(torch.arange(len(sequence), device=device) + block * size)
-        positions.append(torch.arange(len(sequence), device=device))
-        block, first = block + count, first + len(sequence)
-    output = adapted.model(
-        input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat(positions)[None],
-        attention_mask=None,
-        use_cache=False,
-        logits_to_keep=torch.tensor([span.last - 1 for span in spans], device=device),
-        ctx=PagedContext(cache, torch.cat(rows), attend_rows, spans),
-    )
-    logits: torch.Tensor = output.logits[0]
-    return logits
+    def preload(self, sequence: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Writes a sequence's first positions, per layer [heads, n, width]."""
+        first = self._blocks[sequence][0] * self._cache.block_size
+        slots = torch.arange(first, first + keys[0].shape[1], device=keys[0].device)
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self._cache.write(layer, self._cache.write_rows(slots, key.shape[0]), key, value)
+
+    @torch.inference_mode()
+    def step(self, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> list[torch.Tensor]:
+        """One forward; logits of every row, in the order of `pieces`."""
+        chunks = [self._chunk(piece, ids) for piece, ids in pieces]
+        batch = build_batch(chunks, self._cache, self._cache.blocks - 1, tiled=self._tiled, decode=self._decode)
+        with choosing(self._rope, batch.long_rope):
+            output = self._adapted.model(
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                attention_mask=None,
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+                ctx=batch.context,
+            )
+        self._adapted.forget()
+        of = {chunk.request_id: rows for chunk, rows in zip(batch.chunks, batch.logits_of, strict=True)}
+        return [output.logits[0, slice(*of[chunk.request_id])] for chunk in chunks]
+
+    def _chunk(self, piece: Piece, ids: torch.Tensor) -> Chunk:
+        blocks = self._blocks[piece.sequence]
+        return Chunk(
+            str(piece.sequence), tuple(ids.tolist()), piece.start, blocks, BASE_SLOT, False, _EVERY_ROW, piece.stop,
+            long_rope=self._rope is not None and self._rope.is_long(piece.length),
+        )  # fmt: skip

@@ -7,12 +7,11 @@ arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 
-from lorica_server.model.cache import LayerShape, PagedCache
+from lorica_server.model.cache import PagedCache
 
 
 class Limits(NamedTuple):
@@ -104,10 +103,3 @@ class PagedContext:
         if heads not in self._write_rows:
             self._write_rows[heads] = self.cache.write_rows(self.places, heads)
         self.cache.write(layer, self._write_rows[heads], key, value)
-
-
-@dataclass(eq=False)
-class ShapeProbe:
-    """Stands in for a PagedContext to learn each layer's KV shape from one forward."""
-
-    layers: dict[int, LayerShape] = field(default_factory=dict)

@@ -13,9 +13,11 @@ import torch
 
 from lorica_adapters.apply.batch import AdapterBatch, DenseWeights, RowMap
 from lorica_adapters.apply.inject import AdaptedModel
+from lorica_adapters.device import use_device
+from lorica_adapters.guard.rope import RopeChoice, choosing
 from lorica_adapters.kernels.protocol import Kernels
 from lorica_server.engine.plan import DeviceLost, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
-from lorica_server.model.attention import ATTENTION_NAME, register
+from lorica_server.model.attention import use_paged_attention
 from lorica_server.model.cache import PagedCache
 from lorica_server.model.decode_attention import select_decode
 from lorica_server.model.faults import is_device_lost, is_out_of_memory
@@ -26,9 +28,13 @@ from lorica_server.requests import RequestFailure, TokenLogprob
 
 @dataclass(frozen=True)
 class RunnerConfig:
-    """`deterministic`: a row's numbers depend on its own request alone, at a cost (see docs/structure.md)."""
+    """`deterministic`: a row's numbers depend on its own request alone, at a cost (see docs/structure.md).
+
+    `rope` is where rows choose their rotary factors, on bases of type longrope.
+    """
 
     deterministic: bool = False
+    rope: RopeChoice | None = None
 
 
 class ModelRunner:
@@ -42,8 +48,7 @@ class ModelRunner:
         config: RunnerConfig,
         weight_set: Callable[[str], DenseWeights | None] = lambda digest: None,
     ) -> None:
-        register()
-        adapted.model.set_attn_implementation(ATTENTION_NAME)
+        use_paged_attention(adapted.model)
         self._adapted, self._cache, self._kernels, self._config = adapted, cache, kernels, config
         self._weight_set = weight_set
         self._decode = select_decode(adapted.base.device, adapted.base.compute_dtype)
@@ -56,6 +61,7 @@ class ModelRunner:
 
         Raises StepOutOfMemory, and DeviceLost after a fault that the process cannot recover from.
         """
+        use_device(self._adapted.base.device)  # of the thread that calls: the engine's
         try:
             return self._run(plan)
         except BaseException as error:
@@ -98,7 +104,7 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:
         """Logits [n, vocab] of the batch's logit rows."""
-        with self._adapted.cell.running(adapters):
+        with self._adapted.cell.running(adapters), choosing(self._config.rope, batch.long_rope):
             output = self._adapted.model(
                 input_ids=batch.ids[None],
                 position_ids=batch.positions[None],

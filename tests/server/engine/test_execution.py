@@ -1,11 +1,20 @@
-"""What goes wrong in a step: it is run again in halves until the requests at fault end alone; a lost device is passed on."""
+"""A step that fails is run again in halves until the requests at fault end alone; a lost device is passed on."""
 
 from __future__ import annotations
 
 import pytest
 
 from lorica_server.engine.execution import run_contained
-from lorica_server.engine.plan import BASE_SLOT, Chunk, DeviceLost, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
+from lorica_server.engine.plan import (
+    BASE_SLOT,
+    Chunk,
+    DeviceLost,
+    Sampled,
+    StepOutOfMemory,
+    StepPlan,
+    StepResult,
+    StepTiming,
+)
 from lorica_server.requests import SamplingParams
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from lorica_adapters.guard.layers import AttentionLayer
 from lorica_server.engine.plan import Chunk
 from lorica_server.model.attention import paged_attention
-from lorica_server.model.cache import LayerShape, PagedCache
+from lorica_server.model.cache import PagedCache
 from lorica_server.model.decode_attention import attend_rows
 from lorica_server.model.forward_batch import build_batch
 from lorica_server.model.native_decode import find_native_decode
@@ -45,7 +46,9 @@ class World:
         self.tiled, self.decode = form == "tiled", decode_of(form)
         self.random = random.Random(heads * 10 + kv_heads)
         self.generator = torch.Generator().manual_seed(heads)
-        self.cache = PagedCache([LayerShape(kv_heads, WIDTH, value_width)], BLOCKS, size, dtype, torch.device("cpu"))
+        self.cache = PagedCache(
+            [AttentionLayer(kv_heads, WIDTH, value_width)], BLOCKS, size, dtype, torch.device("cpu")
+        )
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.copy_(torch.randn(tensor.shape, generator=self.generator).sign() * garbage)
         free = list(range(BLOCKS - 1))
@@ -66,7 +69,10 @@ class World:
         rows = len(batch.ids)
         query, key = self.draw(1, self.heads, rows, WIDTH), self.draw(1, self.kv_heads, rows, WIDTH)
         value = self.draw(1, self.kv_heads, rows, self.value_width)
-        out, none = paged_attention(LAYER, query, key, value, None, ctx=batch.context, **limits)
+        window = limits.get("sliding_window")
+        self.cache.layers = (self.cache.layers[0]._replace(window=window),)
+        # What a layer states of its window is not what counts.
+        out, none = paged_attention(LAYER, query, key, value, None, ctx=batch.context, **limits | {"sliding_window": 3})
         assert none is None
         assert out.shape == (1, rows, self.heads, self.value_width)
         worst, row = 0.0, rows - sum(counts.values())
@@ -178,7 +184,7 @@ def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
     value = torch.randn(1, kv_heads, length, WIDTH)
 
     def run(cuts: list[int], blocks: tuple[int, ...], neighbour: int) -> torch.Tensor:
-        cache = PagedCache([LayerShape(kv_heads, WIDTH, WIDTH)], 64, SIZE, torch.float32, torch.device("cpu"))
+        cache = PagedCache([AttentionLayer(kv_heads, WIDTH, WIDTH)], 64, SIZE, torch.float32, torch.device("cpu"))
         rows = []
         for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
             chunks = [Chunk("mine", (0,) * (stop - start), start, blocks, 1, True, SamplingParams(), 1)]
@@ -232,7 +238,7 @@ def test_a_decode_row_is_the_same_alone_and_in_company(dtype: torch.dtype) -> No
 def test_a_nan_of_its_own_reaches_its_row_and_no_other(width: int) -> None:
     """Logits must tell of it: a kernel that dropped it would serve garbage in silence."""
     native = decode_of("native")
-    cache = PagedCache([LayerShape(2, width, width)], 8, 16, torch.bfloat16, torch.device("cpu"))
+    cache = PagedCache([AttentionLayer(2, width, width)], 8, 16, torch.bfloat16, torch.device("cpu"))
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_(generator=torch.Generator().manual_seed(width))
     rows = DecodeRows(None, torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([20, 31, 16]))

@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica_adapters.apply.batch import segments_of
+from lorica_adapters.guard.layers import AttentionLayer
 from lorica_server.engine.plan import BASE_SLOT, Chunk
-from lorica_server.model.cache import LayerShape, PagedCache
+from lorica_server.model.cache import PagedCache
 from lorica_server.model.forward_batch import ForwardBatch, build_batch
 from lorica_server.requests import SamplingParams
 
 SIZE, BLOCKS = 4, 64
 SCRATCH = BLOCKS - 1
-CACHE = PagedCache([LayerShape(1, 2, 2)], BLOCKS, SIZE, torch.float32, torch.device("cpu"))
+CACHE = PagedCache([AttentionLayer(1, 2, 2)], BLOCKS, SIZE, torch.float32, torch.device("cpu"))
 
 
 @st.composite

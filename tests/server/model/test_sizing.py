@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from lorica_adapters.guard.layers import AttentionLayer
 from lorica_server.model import sizing
-from lorica_server.model.cache import LayerShape, PagedCache, bytes_per_token
+from lorica_server.model.cache import PagedCache, bytes_per_token
 from lorica_server.model.sizing import DEFAULT_RANK_ROWS, Memory
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_a_container_has_less_than_its_machine(files: dict[str, str], expected: 
 
 
 def test_bytes_per_token_is_what_the_cache_takes() -> None:
-    layers = [LayerShape(2, 16, 24), LayerShape(4, 8, 8)]
+    layers = [AttentionLayer(2, 16, 24), AttentionLayer(4, 8, 8)]
     for dtype in (torch.float32, torch.bfloat16):
         cache = PagedCache(layers, 5, 4, dtype, CPU)
         held = sum(tensor.numel() * tensor.element_size() for tensor in (*cache.keys, *cache.values))
@@ -83,7 +84,7 @@ def test_bytes_per_token_is_what_the_cache_takes() -> None:
 
 
 def test_blocks_are_copied_whole() -> None:
-    cache = PagedCache([LayerShape(2, 3, 5), LayerShape(1, 4, 4)], 6, 4, torch.float32, CPU)
+    cache = PagedCache([AttentionLayer(2, 3, 5), AttentionLayer(1, 4, 4)], 6, 4, torch.float32, CPU)
     for layer, shape in enumerate(cache.layers):
         count = torch.arange(24)
         write = cache.write_rows(count, shape.heads)
