@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid,
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.protocol import AdapterStore
 from lorica_adapters.store.records import (
+    AdapterNames,
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
@@ -199,6 +200,10 @@ class Registry:
         one wrong file sent anew. Once begun it runs to its end even if the caller is cancelled.
         """
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._publish, tenant, upload_id)
+
+    def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
+        """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
+        return self._store.names(digests)
 
     async def get(self, tenant: str, reference: str) -> AdapterRecord:
         """The record behind a reference."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from lorica_adapters.errors import AdapterInvalid, AdapterNotFound
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store import schema
-from lorica_adapters.store.records import AdapterRecord, FileEntry, Health, Wishes
+from lorica_adapters.store.records import AdapterNames, AdapterRecord, FileEntry, Health, Wishes
 from lorica_adapters.store.spec_json import decode_spec
 
 Connect = Callable[[Path, float], sqlite3.Connection]
@@ -135,6 +135,21 @@ class Catalog:
             pinned=frozenset(digest for digest, pinned, _ in rows if pinned),
             materialised=frozenset(digest for digest, _, materialised in rows if materialised),
         )
+
+    def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
+        """The names and aliases that point at each of `digests` now; those that have none are left out."""
+        rows = self._read(
+            f"""SELECT v.digest, n.name, (SELECT group_concat(a.alias, ',') FROM aliases a
+            WHERE a.tenant = n.tenant AND a.name = n.name)
+            FROM names n JOIN versions v ON v.id = n.version WHERE v.digest IN ({",".join("?" * len(digests))})""",
+            tuple(digests),
+        )
+        found: dict[str, tuple[set[str], set[str]]] = {}
+        for digest, name, aliases in rows:
+            names, others = found.setdefault(digest, (set(), set()))
+            names.add(name)
+            others.update((aliases or "").split(",") if aliases else ())
+        return {digest: AdapterNames(tuple(sorted(n)), tuple(sorted(a))) for digest, (n, a) in found.items()}
 
     def bases(self, digest: str) -> frozenset[str]:
         """The bases of each tenant's version of a digest."""

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from lorica_adapters.store.disk import Disk, storage_errors
 from lorica_adapters.store.lock import DirectoryLock
 from lorica_adapters.store.pins import Pins
 from lorica_adapters.store.records import (
+    AdapterNames,
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
@@ -211,6 +212,9 @@ class LocalStore:
 
     def wishes(self) -> Wishes:
         return self._catalog.wishes()
+
+    def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
+        return self._catalog.names(digests)
 
     # Pins
 

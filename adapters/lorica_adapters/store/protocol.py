@@ -6,12 +6,13 @@ StoreCorrupt; other errors are listed per method. All methods may be called from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.records import (
+    AdapterNames,
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
@@ -99,6 +100,9 @@ class AdapterStore(Protocol):
 
     def wishes(self) -> Wishes:
         """What the names of all tenants wish for now; versions that are only kept have no wish. Fast."""
+
+    def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
+        """What points at each of `digests` (some hundreds at most) now; those without a name are left out. Fast."""
 
     def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
         """The record behind a name or alias, of a kept version with `prefix`. Errors as `acquire`, health aside."""

@@ -139,6 +139,14 @@ class Wishes:
 
 
 @dataclass(frozen=True)
+class AdapterNames:
+    """What points at one digest now: names of all tenants and their aliases, each sorted."""
+
+    names: tuple[str, ...]
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Published:
     """The outcome of a publish; `created` is False when the name already pointed at this digest."""
 

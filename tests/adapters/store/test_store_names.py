@@ -9,7 +9,7 @@ import pytest
 from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterUpdate, Health, Quotas
+from lorica_adapters.store.records import AdapterNames, AdapterUpdate, Health, Quotas
 from lorica_adapters.store.spec_json import decode_spec, encode_spec
 from support.stores import (
     BASE,
@@ -158,6 +158,23 @@ def test_tenants_do_not_see_each_other_and_share_no_file_names(store: LocalStore
         assert stream.read() == mine[CONFIG]
     store.delete("other", "one")
     assert stored(store, digest_of(files)) == mine
+
+
+def test_what_points_at_a_digest_now(store: LocalStore) -> None:
+    one, two = content("one"), content("two")
+    put(store, "a", one)
+    put(store, "b", one)
+    put(store, "c", two, tenant="other")
+    store.update(TENANT, "b", AdapterUpdate(add_aliases=("y", "x")))
+    store.update(TENANT, "a", AdapterUpdate(add_aliases=("z",)))
+    first, second = digest_of(one), digest_of(two)
+    assert store.names([first, second, "0" * 64]) == {
+        first: AdapterNames(("a", "b"), ("x", "y", "z")),
+        second: AdapterNames(("c",), ()),
+    }
+    put(store, "a", two)
+    assert store.names([first]) == {first: AdapterNames(("b",), ("x", "y"))}
+    assert store.names([]) == {}
 
 
 def test_an_alias_follows_its_name(store: LocalStore) -> None:
