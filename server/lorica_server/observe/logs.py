@@ -1,7 +1,7 @@
 """Log lines of one form, as text or JSON, on the standard library's logging.
 
-A line is a message and fields (`extra={"fields": {...}}`); the call id of the running
-call is added by itself. Knows no service.
+A line is a message and fields (`extra={"fields": {...}}`). Lines written while a call is served also have the call's
+id and what was noted of it: the caller's ids, the adapter, token counts. Knows no service.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TextIO
 
 CALL_ID: ContextVar[str] = ContextVar("lorica_call_id", default="")
 """The id of the call that the current task serves; INTERNAL errors tell it to the client."""
 
+_NOTED: ContextVar[dict[str, Any] | None] = ContextVar("lorica_call_noted", default=None)
+
 ROOT = "lorica_server"
+DIGITS = 12
+"""Hex digits of a digest in logs and metrics, as the command line shows them; 8 are enough for NAME@DIGEST."""
+
+_MOST_NOTED = 256  # characters: notes hold what callers wrote, unjudged
 
 
 def configure_logs(level: str, form: str, stream: TextIO | None = None) -> logging.Logger:
@@ -32,13 +40,37 @@ def configure_logs(level: str, form: str, stream: TextIO | None = None) -> loggi
     return logger
 
 
+@contextmanager
+def call_noted(call_id: str) -> Iterator[str]:
+    """Inside, a call of this id is served by the current task."""
+    identified, noted = CALL_ID.set(call_id), _NOTED.set({})
+    try:
+        yield call_id
+    finally:
+        CALL_ID.reset(identified)
+        _NOTED.reset(noted)
+
+
+def note(**facts: object) -> None:
+    """Add facts to every further line of the call that is served, its last line included. Empty ones are left out."""
+    noted = _NOTED.get()
+    if noted is not None:
+        noted.update(
+            {
+                key: value[:_MOST_NOTED] if isinstance(value, str) else value
+                for key, value in facts.items()
+                if value not in ("", None)
+            }
+        )
+
+
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """The record's own fields, and the call id when a call is being served."""
+    """The record's own fields, and when a call is being served its id and what was noted of it."""
     fields: dict[str, Any] = dict(getattr(record, "fields", {}))
     call_id = CALL_ID.get()
     if call_id:
         fields.setdefault("call_id", call_id)
-    return fields
+    return {**fields, **{key: value for key, value in (_NOTED.get() or {}).items() if key not in fields}}
 
 
 class TextFormatter(logging.Formatter):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from lorica_adapters.store.records import AdapterNames
 from lorica_server.engine.stats import WAIT_REASONS, Load, StepStats
-from lorica_server.observe.top_series import TopSeries
+from lorica_server.observe.logs import DIGITS
+from lorica_server.observe.top_series import OTHER, TopSeries
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -24,6 +26,9 @@ _STEP_PARTS = ("plan", "run", "prepare", "forward", "sample", "commit", "publish
 _MAX_NAMES = 4096
 _MAX_LISTED = 256
 BASE = "base"
+
+Names = Callable[[Collection[str]], Mapping[str, AdapterNames]]
+"""What points at digests now; asked on a scrape's thread."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,12 @@ class AdapterReading:
 class Metrics:
     """Counts into its own registry; hand that to an exporter."""
 
-    def __init__(self, adapters: Callable[[], AdapterReading] = AdapterReading, top_adapters: int = 50) -> None:
+    def __init__(
+        self,
+        adapters: Callable[[], AdapterReading] = AdapterReading,
+        top_adapters: int = 50,
+        names: Names = lambda digests: {},
+    ) -> None:
         registry = self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._load: Load | None = None
@@ -81,7 +91,8 @@ class Metrics:
         self._upload_bytes = Counter("lorica_upload_bytes", "Bytes of adapters received.", registry=registry)
         self._serving = Gauge("lorica_serving", "1 while the server takes requests.", registry=registry)
         self._server = Info("lorica_server", "The base and how it is computed.", registry=registry)
-        registry.register(_Scraped(self, adapters))
+        registry.register(_Scraped(self, adapters, names))
+        ProcessCollector(registry=registry)
 
     def step(self, stats: StepStats) -> None:
         """A turn of the engine's loop (engine thread)."""
@@ -106,7 +117,7 @@ class Metrics:
             self._whole.observe(ended.seconds)
             self._prompt_tokens.inc(ended.prompt)
             self._completion_tokens.inc(ended.completion)
-            adapter = BASE if ended.digest is None else ended.digest[:12]
+            adapter = BASE if ended.digest is None else ended.digest
             self._per_adapter_requests.add(adapter, 1)
             self._per_adapter_tokens.add(adapter, ended.completion)
         self._preemptions.inc(marks.preemptions)
@@ -149,31 +160,45 @@ class Metrics:
     def names_of(self, digests: frozenset[str]) -> str:
         """Sorted names, comma between: what endpoint pickers read."""
         with self._lock:
-            return ",".join(sorted(self._names.get(digest, digest[:12]) for digest in digests)[:_MAX_LISTED])
+            return ",".join(sorted(self._names.get(digest, digest[:DIGITS]) for digest in digests)[:_MAX_LISTED])
 
     def load(self) -> Load | None:
         """The engine's load after its last turn."""
         return self._load
 
     def per_adapter(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Ended choices and output tokens by adapter."""
+        """Ended choices and output tokens by adapter: a digest, `base` or `other`."""
         return self._per_adapter_requests.read(), self._per_adapter_tokens.read()
 
 
 class _Scraped:
     """States, read at the scrape: no child of a label outlives what it describes."""
 
-    def __init__(self, metrics: Metrics, adapters: Callable[[], AdapterReading]) -> None:
+    def __init__(self, metrics: Metrics, adapters: Callable[[], AdapterReading], names: Names) -> None:
         self._metrics = metrics
         self._adapters = adapters
+        self._names = names
 
     def collect(self) -> Iterator[Metric]:
         reading = self._adapters()
         yield from self._engine(reading.slots)
         yield from _adapter_families(reading)
         requests, tokens = self._metrics.per_adapter()
-        yield _counters("lorica_adapter_requests", "Ended choices by adapter.", "adapter", requests)
-        yield _counters("lorica_adapter_completion_tokens", "Output tokens by adapter.", "adapter", tokens)
+        yield _counters("lorica_adapter_requests", "Ended choices by adapter.", "adapter", _shortened(requests))
+        yield _counters("lorica_adapter_completion_tokens", "Output tokens by adapter.", "adapter", _shortened(tokens))
+        yield self._adapter_info((requests.keys() | tokens.keys()) - {BASE, OTHER})
+
+    def _adapter_info(self, digests: Collection[str]) -> Metric:
+        """What joins the label `adapter` of other series with the names that point at it now; one sample each."""
+        info = GaugeMetricFamily(
+            "lorica_adapter_info",
+            "Names and aliases of adapters that have series of their own; several with a comma between.",
+            labels=["adapter", "digest", "name", "aliases"],
+        )
+        for digest, found in sorted(self._names(digests).items()):
+            names, aliases = (",".join(each)[:_MAX_LISTED] for each in (found.names, found.aliases))
+            info.add_metric([digest[:DIGITS], digest, names, aliases], 1)
+        return info
 
     def _engine(self, slots: int) -> Iterator[Metric]:
         load = self._metrics.load()
@@ -215,6 +240,11 @@ def _adapter_families(reading: AdapterReading) -> Iterator[Metric]:
     yield _counters(
         "lorica_materialised_builds", "Builds of dense copies.", "outcome", reading.materialised_builds_total
     )
+
+
+def _shortened(counts: Mapping[str, float]) -> dict[str, float]:
+    """Digests as the other series, the log and the command line show them."""
+    return {key[:DIGITS]: value for key, value in counts.items()}
 
 
 def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

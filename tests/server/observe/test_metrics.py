@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.request
+from collections.abc import Collection
+from functools import partial
 
 import pytest
 from prometheus_client import generate_latest
@@ -11,9 +14,10 @@ from prometheus_client.openmetrics import exposition
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from lorica_adapters.store.records import AdapterNames
 from lorica_server.engine.stats import Ended, Load, Marks, StepStats, StepTimes
 from lorica_server.errors import StartError
-from lorica_server.observe.exporter import Exporter
+from lorica_server.observe.exporter import Exporter, Probes
 from lorica_server.observe.metrics import AdapterReading, Metrics
 from lorica_server.observe.top_series import OTHER, TopSeries
 
@@ -119,6 +123,59 @@ def test_top_series_forget_who_is_idle() -> None:
         top.add(f"once-{index}", 1)
     assert sum(top.read().values()) <= 20_000
     assert len(top._scores) < 200
+
+
+def test_names_and_aliases_join_the_series_of_an_adapter() -> None:
+    asked: list[set[str]] = []
+
+    def names(digests: Collection[str]) -> dict[str, AdapterNames]:
+        asked.append(set(digests))
+        return {_digest(1): AdapterNames(("german", "old-german"), ("de", "prod"))}
+
+    metrics = Metrics(top_adapters=2, names=names)
+    metrics.step(_step([_ended(None), _ended(_digest(1)), _ended(_digest(2)), _ended(_digest(3))]))
+    short = _digest(1)[:12]
+    assert _values(metrics, "lorica_adapter_info") == {
+        (short, "de,prod", _digest(1), "german,old-german"): 1  # labels as the exposition sorts them
+    }
+    assert (short,) in _values(metrics, "lorica_adapter_requests_total")
+    assert all(len(digests) <= 2 and not {"base", OTHER} & digests for digests in asked)
+
+
+def test_the_process_is_measured_too() -> None:
+    metrics = Metrics()
+    assert _values(metrics, "process_resident_memory_bytes")[()] > 1 << 20
+    assert _values(metrics, "process_open_fds")[()] > 2
+
+
+def _ask(address: str, path: str, method: str = "GET") -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_probes_are_answered_and_other_paths_are_not() -> None:
+    state = {"alive": True, "ready": False}
+    probes = Probes(lambda: state["alive"], lambda: state["ready"])
+    exporter = Exporter(Metrics().registry, "127.0.0.1:0", probes)
+    try:
+        ask = partial(_ask, exporter.address)
+        assert ask("/healthz") == (200, b"ok\n")
+        assert ask("/readyz") == (503, b"not serving\n")
+        state.update(alive=False, ready=True)
+        assert (ask("/healthz")[0], ask("/readyz")[0]) == (503, 200)
+        assert ask("/readyz", "HEAD") == (200, b"")
+        assert ask("/metrics", "HEAD") == (200, b"")
+        assert ask("/metrics")[0] == 200
+        for path in ("/", "/favicon.ico", "/metrics/x", "/nope"):
+            assert ask(path)[0] == 404
+        assert ask("/readyz", "POST")[0] == 405
+    finally:
+        exporter.close()
 
 
 def test_the_exporter_speaks_both_formats_and_frees_its_port() -> None:
