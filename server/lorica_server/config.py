@@ -8,7 +8,7 @@ what must be looked at on the machine (ports, paths, devices) is `preflight`'s m
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import platformdirs
 import yaml
 
 from lorica_server.errors import ConfigInvalid
-from lorica_server.options import Kind, Option, parse
+from lorica_server.options import Kind, Option, is_unix, parse
 
 EMBEDDED_MODEL = "lorica-tiny"
 """The name of the base that ships with Lorica."""
@@ -101,22 +101,53 @@ class AdapterConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(AdapterConfig):
-    """All of it: how the server is reached, watched and stopped."""
+class NetworkConfig(AdapterConfig):
+    """Where the server is reached and watched."""
 
-    listen: str = _option("127.0.0.1:50051", "address", "address of gRPC")
-    metrics_listen: str = _option("127.0.0.1:9464", "address", "address of Prometheus metrics, or none")
+    listen: str = _option("127.0.0.1:50051", "address", "address of gRPC: HOST:PORT or unix:PATH")
+    metrics_listen: str = _option(
+        "127.0.0.1:9464", "address", "address of Prometheus metrics, /healthz and /readyz, or none"
+    )
+
+
+@dataclass(frozen=True)
+class RequestConfig(NetworkConfig):
+    """What one request may ask."""
+
     max_choices: int = _option(16, "count", "largest n of a request", low=1, high=1024)
     max_logprobs: int = _option(20, "count", "most alternatives per token", low=0, high=1000)
     max_stop_strings: int = _option(16, "count", "most stop strings of a request", low=0, high=1024)
     max_message_bytes: int = _option(4 * MIB, "bytes", "largest gRPC message received", low=2 * MIB, high=1 << 30)
+
+
+@dataclass(frozen=True)
+class LifetimeConfig(RequestConfig):
+    """How long what does not go on is waited for."""
+
     stall_seconds: float = _option(30.0, "seconds", "a stream nobody reads is ended after", low=0.05, high=86_400)
     readiness_seconds: float = _option(1.0, "seconds", "NOT_SERVING before a stop refuses work", low=0, high=600)
     drain_seconds: float = _option(30.0, "seconds", "running requests may go on for, at a stop", low=0, high=86_400)
     step_timeout_seconds: float = _option(300.0, "seconds", "a step that takes longer hangs: the server ends", low=1)
+
+
+@dataclass(frozen=True)
+class ServeConfig(LifetimeConfig):
+    """All of it; here what is logged and counted."""
+
     metrics_adapters: int = _option(50, "count", "adapters with a series of their own", low=0, high=1000)
     log_level: str = _option("info", "text", "least severe log line", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "text", "form of log lines", choices=("text", "json"))
+
+
+_GROUPS: Mapping[type[BaseConfig], str] = {
+    BaseConfig: "Base model",
+    EngineConfig: "Batching and memory",
+    AdapterConfig: "Adapters",
+    NetworkConfig: "Network",
+    RequestConfig: "Limits of a request",
+    LifetimeConfig: "Time limits",
+    ServeConfig: "Logs and metrics",
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +163,11 @@ def options() -> Mapping[str, Option]:
     return {entry.name: entry.metadata["option"] for entry in fields(ServeConfig)}
 
 
+def groups() -> Mapping[str, str]:
+    """The heading under which help lists each option."""
+    return {name: title for layer, title in _GROUPS.items() for name in layer.__annotations__}
+
+
 def defaults() -> Mapping[str, Any]:
     """The value of every option nobody set."""
     config = ServeConfig()
@@ -143,36 +179,46 @@ def resolve_config(
 ) -> ResolvedConfig:
     """Resolve the layers. `file` None means LORICA_CONFIG, else no file; a flag of None is not set.
 
-    Raises ConfigInvalid naming the option, the layer, the rule and the remedy.
+    Raises ConfigInvalid naming every wrong option with the layer, the rule and the remedy.
     """
     environ = environ or {}
     known = options()
     values: dict[str, Any] = {}
     origins = dict.fromkeys(known, "default")
 
-    def take(name: str, raw: object, origin: str) -> None:
-        values[name] = parse(name, known[name], raw, origin)
-        origins[name] = origin
+    wrong: list[ConfigInvalid] = []
+
+    def take(name: str, raw: object, origin: str, nearest: str = "") -> None:
+        if name not in known:
+            prefix = f"{nearest}: " if nearest else ""
+            wrong.append(ConfigInvalid(f"{prefix}unknown option {name!r}", remedy=_did_you_mean(str(name), known)))
+            return
+        try:
+            values[name] = parse(name, known[name], raw, origin)
+            origins[name] = origin
+        except ConfigInvalid as error:
+            wrong.append(error)
 
     path = file or (Path(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else None)
     if path is not None:
-        for name, raw in _read_file(path, known).items():
-            take(name, raw, f"file {path}")
+        for name, raw in _read_file(path).items():
+            take(name, raw, f"file {path}", str(path))
     for name in known:
         variable = ENV_PREFIX + name.upper()
         if variable in environ:
             take(name, environ[variable], f"env {variable}")
     for name, raw in (flags or {}).items():
-        if name not in known:
-            raise ConfigInvalid(f"unknown option {name!r}", remedy=_did_you_mean(name, known))
         if raw is not None:
             take(name, raw, f"flag --{name.replace('_', '-')}")
+    if wrong:
+        raise ConfigInvalid.of_all(wrong)
     config = ServeConfig(**values)
-    _check_together(config)
+    if wrong := list(_wrong_together(config)):
+        raise ConfigInvalid.of_all(wrong)
     return ResolvedConfig(config, origins)
 
 
-def _read_file(path: Path, known: Mapping[str, Option]) -> dict[str, object]:
+def _read_file(path: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -187,9 +233,6 @@ def _read_file(path: Path, known: Mapping[str, Option]) -> dict[str, object]:
         return {}
     if not isinstance(content, dict):
         raise ConfigInvalid(f"{path} must hold a mapping of options", remedy="write lines like `max_running: 64`")
-    for key in content:
-        if key not in known:
-            raise ConfigInvalid(f"{path}: unknown option {key!r}", remedy=_did_you_mean(str(key), known))
     return content
 
 
@@ -198,16 +241,21 @@ def _did_you_mean(name: str, known: Mapping[str, Option]) -> str:
     return f"did you mean {near[0]!r}?" if near else "`lorica config show` lists every option"
 
 
-def _check_together(config: ServeConfig) -> None:
-    """Rules over more than one option."""
+def _wrong_together(config: ServeConfig) -> Iterator[ConfigInvalid]:
+    """Rules over more than one option, and of one address only."""
     if config.listen == "none":
-        raise ConfigInvalid("listen must be an address", remedy="set listen to HOST:PORT")
+        yield ConfigInvalid("listen must be an address", remedy="set listen to HOST:PORT")
+    if is_unix(config.metrics_listen):
+        yield ConfigInvalid(
+            f"metrics_listen = {config.metrics_listen!r}: metrics are not served on a unix socket",
+            remedy="set metrics_listen to HOST:PORT or none",
+        )
     if config.listen == config.metrics_listen and not config.listen.endswith(":0"):
-        raise ConfigInvalid(
+        yield ConfigInvalid(
             f"listen and metrics_listen are both {config.listen}", remedy="give metrics_listen a port of its own"
         )
     if config.max_batch_tokens < config.max_running:
-        raise ConfigInvalid(
+        yield ConfigInvalid(
             f"max_batch_tokens {config.max_batch_tokens} is less than max_running {config.max_running}, "
             "and each running request takes a token of each step",
             remedy="raise max_batch_tokens or lower max_running",

@@ -7,7 +7,7 @@ not in the table is a bug and becomes INTERNAL with nothing but a request id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -50,12 +50,29 @@ class LoricaError(Exception):
 
 
 class InvalidRequest(LoricaError):
-    """The caller must act: `field` (a path in the request message) breaks a rule."""
+    """The caller must act: `field` (a path in the request message) breaks a rule.
+
+    `violations` are all that are known, (field, rule) each; the first is this error's own.
+    """
 
     def __init__(self, field: str, message: str, *, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message, metadata=metadata)
         self.field = field
         self.description = message
+        self.violations: tuple[tuple[str, str], ...] = ((field, message),)
+
+    @classmethod
+    def of_all(cls, errors: Sequence[InvalidRequest]) -> InvalidRequest:
+        """One error that says all of `errors`, which are not none."""
+        if len(errors) == 1:
+            return errors[0]
+        whole = cls(errors[0].field, errors[0].description)
+        whole.message = "; ".join(error.message for error in errors)
+        whole.args = (whole.message,)
+        whole.violations = tuple(violation for error in errors for violation in error.violations)
+        for error in errors:
+            whole.metadata |= error.metadata
+        return whole
 
 
 class NotFound(LoricaError):
@@ -153,7 +170,15 @@ class StartError(LoricaError):
 
 
 class ConfigInvalid(StartError):
-    """The operator must act: a value of the configuration is wrong."""
+    """The operator must act: values of the configuration are wrong."""
+
+    @classmethod
+    def of_all(cls, errors: Sequence[ConfigInvalid]) -> ConfigInvalid:
+        """One error that says all of `errors`, which are not none."""
+        if len(errors) == 1:
+            return errors[0]
+        lines = [f"  {error.message}; {error.remedy}" for error in errors]
+        return cls("\n".join([f"{len(errors)} options are wrong:", *lines]), remedy="")
 
 
 @dataclass(frozen=True)

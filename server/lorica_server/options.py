@@ -6,6 +6,7 @@ Knows no option by name; `config` declares them.
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?)\s*([A-Za-z]{0,3})")
+_LONGEST_SOCKET_PATH = 107  # bytes, with Linux; sun_path ends with a NUL
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -54,6 +56,17 @@ def parse(name: str, option: Option, raw: object, origin: str) -> Any:
         return _convert(option, raw)
     except _RefusedError as refused:
         raise ConfigInvalid(f"{name} = {raw!r} ({origin}): {refused.why}", remedy=refused.remedy) from None
+
+
+def is_unix(address: str) -> bool:
+    """Whether a valid address is that of a unix socket, `unix:PATH`."""
+    return address.startswith("unix:")
+
+
+def unix_path(address: str) -> str:
+    """The path of a valid `unix:PATH` or `unix:///PATH`."""
+    path = address.removeprefix("unix:")
+    return path[2:] if path.startswith("//") else path
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -131,9 +144,23 @@ def _seconds(raw: object) -> float:
 def _address(text: str) -> str:
     if text == "none":
         return text
+    if is_unix(text):
+        return _unix_address(text)
     host, colon, port = text.rpartition(":")
     if not colon or not host:
-        raise _RefusedError("is not HOST:PORT", "write it like 127.0.0.1:50051, or [::]:50051 for IPv6")
+        raise _RefusedError("is not HOST:PORT", "write it like 127.0.0.1:50051, or unix:/run/lorica.sock")
     if not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise _RefusedError("the port must be 0 to 65535", "choose a free port, or 0 to let the system choose")
+    return text
+
+
+def _unix_address(text: str) -> str:
+    path = unix_path(text)
+    if not path or path.endswith("/"):
+        raise _RefusedError("names no socket", "write it like unix:/run/lorica.sock")
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise _RefusedError(
+            f"the path has {len(os.fsencode(path))} bytes, and a unix socket's has at most {_LONGEST_SOCKET_PATH}",
+            "choose a shorter path",
+        )
     return text

@@ -7,6 +7,7 @@ well under two seconds. Changes nothing but to create the data directory.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from lorica_server.config import EMBEDDED_MODEL, ServeConfig
 from lorica_server.errors import StartError
-from lorica_server.options import split_address
+from lorica_server.options import is_unix, split_address, unix_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,6 +39,9 @@ def check_setup(config: ServeConfig, environ: Mapping[str, str] | None = None) -
 
 def check_address(name: str, address: str) -> None:
     """Whether the server could listen there now. SO_REUSEPORT stays off: a second server must not share the port."""
+    if is_unix(address):
+        _check_socket(name, unix_path(address))
+        return
     host, port = split_address(address)
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -56,6 +60,28 @@ def check_address(name: str, address: str) -> None:
                 f"{name}: cannot listen on {address}: {error.strerror}",
                 remedy=f"stop what uses the port, or choose another with {flag} {host}:PORT (0: any free one)",
             ) from error
+
+
+def _check_socket(name: str, path: str) -> None:
+    """Whether there may be a unix socket of that path: gRPC replaces what is there, another server's own included."""
+    file = Path(path)
+    if file.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except OSError:
+                return  # left behind by a server that was killed
+        in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        raise StartError(
+            f"{name}: cannot listen on unix:{path}: {in_use.strerror}",
+            remedy=f"stop what listens there, or choose another path with --{name.replace('_', '-')} unix:PATH",
+        ) from in_use
+    if file.exists():
+        raise StartError(f"{name}: {path} is there and not a socket", remedy="choose another path, or remove it")
+    folder = file.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "is not writable" if folder.is_dir() else "does not exist"
+        raise StartError(f"{name}: cannot make the socket {path}: {folder} {why}", remedy="choose another directory")
 
 
 def check_model(model: str, environ: Mapping[str, str]) -> None:
