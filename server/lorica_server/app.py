@@ -13,10 +13,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from lorica_adapters.errors import AdapterError
+from lorica_adapters.store.records import AdapterNames
+from lorica_adapters.threads import limit_spinning
 from lorica_server.api.adapter_service import AdapterService
 from lorica_server.api.gate import Gate, Parts
 from lorica_server.api.grpc_server import GrpcOptions, GrpcServer
@@ -24,7 +27,7 @@ from lorica_server.api.inference_service import InferenceService
 from lorica_server.built import Build, Built, EngineHooks
 from lorica_server.config import ServeConfig
 from lorica_server.errors import StartError
-from lorica_server.observe.exporter import Exporter
+from lorica_server.observe.exporter import Exporter, Probes
 from lorica_server.observe.logs import configure_logs
 from lorica_server.observe.metrics import AdapterReading, Metrics
 from lorica_server.preflight import check_start
@@ -38,23 +41,29 @@ _JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 
 def build_engine(config: ServeConfig, hooks: EngineHooks) -> Built:
     """The real inside. Imports torch, which is why nothing else here does."""
+    if not limit_spinning():
+        _LOG.warning("torch was imported before the server: on busy cores its threads spin; set GOMP_SPINCOUNT=30000")
     from lorica_server.assembly import assemble
 
     return assemble(config, hooks)
 
 
 class App:
-    """One server. `start`, then `serve` until a signal or the engine's death, then `stop`."""
+    """One server. `start`, then `serve` until a signal or the engine's death, then `stop`.
 
-    def __init__(self, config: ServeConfig, build: Build = build_engine) -> None:
+    `ends_process`: the process ends after that, see `GrpcOptions`.
+    """
+
+    def __init__(self, config: ServeConfig, build: Build = build_engine, *, ends_process: bool = False) -> None:
         self._config = config
         self._build = build
         self._built: Built | None = None
         self._exporter: Exporter | None = None
         self._stopping = asyncio.Event()
         self._exit_code = 0
+        self._serving = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.metrics = Metrics(self._read_adapters, config.metrics_adapters)
+        self.metrics = Metrics(self._read_adapters, config.metrics_adapters, self._names_of)
         self._gate = Gate()
         self._server = GrpcServer(
             GrpcOptions(
@@ -63,6 +72,7 @@ class App:
                 stall_seconds=config.stall_seconds,
                 readiness_seconds=config.readiness_seconds,
                 drain_seconds=config.drain_seconds,
+                ends_process=ends_process,
             ),
             self._gate,
             InferenceService(self._gate, _tenant_of, self.metrics),
@@ -82,11 +92,12 @@ class App:
 
     async def start(self) -> None:
         """Listen, build, warm up, open. Raises StartError; whatever was started is stopped again then."""
-        self.metrics.serving(False)
+        self._set_serving(False)
         try:
             await self._server.start()
             if self._config.metrics_listen != "none":
-                self._exporter = Exporter(self.metrics.registry, self._config.metrics_listen)
+                probes = Probes(lambda: not self._exit_code, lambda: self._serving)
+                self._exporter = Exporter(self.metrics.registry, self._config.metrics_listen, probes)
             self._loop = asyncio.get_running_loop()
             hooks = EngineHooks(self._loop, self.metrics, self._engine_died)
             built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks))
@@ -96,7 +107,7 @@ class App:
         except BaseException:
             await self._abandon()
             raise
-        self.metrics.serving(True)
+        self._set_serving(True)
         self.metrics.describe({key: value for key, value in self.describe().items() if key in _LABELS})
 
     async def serve(self) -> int:
@@ -115,7 +126,7 @@ class App:
 
     async def stop(self) -> None:
         """Drain and close in the order of the start, backwards. Idempotent."""
-        self.metrics.serving(False)
+        self._set_serving(False)
         built, self._built = self._built, None
         if built is None:
             await self._server.kill()
@@ -171,10 +182,24 @@ class App:
                 self.request_stop(exit_code=1)
                 return
 
+    def _set_serving(self, serving: bool) -> None:
+        self._serving = serving
+        self.metrics.serving(serving)
+
     def _engine_died(self, error: BaseException) -> None:
         """On the engine thread; those who wait have been told by the engine itself."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.request_stop, 1)
+
+    def _names_of(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
+        """For the scrape: a store that cannot be read costs the names, not the metrics."""
+        built = self._built
+        if built is None:
+            return {}
+        try:
+            return built.parts.registry.names(digests)
+        except AdapterError:
+            return {}
 
     def _read_adapters(self) -> AdapterReading:
         built = self._built
@@ -182,8 +207,8 @@ class App:
 
 
 def serve(config: ServeConfig) -> NoReturn:
-    """Be a server until SIGTERM or SIGINT, then end the process: 0, or 1 when the engine died. A second signal ends
-    it at once.
+    """Be a server until SIGTERM, SIGINT or SIGHUP, then end the process: 0, or 1 when the engine died. A second
+    signal ends it at once.
 
     Raises StartError before torch is imported where it can be known.
     """
@@ -191,17 +216,19 @@ def serve(config: ServeConfig) -> NoReturn:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
     check_start(config)
-    _leave(asyncio.run(_serve(config)))
+    asyncio.run(_serve(config))  # ends the process itself
 
 
-async def _serve(config: ServeConfig) -> int:
-    app = App(config)
+async def _serve(config: ServeConfig) -> NoReturn:
+    app = App(config, ends_process=True)
     loop = asyncio.get_running_loop()
     starting = asyncio.ensure_future(app.start())
     signals = 0
 
     def on_signal(number: int) -> None:
         nonlocal signals
+        if number == signal.SIGHUP and signals:
+            return  # a terminal that closes may say so twice, by its shell and by the kernel: that hurries nobody
         signals += 1
         if signals > 1:
             _LOG.warning("stopping at once", extra={"fields": {"signal": number}})
@@ -209,23 +236,24 @@ async def _serve(config: ServeConfig) -> int:
         starting.cancel()
         app.request_stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            loop.add_signal_handler(number, on_signal, number)
     where = f"gRPC on {config.listen} answers health with NOT_SERVING until ready"
     print(f"loading {config.model} ... ({where})", flush=True)
     try:
         await starting
     except asyncio.CancelledError:
-        return 0
+        _leave(0)
     for key, value in app.describe().items():
         print(f"  {key:<12} {value}", flush=True)
     print("ready", flush=True)
-    return await app.serve()
+    _leave(await app.serve())
 
 
 def _leave(code: int) -> NoReturn:
     """End here: streams are told, the store is closed. The interpreter's own end would only free memory, for over a
-    second with torch in it, and would wait for a base that is still being loaded.
+    second with torch in it, and would wait for a base that is still being loaded; the event loop's would stop gRPC.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

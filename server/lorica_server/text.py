@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from typing import Any, Final
 MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""
 
+_TOOLS: Final = re.compile(r"\btools\b")
 _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
 
 
@@ -81,19 +83,24 @@ class TextCodec:
         """Token ids of plain text, with the special tokens the base expects around it."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template does anything with tools."""
+        return self._template is not None and _TOOLS.search(self._template) is not None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
 
         Raises ChatRefused when there is no template, it refuses the messages, or they are too long.
         """
         # The template writes the special tokens itself, the first one included.
-        return self._encode(self.render_chat(messages), add_special_tokens=False)
+        return self._encode(self.render_chat(messages, tools), add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text that `encode_chat` encodes; raises as it does."""
         if self._template is None:
             raise ChatRefused("the base has no chat template; send text instead")
-        characters = sum(len(value) for message in messages for value in message.values())
+        characters = _count_characters([*messages, *tools])
         if characters > MAX_CHAT_CHARACTERS:
             raise ChatRefused(f"{characters} characters of messages, of at most {MAX_CHAT_CHARACTERS}")
         from jinja2.exceptions import TemplateError
@@ -102,6 +109,7 @@ class TextCodec:
             with self._lock:
                 rendered: str = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] or None,
                     chat_template=self._template,
                     tokenize=False,
                     add_generation_prompt=True,
@@ -177,6 +185,20 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTE_OF: Final = _byte_characters()
+
+
+def _count_characters(value: Any) -> int:
+    """Of all strings in a JSON value, keys included, however deep."""
+    total, left = 0, [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, Mapping):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, Sequence):
+            left += part
+    return total
 
 
 def _find_template(tokenizer: Any) -> str | None:

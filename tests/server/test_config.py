@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from lorica_server.config import ServeConfig, defaults, options, resolve_config
+from lorica.cli.main import app
+from lorica_adapters.threads import limit_spinning
+from lorica_server.config import ServeConfig, defaults, groups, options, resolve_config
 from lorica_server.errors import ConfigInvalid, StartError
 from lorica_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
 
@@ -92,6 +96,79 @@ def test_a_typo_gets_a_suggestion() -> None:
     with pytest.raises(ConfigInvalid) as caught:
         resolve_config(flags={"max_runing": 9})
     assert "max_running" in caught.value.remedy
+
+
+def test_every_wrong_option_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("max_runing: 1\nmax_rank: 0\n")
+    with pytest.raises(ConfigInvalid) as caught:
+        resolve_config(file=file, environ={"LORICA_DTYPE": "int4"}, flags={"max_queued": "many"})
+    first, *lines = str(caught.value).splitlines()
+    assert first == "4 options are wrong:"
+    for line, words in zip(
+        lines,
+        (("max_runing", "did you mean 'max_running'?"), ("max_rank = 0", "at least 1"), ("env LORICA_DTYPE", "float32"),
+         ("flag --max-queued", "digits only")),
+        strict=True,
+    ):  # fmt: skip
+        assert all(word in line for word in words)
+    with pytest.raises(ConfigInvalid, match="2 options are wrong"):
+        resolve_config(flags={"listen": "none", "metrics_listen": "unix:/tmp/m"})
+
+
+@pytest.mark.parametrize(
+    ("listen", "why"),
+    [("unix:", "names no socket"), ("unix:/a/", "names no socket"), (f"unix:/{'a' * 110}", "at most 107")],
+)
+def test_a_unix_address_that_cannot_be_is_refused(listen: str, why: str) -> None:
+    with pytest.raises(ConfigInvalid, match=why):
+        resolve_config(flags={"listen": listen})
+
+
+def test_a_unix_socket_is_free_until_somebody_listens(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    for address in (f"unix:{path}", f"unix://{path}"):
+        check_address("listen", address)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(StartError, match="in use") as caught:
+            check_address("listen", f"unix:{path}")
+        assert isinstance(caught.value.__cause__, OSError)
+    check_address("listen", f"unix:{path}")  # left behind by a killed server
+    path.unlink()
+    path.write_text("")
+    with pytest.raises(StartError, match="not a socket"):
+        check_address("listen", f"unix:{path}")
+    with pytest.raises(StartError, match="does not exist"):
+        check_address("listen", f"unix:{tmp_path}/absent/s.sock")
+
+
+def test_help_lists_every_option_under_a_heading() -> None:
+    assert set(groups()) == set(options())
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["serve", "--help"]).stdout
+    assert all(f" {title} " in shown for title in groups().values())
+
+
+def test_an_app_that_is_embedded_limits_spinning_too() -> None:
+    script = (
+        "import os, sys, types, lorica_server.app as app\n"
+        "os.environ.pop('GOMP_SPINCOUNT', None)\n"
+        "assemble = lambda config, hooks: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
+        "sys.modules['lorica_server.assembly'] = types.SimpleNamespace(assemble=assemble)\n"
+        "app.build_engine(None, None)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["30000", "False"]
+
+
+def test_a_torch_that_is_there_already_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    assert not limit_spinning()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the user's own
+    assert limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_row_43_port_in_use() -> None:

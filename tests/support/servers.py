@@ -51,13 +51,14 @@ class FakeCodec:
 
     template_digest = "0" * 64
     longest_token = 8
+    takes_tools = False
     eos_token_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:
         """Characters that are not in the alphabet become spaces."""
         return [ALPHABET.find(char) if char in ALPHABET else 62 for char in text]
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Refuses a role "tool", as templates do."""
         if any(message["role"] == "tool" for message in messages):
             raise ValueError("no role tool")

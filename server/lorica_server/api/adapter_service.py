@@ -8,7 +8,7 @@ the engine's side. Decides nothing about files.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,11 +28,11 @@ from lorica_server.api.convert_adapters import (
 from lorica_server.api.gate import Gate, Parts
 from lorica_server.api.upload import UploadSession
 from lorica_server.errors import ClientStalled, InvalidRequest, get_verdict
+from lorica_server.observe.logs import DIGITS, note
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 MAX_PAGE_TOKEN = 512
-MAX_ALIASES = 64
 _DOWNLOAD_CHUNK = 512 << 10
 
 Context = aio.ServicerContext[Any, Any]
@@ -68,6 +68,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         try:
             upload_id = await session.run(request_iterator)
             published = await parts.registry.publish(tenant, upload_id)
+            note(digest=published.record.digest[:DIGITS])
             outcome = "created" if published.created else "unchanged"
         except Exception as error:
             outcome = get_verdict(error).reason.lower()
@@ -82,13 +83,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.QueryUploadRequest, context: Context
     ) -> adapters_pb2.QueryUploadResponse:
         """How many bytes of each file are safe."""
-        validate.check_upload_id("upload_id", request.upload_id)
+        validate.check(validate.upload_id("upload_id", request.upload_id))
         registry = self.gate.look().registry
         return write_progress(await registry.query_upload(self.tenant_of(context), request.upload_id))
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         """The record behind a reference."""
-        validate.check_reference("adapter", request.adapter)
+        note(adapter=request.adapter)
+        validate.check(validate.reference("adapter", request.adapter))
         parts = self.gate.look()
         return _write(parts, await parts.registry.get(self.tenant_of(context), request.adapter))
 
@@ -98,10 +100,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """A page of the tenant's adapters by name."""
         parts = self.gate.look()
         size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
-        if not 1 <= size <= MAX_PAGE:
-            raise InvalidRequest("page_size", f"must be 1 to {MAX_PAGE}", metadata={"max_page_size": str(MAX_PAGE)})
-        if len(request.page_token) > MAX_PAGE_TOKEN:
-            raise InvalidRequest("page_token", "is not one that this server gave")
+        validate.check(_page(size, request.page_token))
         page = await parts.registry.list(self.tenant_of(context), size, request.page_token)
         return adapters_pb2.ListAdaptersResponse(
             adapters=[_write(parts, record) for record in page.records], next_page_token=page.next_page_token
@@ -109,23 +108,23 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         """Change what the store remembers, wishes included; what comes of those tells the residency."""
+        note(adapter=request.name)
         parts = self.gate.enter()
-        validate.check_name("name", request.name)
-        validate.check_labels("set_labels", request.set_labels)
-        for field in ("add_aliases", "remove_aliases"):
-            aliases = getattr(request, field)
-            if len(aliases) > MAX_ALIASES:
-                raise InvalidRequest(field, f"at most {MAX_ALIASES} at once")
-            for index, alias in enumerate(aliases):
-                validate.check_name(f"{field}[{index}]", alias)
+        validate.check(
+            validate.name("name", request.name),
+            validate.labels("set_labels", request.set_labels),
+            validate.aliases("add_aliases", request.add_aliases),
+            validate.aliases("remove_aliases", request.remove_aliases),
+        )
         return _write(parts, await parts.registry.update(self.tenant_of(context), request.name, read_update(request)))
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a name; requests that run on it finish on their version."""
+        note(adapter=request.name)
         parts = self.gate.enter()
-        validate.check_name("name", request.name)
+        validate.check(validate.name("name", request.name))
         await parts.registry.delete(self.tenant_of(context), request.name)
         return adapters_pb2.DeleteAdapterResponse()
 
@@ -133,13 +132,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
         """The files of a version, which stays pinned until the last byte was taken."""
+        note(adapter=request.adapter)
         parts = self.gate.enter()
-        validate.check_reference("adapter", request.adapter)
+        validate.check(validate.reference("adapter", request.adapter))
         with await parts.registry.download(self.tenant_of(context), request.adapter) as download:
+            note(digest=download.digest[:DIGITS])
             yield write_entries(download.digest, download.files)
             async with aclosing(download.chunks(_DOWNLOAD_CHUNK)) as chunks:
                 async for chunk in chunks:
                     yield write_chunk(chunk.file, chunk.offset, chunk.data)
+
+
+def _page(size: int, token: str) -> Iterator[InvalidRequest]:
+    if not 1 <= size <= MAX_PAGE:
+        yield InvalidRequest("page_size", f"must be 1 to {MAX_PAGE}", metadata={"max_page_size": str(MAX_PAGE)})
+    if len(token) > MAX_PAGE_TOKEN:
+        yield InvalidRequest("page_token", "is not one that this server gave")
 
 
 def _write(parts: Parts, record: AdapterRecord) -> adapters_pb2.Adapter:

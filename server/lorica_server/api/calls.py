@@ -7,14 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class ChatTurn:
-    """One message of a conversation."""
+    """One message of a conversation. `whole` is set when it has more than a role and a content string."""
 
     role: str
     content: str
+    whole: Mapping[str, Any] | None = None
+    size: int = 0  # characters of `whole` as it came
+
+    def message(self) -> dict[str, Any]:
+        """As the chat template gets it."""
+        return {"role": self.role, "content": self.content} if self.whole is None else dict(self.whole)
+
+    @property
+    def characters(self) -> int:
+        """How much there is to render, at most."""
+        return max(len(self.content), self.size)
+
+
+Tools = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class GenerateCall:
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     chat: tuple[ChatTurn, ...] | None = None
+    tools: Tools = ()  # for the chat template
     sampling: SamplingCall = SamplingCall()
     stopping: StoppingCall = StoppingCall()
     response: ResponseCall = ResponseCall()

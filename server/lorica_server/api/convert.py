@@ -1,6 +1,6 @@
 """Protobuf messages of InferenceService to neutral calls, and calls to submissions.
 
-Says nothing about whether a value is acceptable: `validate` does, in between.
+Says nothing about whether a value is acceptable, JSON within them aside: `validate` does, in between.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 from google.protobuf.message import Message
 
 from lorica_protos.v1 import inference_pb2
-from lorica_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
+from lorica_server.api.calls import GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
 from lorica_server.api.ports import ModelInfo
+from lorica_server.api.read_chat import read_chat, read_tools
 from lorica_server.requests import SamplingParams, StopConditions, Submission
 
 _SAMPLING = (
@@ -29,7 +30,7 @@ _SAMPLING = (
 
 
 def read_generate(request: inference_pb2.GenerateRequest) -> GenerateCall:
-    """What the caller asked, unjudged. Fields left out are None."""
+    """What the caller asked, unjudged. Fields left out are None. Raises InvalidRequest for what is not JSON."""
     kind = request.WhichOneof("input")
     sampling, stopping, response = request.sampling, request.stopping, request.response
     return GenerateCall(
@@ -37,7 +38,8 @@ def read_generate(request: inference_pb2.GenerateRequest) -> GenerateCall:
         adapter=request.adapter,
         text=request.text if kind == "text" else None,
         token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
-        chat=read_chat(request.chat) if kind == "chat" else None,
+        chat=read_chat("chat.messages", request.chat) if kind == "chat" else None,
+        tools=read_tools("chat.tools_json", request.chat),
         sampling=SamplingCall(logit_bias=dict(sampling.logit_bias), **_set_fields(sampling, _SAMPLING)),
         stopping=StoppingCall(
             stop_strings=tuple(stopping.stop_strings),
@@ -48,11 +50,6 @@ def read_generate(request: inference_pb2.GenerateRequest) -> GenerateCall:
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
-
-
-def read_chat(chat: inference_pb2.Chat) -> tuple[ChatTurn, ...]:
-    """The messages of a conversation."""
-    return tuple(ChatTurn(message.role, message.content) for message in chat.messages)
 
 
 def build_submission(

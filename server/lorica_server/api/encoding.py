@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from lorica_server.api.calls import ChatTurn, Limits
+from lorica_server.api.calls import ChatTurn, Limits, Tools
 from lorica_server.api.ports import Codec
 from lorica_server.errors import InvalidRequest, Overloaded
 
@@ -38,15 +38,19 @@ class Encoder:
         self._check_length(field, codec, limits, [text])
         return await self._run(len(text), lambda: codec.encode(text))
 
-    async def encode_chat(self, codec: Codec, limits: Limits, turns: Sequence[ChatTurn]) -> list[int]:
+    async def encode_chat(
+        self, codec: Codec, limits: Limits, turns: Sequence[ChatTurn], tools: Tools = ()
+    ) -> list[int]:
         """Token ids of a conversation rendered by the base's template; raises as `encode_text`."""
         if not codec.template_digest:
             raise InvalidRequest("chat", "the base has no chat template; send text")
         self._check_length("chat.messages", codec, limits, [turn.content for turn in turns])
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        length = sum(len(turn.content) for turn in turns)
+        if tools and not codec.takes_tools:
+            raise InvalidRequest("chat.tools_json", "the base's chat template takes no tools")
+        messages = [turn.message() for turn in turns]
+        length = sum(turn.characters for turn in turns)
         try:
-            return await self._run(length, lambda: codec.encode_chat(messages))
+            return await self._run(length, lambda: codec.encode_chat(messages, tools))
         except ValueError as error:
             raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
 

@@ -13,7 +13,7 @@ from lorica_server.api.ports import Codec
 from lorica_server.engine.detokenize import ChoiceText, Delta
 from lorica_server.engine.stream import RequestStream
 from lorica_server.errors import RequestFailed
-from lorica_server.requests import TokenEvent
+from lorica_server.requests import TokenEvent, Usage
 
 
 class Generation:
@@ -30,6 +30,8 @@ class Generation:
             ChoiceText(codec.decode, spell, submission.stop, submission.prompt) for _ in range(submission.n)
         ]
         self._held: dict[int, Delta] = {}
+        self._usages: dict[int, Usage] = {}
+        self._ends: dict[int, str] = {}
 
     def __aiter__(self) -> Generation:
         return self
@@ -41,12 +43,24 @@ class Generation:
             if deltas:
                 return deltas
 
+    def facts(self) -> dict[str, object]:
+        """For the log: tokens of all choices so far, and how those that have ended did."""
+        return {
+            "completion_tokens": sum(usage.completion for usage in self._usages.values()),
+            "cached_tokens": max((usage.cached for usage in self._usages.values()), default=0),
+            "finish": ",".join(sorted(set(self._ends.values()))),
+        }
+
     def _gather(self, events: Sequence[TokenEvent]) -> list[Delta]:
         """Merge what is new of each choice; tokens that have no text yet wait for it."""
         for event in events:
             delta = self._choices[event.choice].push(event)
             if delta is None:
                 continue
+            if delta.usage is not None:
+                self._usages[delta.choice] = delta.usage
+            if delta.finish is not None:
+                self._ends[delta.choice] = delta.finish.value
             if delta.failure is not None:
                 raise RequestFailed(delta.failure)
             if delta.retire:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,8 +17,11 @@ from grpc_reflection.v1alpha import reflection
 
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from lorica_server.api.gate import Gate, Parts
+from lorica_server.api.health import HealthServicer
 from lorica_server.api.interceptors import ErrorInterceptor, Observe
+from lorica_server.api.running_calls import RunningCalls
 from lorica_server.errors import StartError
+from lorica_server.options import is_unix, unix_path
 
 _LOG = logging.getLogger("lorica_server.api")
 _WINDOW_BYTES = 4 << 20  # 80 MB/s at a round trip of 50 ms
@@ -30,13 +34,18 @@ _SERVICES = (
 
 @dataclass(frozen=True)
 class GrpcOptions:
-    """How the transport behaves. Seconds and bytes."""
+    """How the transport behaves. Seconds and bytes.
+
+    `ends_process`: nothing goes on after the stop, and the port is left to the end of the process. Until then new calls
+    are refused; gRPC's own stop would end with CANCELLED those that it has accepted and not handed over.
+    """
 
     address: str
     max_message_bytes: int = 4 << 20
     stall_seconds: float = 30.0
     readiness_seconds: float = 1.0
     drain_seconds: float = 30.0
+    ends_process: bool = False
 
 
 class GrpcServer:
@@ -52,11 +61,12 @@ class GrpcServer:
     ) -> None:
         self._options = options
         self._gate = gate
+        self._calls = RunningCalls()
         self._server = aio.server(
-            interceptors=[ErrorInterceptor(observe, options.stall_seconds)],
+            interceptors=[ErrorInterceptor(observe, options.stall_seconds, self._calls)],
             options=_channel_options(options.max_message_bytes),
         )
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
@@ -72,8 +82,9 @@ class GrpcServer:
             raise StartError(
                 f"listen: cannot listen on {self._options.address}", remedy="choose another address with --listen"
             ) from error
-        host = self._options.address.rpartition(":")[0]
-        self.address = f"{host}:{port}"
+        if not is_unix(self._options.address):
+            host = self._options.address.rpartition(":")[0]
+            self.address = f"{host}:{port}"
         await self._server.start()
 
     async def open(self, parts: Parts) -> None:
@@ -101,17 +112,28 @@ class GrpcServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop_now(self) -> None:
-        """Close; calls have a moment for their last message."""
-        await self._server.stop(_FLUSH_SECONDS)
+        """Close; calls have a moment for their last message, those that are left then are told UNAVAILABLE."""
+        await self._calls.end(_FLUSH_SECONDS)
+        if not self._options.ends_process:
+            await self._server.stop(None)
+        else:
+            _remove_socket(self.address)
 
     async def kill(self) -> None:
-        """Close at once; every call ends here."""
+        """Close at once, gRPC too; every call is told UNAVAILABLE."""
         self._gate.drain()
+        await self._calls.end(0.0)
         await self._server.stop(None)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         for service in ("", *_SERVICES):
             await self._health.set(service, status)
+
+
+def _remove_socket(address: str) -> None:
+    """As gRPC does at its stop."""
+    if is_unix(address):
+        Path(unix_path(address)).unlink(missing_ok=True)
 
 
 def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:

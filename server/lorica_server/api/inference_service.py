@@ -20,14 +20,15 @@ from grpc import aio
 from lorica_protos.v1 import inference_pb2, inference_pb2_grpc
 from lorica_server.api import validate
 from lorica_server.api.calls import GenerateCall, Limits
-from lorica_server.api.convert import build_submission, read_chat, read_generate, write_model
+from lorica_server.api.convert import build_submission, read_generate, write_model
 from lorica_server.api.convert_answers import Answering
 from lorica_server.api.encoding import Encoder
 from lorica_server.api.gate import Gate
 from lorica_server.api.generation import Generation
 from lorica_server.api.ports import Codec
+from lorica_server.api.read_chat import read_chat, read_tools
 from lorica_server.errors import InvalidRequest
-from lorica_server.observe.logs import CALL_ID
+from lorica_server.observe.logs import CALL_ID, DIGITS, note
 from lorica_server.registry import Registry, Resolved
 
 Context = aio.ServicerContext[Any, Any]
@@ -76,9 +77,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             case "text":
                 ids = await self.encoder.encode_text("text", codec, limits, request.text)
             case "chat":
-                turns = read_chat(request.chat)
-                validate.check_chat("chat.messages", turns)
-                ids = await self.encoder.encode_chat(codec, limits, turns)
+                turns = read_chat("chat.messages", request.chat)
+                validate.check(validate.chat("chat.messages", turns))
+                tools = read_tools("chat.tools_json", request.chat)
+                ids = await self.encoder.encode_chat(codec, limits, turns, tools)
             case _:
                 raise InvalidRequest("input", "exactly one of text and chat must be set")
         return inference_pb2.TokenizeResponse(token_ids=ids)
@@ -101,7 +103,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
         """End one of the caller's own requests."""
-        validate.check_request_id("request_id", request.request_id)
+        note(request_id=request.request_id)
+        validate.check(validate.request_id("request_id", request.request_id))
         aborted = self.gate.look().engine.abort(self.tenant_of(context), request.request_id)
         return inference_pb2.AbortResponse(aborted=aborted)
 
@@ -110,6 +113,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[tuple[Generation, Answering]]:
         """The accepted request; leaving aborts what still runs. The adapter's version stays pinned in between."""
+        note(request_id=request.request_id, adapter=request.adapter)
         parts = self.gate.enter()
         deadline = _deadline(context)
         call = read_generate(request)
@@ -118,6 +122,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with self._resolve(parts.registry, tenant, call.adapter) as resolved:
             digest = None if resolved is None else resolved.digest
             prompt = await self._encode(parts.codec, call, parts.model.limits)
+            note(digest=digest and digest[:DIGITS], prompt_tokens=len(prompt))
             max_tokens = validate.fit_tokens(len(prompt), call.stopping.max_tokens, parts.model.limits)
             seed = secrets.randbits(64) if call.sampling.seed is None else call.sampling.seed
             submission = build_submission(
@@ -133,13 +138,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
             validate.check_suppressed(submission.sampling.suppressed, parts.model.limits)
             async with parts.engine.submit(submission) as stream:
-                yield Generation(stream, parts.codec), Answering(call, submission, parts.codec)
+                generation = Generation(stream, parts.codec)
+                try:
+                    yield generation, Answering(call, submission, parts.codec)
+                finally:
+                    note(**generation.facts())
 
     async def _encode(self, codec: Codec, call: GenerateCall, limits: Limits) -> list[int]:
         if call.token_ids is not None:
             return list(call.token_ids)
         if call.chat is not None:
-            return await self.encoder.encode_chat(codec, limits, call.chat)
+            return await self.encoder.encode_chat(codec, limits, call.chat, call.tools)
         return await self.encoder.encode_text("text", codec, limits, call.text or "")
 
     def _resolve(self, registry: Registry, tenant: str, reference: str) -> Resolved | nullcontext[None]:
@@ -147,6 +156,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             return nullcontext()
         resolved = registry.resolve(tenant, reference)
         self.observer.named(resolved.digest, resolved.name)
+        note(adapter=resolved.name)
         return resolved
 
 

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc import aio
 
+from lorica_server.api.running_calls import RunningCalls
 from lorica_server.api.status import answer_error
-from lorica_server.errors import INTERNAL, ClientStalled, InvalidRequest
-from lorica_server.observe.logs import CALL_ID
+from lorica_server.api.tracing import note_caller
+from lorica_server.errors import INTERNAL, ClientStalled, Draining, InvalidRequest
+from lorica_server.observe.logs import call_noted
 
 _LOG = logging.getLogger("lorica_server.access")
 _BUG = logging.getLogger("lorica_server.api")
@@ -53,16 +55,19 @@ class _Call:
 class ErrorInterceptor(aio.ServerInterceptor):
     """Installed once, first in the chain."""
 
-    def __init__(self, observe: Observe | None = None, stall_seconds: float = 30.0) -> None:
+    def __init__(
+        self, observe: Observe | None = None, stall_seconds: float = 30.0, calls: RunningCalls | None = None
+    ) -> None:
         self._observe = observe
         self._stall_seconds = stall_seconds
+        self._calls = calls or RunningCalls()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap the handler found for this call; an unknown method stays None: UNIMPLEMENTED."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        return _Wrapped(handler, handler_call_details.method, self._end, self._stall_seconds)
+        return _Wrapped(handler, handler_call_details.method, self._end, self._stall_seconds, self._calls)
 
     def _end(self, call: _Call) -> None:
         seconds = time.monotonic() - call.begun
@@ -78,8 +83,11 @@ class ErrorInterceptor(aio.ServerInterceptor):
 class _Wrapped(_Handler):
     """A handler of the same shape whose deserialiser and behaviour never raise to grpc."""
 
-    def __init__(self, handler: Any, method: str, end: Callable[[_Call], None], stall_seconds: float) -> None:
+    def __init__(
+        self, handler: Any, method: str, end: Callable[[_Call], None], stall_seconds: float, calls: RunningCalls
+    ) -> None:
         self._stall_seconds = stall_seconds
+        self._calls = calls
         self.request_streaming = handler.request_streaming
         self.response_streaming = handler.response_streaming
         self.response_serializer = handler.response_serializer
@@ -93,29 +101,24 @@ class _Wrapped(_Handler):
         run = self._run_stream if self.response_streaming else self._run_unary
 
         async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            call_id = uuid.uuid4().hex
-            token = CALL_ID.set(call_id)
+            self._calls.enter(endless=method.startswith(_QUIET))
             call = _Call(method, context.peer() or "", time.monotonic())
-            try:
-                return await run(behaviour, self._checked(request), context)
-            except asyncio.CancelledError:
-                call.code = "CANCELLED"
-                raise
-            except aio.AbortError:  # a foreign behaviour (health, reflection) chose its own status
-                call.code = str(getattr(context.code(), "name", context.code()))
-                raise
-            except Exception as error:
-                answer = answer_error(error, call_id)
-                call.code, call.reason = answer.code.name, answer.verdict.reason
-                if answer.verdict is INTERNAL:
-                    _BUG.exception("unexpected error", extra={"fields": {"method": method}})
-                # A client that does not read holds the status back too; core keeps it for when it reads.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_ABORT_SECONDS):
-                        await context.abort(answer.code, answer.message, answer.trailers)
-            finally:
-                end(call)
-                CALL_ID.reset(token)
+            with call_noted(uuid.uuid4().hex) as call_id:
+                note_caller(context.invocation_metadata())
+                try:
+                    return await run(behaviour, self._checked(request), context)
+                except asyncio.CancelledError:
+                    if not self._calls.take_told():
+                        call.code = "CANCELLED"
+                        raise
+                    await _refuse(Draining(), call, call_id, context)
+                except aio.AbortError:  # a foreign behaviour (health, reflection) chose its own status
+                    call.code = str(getattr(context.code(), "name", context.code()))
+                    raise
+                except Exception as error:
+                    await _refuse(error, call, call_id, context)
+                finally:
+                    end(call)
 
         return wrapped
 
@@ -144,6 +147,18 @@ class _Wrapped(_Handler):
                         await context.write(message)
                 except TimeoutError:
                     raise ClientStalled(self._stall_seconds) from None
+
+
+async def _refuse(error: Exception, call: _Call, call_id: str, context: Any) -> None:
+    """End the call in the error's status. Raises what grpc ends a call with."""
+    answer = answer_error(error, call_id)
+    call.code, call.reason = answer.code.name, answer.verdict.reason
+    if answer.verdict is INTERNAL:
+        _BUG.error("unexpected error", exc_info=error, extra={"fields": {"method": call.method}})
+    # A client that does not read holds the status back too; core keeps it for when it reads.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_SECONDS):
+            await context.abort(answer.code, answer.message, answer.trailers)
 
 
 def _tolerant(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -5,9 +5,9 @@ Keeps the API free of the model, the tokenizer's library and the residency pool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lorica_server.api.calls import Limits
 
@@ -33,7 +33,11 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids with the special tokens the base expects."""
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template does anything with tools."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation rendered by the template. Raises ValueError when it refuses."""
 
     def decode(self, ids: Sequence[int]) -> str:

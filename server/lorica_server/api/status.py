@@ -6,6 +6,7 @@ the id under which the log has it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -39,6 +40,8 @@ DOMAIN = "lorica"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_MAX_VIOLATIONS = 16
+_MAX_TEXT_OF_VIOLATIONS = 2048
 _MAX_TEXT = 512  # trailing metadata over 8 KiB is dropped by common clients
 _STORE_RETRY_SECONDS = 1.0
 
@@ -90,9 +93,9 @@ def _facts(error: Exception) -> dict[str, str]:
 def _details(error: Exception, verdict: Verdict) -> list[Message]:
     details: list[Message] = []
     if isinstance(error, InvalidRequest):
-        details.append(_violation(error.field, error.description, verdict))
+        details.append(_violations(error.violations[:_MAX_VIOLATIONS], verdict))
     elif isinstance(error, AdapterInvalid | AdapterIncompatible | UploadOffset):
-        details.append(_violation(error.subject, error.message, verdict))
+        details.append(_violations([(error.subject, error.message)], verdict))
     elif isinstance(error, NotFound | AlreadyExists):
         details.append(_resource(error.kind, error.resource, str(error)))
     elif isinstance(error, AdapterNotFound):
@@ -115,11 +118,16 @@ def _info(verdict: Verdict, metadata: dict[str, str]) -> Message:
     return info
 
 
-def _violation(field: str, description: str, verdict: Verdict) -> Message:
-    violation = error_details_pb2.BadRequest.FieldViolation(
-        field=_cut(field), description=_cut(description), reason=verdict.reason
+def _violations(violations: Sequence[tuple[str, str]], verdict: Verdict) -> Message:
+    most = min(_MAX_TEXT, _MAX_TEXT_OF_VIOLATIONS // len(violations))
+    request: Message = error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(
+                field=_cut(field, most), description=_cut(description, most), reason=verdict.reason
+            )
+            for field, description in violations
+        ]
     )
-    request: Message = error_details_pb2.BadRequest(field_violations=[violation])
     return request
 
 
@@ -136,7 +144,7 @@ def _pack(message: Message) -> AnyMessage:
     return packed
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, most: int = _MAX_TEXT) -> str:
     """Well-formed text of bounded length: callers' own strings come back in messages."""
     safe = text.encode("utf-8", "replace").decode("utf-8")
-    return safe if len(safe) <= _MAX_TEXT else safe[: _MAX_TEXT - 1] + "…"
+    return safe if len(safe) <= most else safe[: most - 1] + "…"

@@ -14,6 +14,7 @@ from lorica_protos.v1 import adapters_pb2
 from lorica_server.api import validate
 from lorica_server.api.convert_adapters import read_manifest
 from lorica_server.errors import ClientStalled, InvalidRequest, LoricaError
+from lorica_server.observe.logs import note
 from lorica_server.registry import Registry
 
 MAX_CHUNK_BYTES = 1 << 20
@@ -69,9 +70,12 @@ class UploadSession:
     async def _begin(self, begin: adapters_pb2.UploadBegin) -> None:
         if self._upload_id is not None:
             raise InvalidRequest("begin", "only the first message may be begin")
-        validate.check_upload_id("begin.upload_id", begin.upload_id)
-        validate.check_name("begin.name", begin.name)
-        validate.check_labels("begin.labels", begin.labels)
+        note(adapter=begin.name, upload_id=begin.upload_id)
+        validate.check(
+            validate.upload_id("begin.upload_id", begin.upload_id),
+            validate.name("begin.name", begin.name),
+            validate.labels("begin.labels", begin.labels),
+        )
         await self._registry.begin_upload(self._tenant, begin.upload_id, read_manifest(begin))
         self._upload_id = begin.upload_id
 

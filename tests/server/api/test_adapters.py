@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -16,10 +17,12 @@ from grpc import aio
 
 from lorica_protos.v1 import adapters_pb2, inference_pb2
 from lorica_server.api.ports import AdapterState
+from lorica_server.engine.plan import StepPlan
 from support.servers import (
     BASE,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    Inside,
     Served,
     adapter_files,
     details,
@@ -295,7 +298,10 @@ async def test_row_27_aliases_and_labels(tmp_path: Path) -> None:
 
 
 async def test_row_37_a_deleted_or_replaced_adapter_finishes_on_its_version(tmp_path: Path) -> None:
-    async with served(tmp_path) as server:
+    def slow(plan: StepPlan) -> None:  # so that the requests are seen while they run
+        time.sleep(0.002)
+
+    async with served(tmp_path, Inside(before_step=slow)) as server:
         old = (await _push(server, "german", b"old")).digest
         alone = await server.inference.Generate(prompt_request("Hello", 100, adapter="german"))
         running = [

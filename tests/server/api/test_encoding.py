@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ class SlowCodec:
     template_digest = "0" * 64
     eos_token_ids: frozenset[int] = frozenset()
     longest_token = 4
+    takes_tools = False
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -34,7 +35,7 @@ class SlowCodec:
             self.go.wait(10)
         return [1] * len(text)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return self.encode("".join(message["content"] for message in messages))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -138,15 +138,15 @@ def test_what_fits_is_never_over_a_limit_and_left_out_means_what_is_left(prompt:
 )
 def test_row_27_names(name: str) -> None:
     with pytest.raises(InvalidRequest):
-        validate.check_name("name", name)
+        validate.check(validate.name("name", name))
     with pytest.raises(InvalidRequest):
-        validate.check_reference("adapter", f"{name}@{'a' * 8}")
+        validate.check(validate.reference("adapter", f"{name}@{'a' * 8}"))
 
 
 @pytest.mark.parametrize("reference", ["a@", "a@1234567", "a@XYZ45678", "a@" + "0" * 65, "a@b@12345678"])
 def test_row_27_versions(reference: str) -> None:
     with pytest.raises(InvalidRequest):
-        validate.check_reference("adapter", reference)
+        validate.check(validate.reference("adapter", reference))
 
 
 @pytest.mark.parametrize("request_id", ["a b", "x" * 129, "a\n", "é"])
