@@ -6,88 +6,105 @@ expressed in a message is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC
 from typing import Any, cast, get_args
 
-from lorica import types
-from lorica.errors import ErrorDetails, FieldViolation, InvalidArgument, TransferError
+from lorica import fields, types
+from lorica.chat import fill_chat
+from lorica.errors import TransferError
 from lorica_protos.v1 import adapters_pb2, common_pb2, inference_pb2
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "n"
 )  # fmt: skip
 _STOPPING = ("max_tokens", "min_tokens", "include_stop", "ignore_eos")
+_RESPONSE = {
+    "logprobs": "logprobs",
+    "prompt_logprobs": "prompt_logprobs",
+    "echo": "echo",
+    "return_token_ids": "token_ids",
+}
+_WHOLE_REQUEST = ("request_id", "cache_salt", "priority")
 
 
 def generate_request(
     text: str | None,
     token_ids: Sequence[int] | None,
-    messages: Sequence[types.Message] | None,
+    messages: Sequence[Mapping[str, object]] | None,
     adapter: str,
     options: types.GenerateOptions,
 ) -> inference_pb2.GenerateRequest:
     """A GenerateRequest from exactly one kind of input; unset options stay unset on the wire."""
-    given = [name for name, v in (("text", text), ("token_ids", token_ids), ("messages", messages)) if v is not None]
-    if len(given) != 1:
-        raise _refusal("input", f"give exactly one of text, token_ids and messages, not {', '.join(given) or 'none'}")
     unknown = sorted(set(options) - set(types.GenerateOptions.__annotations__))
     if unknown:
         raise TypeError(f"unknown generate options: {', '.join(unknown)}")
-    try:
-        request = inference_pb2.GenerateRequest(adapter=adapter, request_id=options.get("request_id", ""))
-        if text is not None:
-            request.text = text
+    request = inference_pb2.GenerateRequest()
+    given = [name for name, v in (("text", text), ("token_ids", token_ids), ("messages", messages)) if v is not None]
+    with fields.refusing() as refusals:
+        request.adapter = refusals.take("adapter", adapter, fields.text) or ""
+        if len(given) != 1:
+            refusals.add("input", f"give exactly one of text, token_ids and messages, not {', '.join(given) or 'none'}")
+        elif text is not None:
+            request.text = refusals.take("text", text, fields.text) or ""
         elif token_ids is not None:
             request.token_ids.SetInParent()
-            request.token_ids.ids.extend(token_ids)
-        else:
-            request.chat.CopyFrom(_chat(messages or ()))
-        _fill_options(request, options)
-    except (TypeError, ValueError) as error:  # out of the field's integer range, or of another type
-        raise _refusal("request", f"a value does not fit its field: {error}") from error
+            request.token_ids.ids.extend(refusals.take("token_ids", token_ids, fields.token_ids) or ())
+        elif messages is not None:
+            request.chat.SetInParent()
+            fill_chat(request.chat, messages, options.get("tools"), refusals)
+        if options.get("tools") and messages is None:
+            refusals.add("tools", "go with messages: only a chat template takes tools")
+        _fill_options(request, options, refusals)
     return request
 
 
-def _fill_options(request: inference_pb2.GenerateRequest, options: types.GenerateOptions) -> None:
-    values = dict(options)
-    for message, fields in ((request.sampling, _SAMPLING), (request.stopping, _STOPPING)):
-        for name in fields:
-            if values.get(name) is not None:
-                setattr(message, name, values[name])
-    for token, addend in (options.get("logit_bias") or {}).items():
+def _fill_options(
+    request: inference_pb2.GenerateRequest, options: types.GenerateOptions, refusals: fields.Refusals
+) -> None:
+    values = {name: value for name, value in dict(options).items() if value is not None}
+    for message, names in (
+        (request.sampling, {name: name for name in _SAMPLING}),
+        (request.stopping, {name: name for name in _STOPPING}),
+        (request.response, _RESPONSE),
+        (request, {name: name for name in _WHOLE_REQUEST}),
+    ):
+        for name, field in names.items():
+            if name in values:
+                value = refusals.take(name, values[name], fields.read_option(name))
+                if value is not None:
+                    setattr(message, field, value)
+    request.stopping.stop_strings.extend(refusals.take("stop", values.get("stop", ()), fields.texts) or ())
+    stop_ids = refusals.take("stop_token_ids", values.get("stop_token_ids", ()), fields.token_ids)
+    request.stopping.stop_token_ids.extend(stop_ids or ())
+    for token, addend in (refusals.take("logit_bias", values.get("logit_bias", {}), fields.biases) or {}).items():
         request.sampling.logit_bias[token] = addend
-    stop = options.get("stop") or []
-    request.stopping.stop_strings.extend([stop] if isinstance(stop, str) else stop)
-    request.stopping.stop_token_ids.extend(options.get("stop_token_ids") or ())
-    for name in ("logprobs", "prompt_logprobs", "echo"):
-        if values.get(name) is not None:
-            setattr(request.response, name, values[name])
-    if options.get("return_token_ids") is not None:
-        request.response.token_ids = options["return_token_ids"]
-    if options.get("priority") is not None:
-        request.priority = options["priority"]
-    request.cache_salt = options.get("cache_salt") or ""
 
 
-def _chat(messages: Sequence[types.Message]) -> inference_pb2.Chat:
-    chat = inference_pb2.Chat()
-    for index, message in enumerate(messages):
-        try:
-            chat.messages.add(role=message["role"], content=message["content"])
-        except (KeyError, TypeError) as error:
-            field = f"messages[{index}]"
-            raise _refusal(field, "must be a mapping with the strings role and content") from error
-    return chat
-
-
-def tokenize_request(text: str | None, messages: Sequence[types.Message] | None) -> inference_pb2.TokenizeRequest:
+def tokenize_request(
+    text: str | None,
+    messages: Sequence[Mapping[str, object]] | None,
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> inference_pb2.TokenizeRequest:
     """A TokenizeRequest from exactly one of text and messages."""
-    if text is not None and messages is None:
-        return inference_pb2.TokenizeRequest(text=text)
-    if messages is not None and text is None:
-        return inference_pb2.TokenizeRequest(chat=_chat(messages))
-    raise _refusal("input", "give exactly one of text and messages")
+    request = inference_pb2.TokenizeRequest()
+    with fields.refusing() as refusals:
+        if (text is None) == (messages is None):
+            refusals.add("input", "give exactly one of text and messages")
+        elif text is not None:
+            request.text = refusals.take("text", text, fields.text) or ""
+        elif messages is not None:
+            request.chat.SetInParent()
+            fill_chat(request.chat, messages, tools, refusals)
+        if tools and messages is None:
+            refusals.add("tools", "go with messages: only a chat template takes tools")
+    return request
+
+
+def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
+    """A DetokenizeRequest."""
+    with fields.refusing() as refusals:
+        return inference_pb2.DetokenizeRequest(token_ids=refusals.take("token_ids", token_ids, fields.token_ids))
 
 
 def update_request(name: str, changes: types.AdapterChanges) -> adapters_pb2.UpdateAdapterRequest:
@@ -230,9 +247,3 @@ def file_progress(response: adapters_pb2.QueryUploadResponse) -> tuple[types.Fil
 def _word(enum: Any, value: int, prefix: str) -> str:
     """An enum's value as a word; one that only a newer server knows as its number."""
     return enum.Name(value).removeprefix(prefix).lower() if value in enum.values() else str(value)
-
-
-def _refusal(field: str, description: str) -> InvalidArgument:
-    return InvalidArgument(
-        description, ErrorDetails(reason="INVALID_REQUEST", violations=(FieldViolation(field, description),))
-    )

@@ -6,11 +6,11 @@ sizes bytes, log-probabilities natural.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, Required, TypedDict
 
 FinishReason = Literal["stop", "length", "aborted"]
 Tier = Literal["registered", "loaded", "resident"]
@@ -18,17 +18,26 @@ MaterialisedState = Literal["none", "building", "ready", "refused"]
 AdapterHealth = Literal["ok", "corrupt"]
 
 
-class Message(TypedDict):
-    """One turn of a chat; `role` is "system", "user" or "assistant"."""
+class Message(TypedDict, total=False):
+    """One turn of a chat. Calls take any mapping with a role: every key reaches the chat template as it is."""
 
-    role: str
-    content: str
+    role: Required[str]  # "system", "user", "assistant" or "tool", as the template knows them
+    content: Required[str | None]
+    name: str
+    reasoning_content: str
+    tool_calls: Sequence[Mapping[str, object]]
+    tool_call_id: str
+
+
+Messages = Sequence[Mapping[str, object]]
+"""A chat: `Message`s, or other mappings of JSON values."""
 
 
 class GenerateOptions(TypedDict, total=False):
     """Everything optional of a generate call; see inference.proto for ranges. Unset means the server's default.
 
-    `logprobs` is the number of alternatives per token (0: the chosen token's own).
+    `logprobs` is the number of alternatives per token (0: the chosen token's own); `tools` go to the chat template, as
+    JSON schemas of functions.
     """
 
     request_id: str
@@ -54,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     echo: bool
     priority: int
     cache_salt: str
+    tools: Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""What does not fit its field is refused by the field's name, all of it at once; what fits arrives as it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lorica import convert
+from lorica.errors import InvalidArgument
+
+
+def _refused(**options: Any) -> dict[str, str]:
+    with pytest.raises(InvalidArgument) as caught:
+        convert.generate_request("x", None, None, "", options)  # type: ignore[arg-type]
+    assert caught.value.reason == "INVALID_REQUEST"
+    return {v.field: v.description for v in caught.value.violations}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("top_k", -1, "-1 is out of range; 0 or unset means off"),
+        ("seed", -1, "-1 is out of range; unset means that the server draws one"),
+        ("max_tokens", -1, "-1 is out of range; unset means what the context leaves"),
+        ("min_tokens", 1 << 32, "4294967296 is out of range; 0 or unset means off"),
+        ("logprobs", -1, "-1 is out of range; unset means none"),
+        ("priority", 1 << 31, "2147483648 is out of range; lower runs first"),
+        ("n", 1.5, "1.5 is not a whole number; unset means 1"),
+        ("max_tokens", "16", "'16' is not a whole number; unset means what the context leaves"),
+        ("top_k", True, "True is not a whole number; 0 or unset means off"),
+        ("temperature", "0.5", "'0.5' is not a number"),
+        ("top_p", [0.5], "[0.5] is not a number"),
+        ("ignore_eos", 1, "1 is neither True nor False"),
+        ("request_id", 7, "7 is not a string"),
+        ("cache_salt", "\ud800", "holds half a character at position 0, which UTF-8 cannot spell"),
+        ("stop", 5, "5 is not a string or a list of strings"),
+        ("logit_bias", [3], "[3] is not a mapping of token ids to numbers"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_name(option: str, value: object, why: str) -> None:
+    assert _refused(**{option: value}) == {option: why}
+
+
+def test_a_part_of_a_list_is_refused_by_its_place() -> None:
+    wrong = {"stop": ["a", 5], "stop_token_ids": [1, -1], "logit_bias": {3: "x"}}
+    assert list(_refused(**wrong)) == ["stop[1]", "stop_token_ids[1]", "logit_bias[3]"]
+    with pytest.raises(InvalidArgument) as caught:
+        convert.generate_request(None, [1, 2.5], None, "", {})  # type: ignore[list-item]
+    assert caught.value.violations[0].field == "token_ids[1]"
+    with pytest.raises(InvalidArgument, match=r"token_ids\[0\]: '1' is not a whole number"):
+        convert.detokenize_request(["1"])  # type: ignore[list-item]
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        convert.generate_request(None, None, [{"role": "user"}], 3, {"top_k": -1, "seed": 0.5})  # type: ignore[arg-type]
+    assert [v.field for v in caught.value.violations] == ["adapter", "messages[0].content", "top_k", "seed"]
+    assert "top_k: -1 is out of range; 0 or unset means off" in str(caught.value)
+
+
+def test_numbers_of_other_types_fit() -> None:
+    class Index:
+        def __index__(self) -> int:
+            return 7
+
+    request = convert.generate_request("x", None, None, "", {"top_k": Index(), "temperature": 1})  # type: ignore[typeddict-item]
+    assert (request.sampling.top_k, request.sampling.temperature) == (7, 1.0)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.5, None, "ü"]}}}
+RICH: list[dict[str, Any]] = [
+    {"role": "user", "content": "2 + 3?", "name": "eve"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "5"},
+    {"role": "assistant", "content": "5", "reasoning_content": "easy"},
+    {"role": "user", "content": [{"type": "text", "text": "thanks"}]},
+    {"role": "user", "content": "plain"},
+]
+
+
+def test_every_key_of_a_message_travels() -> None:
+    request = convert.generate_request(None, None, RICH, "", {"tools": [CALL]})
+    sent = [json.loads(m.json) if m.json else {"role": m.role, "content": m.content} for m in request.chat.messages]
+    assert sent == RICH
+    assert list(sent[1]) == list(RICH[1])  # in their order: templates may go through them
+    assert not request.chat.messages[5].json
+    assert json.loads(request.chat.tools_json) == [CALL]
+
+
+def test_what_no_json_holds_is_refused_by_message_and_key() -> None:
+    messages = [RICH[0], {"role": "assistant", "content": "x", "when": object(), "score": float("nan")}]
+    with pytest.raises(InvalidArgument) as caught:
+        convert.generate_request(None, None, messages, "", {"tools": [{"f": {1, 2}}]})
+    assert [v.field for v in caught.value.violations] == ["messages[1].when", "messages[1].score", "tools"]
+    with pytest.raises(InvalidArgument, match="tools: go with messages"):
+        convert.generate_request("x", None, None, "", {"tools": [CALL]})
