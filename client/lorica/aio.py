@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -16,9 +16,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorica import convert, upload
-from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, OPTIONS
+from lorica.call_status import Ending
+from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, channel_options
 from lorica.download import Download
-from lorica.errors import LoricaError, NotFound, Unavailable, from_call
+from lorica.errors import ClientClosed, LoricaError, NotFound, Unavailable, from_call
 from lorica.retry import Attempts, RetryPolicy
 from lorica.types import (
     Adapter,
@@ -26,7 +27,7 @@ from lorica.types import (
     FileProgress,
     GenerateOptions,
     Generation,
-    Message,
+    Messages,
     ModelInfo,
     ProgressCallback,
     Pulled,
@@ -34,10 +35,6 @@ from lorica.types import (
     StreamPart,
 )
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-
-_LOST_STATUS = "Internal error from Core"
-_STATUS_SECONDS = 5.0  # at most, for a status that is already on its way
-_STATUS_POLLS = 500
 
 
 class AsyncClient:
@@ -56,10 +53,12 @@ class AsyncClient:
     ) -> None:
         self.address = address
         self._retry = retry or RetryPolicy()
+        self._closed = False
+        options = channel_options(address)
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+            self._channel = grpc.aio.insecure_channel(address, options=options)
         else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=OPTIONS)
+            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -71,7 +70,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End running calls and close the channel."""
+        """End running calls and close the channel; calls after it raise ClientClosed."""
+        self._closed = True
         await self._channel.close()
 
     # Inference
@@ -81,7 +81,7 @@ class AsyncClient:
         text: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Message] | None = None,
+        messages: Messages | None = None,
         adapter: str = "",
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
@@ -96,22 +96,28 @@ class AsyncClient:
         text: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Message] | None = None,
+        messages: Messages | None = None,
         adapter: str = "",
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
-    ) -> AsyncIterator[StreamPart]:
-        """As `generate`, in parts as tokens are made. Closing the iterator cancels the request."""
+    ) -> AsyncGenerator[StreamPart, None]:
+        """As `generate`, in parts as tokens are made. Closing the generator cancels the request."""
         return self._stream(convert.generate_request(text, token_ids, messages, adapter, options), timeout)
 
-    async def tokenize(self, text: str | None = None, *, messages: Sequence[Message] | None = None) -> tuple[int, ...]:
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> tuple[int, ...]:
         """Token ids of a text (with special tokens) or of a chat in the model's template."""
-        request = convert.tokenize_request(text, messages)
+        request = convert.tokenize_request(text, messages, tools)
         return tuple((await self._call(self._inference.Tokenize, request, idempotent=True)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        request = convert.detokenize_request(token_ids)
         response: inference_pb2.DetokenizeResponse = await self._call(
             self._inference.Detokenize, request, idempotent=True
         )
@@ -241,6 +247,8 @@ class AsyncClient:
                 if await self.is_healthy(timeout=max(0.05, min(left, 5.0))):
                     return
                 state = "the server answers NOT_SERVING"
+            except ClientClosed:
+                raise
             except LoricaError as error:
                 state = str(error)
             await asyncio.sleep(min(poll, max(0.0, deadline - time.monotonic())))
@@ -248,7 +256,12 @@ class AsyncClient:
 
     # Calls
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed()
+
     async def _once(self, method: Callable[..., Any], request: object, timeout: float | None) -> Any:
+        self._check_open()
         try:
             return await method(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
@@ -270,10 +283,13 @@ class AsyncClient:
                 pause = attempts.pause(error, idempotent=idempotent)
             await asyncio.sleep(pause)
 
-    async def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> AsyncIterator[StreamPart]:
+    async def _stream(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> AsyncGenerator[StreamPart, None]:
         attempts = Attempts(self._retry, timeout)
         while True:
             started = False
+            self._check_open()
             call = self._inference.GenerateStream(request, timeout=attempts.left())
             try:
                 async for response in call:
@@ -304,8 +320,9 @@ class AsyncClient:
         progress: ProgressCallback | None,
         timeout: float | None,
     ) -> adapters_pb2.UploadAdapterResponse:
+        self._check_open()
         call = self._adapters.UploadAdapter(timeout=timeout)
-        ending = _Ending(call)
+        ending = Ending(call)
         messages = upload.messages(bundle, held, progress)
         try:
             while (message := await asyncio.to_thread(next, messages, None)) is not None:
@@ -323,6 +340,7 @@ class AsyncClient:
         with download:
             while True:
                 started = False
+                self._check_open()
                 call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
                 try:
                     async for response in call:
@@ -336,45 +354,3 @@ class AsyncClient:
                 if started:
                     raise error
                 await asyncio.sleep(attempts.pause(error, idempotent=True))
-
-
-class _Ending:
-    """Why a call that is written to has ended.
-
-    A write that fails puts an INTERNAL of grpc.aio's own in place of the server's status: over it when that is there
-    already (the done callback has seen it first), or until it comes (reading again finds it).
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self._status: grpc.aio.AioRpcError | None = None
-        call.add_done_callback(self._note)
-
-    async def find(self) -> grpc.aio.AioRpcError:
-        """The server's status; what grpc.aio says itself should none come."""
-        await self._call.code()
-        for _ in range(_STATUS_POLLS):
-            self._note(self._call)
-            if self._status is not None:
-                return self._status
-            await asyncio.sleep(_STATUS_SECONDS / _STATUS_POLLS)
-        return _read_status(self._call)
-
-    def _note(self, call: Any) -> None:
-        status = _read_status(call)
-        if self._status is None and status.details() != _LOST_STATUS:
-            self._status = status
-
-
-def _read_status(call: Any) -> grpc.aio.AioRpcError:
-    """The status of a call that has ended; read by hand, since a done callback cannot await.
-
-    The four coroutines have nothing to wait for then, so each ends at its first step.
-    """
-    parts = []
-    for asked in (call.code(), call.initial_metadata(), call.trailing_metadata(), call.details()):
-        try:
-            asked.send(None)
-        except StopIteration as answer:
-            parts.append(answer.value)
-    return grpc.aio.AioRpcError(*parts)

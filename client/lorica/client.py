@@ -6,7 +6,7 @@ Thread-safe. Knows neither torch nor the server's code; `aio` is its twin.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -15,9 +15,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorica import convert, upload
-from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, OPTIONS
+from lorica.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, channel_options
 from lorica.download import Download
-from lorica.errors import LoricaError, NotFound, Unavailable, from_call
+from lorica.errors import ClientClosed, LoricaError, NotFound, Unavailable, from_call
 from lorica.retry import Attempts, RetryPolicy
 from lorica.types import (
     Adapter,
@@ -25,7 +25,7 @@ from lorica.types import (
     FileProgress,
     GenerateOptions,
     Generation,
-    Message,
+    Messages,
     ModelInfo,
     ProgressCallback,
     Pulled,
@@ -52,10 +52,12 @@ class Client:
     ) -> None:
         self.address = address
         self._retry = retry or RetryPolicy()
+        self._closed = False
+        options = channel_options(address)
         if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=options)
         else:
-            self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options=options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -67,7 +69,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End running calls and close the channel."""
+        """End running calls and close the channel; calls after it raise ClientClosed."""
+        self._closed = True
         self._channel.close()
 
     # Inference
@@ -77,7 +80,7 @@ class Client:
         text: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Message] | None = None,
+        messages: Messages | None = None,
         adapter: str = "",
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
@@ -92,22 +95,28 @@ class Client:
         text: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        messages: Sequence[Message] | None = None,
+        messages: Messages | None = None,
         adapter: str = "",
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[StreamPart]:
-        """As `generate`, in parts as tokens are made. Closing the iterator cancels the request."""
+    ) -> Generator[StreamPart, None, None]:
+        """As `generate`, in parts as tokens are made. Closing the generator cancels the request."""
         return self._stream(convert.generate_request(text, token_ids, messages, adapter, options), timeout)
 
-    def tokenize(self, text: str | None = None, *, messages: Sequence[Message] | None = None) -> tuple[int, ...]:
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> tuple[int, ...]:
         """Token ids of a text (with special tokens) or of a chat in the model's template."""
-        request = convert.tokenize_request(text, messages)
+        request = convert.tokenize_request(text, messages, tools)
         return tuple(self._call(self._inference.Tokenize, request, idempotent=True).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        request = convert.detokenize_request(token_ids)
         return self._call(self._inference.Detokenize, request, idempotent=True).text
 
     def model(self) -> ModelInfo:
@@ -229,6 +238,8 @@ class Client:
                 if self.is_healthy(timeout=max(0.05, min(left, 5.0))):
                     return
                 state = "the server answers NOT_SERVING"
+            except ClientClosed:
+                raise
             except LoricaError as error:
                 state = str(error)
             time.sleep(min(poll, max(0.0, deadline - time.monotonic())))
@@ -236,7 +247,12 @@ class Client:
 
     # Calls
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed()
+
     def _once(self, method: Callable[..., T], request: object, timeout: float | None) -> T:
+        self._check_open()
         try:
             return method(request, timeout=timeout)
         except grpc.RpcError as error:
@@ -258,10 +274,13 @@ class Client:
                 pause = attempts.pause(error, idempotent=idempotent)
             time.sleep(pause)
 
-    def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Iterator[StreamPart]:
+    def _stream(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> Generator[StreamPart, None, None]:
         attempts = Attempts(self._retry, timeout)
         while True:
             started = False
+            self._check_open()
             call = self._inference.GenerateStream(request, timeout=attempts.left())
             try:
                 for response in call:
@@ -315,6 +334,7 @@ class Client:
         with download:
             while True:
                 started = False
+                self._check_open()
                 call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
                 try:
                     for response in call:

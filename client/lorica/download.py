@@ -68,7 +68,10 @@ class Download:
             if self._received[entry.file] != entry.size:
                 raise TransferError(f"{entry.file} ended after {self._received[entry.file]} of {entry.size} bytes")
             if self._hashes[entry.file].hexdigest() != entry.sha256:
-                raise TransferError(f"{entry.file} does not have the announced sha256; nothing was kept")
+                raise TransferError(
+                    f"{entry.file} does not have the announced sha256, and nothing was kept; try again, and if it "
+                    "stays so the server's copy is damaged: push the adapter again"
+                )
         if self._directory is not None:
             self._publish(self._directory)
         return Pulled(self._digest, self._directory, tuple(self._files.values()))

@@ -15,6 +15,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from lorica.unreachable import explain_too_large, explain_transport
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -151,6 +153,15 @@ class TransferError(LoricaError):
     code = "DATA_LOSS"
 
 
+class ClientClosed(LoricaError):
+    """The caller must act: `close()` was called on this client; make another."""
+
+    code = "CLOSED"
+
+    def __init__(self) -> None:
+        super().__init__("the client is closed; make a new one")
+
+
 class LocalFilesError(LoricaError):
     """The caller must act: the directory does not hold an adapter, or the target may not be written."""
 
@@ -174,18 +185,11 @@ def from_call(call: grpc.Call | grpc.aio.AioRpcError, address: str) -> LoricaErr
     details = read_details(call.trailing_metadata())
     if kind is Unavailable and not details.reason:  # from the transport, not from a server
         details = dataclasses.replace(details, metadata={"transport": message})
-        message = _unreachable(message, address)
+        message = explain_transport(message, address)
+    elif kind is ResourceExhausted and not details.reason and (why := explain_too_large(message)):
+        # gRPC itself refused one message: no time will help, the caller must send or ask for less.
+        kind, message = InvalidArgument, why
     return kind(message, details, code=name)
-
-
-def _unreachable(message: str, address: str) -> str:
-    """What the transport's words mean to a caller; the words themselves stay in the error's metadata."""
-    lowered = message.lower()
-    if "resol" in lowered or "dns" in lowered:
-        return f"the host of {address} is unknown"
-    if "connect" in lowered and "reset" not in lowered:
-        return f"no server reachable at {address}; start one with `lorica serve`"
-    return f"the connection to the server at {address} broke: {message}"
 
 
 def read_details(metadata: object) -> ErrorDetails:

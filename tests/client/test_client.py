@@ -254,7 +254,7 @@ def test_a_corrupt_download_leaves_nothing(client: Client, fake: FakeServer, ada
     with pytest.raises(errors.TransferError, match="sha256"):
         client.pull("bot", tmp_path / "back")
     assert list((tmp_path / "back").iterdir()) == []
-    with pytest.raises(errors.TransferError, match="sha256"):
+    with pytest.raises(errors.TransferError, match="push the adapter again"):
         client.verify("bot")
 
 

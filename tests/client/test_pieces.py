@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica import convert
-from lorica.channel import OPTIONS
+from lorica.channel import channel_options
 from lorica.cli.connecting import WarmUpPatience
 from lorica.download import Download
 from lorica.errors import (
@@ -98,7 +98,7 @@ def test_warming_up_uses_up_no_attempt() -> None:
 
 
 def test_pings_are_as_far_apart_as_the_server_allows() -> None:
-    options, allowed = dict(OPTIONS), dict(_channel_options(1))
+    options, allowed = dict(channel_options("10.0.0.1:1")), dict(_channel_options(1))
     assert options["grpc.keepalive_time_ms"] >= 2 * allowed["grpc.http2.min_ping_interval_without_data_ms"]
     assert options["grpc.keepalive_timeout_ms"] > 0
 
@@ -117,16 +117,19 @@ def test_words_of_a_newer_server_are_not_a_crash() -> None:
         convert.stream_part(response)
 
 
-@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "a"}, {"role": 1, "content": "a"}, "hello"])
-def test_a_message_without_role_or_content_is_refused_by_its_place(message: object) -> None:
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [({"role": "user"}, "content"), ({"content": "a"}, "role"), ({"role": 1, "content": "a"}, "role"), ("hello", "")],
+)
+def test_a_message_without_role_or_content_is_refused_by_its_place(message: object, field: str) -> None:
     messages = [{"role": "user", "content": "a"}, message]
     for make in (
-        lambda: convert.generate_request(None, None, messages, "", {}),
-        lambda: convert.tokenize_request(None, messages),
+        lambda: convert.generate_request(None, None, messages, "", {}),  # type: ignore[arg-type]
+        lambda: convert.tokenize_request(None, messages),  # type: ignore[arg-type]
     ):
-        with pytest.raises(InvalidArgument, match="role and content") as caught:
+        with pytest.raises(InvalidArgument) as caught:
             make()
-        assert caught.value.violations[0].field == "messages[1]"
+        assert caught.value.violations[0].field == ".".join(filter(None, ("messages[1]", field)))
 
 
 def test_a_directory_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
