@@ -17,6 +17,12 @@ def fake() -> Iterator[FakeServer]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def no_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands against an address where nobody is fail at once."""
+    monkeypatch.setattr("lorica.cli.connecting.START_SECONDS", 0.0)
+
+
 @pytest.fixture
 def adapter_dir(tmp_path: Path) -> Path:
     """What save_pretrained leaves: an adapter and files that no upload carries. 1.2 MB, so several chunks."""

@@ -38,6 +38,20 @@ def test_names_and_paths_are_no_markup() -> None:
         assert "push [/x]" in _shown(other)
 
 
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_a_terminal_of_any_width_shows_whole_cells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    """`ls` in a narrow window: a digest cut below 8 digits is of no use for NAME@DIGEST."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    row = ("a-name-of-some-length", "0d336bcfe500", 16, "1.1 MiB", "resident", "prod,an-alias-that-is-long")
+    output.print_table(("NAME", "DIGEST", "RANK", "SIZE", "TIER", "ALIASES"), [row], empty="")
+    shown = capsys.readouterr().out
+    for cell in (row[0], row[1], row[4], row[5]):
+        assert str(cell) in shown
+
+
 def test_what_a_server_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     evil = "a\x1b[2J\x9b1m\nrow\r"
     output.print_table(("LABEL", "OURS"), [(evil, Text("two\nlines"))], empty="")

@@ -355,7 +355,7 @@ class FakeServer:
 
 
 @contextmanager
-def serve_fake() -> Iterator[FakeServer]:
+def serve_fake(address: str = "127.0.0.1:0") -> Iterator[FakeServer]:
     """The fake on a free port of 127.0.0.1; healthy."""
     state = State()
     server = grpc.server(ThreadPoolExecutor(max_workers=8), options=[("grpc.so_reuseport", 0)])
@@ -363,7 +363,7 @@ def serve_fake() -> Iterator[FakeServer]:
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(_Adapters(state), server)
     checker = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(address)
     server.start()
     fake = FakeServer(f"127.0.0.1:{port}", state, checker)
     fake.set_serving(True)

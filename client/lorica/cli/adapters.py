@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorica.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
+from lorica.cli.completion import complete_adapters
 from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import byte_progress, print_json, print_table, say, size
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
 
-Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
-Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.")]
+Name = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapters)]
+Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.", autocompletion=complete_adapters)]
 
 
 @app.command("push")
@@ -113,7 +114,8 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
 
 @app.command("rm")
 def rm(
-    names: Annotated[list[str], typer.Argument(help="Names to remove.")], address: Address = DEFAULT_ADDRESS
+    names: Annotated[list[str], typer.Argument(help="Names to remove.", autocompletion=complete_adapters)],
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Remove adapters by name; requests that run on one end on their version."""
     from lorica.cli.connecting import connect

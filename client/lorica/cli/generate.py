@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorica.cli.arguments import DEFAULT_ADDRESS, Address
+from lorica.cli.completion import complete_adapters
 from lorica.terminal.failures import CommandError, ExitCode
 from lorica.terminal.output import print_json
 
@@ -21,25 +22,53 @@ def command(
         str | None, typer.Argument(help="The prompt; without it, or as -, it is read from stdin.")
     ] = None,
     address: Address = DEFAULT_ADDRESS,
-    adapter: Annotated[str, typer.Option("--adapter", "-A", help="Name, alias or name@digest; none: the base.")] = "",
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", "-A", help="Name, alias or name@digest; none: the base.", autocompletion=complete_adapters
+        ),
+    ] = "",
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's turn in the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-m", min=1)] = None,
-    min_tokens: Annotated[int | None, typer.Option(min=0)] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    min_p: Annotated[float | None, typer.Option()] = None,
-    repetition_penalty: Annotated[float | None, typer.Option()] = None,
-    presence_penalty: Annotated[float | None, typer.Option()] = None,
-    frequency_penalty: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="Number of answers.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
-    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on past the end of text.")] = None,
-    logprobs: Annotated[int | None, typer.Option(min=0, help="Alternatives per token, with --json.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "-m",
+            help="Most output tokens; unset: what the context leaves.",
+            rich_help_panel="Length and stopping",
+        ),
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Least output tokens.", rich_help_panel="Length and stopping")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel="Sampling")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus: the likeliest tokens of this share.", rich_help_panel="Sampling")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="The likeliest tokens, this many; 0 is off.", rich_help_panel="Sampling")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Tokens of at least this share of the likeliest.", rich_help_panel="Sampling")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel="Sampling")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(rich_help_panel="Sampling")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(rich_help_panel="Sampling")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.", rich_help_panel="Sampling")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Number of answers.", rich_help_panel="Sampling")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop string; may be repeated.", rich_help_panel="Length and stopping")
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None,
+        typer.Option("--ignore-eos", help="Go on past the end of text.", rich_help_panel="Length and stopping"),
+    ] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Alternatives per token, with --json.")] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for the whole answer, repeats and warm-up included.")
     ] = None,

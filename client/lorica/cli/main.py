@@ -5,16 +5,16 @@ Importing this loads neither torch nor gRPC; commands import what they need when
 
 from __future__ import annotations
 
-import os
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from lorica.cli import adapters, bench, config, demo, doctor, generate, health, serve, train
+from lorica.cli import adapters, bench, config, demo, doctor, generate, health, serve, status, train
 from lorica.terminal.failures import ExitCode, explain
 from lorica.terminal.output import tell_failure
+from lorica_adapters.threads import limit_spinning
 
 
 class _Group(TyperGroup):
@@ -56,13 +56,11 @@ def _root(
     ] = False,
 ) -> None:
     """One frozen 4-bit base model, many LoRA adapters, one batch."""
-    # Before any command loads torch. libgomp's threads spin at the end of a parallel region for as long as their
-    # scheduler lets them; on cores shared with others they then spin away the time their partner needs. With a short
-    # spin a decode step was 4 to 10 times faster on two busy cores, and as fast as before on idle ones.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    limit_spinning()  # before any command loads torch
 
 
 app.command("serve")(serve.command)
+app.command("status")(status.command)
 app.command("generate")(generate.command)
 app.add_typer(adapters.app, name="adapters")
 app.command("train")(train.command)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lorica.terminal.output import say
-from lorica_server.config import ENV_PREFIX, FILE_VARIABLE, defaults, options
+from lorica_server.config import ENV_PREFIX, FILE_VARIABLE, defaults, groups, options
 from lorica_server.options import Option
 
 # What Kubernetes sets in every pod beside a service that is named lorica.
@@ -47,16 +47,19 @@ def with_server_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(known: Mapping[str, Option]) -> list[inspect.Parameter]:
-    standard = defaults()
+    standard, headings = defaults(), groups()
     return [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, option, standard[name])
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=_annotation(name, option, standard[name], headings[name]),
         )
         for name, option in known.items()
     ]
 
 
-def _annotation(name: str, option: Option, default: object) -> Any:
+def _annotation(name: str, option: Option, default: object, heading: str) -> Any:
     flag = "--" + name.replace("_", "-")
     text = option.text
     if option.choices:
@@ -64,8 +67,11 @@ def _annotation(name: str, option: Option, default: object) -> Any:
     if default is not None:
         text += f"; default {default_text(default)}"
     if option.kind == "flag":
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
-    return Annotated[str | None, typer.Option(flag, help=text, metavar=option.kind.upper(), show_default=False)]
+        yes_no = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False, rich_help_panel=heading)
+        return Annotated[bool | None, yes_no]
+    metavar = option.kind.upper()
+    valued = typer.Option(flag, help=text, metavar=metavar, show_default=False, rich_help_panel=heading)
+    return Annotated[str | None, valued]
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

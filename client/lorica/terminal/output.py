@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 
+_UNBOUNDED = 1000  # columns
+
+
 def plain(value: object) -> Any:
     """`value` as JSON types: dataclasses become objects, times ISO 8601, bytes text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -44,6 +47,7 @@ def print_json(value: object) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """A table on stdout; `empty` says what it means that there are no rows. Cells of `Text` are printed as they are."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -55,9 +59,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
         print(empty)
     else:
         if sys.stdout.isatty():
-            Console().print(table)
+            # Cells are wrapped between words and never cut: a digest without its end is of no use. What is wider than
+            # the terminal then is the terminal's to wrap.
+            for column in table.columns:
+                words = [word for cell in (column.header, *column.cells) for word in str(cell).split()]
+                column.min_width = max(map(cell_len, words), default=None)
+            Console().print(table, crop=False)
             return
-        console = Console(width=1000)  # a pipe has no width: nothing is cut, wrapped or filled up there
+        console = Console(width=_UNBOUNDED)  # a pipe has no width: nothing is cut, wrapped or filled up there
         with console.capture() as captured:
             console.print(table)
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
