@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGES = (
     "lorica", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "grpcio", "protobuf",
-    "peft", "trl", "triton",
+    "peft", "trl", "triton", "kernels",
 )  # fmt: skip
 FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 

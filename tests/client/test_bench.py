@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -227,6 +228,12 @@ def test_the_report_holds_the_numbers_and_the_machine(tmp_path: Path) -> None:
     assert "| a | k=2 | 80.0 |" in page_path.read_text()
     assert "0.80" in page
     assert machine.cpu in page
+    assert "without its optional hub kernel" in report.markdown(
+        workload, dataclasses.replace(machine, versions={}), summaries, {}, taken
+    )
+    assert "hub kernel" not in report.markdown(
+        workload, dataclasses.replace(machine, versions={"kernels": "1"}), summaries, {}, taken
+    )
 
 
 def test_another_machine_is_not_described_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

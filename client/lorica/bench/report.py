@@ -81,6 +81,10 @@ def markdown(
         f"- {', '.join(f'{name} {version}' for name, version in machine.versions.items())}",
         f"- settings: {', '.join(f'{name} {value}' for name, value in settings.items())}",
     ]
+    if "kernels" not in machine.versions:
+        lines.append(
+            "- bitsandbytes, and so PEFT, without its optional hub kernel (the package `kernels` is not installed)"
+        )
     if machine.accelerators:
         lines.append(f"- {', '.join(machine.accelerators)}")
     return "\n".join(lines) + "\n"
