@@ -96,3 +96,17 @@ class AdapterSpec:
     def targets(self) -> tuple[str, ...]:
         """The distinct last name components of the adapted modules, sorted: `("q_proj", "v_proj")`."""
         return tuple(sorted({name.rpartition(".")[2] for name in (*self.ranks, *self.biases)}))
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Numbers of weights. `experts` of the unquantized ones belong to fused experts."""
+
+    nf4: int
+    unquantized: int
+    experts: int
+
+    @property
+    def nf4_share(self) -> float:
+        """Between 0 and 1."""
+        return self.nf4 / max(1, self.nf4 + self.unquantized)

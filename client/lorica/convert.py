@@ -200,6 +200,7 @@ def model_info(response: inference_pb2.GetModelResponse) -> types.ModelInfo:
         response.device,
         response.deterministic,
         types.Limits(**{name: getattr(response.limits, name) for name in names}),
+        types.WeightCounts(response.weights.nf4, response.weights.unquantized, response.weights.experts),
     )
 
 

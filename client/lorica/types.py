@@ -168,6 +168,16 @@ class Limits:
     max_choices: int
     max_logprobs: int
     max_stop_strings: int
+    original_context_tokens: int
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Numbers of the base's weights in 4 bits and not; `experts` of the latter belong to fused experts."""
+
+    nf4: int
+    unquantized: int
+    experts: int
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,7 @@ class ModelInfo:
     device: str
     deterministic: bool
     limits: Limits
+    weights: WeightCounts
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from lorica_adapters.errors import AdapterError
+from lorica_adapters.spec import WeightCounts
 from lorica_adapters.store.records import AdapterNames
 from lorica_adapters.threads import limit_spinning
 from lorica_server.api.adapter_service import AdapterService
+from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Gate, Parts
 from lorica_server.api.grpc_server import GrpcOptions, GrpcServer
 from lorica_server.api.inference_service import InferenceService
@@ -152,7 +154,8 @@ class App:
             "fingerprint": model.fingerprint[:12],
             "device": model.device,
             "dtype": model.compute_dtype + (" deterministic" if model.deterministic else ""),
-            "context": f"{limits.context_tokens} tokens",
+            "weights": _describe_weights(model.weights),
+            "context": f"{limits.context_tokens} tokens" + _describe_rope(limits),
             "kv_cache": f"{limits.kv_tokens} tokens",
             "batch": f"{limits.max_running} requests, {limits.max_batch_tokens} tokens; {limits.max_queued} wait",
             "adapters": f"{limits.adapter_device_bytes >> 20} MiB on the device, rank up to {limits.max_rank}",
@@ -260,6 +263,22 @@ def _leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError):  # closed, or nobody reads it any more
             stream.flush()
     os._exit(code)
+
+
+def _describe_weights(counts: WeightCounts) -> str:
+    text = f"{counts.nf4_share:.0%} in NF4"
+    if counts.experts:
+        text += f"; {counts.experts / 1e6:,.1f} million of the experts' stay unquantized: they are fused"
+    return text
+
+
+def _describe_rope(limits: Limits) -> str:
+    if limits.original_context_tokens is None or limits.context_tokens <= limits.original_context_tokens:
+        return ""
+    return (
+        f"; requests that may grow beyond {limits.original_context_tokens} (prompt and max_tokens) use LongRoPE's long "
+        "factors throughout, others the short ones, as in training"
+    )
 
 
 _LABELS = ("model", "fingerprint", "device", "dtype")

@@ -32,6 +32,7 @@ from lorica_adapters.residency.slots import SlotTable
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Quotas, Wishes
+from lorica_adapters.weight_counts import count_weights, is_mixture
 from lorica_adapters.weights import AdapterWeights
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Parts
@@ -78,6 +79,12 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     base = _load(config, source)
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
     codec = TextCodec.load(source, revision=config.revision)
+    if config.deterministic and is_mixture(base.config):
+        raise StartError(
+            f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens of a "
+            "step are routed to it, so --deterministic cannot be kept",
+            remedy="serve it without --deterministic",
+        )
     kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
     with _refused():
         examined = examine(base, context)
@@ -261,7 +268,9 @@ def _model_info(
             max_choices=min(config.max_choices, engine.max_live),
             max_logprobs=config.max_logprobs,
             max_stop_strings=config.max_stop_strings,
+            original_context_tokens=engine.original_context,
         ),
+        weights=count_weights(base.spec),
     )
 
 

@@ -18,7 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from lorica_adapters.errors import AdapterInvalid
-from lorica_adapters.spec import AdapterSpec
+from lorica_adapters.spec import AdapterSpec, WeightCounts
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import Quotas, Wishes
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -155,7 +155,7 @@ class Inside:
             max_logprobs=config.max_logprobs,
             max_stop_strings=config.max_stop_strings,
         )
-        model = ModelInfo("fake", "llama", BASE, "float32", "cpu", False, limits)
+        model = ModelInfo("fake", "llama", BASE, "float32", "cpu", False, limits, WeightCounts(0, 0, 0))
         parts = Parts(self.client, self.registry, self.codec, model, self.states)
         return Built(parts, engine, lambda: AdapterReading(slots=4), self.registry.close)
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 from lorica.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
 from lorica.terminal.output import print_json, print_table, size
+from lorica.types import WeightCounts
 
 
 def command(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
@@ -29,6 +30,7 @@ def command(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None
         ("chat template", "yes" if model.chat_template_digest else "none"),
         ("device", model.device),
         ("dtype", model.compute_dtype + (", deterministic" if model.deterministic else "")),
+        ("weights", _weights(model.weights)),
         ("context", f"{limits.context_tokens:,} tokens"),
         ("KV cache", f"{limits.kv_cache_tokens:,} tokens"),
         ("batch", f"{limits.max_running_requests} requests, {limits.max_batch_tokens:,} tokens"),
@@ -40,3 +42,11 @@ def command(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None
          f"{limits.max_stop_strings} stop strings"),
     ]  # fmt: skip
     print_table(("FIELD", "VALUE"), rows, empty="")
+
+
+def _weights(counts: WeightCounts) -> str:
+    total = counts.nf4 + counts.unquantized
+    if not total:
+        return "unknown"
+    share = f"{total / 1e6:,.1f} million, {counts.nf4 / total:.0%} in NF4"
+    return share + (f", {counts.experts / total:.0%} in unquantized experts" if counts.experts else "")

@@ -682,6 +682,7 @@ class GetModelResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     architecture: _builtins.str
     fingerprint: _builtins.str
@@ -693,6 +694,8 @@ class GetModelResponse(_message.Message):
     deterministic: _builtins.bool
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def weights(self) -> Global___WeightCounts: ...
     def __init__(
         self,
         *,
@@ -704,14 +707,44 @@ class GetModelResponse(_message.Message):
         device: _builtins.str = ...,
         deterministic: _builtins.bool = ...,
         limits: Global___Limits | None = ...,
+        weights: Global___WeightCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "chat_template_digest", b"chat_template_digest", "compute_dtype", b"compute_dtype", "deterministic", b"deterministic", "device", b"device", "fingerprint", b"fingerprint", "limits", b"limits", "model_id", b"model_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "chat_template_digest", b"chat_template_digest", "compute_dtype", b"compute_dtype", "deterministic", b"deterministic", "device", b"device", "fingerprint", b"fingerprint", "limits", b"limits", "model_id", b"model_id", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class WeightCounts(_message.Message):
+    """How many weights of the base are held in which form."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NF4_FIELD_NUMBER: _builtins.int
+    UNQUANTIZED_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    nf4: _builtins.int
+    unquantized: _builtins.int
+    """Embeddings, head, norms, and fused experts, in the compute dtype."""
+    experts: _builtins.int
+    """Of the unquantized ones, those of fused experts (mixture-of-experts bases)."""
+    def __init__(
+        self,
+        *,
+        nf4: _builtins.int = ...,
+        unquantized: _builtins.int = ...,
+        experts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "nf4", b"nf4", "unquantized", b"unquantized"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightCounts: _TypeAlias = WeightCounts  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
@@ -729,6 +762,7 @@ class Limits(_message.Message):
     MAX_CHOICES_FIELD_NUMBER: _builtins.int
     MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
     MAX_STOP_STRINGS_FIELD_NUMBER: _builtins.int
+    ORIGINAL_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     context_tokens: _builtins.int
     max_batch_tokens: _builtins.int
     max_running_requests: _builtins.int
@@ -741,6 +775,10 @@ class Limits(_message.Message):
     max_choices: _builtins.int
     max_logprobs: _builtins.int
     max_stop_strings: _builtins.int
+    original_context_tokens: _builtins.int
+    """On bases with LongRoPE: sequences that may grow beyond it use the long factors from their first token on, and a
+    request within it that states no max_tokens ends at it. 0 on others.
+    """
     def __init__(
         self,
         *,
@@ -756,10 +794,11 @@ class Limits(_message.Message):
         max_choices: _builtins.int = ...,
         max_logprobs: _builtins.int = ...,
         max_stop_strings: _builtins.int = ...,
+        original_context_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_device_bytes", b"adapter_device_bytes", "context_tokens", b"context_tokens", "kv_cache_tokens", b"kv_cache_tokens", "max_adapter_bytes", b"max_adapter_bytes", "max_batch_tokens", b"max_batch_tokens", "max_choices", b"max_choices", "max_logprobs", b"max_logprobs", "max_queued_requests", b"max_queued_requests", "max_rank", b"max_rank", "max_running_requests", b"max_running_requests", "max_stop_strings", b"max_stop_strings", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_device_bytes", b"adapter_device_bytes", "context_tokens", b"context_tokens", "kv_cache_tokens", b"kv_cache_tokens", "max_adapter_bytes", b"max_adapter_bytes", "max_batch_tokens", b"max_batch_tokens", "max_choices", b"max_choices", "max_logprobs", b"max_logprobs", "max_queued_requests", b"max_queued_requests", "max_rank", b"max_rank", "max_running_requests", b"max_running_requests", "max_stop_strings", b"max_stop_strings", "original_context_tokens", b"original_context_tokens", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -103,3 +103,4 @@ class Limits:
     max_choices: int
     max_logprobs: int
     max_stop_strings: int
+    original_context_tokens: int | None = None  # of a LongRoPE base

@@ -120,6 +120,9 @@ def write_model(info: ModelInfo, template_digest: str) -> inference_pb2.GetModel
         device=info.device,
         deterministic=info.deterministic,
         limits=_write_limits(info.limits),
+        weights=inference_pb2.WeightCounts(
+            nf4=info.weights.nf4, unquantized=info.weights.unquantized, experts=info.weights.experts
+        ),
     )
 
 
@@ -137,6 +140,7 @@ def _write_limits(limits: Limits) -> inference_pb2.Limits:
         max_choices=limits.max_choices,
         max_logprobs=limits.max_logprobs,
         max_stop_strings=limits.max_stop_strings,
+        original_context_tokens=limits.original_context_tokens or 0,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from lorica_adapters.spec import WeightCounts
 from lorica_server.api.calls import Limits
 
 Tier = Literal["registered", "loaded", "resident"]
@@ -76,3 +77,4 @@ class ModelInfo:
     device: str
     deterministic: bool
     limits: Limits
+    weights: WeightCounts

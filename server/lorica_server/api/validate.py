@@ -127,7 +127,8 @@ def check_token_ids(field: str, ids: Collection[int], vocabulary: int) -> None:
 
 
 def fit_tokens(prompt: int, max_tokens: int | None, limits: Limits) -> int:
-    """How many tokens may be made after a prompt of `prompt` tokens; None means what is left.
+    """How many tokens may be made after a prompt of `prompt` tokens; None means what is left, and on a LongRoPE base
+    no more than its original context where the prompt is within it: longer sequences compute by other factors.
 
     Raises InvalidRequest when the prompt leaves no room, or the caller asked for more than there is,
     in the context or in the whole KV cache.
@@ -144,7 +145,11 @@ def fit_tokens(prompt: int, max_tokens: int | None, limits: Limits) -> int:
         if max_tokens is not None and prompt + max_tokens > room:
             why = f"{prompt} prompt tokens and {max_tokens} more are over {what} of {limit}"
             raise InvalidRequest("stopping.max_tokens", why, metadata=facts)
-    return max_tokens if max_tokens is not None else min(limits.context_tokens, limits.kv_tokens + 1) - prompt
+    if max_tokens is not None:
+        return max_tokens
+    room = min(limits.context_tokens, limits.kv_tokens + 1)
+    original = limits.original_context_tokens
+    return (room if original is None or prompt > original else min(room, original + 1)) - prompt
 
 
 def check_suppressed(suppressed: Collection[int], limits: Limits) -> None:
