@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import defaultdict
 
 import pytest
 
 from lorica_server.engine.client import EngineClient
 from lorica_server.engine.mailbox import Abort, Finish, Mailbox, Submit
+from lorica_server.engine.plan import StepPlan
 from lorica_server.engine.stream import RequestStream
 from lorica_server.errors import Draining, DuplicateRequest, InvalidRequest, Overloaded, Unavailable
 from lorica_server.requests import FinishReason, RequestFailure, TokenEvent
@@ -133,10 +135,19 @@ async def test_abort_by_id_reaches_the_engine_once_and_only_the_owner_may():
 
 async def test_an_aborted_reader_hears_of_it():
     async with running() as server:
+        aborted = threading.Event()
+
+        def hold(plan: StepPlan) -> dict[str, RequestFailure]:
+            if plan.step > 1:  # a fast engine would be through before the reader has seen the first token
+                aborted.wait(20)
+            return {}
+
+        server.runner.inject = hold
         stream = server.client.submit(submission(max_tokens=200))
         async for event in stream:
             if event.token is not None:
                 assert server.client.abort("default", "r")
+                aborted.set()
                 break
         rest = await asyncio.wait_for(read(stream), 20)
     assert rest[0][-1].finish is FinishReason.ABORTED
