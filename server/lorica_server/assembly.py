@@ -81,8 +81,8 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     codec = TextCodec.load(source, revision=config.revision)
     if config.deterministic and is_mixture(base.config):
         raise StartError(
-            f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens of a "
-            "step are routed to it, so --deterministic cannot be kept",
+            f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
+            "of a step are routed to it, so --deterministic cannot be kept",
             remedy="serve it without --deterministic",
         )
     kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
