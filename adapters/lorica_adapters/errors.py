@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter. Each class says who must act; the server maps classes to status codes.
+"""What can be wrong with an adapter or a base. Each class says who must act; the server maps classes to status codes.
 
 Torch-free and transport-free. `subject` names the thing (file, tensor, config key or adapter),
 `remedy` says what the caller can do; both travel to the client.
@@ -59,3 +59,11 @@ class StoreCorrupt(AdapterError):
 
 class PoolExhausted(AdapterError):
     """The operator must act: an adapter needs more device bytes than the whole budget."""
+
+
+class BaseInvalid(Exception):
+    """The operator must act: this directory cannot be a base. Before anything is loaded, so no caller ever sees it."""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy

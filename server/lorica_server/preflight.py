@@ -14,6 +14,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorica_adapters.base_files import check_base_files
+from lorica_adapters.errors import BaseInvalid
 from lorica_server.config import EMBEDDED_MODEL, ServeConfig
 from lorica_server.errors import StartError
 from lorica_server.options import is_unix, split_address, unix_path
@@ -90,13 +92,17 @@ def check_model(model: str, environ: Mapping[str, str]) -> None:
         return
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise StartError(
-                f"model: {model} holds no config.json", remedy="give the directory of a Hugging Face checkpoint"
-            )
+        try:
+            check_base_files(path)
+        except BaseInvalid as error:
+            raise StartError(f"model: {model} cannot be served: {error}", remedy=error.remedy) from error
         return
     if path.exists():
-        raise StartError(f"model: {model} is not a directory", remedy="give the directory of a Hugging Face checkpoint")
+        raise StartError(
+            f"model: {model} is a file, not a directory",
+            remedy="give the directory of a Hugging Face checkpoint: config.json, safetensors and tokenizer.json "
+            "(single files, GGUF among them, are not read)",
+        )
     if not _HUB_ID.fullmatch(model):
         raise StartError(
             f"model: there is no directory {model}, and it is not a hub id",

@@ -183,8 +183,10 @@ def test_row_43_port_in_use() -> None:
 
 
 def test_row_43_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"GGUF")
     for model, why in (
         (str(tmp_path / "absent"), "no directory"),
+        (str(tmp_path / "model"), "is a file, not a directory"),
         (str(tmp_path), "config.json"),
         ("org/name", "HF_HUB_OFFLINE"),
     ):

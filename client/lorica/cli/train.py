@@ -28,8 +28,8 @@ def command(
     from lorica_trainer.preflight import check_job
 
     job = read_job(job_file)
+    check_job(job, resume=resume)  # what can be known before torch is imported
     if check:
-        check_job(job, resume=resume)
         print(f"ok: {job_file} is a valid job")
         return
 

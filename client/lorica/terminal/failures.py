@@ -100,7 +100,11 @@ def _server(error: BaseException) -> Failure | None:
 
 def _adapters(error: BaseException) -> Failure | None:
     errors = _loaded("lorica_adapters.errors")
-    if errors is None or not isinstance(error, errors.AdapterError):
+    if errors is None:
+        return None
+    if isinstance(error, errors.BaseInvalid):
+        return Failure(str(error), ExitCode.USAGE, error.remedy)
+    if not isinstance(error, errors.AdapterError):
         return None
     return Failure(error.message, ExitCode.REFUSED, error.remedy)
 
