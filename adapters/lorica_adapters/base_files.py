@@ -106,9 +106,9 @@ def _check_shards(directory: Path, names: frozenset[str]) -> None:
     for tensor, shard in weight_map.items():
         shards.setdefault(shard, set()).add(tensor)
     if missing := sorted(shards.keys() - names):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise BaseInvalid(
-            f"{missing[0]}{more} of the {len(shards)} shards that {INDEX} names are missing",
+            f"{missing[0]}{more} is missing, one of the {len(shards)} shards that {INDEX} names",
             remedy="download or copy the checkpoint completely",
         )
     for shard in sorted(shards):

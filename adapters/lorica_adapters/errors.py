@@ -53,6 +53,10 @@ class StoreUnavailable(AdapterError):
     """The operator must act, the caller may retry: disk full, read-only, locked or failing."""
 
 
+class StoreFull(StoreUnavailable):
+    """The operator or the caller must free space: the disk of the store is full. Deleting adapters still works."""
+
+
 class StoreCorrupt(AdapterError):
     """The operator must act: the catalog cannot be read; `remedy` holds the repair command."""
 

@@ -212,6 +212,7 @@ _CLASSES: dict[type[Exception], Verdict] = {
     adapters.UploadOffset: Verdict(Code.OUT_OF_RANGE, 416, "UPLOAD_OFFSET"),
     adapters.QuotaExceeded: Verdict(Code.RESOURCE_EXHAUSTED, 429, "QUOTA_EXCEEDED"),
     adapters.StoreUnavailable: Verdict(Code.UNAVAILABLE, 503, "STORE_UNAVAILABLE"),
+    adapters.StoreFull: Verdict(Code.UNAVAILABLE, 503, "STORE_FULL"),
     adapters.StoreCorrupt: Verdict(Code.UNAVAILABLE, 503, "STORE_CORRUPT"),
     adapters.PoolExhausted: Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_TOO_LARGE"),
 }

@@ -7,6 +7,7 @@ everything that waits for a disk is `async` and runs in a thread. Knows no proto
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
 from lorica_adapters.spec import AdapterSpec
@@ -121,22 +122,26 @@ class Download:
     async def chunks(self, size: int = 1 << 18) -> AsyncGenerator[DownloadChunk, None]:
         """Every byte of every file, in the order of `files`, at most `size` bytes at a time.
 
-        Raises AdapterCorrupt when a file is gone or shorter than it was.
+        Raises AdapterCorrupt when a file is gone, shorter than it was or of another hash; it is quarantined then.
         """
         for entry in self.files:
             stream = await asyncio.to_thread(self._store.open_file, entry)
+            sha256 = hashlib.sha256()
             try:
                 offset = 0
                 while offset < entry.size:
-                    data = await asyncio.to_thread(stream.read, min(size, entry.size - offset))
+                    data = await asyncio.to_thread(_read_hashed, stream, min(size, entry.size - offset), sha256)
                     if not data:
-                        raise _short(entry)
+                        break
                     yield DownloadChunk(entry.file, offset, data)
                     offset += len(data)
             except OSError as error:
                 raise _unreadable() from error
             finally:
                 stream.close()
+            if sha256.hexdigest() != entry.sha256:
+                await asyncio.to_thread(self._store.check_file, entry)
+                raise _damaged(entry)  # healed meanwhile by a new upload: what was sent is wrong all the same
 
     def close(self) -> None:
         """Give the pin back. Idempotent."""
@@ -299,8 +304,14 @@ def split_reference(reference: str) -> tuple[str, str]:
     return name, prefix
 
 
-def _short(entry: FileEntry) -> AdapterCorrupt:
-    return AdapterCorrupt(f"{entry.file} ended early", subject=entry.file, remedy="upload the same content again")
+def _read_hashed(stream: BinaryIO, size: int, sha256: hashlib._Hash) -> bytes:
+    data = stream.read(size)
+    sha256.update(data)
+    return data
+
+
+def _damaged(entry: FileEntry) -> AdapterCorrupt:
+    return AdapterCorrupt(f"stored bytes of {entry.file} were damaged", subject=entry.file, remedy="try again")
 
 
 def _unreadable() -> StoreUnavailable:

@@ -114,7 +114,7 @@ BROKEN: dict[str, tuple[list[Break], str]] = {
         [lambda base: write(WEIGHTS, (base / WEIGHTS).read_bytes() + b"xy")(base)],
         "has 2 bytes after its last tensor",
     ),
-    "shard missing": ([shard, remove(SECOND)], rf"{SECOND} of the 2 shards that {INDEX} names are missing"),
+    "shard missing": ([shard, remove(SECOND)], rf"{SECOND} is missing, one of the 2 shards that {INDEX} names"),
     "shard cut": ([shard, cut(SECOND, 50_000)], rf"{SECOND} is cut: it has 50000 bytes"),
     "shard is a pointer": ([shard, write(SECOND, LFS)], rf"{SECOND} is a Git LFS pointer"),
     "index is a pointer": ([shard, write(INDEX, LFS)], rf"{INDEX} is a Git LFS pointer"),

@@ -17,7 +17,7 @@ from lorica_adapters.errors import (
     StoreUnavailable,
 )
 from lorica_adapters.spec import AdapterSpec
-from lorica_adapters.store.records import AdapterUpdate, Quotas
+from lorica_adapters.store.records import AdapterUpdate, Health, Quotas
 from lorica_server.registry import Registry, split_reference
 from support.stores import (
     BASE,
@@ -277,6 +277,27 @@ async def test_a_download_of_a_file_cut_short_says_so(registry: Registry, tmp_pa
             [chunk async for chunk in download.chunks()]
     with pytest.raises(AdapterNotFound):
         await registry.download(TENANT, "nobody")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+async def test_what_a_download_finds_damaged_is_marked(registry: Registry, tmp_path: Path, harm: str) -> None:
+    await push(registry, "one", FILES)
+    sha256 = next(entry.sha256 for entry in entries_of(FILES) if entry.file == MODEL)
+    blob = tmp_path / "blobs" / sha256[:2] / sha256
+    data = blob.read_bytes()
+    with await registry.download(TENANT, "one") as download:
+        if harm == "remove":
+            blob.unlink()
+        else:
+            blob.write_bytes(data[:100] if harm == "cut" else bytes([data[0] ^ 1]) + data[1:])
+        with pytest.raises(AdapterCorrupt):
+            [chunk async for chunk in download.chunks()]
+    assert (await registry.get(TENANT, "one")).health is Health.CORRUPT
+    with pytest.raises(AdapterCorrupt):
+        registry.resolve(TENANT, "one")
+    await push(registry, "one", FILES)
+    assert (await registry.get(TENANT, "one")).health is Health.OK
 
 
 @pytest.mark.asyncio

@@ -133,6 +133,10 @@ class SteppedDisk(Disk):
         self._step("write_rest", path)
         super().write_at(path, offset + half, data[half:])
 
+    def allocate(self, path: Path, size: int) -> None:
+        self._step("allocate", path)
+        super().allocate(path, size)
+
     def truncate(self, path: Path, size: int) -> None:
         self._step("truncate", path)
         super().truncate(path, size)

@@ -68,12 +68,13 @@ class Blobs:
         """Whether not one blob is stored."""
         return not any(self._disk.children(shard) for shard in self._disk.children(self._root))
 
-    def sweep(self, keep: Set[str]) -> int:
-        """Remove every file whose name is not in `keep`, temporary ones too; returns how many."""
-        removed = 0
+    def sweep(self, keep: Set[str]) -> list[Path]:
+        """Remove what no install finished; returns the complete blobs that are not in `keep`."""
+        unknown = []
         for shard in self._disk.children(self._root):
             for file in self._disk.children(shard):
-                if file.name not in keep:
+                if file.name.endswith(_TEMPORARY):
                     self._disk.remove(file)
-                    removed += 1
-        return removed
+                elif file.name not in keep:
+                    unknown.append(file)
+        return unknown

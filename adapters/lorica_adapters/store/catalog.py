@@ -17,6 +17,7 @@ from typing import Any
 from lorica_adapters.errors import AdapterInvalid, AdapterNotFound
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store import schema
+from lorica_adapters.store.journal import Publication
 from lorica_adapters.store.records import AdapterNames, AdapterRecord, FileEntry, Health, Wishes
 from lorica_adapters.store.spec_json import decode_spec
 
@@ -159,6 +160,19 @@ class Catalog:
     def blobs(self) -> Set[str]:
         """The hash of every file that some version needs."""
         return {row[0] for row in self._read("SELECT sha256 FROM blobs")}
+
+    def publications(self) -> list[Publication]:
+        """Every version that a name keeps, the oldest first."""
+        rows = self._read(
+            """SELECT h.seq, h.tenant, h.name, v.digest, f.file, f.sha256 FROM history h
+            JOIN versions v ON v.id = h.version JOIN version_files f ON f.version = v.id ORDER BY h.seq, f.file"""
+        )
+        found: dict[int, Publication] = {}
+        files: dict[int, dict[str, str]] = {}
+        for seq, tenant, name, digest, file, sha256 in rows:
+            files.setdefault(seq, {})[file] = sha256
+            found[seq] = Publication(tenant, name, digest, files[seq])
+        return list(found.values())
 
     def entries(self, tenant: str, digest: str) -> tuple[FileEntry, ...]:
         """The files of a tenant's version, by name; empty if there is no such version."""

@@ -80,6 +80,19 @@ def check_labels(labels: Mapping[str, str]) -> None:
             )
 
 
+def check_upload(tenant: str, upload_id: str) -> None:
+    """What every call on an open upload is given."""
+    check_name(tenant, "tenant")
+    check_upload_id(upload_id)
+
+
+def check_reference(tenant: str, name: str, prefix: str) -> None:
+    """What every look-up of a name is given."""
+    check_name(tenant, "tenant")
+    check_name(name)
+    check_prefix(prefix)
+
+
 def check_manifest(manifest: UploadManifest, quotas: Quotas) -> None:
     """AdapterInvalid on a bad name, label or file; QuotaExceeded when the upload alone is too large."""
     check_name(manifest.name)

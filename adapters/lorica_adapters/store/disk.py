@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from lorica_adapters.errors import StoreUnavailable
+from lorica_adapters.errors import StoreFull, StoreUnavailable
 
 _READ_BYTES = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REASONS = {
-    errno.ENOSPC: ("its disk is full", "free some space and try again"),
-    errno.EDQUOT: ("its disk quota is used up", "free some space and try again"),
+    errno.ENOSPC: ("its disk is full", "free some space (deleting adapters works) and try again"),
+    errno.EDQUOT: ("its disk quota is used up", "free some space (deleting adapters works) and try again"),
     errno.EROFS: ("it is read-only", "make it writable and try again"),
     errno.EACCES: ("permission is denied", "give the server's user access to it"),
     errno.EPERM: ("permission is denied", "give the server's user access to it"),
@@ -36,7 +37,8 @@ def storage_errors(action: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason, remedy = _REASONS.get(error.errno or 0, (error.strerror or type(error).__name__, "look at its log"))
-        raise StoreUnavailable(f"the store cannot {action}: {reason}", subject="store", remedy=remedy) from error
+        kind = StoreFull if error.errno in _FULL else StoreUnavailable
+        raise kind(f"the store cannot {action}: {reason}", subject="store", remedy=remedy) from error
 
 
 class Disk:
@@ -54,6 +56,14 @@ class Disk:
             while view:
                 written = os.pwrite(descriptor, view, offset)
                 view, offset = view[written:], offset + written
+        finally:
+            os.close(descriptor)
+
+    def allocate(self, path: Path, size: int) -> None:
+        """Make a file of zeros that really holds `size` bytes of the disk."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
         finally:
             os.close(descriptor)
 

@@ -1,7 +1,6 @@
 """The embedded store: one directory with a catalog, blobs, open uploads and a lock.
 
-    <root>/lock  catalog.sqlite3  blobs/<2 hex>/<sha256>  uploads/<tenant>/<upload_id>/
-
+What lies in it is listed in docs/store.md.
 Bytes are durable before the catalog's transaction that names them ends; they go after the one that
 forgets them. Knows no tensor, no network, no running request beyond its pin.
 """
@@ -16,15 +15,24 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from lorica_adapters.errors import AdapterConflict, AdapterCorrupt, AdapterError, AdapterNotFound, StoreUnavailable
+from lorica_adapters.errors import (
+    AdapterConflict,
+    AdapterCorrupt,
+    AdapterError,
+    AdapterNotFound,
+    StoreFull,
+    StoreUnavailable,
+)
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store import changes, checks, schema
 from lorica_adapters.store.blobs import Blobs
 from lorica_adapters.store.catalog import Catalog, Connect
 from lorica_adapters.store.disk import Disk, storage_errors
+from lorica_adapters.store.journal import Journal, Publication
 from lorica_adapters.store.lock import DirectoryLock
+from lorica_adapters.store.lost import Lost
 from lorica_adapters.store.pins import Pins
 from lorica_adapters.store.records import (
     AdapterNames,
@@ -41,16 +49,18 @@ from lorica_adapters.store.records import (
     UploadProgress,
     Wishes,
 )
+from lorica_adapters.store.reserve import Reserve
 from lorica_adapters.store.uploads import Uploads
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class LocalStore:
     """AdapterStore on a local file system; see that protocol for what each method promises.
 
-    Opening takes the directory's lock, checks the catalog and sweeps what a killed process left: torn
-    publishes are removed, open uploads younger than `Quotas.upload_ttl_seconds` are kept for a resume.
+    Opening takes the directory's lock, checks the catalog and sweeps what a killed process left: files that the
+    catalog does not know move to `lost/`, open uploads younger than `Quotas.upload_ttl_seconds` are kept for a resume.
     Raises StoreUnavailable (in use, read-only, full) and StoreCorrupt with the repair command.
     `disk`, `connect` and `clock` (seconds since the epoch) are the doors to the outside.
     """
@@ -74,6 +84,9 @@ class LocalStore:
         self._doubtful: set[str] = set()
         self._removed: deque[str] = deque()  # digests nobody was told of yet
         disk = disk or Disk()
+        self._reserve = Reserve(root, disk)
+        self._journal = Journal(root, disk)
+        self._lost = Lost(root, disk, clock)
         with storage_errors("be opened"):
             disk.make_directory(root)
             self._lock = DirectoryLock(root)
@@ -81,7 +94,8 @@ class LocalStore:
             with storage_errors("be opened"):
                 self._blobs = Blobs(root / "blobs", disk)
                 self._uploads = Uploads(root / "uploads", disk, self._quotas, clock)
-                self._catalog = Catalog(root, blobs_exist=not self._blobs.is_empty(), connect=connect)
+                blobs_exist = not self._blobs.is_empty()
+                self._catalog = self._on_reserve(lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect))
         except BaseException:
             self._lock.release()
             raise
@@ -119,23 +133,23 @@ class LocalStore:
         return self._uploads.begin(tenant, upload_id, manifest)
 
     def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
-        self._check_upload(tenant, upload_id)
+        checks.check_upload(tenant, upload_id)
         with self._uploads.session(tenant, upload_id) as session:
             return session.write(file, offset, data)
 
     def query_upload(self, tenant: str, upload_id: str) -> UploadProgress:
-        self._check_upload(tenant, upload_id)
+        checks.check_upload(tenant, upload_id)
         with self._uploads.session(tenant, upload_id) as session:
             session.sync()
             return session.progress(upload_id)
 
     def staged_files(self, tenant: str, upload_id: str) -> StagedUpload:
-        self._check_upload(tenant, upload_id)
+        checks.check_upload(tenant, upload_id)
         with self._uploads.session(tenant, upload_id) as session:
             return session.staged()
 
     def discard_upload(self, tenant: str, upload_id: str) -> None:
-        self._check_upload(tenant, upload_id)
+        checks.check_upload(tenant, upload_id)
         try:
             with self._uploads.session(tenant, upload_id) as session:
                 self._uploads.end(tenant, upload_id, session)
@@ -143,7 +157,7 @@ class LocalStore:
             return
 
     def publish(self, tenant: str, upload_id: str, spec: AdapterSpec, base: str) -> Published:
-        self._check_upload(tenant, upload_id)
+        checks.check_upload(tenant, upload_id)
         checks.check_digest(spec.digest)
         checks.check_fingerprint(base)
         with self._uploads.session(tenant, upload_id) as session:
@@ -171,16 +185,23 @@ class LocalStore:
                             if not self._blobs.exists(entry.sha256):
                                 new.add(entry.sha256)
                             self._blobs.install(staged.files[entry.file], entry.sha256)
+                if changed or install:
+                    files = manifest.files if install else self._catalog.entries(tenant, spec.digest)
+                    hashes = {entry.file: entry.sha256 for entry in files}
+                    with storage_errors("keep an adapter"):
+                        self._journal.append(Publication(tenant, manifest.name, spec.digest, hashes))
         except BaseException:
             self._doubtful |= new
             raise
         self._settle()
+        if self._journal.is_large:
+            self._shorten_journal()
         return changed
 
     # Names
 
     def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
-        self._check_reference(tenant, name, prefix)
+        checks.check_reference(tenant, name, prefix)
         return self._catalog.get(tenant, name, prefix)
 
     def list(self, tenant: str, page_size: int = 100, page_token: str = "") -> AdapterPage:
@@ -192,7 +213,7 @@ class LocalStore:
         return AdapterPage(records[:page_size], checks.encode_page_token(records[page_size - 1].id.name))
 
     def update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
-        self._check_reference(tenant, name, "")
+        checks.check_reference(tenant, name, "")
         for alias in (*change.add_aliases, *change.remove_aliases):
             checks.check_name(alias, "alias")
         checks.check_labels(change.set_labels)
@@ -203,12 +224,15 @@ class LocalStore:
             return self._catalog.get(tenant, name)
 
     def delete(self, tenant: str, name: str) -> None:
-        self._check_reference(tenant, name, "")
+        checks.check_reference(tenant, name, "")
         with self._changing:
-            with self._catalog.transaction() as tx:
-                changes.delete(tx, tenant, name)
+            self._on_reserve(lambda: self._delete(tenant, name))
             self._settle()
         self._collect_quietly()
+
+    def _delete(self, tenant: str, name: str) -> None:
+        with self._catalog.transaction() as tx:
+            changes.delete(tx, tenant, name)
 
     def wishes(self) -> Wishes:
         return self._catalog.wishes()
@@ -219,7 +243,7 @@ class LocalStore:
     # Pins
 
     def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
-        self._check_reference(tenant, name, prefix)
+        checks.check_reference(tenant, name, prefix)
         with self._pins.lock:
             found, spec, health = self._catalog.find(tenant, name, prefix)
             if health is Health.CORRUPT:
@@ -240,17 +264,22 @@ class LocalStore:
 
     def collect(self) -> int:
         with self._changing:
-            with self._catalog.transaction() as tx:
-                unreachable = changes.unreachable(tx)
-                with self._pins.lock:
-                    # No name leads here since an earlier commit: what is not pinned now cannot be pinned any more.
-                    doomed = [version for version, digest in unreachable.items() if digest not in self._pins]
-                    self._pins.set_orphans(frozenset(d for d in unreachable.values() if d in self._pins))
-                blobs = changes.remove_versions(tx, doomed)
-                removed = changes.missing(tx, {unreachable[version] for version in doomed})
-            self._removed.extend(removed)
-            for sha256 in blobs:
-                self._remove_blob(sha256)
+            collected = self._on_reserve(self._collect)
+            self._reserve.fill()
+        return collected
+
+    def _collect(self) -> int:
+        with self._catalog.transaction() as tx:
+            unreachable = changes.unreachable(tx)
+            with self._pins.lock:
+                # No name leads here since an earlier commit: what is not pinned now cannot be pinned any more.
+                doomed = [version for version, digest in unreachable.items() if digest not in self._pins]
+                self._pins.set_orphans(frozenset(d for d in unreachable.values() if d in self._pins))
+            blobs = changes.remove_versions(tx, doomed)
+            removed = changes.missing(tx, {unreachable[version] for version in doomed})
+        self._removed.extend(removed)
+        for sha256 in blobs:
+            self._remove_blob(sha256)
         return len(doomed)
 
     def take_removed(self) -> frozenset[str]:
@@ -294,7 +323,13 @@ class LocalStore:
             try:
                 return self._blobs.open(entry.sha256)
             except FileNotFoundError as error:
+                self._is_intact(entry.sha256)
                 raise _corrupt(entry.sha256) from error
+
+    def check_file(self, entry: FileEntry) -> None:
+        checks.check_digest(entry.sha256)
+        if not self._is_intact(entry.sha256):
+            raise _corrupt(entry.sha256)
 
     def _is_intact(self, sha256: str) -> bool:
         """Re-hash a blob and quarantine it if it is damaged."""
@@ -319,9 +354,24 @@ class LocalStore:
         self._uploads.sweep()
         self.collect()
         with storage_errors("sweep"):
-            removed = self._blobs.sweep(self._catalog.blobs())
-        if removed:
-            _log.info("swept %d files of unfinished publishes", removed)
+            unknown = self._blobs.sweep(self._catalog.blobs())
+        self._lost.take(unknown)
+        self._shorten_journal()
+
+    def _shorten_journal(self) -> None:
+        try:
+            self._journal.shorten(self._catalog.publications(), self._lost.files().keys())
+        except OSError as error:
+            _log.warning("the journal of publishes could not be shortened: %s", error.strerror)
+
+    def _on_reserve(self, change: Callable[[], _T]) -> _T:
+        """Make a change that can free space; on a full disk, in the space kept for it."""
+        while True:
+            try:
+                return change()
+            except StoreFull:
+                if not self._reserve.release():
+                    raise
 
     def _settle(self) -> None:
         """After a commit that wrote: failed ones before it cannot come back, their blobs may go."""
@@ -342,15 +392,6 @@ class LocalStore:
             self.collect()
         except AdapterError as error:
             _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
-
-    def _check_upload(self, tenant: str, upload_id: str) -> None:
-        checks.check_name(tenant, "tenant")
-        checks.check_upload_id(upload_id)
-
-    def _check_reference(self, tenant: str, name: str, prefix: str) -> None:
-        checks.check_name(tenant, "tenant")
-        checks.check_name(name)
-        checks.check_prefix(prefix)
 
 
 def _corrupt(digest: str) -> AdapterCorrupt:

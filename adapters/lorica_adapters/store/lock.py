@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lorica_adapters.errors import StoreUnavailable
@@ -18,8 +19,9 @@ class DirectoryLock:
             self._descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(self._descriptor, 0)
-                os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+                with suppress(OSError):  # whose it is, for a message only: a full disk must not refuse the start
+                    os.ftruncate(self._descriptor, 0)
+                    os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
             except BlockingIOError as error:
                 holder = os.pread(self._descriptor, 20, 0).decode(errors="replace") or "unknown"
                 os.close(self._descriptor)

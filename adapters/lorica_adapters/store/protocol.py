@@ -140,7 +140,12 @@ class AdapterStore(Protocol):
         """The files of a tenant's version by name, as first uploaded. AdapterNotFound."""
 
     def open_file(self, entry: FileEntry) -> BinaryIO:
-        """Open a file's bytes for reading; they stay readable once opened. AdapterCorrupt if they are gone."""
+        """Open a file's bytes for reading; they stay readable once opened. AdapterCorrupt if they are gone, as
+        `check_file`.
+        """
+
+    def check_file(self, entry: FileEntry) -> None:
+        """Re-hash a file's bytes. AdapterCorrupt, from then on raised by `acquire` too."""
 
     def close(self) -> None:
         """Let go of files and locks; the store is unusable afterwards. Idempotent."""

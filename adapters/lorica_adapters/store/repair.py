@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +40,17 @@ _PRUNE = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a repair came to; names as "tenant/name". `damaged` is the old catalog, None if there was none."""
+    """What a repair came to; names as "tenant/name". `damaged` is the old catalog, None if there was none.
+
+    `unread` is how many rows of each table could not be read, None where that cannot be known; whole tables are left
+    out. Names in such rows are in neither `kept` nor `lost`.
+    """
 
     kept: tuple[str, ...]
     lost: tuple[str, ...]
     files_set_aside: int
     damaged: Path | None
+    unread: Mapping[str, int | None]
 
 
 def repair(root: Path) -> Report:
@@ -66,8 +71,7 @@ def _rebuild(root: Path, disk: Disk) -> Report:
     with closing(sqlite3.connect(fresh, isolation_level=None)) as target:
         schema.create_tables(target)
         target.execute("BEGIN IMMEDIATE")
-        if catalog.exists():
-            _salvage(catalog, target)
+        unread = _salvage(catalog, target) if catalog.exists() else {}
         present = {file.name for shard in disk.children(root / "blobs") for file in disk.children(shard)}
         target.executemany(
             "DELETE FROM blobs WHERE sha256 = ?",
@@ -84,30 +88,65 @@ def _rebuild(root: Path, disk: Disk) -> Report:
     damaged = _keep_damaged(catalog, disk)
     disk.rename(fresh, catalog)
     disk.sync(root)
-    return Report(tuple(kept), tuple(name for name in before if name not in kept), aside, damaged)
+    return Report(tuple(kept), tuple(name for name in before if name not in kept), aside, damaged, unread)
 
 
-def _salvage(catalog: Path, target: sqlite3.Connection) -> None:
-    """Copy every row that can be read, table by table. An older catalog's rows lack the last columns of today's."""
+def _salvage(catalog: Path, target: sqlite3.Connection) -> dict[str, int | None]:
+    """Copy every row that can be read, table by table; returns what `Report.unread` is.
+
+    An older catalog's rows lack the last columns of today's.
+    """
+    unread: dict[str, int | None] = {}
     for table in schema.TABLES:
         columns = [column[1] for column in target.execute(f"PRAGMA table_info({table})").fetchall()]
-        for row in _readable_rows(catalog, table):
+        rows = _ReadableRows(catalog, table)
+        for row in rows:
             if len(row) <= len(columns):
                 names, holes = ", ".join(columns[: len(row)]), ", ".join("?" * len(row))
                 target.execute(f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({holes})", row)
+        expected = _count_rows(catalog, table, target) if rows.interrupted else None
+        copied = target.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]
+        if rows.interrupted and expected != copied:
+            unread[table] = None if expected is None or expected < copied else expected - copied
+    return unread
 
 
-def _readable_rows(catalog: Path, table: str) -> Iterator[Sequence[object]]:
+class _ReadableRows:
     """Rows from the front up to the first damaged page, then from the back; some may come twice.
 
-    The table's own pages only: `NOT INDEXED` keeps a damaged index out of the way.
+    The table's own pages only: `NOT INDEXED` keeps a damaged index out of the way. `interrupted` afterwards: not every
+    row was reached from the front.
     """
-    for order in ("ASC", "DESC"):
+
+    def __init__(self, catalog: Path, table: str) -> None:
+        self._catalog = catalog
+        self._table = table
+        self.interrupted = False
+
+    def __iter__(self) -> Iterator[Sequence[object]]:
+        for order in ("ASC", "DESC"):
+            try:
+                with closing(_open_damaged(self._catalog)) as source:
+                    yield from source.execute(f"SELECT * FROM {self._table} NOT INDEXED ORDER BY 1 {order}")
+                return
+            except sqlite3.DatabaseError:
+                self.interrupted = True
+
+
+def _count_rows(catalog: Path, table: str, target: sqlite3.Connection) -> int | None:
+    """How many rows a damaged table had, by an index of its own that can be read; None without one."""
+    for index in [row[1] for row in target.execute(f"PRAGMA index_list({table})").fetchall()]:
         try:
-            with closing(sqlite3.connect(catalog, timeout=_BUSY_SECONDS, isolation_level=None)) as source:
-                yield from source.execute(f"SELECT * FROM {table} NOT INDEXED ORDER BY 1 {order}")
+            with closing(_open_damaged(catalog)) as source:
+                # A partial index, or one that is the table itself, gives no plan here, which is an error too.
+                return int(source.execute(f'SELECT count(*) FROM {table} INDEXED BY "{index}"').fetchall()[0][0])
         except sqlite3.DatabaseError:
             continue
+    return None
+
+
+def _open_damaged(catalog: Path) -> sqlite3.Connection:
+    return sqlite3.connect(catalog, timeout=_BUSY_SECONDS, isolation_level=None)
 
 
 def _names(connection: sqlite3.Connection) -> list[str]:
@@ -157,8 +196,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{len(report.kept)} adapters kept, {len(report.lost)} lost, {report.files_set_aside} files in {root / 'lost'}"
     )
+    for table, rows in report.unread.items():
+        count = "an unknown number of" if rows is None else str(rows)
+        print(f"could not be read: {count} rows of the catalog's table {table}")
     for name in report.lost:
         print(f"lost: {name} (push it again)")
+    if report.files_set_aside:
+        print(f"to get adapters back: python -m lorica_adapters.store.restore {root} OUTPUT_DIRECTORY")
     if report.damaged:
         print(f"the damaged catalog is {report.damaged}")
     return 0

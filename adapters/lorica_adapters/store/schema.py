@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorica_adapters.errors import AdapterError, StoreCorrupt, StoreUnavailable
+from lorica_adapters.errors import AdapterError, StoreCorrupt, StoreFull, StoreUnavailable
 
 SCHEMA_VERSION = 2
 TABLES = ("blobs", "versions", "version_files", "names", "history", "aliases")  # parents first
@@ -84,10 +84,11 @@ CREATE INDEX names_with_wishes ON names (version) WHERE pinned OR materialised;
 }
 
 _UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# Its shared-memory file cannot grow: on a full disk that comes before SQLITE_FULL.
+_FULL = {sqlite3.SQLITE_IOERR_SHMSIZE}
 _REASONS = {
     sqlite3.SQLITE_BUSY: ("is locked by another process", "try again"),
     sqlite3.SQLITE_LOCKED: ("is locked by another process", "try again"),
-    sqlite3.SQLITE_FULL: ("has no space left on its disk", "free some space and try again"),
     sqlite3.SQLITE_READONLY: ("is read-only", "make it writable and try again"),
     sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "look at the store's directory and its permissions"),
     sqlite3.SQLITE_IOERR: ("cannot be read or written", "look at the system's log and the free space"),
@@ -111,7 +112,11 @@ def catalog_errors(root: Path | None = None) -> Iterator[None]:
 
 
 def _translated(error: sqlite3.Error, root: Path | None) -> AdapterError:
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the primary of an extended code
+    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    code = extended & 0xFF  # the primary of an extended code
+    if code == sqlite3.SQLITE_FULL or extended in _FULL:
+        remedy = "free some space (deleting adapters works) and try again"
+        return StoreFull("the store's catalog has no space left on its disk", subject="store", remedy=remedy)
     if code in _UNREADABLE:
         return StoreCorrupt("the store's catalog is damaged", subject="store", remedy=repair_command(root))
     reason, remedy = _REASONS.get(code, ("cannot be used", "look at the server's log"))

@@ -20,24 +20,25 @@ CALL_ID: ContextVar[str] = ContextVar("lorica_call_id", default="")
 
 _NOTED: ContextVar[dict[str, Any] | None] = ContextVar("lorica_call_noted", default=None)
 
-ROOT = "lorica_server"
+ROOTS = ("lorica_server", "lorica_adapters")
+"""The packages whose lines are a server's own: what the store says of lost or damaged adapters too."""
 DIGITS = 12
 """Hex digits of a digest in logs and metrics, as the command line shows them; 8 are enough for NAME@DIGEST."""
 
 _MOST_NOTED = 256  # characters: notes hold what callers wrote, unjudged
 
 
-def configure_logs(level: str, form: str, stream: TextIO | None = None) -> logging.Logger:
-    """Send `lorica_server` lines of at least `level` to `stream` (standard error); `form` is text or json."""
+def configure_logs(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Send the packages' lines of at least `level` to `stream` (standard error); `form` is text or json."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    logger = logging.getLogger(ROOT)
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-    logger.addHandler(handler)
-    logger.setLevel(level.upper())
-    logger.propagate = False
-    return logger
+    for name in ROOTS:
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
+        logger.propagate = False
 
 
 @contextmanager

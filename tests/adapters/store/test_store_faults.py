@@ -2,12 +2,9 @@
 
 import errno
 import os
-import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import RawIOBase
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from lorica_adapters.errors import (
 from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import AdapterUpdate, Published
+from support.small_disk import fill, small_disk
 from support.stores import (
     BASE,
     CONFIG,
@@ -220,28 +218,6 @@ def test_a_start_that_fails_leaves_the_store_free(tmp_path: Path) -> None:
         LocalStore(tmp_path, disk=SteppedDisk(fault))
     with LocalStore(tmp_path) as store:
         assert stored(store, store.get(TENANT, "one").digest) == OLD
-
-
-@contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    """A real file system of its own; the test is skipped where mounting is not allowed."""
-    path.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("mounting needs root")
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
-def fill(stream: RawIOBase) -> None:
-    """Write until there is no space."""
-    while True:
-        stream.write(b"x" * 4096)
 
 
 def change_often(store: LocalStore) -> None:

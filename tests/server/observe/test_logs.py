@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import json
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from lorica_adapters.store.local import LocalStore
 from lorica_server.observe.logs import CALL_ID, call_noted, configure_logs, note
 
 
 @pytest.fixture
-def restored() -> object:
-    logger = logging.getLogger("lorica_server")
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    yield logger
-    logger.handlers[:], logger.level, logger.propagate = before
+def restored() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("lorica_server", "lorica_adapters")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.mark.usefixtures("restored")
@@ -60,3 +64,17 @@ def test_what_is_noted_of_a_call_is_on_its_lines_and_on_no_other() -> None:
     first, second = stream.getvalue().splitlines()
     assert first.endswith(f"INFO call code=OK call_id=abc adapter=german prompt_tokens=0 x_request_id={'x' * 256}")
     assert second.endswith("INFO later")
+
+
+@pytest.mark.usefixtures("restored")
+def test_what_the_store_says_is_a_line_of_the_servers(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    configure_logs("warning", "json", stream)
+    LocalStore(tmp_path).close()
+    (tmp_path / "blobs" / "aa").mkdir()
+    (tmp_path / "blobs" / "aa" / ("a" * 64)).write_bytes(b"bytes of no adapter")
+    LocalStore(tmp_path).close()
+    [line] = stream.getvalue().splitlines()
+    entry = json.loads(line)
+    assert (entry["level"], entry["logger"]) == ("warning", "lorica_adapters.store.lost")
+    assert "1 stored files that the catalog does not know" in entry["message"]
