@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
 
 from lorica_adapters.bnb import Linear4bit
-from lorica_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec
+from lorica_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec, rounded_hashes
 from lorica_adapters.frozen import logical_nf4
 from lorica_adapters.quantize import exact_quantizer
 from lorica_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
@@ -143,6 +143,13 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not (name.endswith(".weight") and isinstance(model.get_submodule(name[: -len(".weight")]), Linear4bit))
     }
+    rounded: dict[int, dict[str, str]] = {}  # by the tensor, which a tied head shares
+    for name in {names.get(id(embedding)), names.get(id(head))}:
+        if (known := parameters.get(f"{name}.weight")) is not None:
+            weight = model.get_parameter(f"{name}.weight")
+            if id(weight) not in rounded:
+                rounded[id(weight)] = rounded_hashes(weight)
+            parameters[f"{name}.weight"] = replace(known, rounded=rounded[id(weight)])
     modules = {
         spec.name: spec
         for name, module in model.named_modules()

@@ -16,6 +16,8 @@ from lorica_adapters.spec import ParameterSpec
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
+_ROWS_AT_A_TIME = 4096
+
 CONFIG_NOT_ARITHMETIC = frozenset(
     {
         "_name_or_path", "_attn_implementation_autoset", "_commit_hash", "architectures", "auto_map", "bos_token_id",
@@ -46,6 +48,22 @@ def parameter_spec(tensor: torch.Tensor) -> ParameterSpec:
     """Shape, dtype and sha256 of a parameter's raw little-endian bytes."""
     dtype = SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
     return ParameterSpec(tuple(tensor.shape), dtype, hashlib.sha256(raw_bytes(tensor)).hexdigest())
+
+
+def rounded_hashes(tensor: torch.Tensor) -> dict[str, str]:
+    """What `ParameterSpec.rounded` is: adapters hold copies of the embedding in the dtype they were trained in."""
+    hashes: dict[str, str] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor.dtype not in SAFETENSORS_DTYPES or torch.promote_types(tensor.dtype, dtype) == dtype:
+            continue  # holds every value of the parameter's own
+        digest, exact = hashlib.sha256(), True
+        for rows in torch.split(tensor.detach(), _ROWS_AT_A_TIME):
+            stored = rows.to(dtype)
+            exact = exact and torch.equal(stored.to(tensor.dtype), rows)
+            digest.update(raw_bytes(stored))
+        if not exact:
+            hashes[SAFETENSORS_DTYPES[dtype]] = digest.hexdigest()
+    return hashes
 
 
 def fingerprint(

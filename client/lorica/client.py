@@ -159,7 +159,8 @@ class Client:
             else:
                 resumed = sum(held.values())
                 adapter = convert.adapter(response.adapter)
-                return Pushed(adapter, response.created, bundle.total - resumed, resumed, bundle.left_out)
+                sent = bundle.total - resumed
+                return Pushed(adapter, response.created, sent, resumed, bundle.left_out, bundle.remark)
 
     def query_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
         """What the server durably holds of an upload that was not committed yet; NotFound when it knows none."""

@@ -259,6 +259,7 @@ class Pushed:
     sent_bytes: int
     resumed_bytes: int  # held by the server from an earlier, cut attempt
     left_out: tuple[str, ...]  # files of the directory that no adapter upload carries
+    remark: str = ""  # what was seen of the adapter here that its owner should know, such as that it changes nothing
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a push sends: the files of an adapter directory, an id that a later attempt finds again, the messages.
 
-Reads files and counts bytes; knows no channel and does not judge what is in the files.
+Reads files and counts bytes; knows no channel and does not judge what is in the files (see `adapter_directory`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorica.adapter_directory import CONFIG, WEIGHTS, hint, remark
 from lorica.errors import LocalFilesError, LoricaError, NotFound, OutOfRange
 from lorica.types import FileEntry, FileProgress, ProgressCallback, TransferProgress
 from lorica_protos.v1 import adapters_pb2
 
-REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
+REQUIRED = (CONFIG, WEIGHTS)
 OPTIONAL = ("lorica.json",)
 CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
 
@@ -31,6 +32,7 @@ class Bundle:
     labels: Mapping[str, str]
     allow_base_mismatch: bool
     upload_id: str
+    remark: str  # what its owner should know of the adapter, or nothing
 
     @property
     def total(self) -> int:
@@ -46,9 +48,10 @@ def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base
         present = {path.name for path in directory.iterdir()}
         missing = [file for file in REQUIRED if file not in present]
         if missing:
-            raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}{_hint(present)}")
+            raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}; {hint(directory, present)}")
         sending = [file for file in (*REQUIRED, *OPTIONAL) if file in present]
         files = tuple(_entry(directory / file) for file in sending)
+        remarked = remark(directory)
     except OSError as error:
         raise LocalFilesError(f"cannot read {error.filename}: {error.strerror}") from error
     return Bundle(
@@ -59,13 +62,8 @@ def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base
         labels,
         allow_base_mismatch,
         _upload_id(name, files, labels, allow_base_mismatch),
+        remarked,
     )
-
-
-def _hint(present: set[str]) -> str:
-    if "adapter_model.bin" in present:
-        return "; adapter_model.bin is a pickle and is never sent: save again with safe_serialization=True"
-    return "; is it the directory that save_pretrained wrote?"
 
 
 def _entry(path: Path) -> FileEntry:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
 from lorica_adapters.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
+from lorica_adapters.formats.limits import ReadLimits
+from lorica_adapters.formats.registry import read
 from lorica_adapters.frozen import select_layouts, supports_packed
-from support.adapters import peft_warnings_ignored
+from support.adapters import files_of, peft_warnings_ignored, save, wrap
 from support.checkpoints import float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
 
@@ -245,3 +247,15 @@ def test_conv1d_is_described_as_the_map_it_is(tmp_path: Path) -> None:
     assert spec.modules["transformer.h.0.ln_1"].kind == "norm"
     assert spec.modules["transformer.h.0.ln_1"].has_bias
     assert spec.tied_embeddings
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["float32 file", "bfloat16 file"])
+def test_a_copy_of_the_tied_head_in_half_precision_is_the_bases_own(stored: torch.dtype, tmp_path: Path) -> None:
+    """What PEFT saves beside an adapter on the head, where the base was trained on in float16."""
+    model = wide_model("llama", tie_word_embeddings=True).to(stored)
+    base = float_base(save_checkpoint(model, tmp_path / "base"))
+    adapter = save(wrap(model.half(), target_modules=["lm_head"]), tmp_path / "adapter")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / "adapter_model.safetensors")
+    assert set(read(files_of(adapter), base.spec, ReadLimits()).modules) == {"lm_head"}
+    rounded = {name for name, parameter in base.spec.parameters.items() if parameter.rounded}
+    assert rounded == {"model.embed_tokens.weight", "lm_head.weight"}

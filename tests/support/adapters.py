@@ -22,6 +22,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorica_adapters.fingerprint import rounded_hashes
 from lorica_adapters.formats.registry import ALLOWED_FILES
 from lorica_adapters.spec import BaseModelSpec, ModuleSpec, ParameterSpec
 
@@ -87,7 +88,8 @@ def _module_specs(model: nn.Module) -> Iterator[ModuleSpec]:
 
 def _parameter_spec(tensor: torch.Tensor) -> ParameterSpec:
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return ParameterSpec(tuple(tensor.shape), _DTYPES[tensor.dtype], hashlib.sha256(raw.data).hexdigest())
+    sha256 = hashlib.sha256(raw.data).hexdigest()
+    return ParameterSpec(tuple(tensor.shape), _DTYPES[tensor.dtype], sha256, rounded_hashes(tensor))
 
 
 @contextmanager

@@ -19,14 +19,27 @@ from lorica_adapters.spec import BaseModelSpec, ParameterSpec
 
 
 def check_is_base_weight(module: str, entry: TensorEntry, tensor: torch.Tensor, base: BaseModelSpec) -> None:
-    """Raises AdapterInvalid unless `tensor` equals the weight of `module` as the base's checkpoint stores it."""
+    """Raises AdapterInvalid unless `tensor` equals the weight of `module` as the base's checkpoint stores it, at the
+    precision of the file.
+    """
     own = _own_parameter(module, base)
-    if own is None or entry.shape != own.shape or _sha256_in_dtype(tensor, own.dtype) != own.sha256:
+    if own is None or entry.shape != own.shape or not _is_same(tensor, entry.dtype, own):
         raise AdapterInvalid(
             f"{WEIGHTS_FILE}: tensor {quote(entry.name)} differs from the base's own weight of {quote(module)}",
             subject=f"{WEIGHTS_FILE}: {quote(entry.name)}",
-            remedy="trained or resized vocabularies are not supported: save with save_embedding_layers=False",
+            remedy=_remedy(entry, own),
         )
+
+
+def _remedy(entry: TensorEntry, own: ParameterSpec | None) -> str:
+    if own is not None and entry.shape != own.shape:
+        return (
+            f"its shape is {list(entry.shape)}, the base's {list(own.shape)}: a resized vocabulary is not supported; "
+            "train without resize_token_embeddings"
+        )
+    return (
+        "a trained embedding or head is not supported: where it was not trained, save with save_embedding_layers=False"
+    )
 
 
 def _own_parameter(module: str, base: BaseModelSpec) -> ParameterSpec | None:
@@ -34,6 +47,13 @@ def _own_parameter(module: str, base: BaseModelSpec) -> ParameterSpec | None:
     if own is None and base.tied_embeddings and module == base.head:
         return base.parameters.get(f"{base.embedding}.weight")
     return own
+
+
+def _is_same(tensor: torch.Tensor, dtype: str, own: ParameterSpec) -> bool:
+    """Whether `tensor` is the base's parameter, or that rounded to the dtype in which the adapter was saved."""
+    if _sha256_in_dtype(tensor, own.dtype) == own.sha256:
+        return True
+    return dtype in own.rounded and _sha256_in_dtype(tensor, dtype) == own.rounded[dtype]
 
 
 def _sha256_in_dtype(tensor: torch.Tensor, dtype: str) -> str | None:

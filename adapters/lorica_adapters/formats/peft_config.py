@@ -33,7 +33,7 @@ REFUSED = {
     "megatron_config": "Megatron layers",
     "modules_to_save": "fully trained modules",
     "monteclora_config": "Monte Carlo adapters",
-    "target_parameters": "adapters on parameters (mixture-of-experts weights)",
+    "target_parameters": "adapters on the experts and routers of mixture-of-experts models",
     "trainable_token_indices": "trained token rows",
     "use_bdlora": "block-diagonal adapters",
     "use_dora": "DoRA adapters",
@@ -52,6 +52,10 @@ IGNORABLE = frozenset(
     }
 )  # fmt: skip
 
+# PEFT computes the same deltas for all of them; what a task adds (a classifier's head) is refused for itself.
+_TASKS = {"CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"}
+# What PEFT calls the heads of tasks that generate no text.
+_TASK_HEADS = {"classifier", "score", "qa_outputs"}
 # A number no model has: above it, r is nonsense rather than a rank over this server's limit.
 _MAX_SANE_RANK = 65_536
 # More than any base has modules.
@@ -89,7 +93,7 @@ def parse_config(raw: Mapping[str, object]) -> PeftLoraConfig:
     if raw.get("peft_type") != "LORA":
         raise _bad("peft_type", f"{quote(raw.get('peft_type'))} is not supported", "upload a LoRA adapter")
     for key, value in raw.items():
-        _check_key(key, value)
+        _check_key(key, value, raw)
     _check_task(raw.get("task_type"))
     _check_init(raw.get("init_lora_weights", True))
     config = PeftLoraConfig(
@@ -112,17 +116,39 @@ def parse_config(raw: Mapping[str, object]) -> PeftLoraConfig:
     return config
 
 
-def _check_key(key: str, value: object) -> None:
+def _check_key(key: str, value: object, raw: Mapping[str, object]) -> None:
     if key in APPLIED or key in IGNORABLE or value is None or value is False or value in ("", [], {}):
         return
     if key in REFUSED:
-        raise _bad(key, f"{REFUSED[key]} are not supported", "train with plain LoRA or rsLoRA")
+        raise _bad(key, f"{REFUSED[key]} are not supported", _remedy(key, value, raw))
     raise _bad(key, "is not a known option", "remove it if it changes nothing")
 
 
+def _remedy(key: str, value: object, raw: Mapping[str, object]) -> str:
+    if key == "target_parameters":
+        return _remedy_for_experts(raw.get("target_modules"))
+    if key == "modules_to_save" and isinstance(value, list) and _TASK_HEADS.intersection(map(str, value)):
+        return "the head of a classifier generates no text: only adapters without one are served"
+    return "train with plain LoRA or rsLoRA"
+
+
+def _remedy_for_experts(modules: object) -> str:
+    """PEFT moves expert projections from target_modules to target_parameters; what it left there can be trained alone.
+
+    Source: PEFT 0.21.2, convert_peft_config_for_transformers.
+    """
+    names = modules if isinstance(modules, list) else []
+    left = sorted({str(name).rpartition(".")[2] for name in names})
+    kept = f"target_modules={left}" if left else "target_modules that name attention projections alone"
+    return (
+        'PEFT writes this by itself where target_modules is "all-linear" or names projections of experts; '
+        f"train with {kept[:200]}"
+    )
+
+
 def _check_task(value: object) -> None:
-    if value not in (None, "CAUSAL_LM"):
-        raise _bad("task_type", f"{quote(value)} is not CAUSAL_LM", "this server generates text only")
+    if value is not None and (not isinstance(value, str) or value not in _TASKS):
+        raise _bad("task_type", f"{quote(value)} is not a task of PEFT's", "save the adapter again with PEFT")
 
 
 def _check_init(value: object) -> None:

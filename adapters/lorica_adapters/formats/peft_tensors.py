@@ -37,6 +37,13 @@ _SUFFIXES = sorted(
     key=lambda item: -len(item[0]),
 )
 _LOW_RANK: tuple[Part, Part] = ("a", "b")
+# Parts of names that a wrapped model's state dict has and PEFT does not know -> what wraps.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+_OUTER_WRAPPER = "module"  # DistributedDataParallel and DeepSpeed, around the whole model
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def place_tensors(
 
 
 def _place(entry: TensorEntry, targets: Mapping[str, Target], base: BaseModelSpec) -> PlacedTensor:
+    _refuse_wrapped(entry)
     if not entry.name.startswith(PREFIX):
         raise _invalid(entry, f"its name does not begin with {PREFIX}, so PEFT would not load it")
     rest = entry.name.removeprefix(PREFIX)
@@ -95,6 +103,22 @@ def _place(entry: TensorEntry, targets: Mapping[str, Target], base: BaseModelSpe
     if part == "base_weight" and name not in (base.embedding, base.head):
         raise _invalid(entry, "a weight of the base itself is accepted for the embedding and the head only")
     return PlacedTensor(name, part, entry)
+
+
+def _refuse_wrapped(entry: TensorEntry) -> None:
+    parts = entry.name.split(".")
+    wrapper = next((part for part in parts if part in _WRAPPERS), None)
+    if wrapper is None and parts[0] == _OUTER_WRAPPER:
+        wrapper = _OUTER_WRAPPER
+    if wrapper is not None:
+        what = _WRAPPERS.get(wrapper, "DistributedDataParallel or DeepSpeed")
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE}: tensor {quote(entry.name)}: {wrapper!r} in its name is a wrapper of {what}, which was "
+            "saved with the model",
+            subject=_subject(entry),
+            remedy="save the unwrapped model (accelerator.unwrap_model(model).save_pretrained(DIRECTORY)), or remove "
+            f"{wrapper + '.'!r} from the names of the file's tensors",
+        )
 
 
 def _expected_suffix(part: Part, module: ModuleSpec, is_target: bool) -> str:
@@ -129,6 +153,14 @@ def _check_complete(
 
 def _check_shape(tensor: PlacedTensor, module: ModuleSpec, target: Target | None, limits: ReadLimits) -> None:
     part, entry = tensor.part, tensor.entry
+    if 0 in entry.shape:
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE}: tensor {quote(entry.name)} is empty (shape {list(entry.shape)}): it was saved while "
+            "DeepSpeed ZeRO-3 or FSDP had its values elsewhere",
+            subject=_subject(entry),
+            remedy="gather the weights when saving: save_pretrained(DIRECTORY, "
+            "state_dict=accelerator.get_state_dict(model)); ZeRO-3 needs stage3_gather_16bit_weights_on_model_save",
+        )
     expected: tuple[int, ...]
     if part in _LOW_RANK and target is not None:
         if target.rank > limits.max_rank:

@@ -55,6 +55,8 @@ def push(
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
         print(f"kept here: {', '.join(pushed.left_out)} (only the adapter's files travel)")
+    if pushed.remark:
+        say(f"warning: {pushed.remark}")
 
 
 @app.command("ls")

@@ -1,5 +1,6 @@
 """adapter_config.json: every option of PEFT's is classified, and what is refused says why and what to do."""
 
+import copy
 import dataclasses
 import json
 import time
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lorica_adapters.errors import AdapterInvalid
 from lorica_adapters.formats import peft_config, strict_json
 from lorica_adapters.formats.peft_config import PeftLoraConfig, parse_config
+from support.adapters import peft_warnings_ignored
 
 NAME = "adapter_config.json"
 MINIMAL: dict[str, Any] = {"peft_type": "LORA", "target_modules": ["q_proj"]}
@@ -87,6 +90,45 @@ def test_refused_options_pass_at_their_default_only(key: str) -> None:
     assert refusal.value.remedy
 
 
+@pytest.mark.parametrize("task", [None, *TaskType])
+def test_the_task_changes_nothing(task: TaskType | None) -> None:
+    assert parse_config(MINIMAL | {"task_type": task and task.value}) == parse_config(MINIMAL)
+
+
+def test_the_head_of_a_classifier_is_refused_as_one() -> None:
+    with pytest.raises(AdapterInvalid, match="modules_to_save") as refusal:
+        parse_config(MINIMAL | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]})
+    assert refusal.value.remedy == "the head of a classifier generates no text: only adapters without one are served"
+
+
+def test_what_peft_writes_for_mixtures_of_experts_has_a_remedy_that_works(tmp_path: Path) -> None:
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, vocab_size=64, num_experts=2, num_experts_per_tok=1,
+        )
+    )  # fmt: skip
+
+    def written(targets: str | list[str]) -> dict[str, Any]:
+        with peft_warnings_ignored():
+            wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", target_modules=targets))
+        wrapped.peft_config["default"].save_pretrained(str(tmp_path))
+        config: dict[str, Any] = json.loads((tmp_path / NAME).read_text())
+        return config
+
+    for targets, left in (
+        ("all-linear", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (["q_proj", "gate_proj", "up_proj"], ["q_proj"]),
+    ):
+        config = written(targets)
+        assert config["target_parameters"]
+        with pytest.raises(AdapterInvalid, match="experts and routers of mixture-of-experts models") as refusal:
+            parse_config(config)
+        assert 'target_modules is "all-linear" or names projections of experts' in refusal.value.remedy
+        assert refusal.value.remedy.endswith(f"train with target_modules={left}")
+        assert parse_config(written(left)).target_modules == frozenset(left)
+
+
 @pytest.mark.parametrize("key", sorted(peft_config.IGNORABLE))
 def test_ignorable_options_change_nothing(key: str) -> None:
     assert parse_config(MINIMAL | {key: {"any": [1, "thing"]}}) == parse_config(MINIMAL)
@@ -126,7 +168,8 @@ def test_initialisations_that_move_the_base_are_refused_with_the_conversion(valu
         ({"peft_type": "LOHA"}, "peft_type"),
         ({"peft_type": None}, "peft_type"),
         ({"peft_type": ["LORA"]}, "peft_type"),
-        ({"task_type": "SEQ_CLS"}, "generates text only"),
+        ({"task_type": "CHATTING"}, "is not a task of PEFT's"),
+        ({"task_type": ["CAUSAL_LM"]}, "is not a task of PEFT's"),
         ({"init_lora_weights": "future"}, "not a known initialisation"),
         ({"init_lora_weights": 1}, "not a known initialisation"),
         ({"r": 0}, "r: 0 is not a rank"),

@@ -1,5 +1,6 @@
 """What is refused about a whole adapter: files, modules, shapes, ranks, biases, copies of the base, the base itself."""
 
+import copy
 import json
 import math
 import time
@@ -83,6 +84,13 @@ def added(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
 
 
 A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
+
+
+def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    """The tensors under other names."""
+    return lambda tensors: {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
+
+
 TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError], str]] = {
     "module without A": (without(A), AdapterInvalid, "layers.0.self_attn.q_proj': adapter_config.json selects"),
     "module without B": (without(B), AdapterInvalid, "its lora_B is missing"),
@@ -108,6 +116,16 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], type[AdapterError],
     "bias that the config does not have": (added(f"{Q0}.base_layer.bias", 32), AdapterInvalid, "has bias 'none'"),
     "bias where PEFT would not look": (added(f"{Q0}.bias", 32), AdapterInvalid, "would look for '.base_layer.bias'"),
     "weight of the base": (added(f"{Q0}.base_layer.weight", 32, 32), AdapterInvalid, "embedding and the head only"),
+    "compiled": (renamed("layers.0.", "layers.0._orig_mod."), AdapterInvalid, "a wrapper of torch.compile"),
+    "FSDP": (renamed("layers.0.", "layers.0._fsdp_wrapped_module."), AdapterInvalid, "a wrapper of FSDP"),
+    "checkpointed": (
+        renamed("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        AdapterInvalid,
+        "remove '_checkpoint_wrapped_module.' from the names",
+    ),
+    "compiled as a whole": (renamed("base_model.", "_orig_mod.base_model."), AdapterInvalid, "a wrapper of torch.comp"),
+    "DDP": (renamed("base_model.", "module.base_model."), AdapterInvalid, "a wrapper of DistributedDataParallel"),
+    "ZeRO-3": (replaced(B, lambda b: b[:0]), AdapterInvalid, "is empty (shape [0, 4]): it was saved while DeepSpeed"),
     "a word": (added("words", 1), AdapterInvalid, "'words'"),
     "A of another width": (replaced(A, lambda a: a[:, :16]), AdapterIncompatible, "[4, 16] should be [4, 32]"),
     "B of another height": (replaced(B, lambda b: b[:16]), AdapterIncompatible, "[16, 4] should be [32, 4]"),
@@ -233,10 +251,25 @@ class TestCopiesOfTheBase:
         base.to(torch.bfloat16)
         assert set(read_directory(tmp_path / "wide", base).modules) == {"lm_head"}
 
-    def test_a_narrower_dtype_has_lost_something(self, adapter: Path, model: PreTrainedModel) -> None:
-        edit_tensors(adapter, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_narrower_dtype_counts_as_equal_when_it_is_the_bases_own_rounded(
+        self, dtype: torch.dtype, adapter: Path, model: PreTrainedModel
+    ) -> None:
+        edit_tensors(adapter, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        assert {"lm_head", "model.embed_tokens"} == set(read_directory(adapter, model).modules)
+        trained = f"{PREFIX}lm_head.base_layer.weight"
+        edit_tensors(adapter, replaced(trained, lambda weight: torch.nextafter(weight, torch.ones_like(weight))))
         with pytest.raises(AdapterInvalid, match="differs from the base's own weight"):
             read_directory(adapter, model)
+
+    def test_a_tied_head_in_half_precision_is_the_bases_own(self, tmp_path: Path) -> None:
+        """As a bfloat16 checkpoint that was trained in float16 leaves it: small values are rounded."""
+        base = tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16)
+        with torch.no_grad():
+            base.get_input_embeddings().weight[0] = 1.1e-6
+        assert not torch.equal(base.get_input_embeddings().weight.half().bfloat16(), base.get_input_embeddings().weight)
+        make_adapter(copy.deepcopy(base).half(), tmp_path, target_modules=["lm_head"], r=4)
+        assert set(read_directory(tmp_path, base).modules) == {"lm_head"}
 
     def test_a_tied_head_is_compared_with_the_embedding(self, tmp_path: Path) -> None:
         base = tiny_model("llama", tie_word_embeddings=True)
