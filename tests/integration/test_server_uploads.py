@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from lorica import Client
 from lorica.errors import InvalidArgument
 from lorica.local_server import LocalServer
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc
-from support.live import PROMPT
+from support.live import PROMPT, until
 from support.servers import details, upload_messages
 from support.tiny_adapters import CONFIG, WEIGHTS, tiny_files, write_files
 
@@ -64,22 +64,40 @@ def _cut_by(end: str, stub: Any, messages: list[Message]) -> None:
         )
         return
 
+    ended = threading.Event()
+    upload_id = messages[0].begin.upload_id
+
     def endless() -> Iterator[Message]:
         yield from messages
-        time.sleep(0.3)  # a cancellation drops what the server has not read yet
         if end == "raise":
+            arrive()
             raise OSError("the disk of the client")
-        time.sleep(3)
+        ended.wait(60)
 
-    if end == "deadline":
-        error = _refused(lambda: stub.UploadAdapter(endless(), timeout=0.5))
-        assert error["code"] is grpc.StatusCode.DEADLINE_EXCEEDED
-    elif end == "raise":
-        _refused(lambda: stub.UploadAdapter(endless(), timeout=20))
-    else:
-        call = stub.UploadAdapter.future(endless(), timeout=20)
-        time.sleep(0.5)
-        call.cancel()
+    def arrive() -> None:
+        """A cancellation drops what the server has not read yet."""
+        until(has_arrived, "what was sent has arrived")
+
+    def has_arrived() -> bool:
+        try:
+            committed = _committed(stub, upload_id)
+        except grpc.RpcError:  # not begun yet
+            return False
+        return sum(committed.values()) == sum(len(message.chunk.data) for message in messages)
+
+    try:
+        if end == "deadline":
+            call = stub.UploadAdapter.future(endless(), timeout=1.8)  # below the seconds of a stall
+            arrive()
+            assert _refused(call.result)["code"] is grpc.StatusCode.DEADLINE_EXCEEDED
+        elif end == "raise":
+            _refused(lambda: stub.UploadAdapter(endless(), timeout=60))
+        else:
+            call = stub.UploadAdapter.future(endless(), timeout=60)
+            arrive()
+            call.cancel()
+    finally:
+        ended.set()
 
 
 @pytest.mark.parametrize("end", ["half-close", "raise", "cancel", "deadline"])
@@ -111,8 +129,11 @@ def test_row_25_a_gap_or_an_overlap_tells_the_committed_size(client: Client, stu
     client.delete("cut")
 
 
-def _lies() -> dict[str, Iterable[Message]]:
-    """Uploads that are not what they say, or not in the order of the protocol."""
+def _lies() -> dict[str, tuple[Iterable[Message], str]]:
+    """Uploads that are not what they say, or not in the order of the protocol, and the field that is named.
+
+    All but the last end with a commit: that alone would be refused, too.
+    """
 
     def changed(**fields: Any) -> list[Message]:
         messages = _messages(_id())
@@ -123,32 +144,37 @@ def _lies() -> dict[str, Iterable[Message]]:
 
     begin, *chunks, commit = _messages(_id())
     return {
-        "wrong sha256": changed(sha256="0" * 64),
-        "sha256 that is none": changed(sha256="xyz"),
-        "smaller than it says": changed(size=SIZE + 1),
-        "larger than it says": changed(size=SIZE - 1),
-        "no byte": changed(size=0),
-        "a byte too many": [*_messages(_id())[:-1], _chunk(WEIGHTS, SIZE, b"x"), commit],
-        "a file left out": [begin, *(message for message in chunks if message.chunk.file != CONFIG), commit],
-        "data after the commit": [*_messages(_id()), _chunk(WEIGHTS, SIZE, b"x")],
-        "committed twice": [*_messages(_id()), commit],
-        "begun twice": [begin, begin],
-        "no begin": [*chunks, commit],
-        "commit alone": [commit],
-        "an empty message": [begin, Message()],
-        "an empty chunk": [begin, _chunk(WEIGHTS, 0, b"")],
-        "a chunk over a mebibyte": [begin, _chunk(WEIGHTS, 0, b"x" * ((1 << 20) + 1))],
-        "a file that was not announced": [begin, _chunk("lorica.json", 0, b"{}")],
-        "a bad upload id": _messages("../up"),
-        "nothing": [],
+        "wrong sha256": (changed(sha256="0" * 64), WEIGHTS),
+        "sha256 that is none": (changed(sha256="xyz"), WEIGHTS),
+        "smaller than it says": (changed(size=SIZE + 1), WEIGHTS),
+        "larger than it says": (changed(size=SIZE - 1), WEIGHTS),
+        "no byte": (changed(size=0), WEIGHTS),
+        "a byte too many": ([*_messages(_id())[:-1], _chunk(WEIGHTS, SIZE, b"x"), commit], WEIGHTS),
+        "a file left out": ([begin, *(message for message in chunks if message.chunk.file != CONFIG), commit], CONFIG),
+        "data after the commit": ([*_messages(_id()), _chunk(WEIGHTS, SIZE, b"x")], "commit"),
+        "committed twice": ([*_messages(_id()), commit], "commit"),
+        "begun twice": ([begin, begin, *chunks, commit], "begin"),
+        "no begin": ([*chunks, commit], "chunk"),
+        "commit alone": ([commit], "commit"),
+        "an empty message": ([begin, Message(), *chunks, commit], "step"),
+        "an empty chunk": ([begin, _chunk(WEIGHTS, 0, b""), *chunks, commit], "chunk.data"),
+        "a chunk over a mebibyte": ([begin, *_large_chunk(), commit], "chunk.data"),
+        "a file that was not announced": ([begin, _chunk("lorica.json", 0, b"{}"), *chunks, commit], "file"),
+        "a bad upload id": (_messages("../up"), "begin.upload_id"),
+        "nothing": ([], "commit"),
     }
+
+
+def _large_chunk() -> list[Message]:
+    return [_chunk(WEIGHTS, 0, b"x" * ((1 << 20) + 1))]
 
 
 @pytest.mark.parametrize("case", list(_lies()))
 def test_row_25_an_upload_that_is_not_what_it_says_is_refused(client: Client, stub: Any, case: str) -> None:
-    error = _refused(lambda: stub.UploadAdapter(iter(_lies()[case]), timeout=20))
+    messages, field = _lies()[case]
+    error = _refused(lambda: stub.UploadAdapter(iter(messages), timeout=20))
     assert error["code"] is grpc.StatusCode.INVALID_ARGUMENT
-    assert error["BadRequest"].field_violations[0].field
+    assert error["BadRequest"].field_violations[0].field == field
     assert "cut" not in {adapter.name for adapter in client.adapters()}
 
 

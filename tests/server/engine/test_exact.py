@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorica_server.engine.draft import Draft
+from lorica_server.engine.request import Request, expand
+from lorica_server.engine.tables import BlockTables
 from support.engine_drive import Drive, digest, limits, submission
 
 CHUNK = 8
@@ -16,11 +19,11 @@ def exact(**changes: object) -> Drive:
     return Drive(limits(**bounds), ready_weight_sets=lambda: frozenset({digest(1)}))
 
 
-def cuts(drive: Drive, ticket: int) -> set[tuple[int, int]]:
-    """(start, end) of every chunk a request was ever computed in."""
+def cuts(drive: Drive, ticket: int, since: int = 0) -> set[tuple[int, int]]:
+    """(start, end) of every chunk a request was computed in, from plan number `since` on."""
     return {
         (chunk.start, chunk.start + len(chunk.tokens))
-        for plan in drive.runner.plans
+        for plan in drive.runner.plans[since:]
         for chunk in plan.chunks
         if chunk.request_id.startswith(f"{ticket}:")
     }
@@ -42,6 +45,24 @@ def test_a_chunk_that_does_not_fit_waits():
     assert [(chunk.start, len(chunk.tokens)) for chunk in drive.step().chunks] == [(5, 1), (8, 8)]
     drive.run()
     drive.check_idle()
+
+
+def test_a_younger_prefill_does_not_pass_an_older_one_that_waits_for_room():
+    bounds = exact().limits
+    tables = BlockTables(bounds)
+
+    def running(name: str, prompt: int, computed: int = 0) -> Request:
+        [request] = expand(ord(name), submission(name, prompt=prompt), 0.0)
+        tables.admit(request, ())
+        request.computed = computed
+        return request
+
+    draft = Draft(bounds, tables)
+    decoding = running("d", 3, computed=2)
+    draft.add(decoding, 3)
+    draft.add_prefills([running("a", 20), running("b", 20), running("c", 5)])
+    # 16 tokens: one decode, a whole chunk of a, and 7 left, in which b's has no room. c's would have.
+    assert [(chunk.request_id, len(chunk.tokens)) for chunk in draft.chunks] == [("100:d#0", 1), ("97:a#0", 8)]
 
 
 def test_cache_hits_end_on_chunk_boundaries_of_prompts():
@@ -82,9 +103,11 @@ def test_a_resumed_request_reads_no_prefill_of_its_own_output():
     drive.submit(submission("b", prompt=[*talk, 5], max_tokens=1))
     for _ in range(4):
         drive.step()
+    before = len(drive.runner.plans)
     drive.scheduler._preempt(drive.scheduler._live["1:a#0"])
     drive.run()
-    assert cuts(drive, ticket) == {(0, 8)} | {(start, start + 1) for start in range(8, 27)}
+    # The other's prompt, which it shares, has whole chunks of what is output here: the first alone is its own prefill.
+    assert cuts(drive, ticket, before) == {(start, start + 1) for start in range(8, 27)}
     drive.check_equal_to_solo(ticket)
 
 

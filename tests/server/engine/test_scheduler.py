@@ -85,6 +85,16 @@ def test_no_more_run_than_allowed_and_the_rest_waits_for_capacity():
     drive.check_idle()
 
 
+def test_a_newcomer_leaves_those_that_run_a_block_each():
+    """Admitted into the last blocks it would be sent back at once: 14 preemptions here, not 1."""
+    drive = Drive(limits(kv_blocks=12, prefix_cache=False, max_batch_tokens=64))
+    tickets = [drive.submit(submission(f"r{index}", prompt=[index] * 11, max_tokens=12)) for index in range(16)]
+    drive.run()
+    assert drive.scheduler.take_marks().preemptions <= 4
+    for ticket in tickets:
+        drive.check_equal_to_solo(ticket)
+
+
 def test_a_better_priority_is_admitted_first():
     drive = Drive(limits(max_running=1))
     drive.submit(submission("late", prompt=3, priority=5))
