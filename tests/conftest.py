@@ -8,7 +8,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Both measure the machine: a full garbage collection of a process with torch takes longer than the deadline of one
+# example (0.2 s), and another process on the core makes drawing values "too slow".
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 _SCRATCH = pytest.StashKey[Path]()
 

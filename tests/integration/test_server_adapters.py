@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from lorica import Client
 from lorica.local_server import LocalServer
 from lorica.types import MaterialisedState
-from support.live import ask, metric, scrape, until, until_idle
+from support.live import ask, cpu_seconds, metric, scrape, until, until_idle
 
 OPENMETRICS = "application/openmetrics-text"
 PER_ADAPTER = 20  # as the server is told
@@ -37,9 +36,9 @@ def _materialise(client: Client, name: str) -> None:
 
 
 def _timed_scrape(server: LocalServer, accept: str, parse: Callable[[str], object]) -> tuple[dict[str, Metric], float]:
-    begun = time.monotonic()
+    used = cpu_seconds(server.pid)
     page = scrape(server, accept)
-    seconds = time.monotonic() - begun
+    seconds = cpu_seconds(server.pid) - used  # of requests that run meanwhile, too
     families = list(parse(page))  # type: ignore[call-overload]
     assert len({family.name for family in families}) == len(families)
     return {family.name: family for family in families}, seconds

@@ -5,7 +5,6 @@ Each is refused with INVALID_ARGUMENT and its subject named, quickly and in flat
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,11 +42,11 @@ class Sender:
         """Send it; seconds of processor time until the refusal, which must be as it should."""
         # An id of its own: an adapter of another base stays for a resume with consent.
         messages = upload_messages("hostile", case.files, uuid.uuid4().hex, chunk=1 << 20)
-        begun, used = time.monotonic(), cpu_seconds(self._pid)
+        used = cpu_seconds(self._pid)
         with pytest.raises(grpc.RpcError) as caught:
             self._stub.UploadAdapter(iter(messages), timeout=60)
         used = cpu_seconds(self._pid) - used
-        assert time.monotonic() - begun < LONGEST_SECONDS, case.case
+        assert used < LONGEST_SECONDS, case.case
         error = from_call(caught.value, "")  # type: ignore[arg-type]
         assert error.code == "INVALID_ARGUMENT", case.case
         assert error.reason in ("ADAPTER_INVALID", "ADAPTER_INCOMPATIBLE"), case.case

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -214,11 +213,9 @@ def test_a_start_that_can_succeed_passes(tmp_path: Path) -> None:
     assert (tmp_path / "data").is_dir()
 
 
-def test_configuration_and_preflight_import_no_torch_and_are_quick() -> None:
+def test_configuration_and_preflight_import_no_torch() -> None:
     script = (
         "import sys, lorica_server.preflight; print([m for m in ('torch', 'grpc', 'transformers') if m in sys.modules])"
     )
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert time.monotonic() - begun < 10  # a bound for a busy machine; torch alone takes about as long

@@ -71,7 +71,7 @@ def is_idle(server: LocalServer) -> bool:
     return held + sum(metric(server, "lorica_requests_waiting").values()) == 0
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     """Wait for a state of the server."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -80,7 +80,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> No
         time.sleep(0.02)
 
 
-def until_idle(server: LocalServer, seconds: float = 10.0) -> None:
+def until_idle(server: LocalServer, seconds: float = 60.0) -> None:
     """Wait until everything is given back."""
     until(lambda: is_idle(server), "requests, or their blocks, are still held", seconds)
 

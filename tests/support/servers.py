@@ -273,7 +273,7 @@ def prompt_request(text: str = "Hello", max_tokens: int = 4, **more: Any) -> inf
     return request
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for what another task or thread brings about. TimeoutError when it does not."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 -- the condition is a state of another thread, not an event

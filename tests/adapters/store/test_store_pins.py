@@ -168,7 +168,9 @@ def test_what_a_resolve_returned_holds_its_bytes_against_deletes_and_replaces(st
     threads = [threading.Thread(target=guard, args=(work,)) for work in (read, read, read, delete, write)]
     for thread in threads:
         thread.start()
-    ended.wait(2.0)
+    ended.wait(1.0)
+    while loads[0] <= 10 and not failures:
+        ended.wait(0.05)
     ended.set()
     for thread in threads:
         thread.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from grpc import aio
 
 from lorica_protos.v1 import inference_pb2
 from lorica_server.app import App
+from lorica_server.engine.plan import StepPlan
 from support.servers import FakeCodec, Inside, Served, details, prompt_request, serve_config, served, until
 
 pytestmark = pytest.mark.asyncio
@@ -34,14 +34,25 @@ def _calls(server: Served, code: str) -> float:
     return server.app.metrics.registry.get_sample_value("lorica_calls_total", labels) or 0.0
 
 
+def _ended(server: Served, outcome: str) -> float:
+    labels = {"outcome": outcome}
+    return server.app.metrics.registry.get_sample_value("lorica_requests_total", labels) or 0.0
+
+
 async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> None:
-    async with served(tmp_path, Inside(before_step=_slow(0.05)), max_batch_tokens=8) as server:
-        begun = time.monotonic()
+    steps: list[int] = []
+
+    def slowly(plan: StepPlan) -> None:
+        steps.append(plan.step)
+        time.sleep(0.05)
+
+    async with served(tmp_path, Inside(before_step=slowly), max_batch_tokens=8) as server:
+        before = len(steps)
         with pytest.raises(aio.AioRpcError) as caught:
             await server.inference.Generate(prompt_request("x" * 100, 10), timeout=0.2)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: server.inside.is_idle, 1.0)
-        assert time.monotonic() - begun < 1.0
+        await until(lambda: server.inside.is_idle)
+        assert len(steps) - before < 13  # the prompt alone takes that many
         await server.inference.Generate(prompt_request("Hello", 2))
 
 
@@ -52,7 +63,7 @@ async def test_row_18_a_cancelled_stream_is_aborted_and_freed(tmp_path: Path) ->
         stream = server.inference.GenerateStream(_long())
         await stream.read()
         stream.cancel()
-        await until(lambda: server.inside.client.stats().submissions == 1, 1.0)
+        await until(lambda: _ended(server, "aborted") == 1)
         assert (await neighbour).choices[0].text == alone.choices[0].text
         await until(lambda: server.inside.is_idle)
 
@@ -62,7 +73,8 @@ async def test_row_18_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None
         async with aio.insecure_channel(server.app.address) as channel:
             stream = Served(server.app, server.inside, channel).inference.GenerateStream(_long())
             await stream.read()
-        await until(lambda: server.inside.is_idle, 1.0)
+        await until(lambda: server.inside.is_idle)
+        assert _ended(server, "aborted") == 1
 
 
 async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> None:
@@ -81,10 +93,8 @@ async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> No
         async with aio.insecure_channel(server.app.address, options=options) as channel:
             stream = Served(server.app, server.inside, channel).inference.GenerateStream(request)
             await stream.wait_for_connection()
-            await until(lambda: _calls(server, "ABORTED") == 1, 10.0)
-            begun = time.monotonic()
+            await until(lambda: _calls(server, "ABORTED") == 1)
             await server.inference.Generate(prompt_request())
-            assert time.monotonic() - begun < 2.0
             assert server.inside.client.stats().submissions == 0
             with pytest.raises(aio.AioRpcError) as caught:
                 async for _ in stream:
@@ -94,28 +104,35 @@ async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> No
 
 
 async def test_row_19_ten_times_the_concurrency_is_refused_fast(tmp_path: Path) -> None:
-    async with served(tmp_path, Inside(before_step=_slow(0.002)), max_running=4, max_queued=4) as server:
-        refused: list[float] = []
-        admitted: list[float] = []
+    """Also while a step takes long: no refusal waits for one."""
+    go = threading.Event()
+    inside = Inside(before_step=lambda plan: go.wait(60) and None)
+    async with served(tmp_path, inside, max_running=4, max_queued=4) as server:
+        refused = 0
+        admitted: list[int] = []
 
         async def one() -> None:
-            begun = time.monotonic()
+            nonlocal refused
             try:
-                await server.inference.Generate(prompt_request("Hello", 20))
+                answer = await server.inference.Generate(prompt_request("Hello", 20))
             except aio.AioRpcError as error:
                 found = details(error)
                 assert found["code"] is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert found["ErrorInfo"].reason == "OVERLOADED"
                 assert found["RetryInfo"].retry_delay.ToMilliseconds() == found["pushback"] > 0
-                refused.append(time.monotonic() - begun)
+                refused += 1
             else:
-                admitted.append(time.monotonic() - begun)
+                admitted.append(answer.choices[0].finish.usage.completion_tokens)
 
-        await asyncio.gather(*(one() for _ in range(80)))
-        assert len(admitted) >= 8
-        assert len(refused) >= 40
-        assert statistics.median(refused) < 1.0
-        assert max(admitted) < 5.0
+        calls = asyncio.gather(*(one() for _ in range(80)))
+        try:
+            await until(lambda: refused == 72)
+            assert admitted == []
+        finally:
+            go.set()
+        await calls
+        assert refused == 72
+        assert admitted == [20] * 8
 
 
 async def test_row_22_many_opened_and_cancelled_leak_nothing(tmp_path: Path) -> None:
@@ -191,12 +208,10 @@ async def test_row_42_a_stream_longer_than_the_grace_is_told_aborted(tmp_path: P
     async with aio.insecure_channel(app.address) as channel:
         stream = aiter(Served(app, inside, channel).inference.GenerateStream(_long()))
         await anext(stream)
-        begun = time.monotonic()
         app.request_stop()
         last = [message async for message in stream][-1]
         assert last.finish.reason == inference_pb2.FINISH_REASON_ABORTED
         assert await serving == 0
-        assert time.monotonic() - begun < 3.0
 
 
 async def test_the_engines_death_ends_every_request_and_the_server(tmp_path: Path) -> None:
@@ -221,18 +236,17 @@ async def test_the_engines_death_ends_every_request_and_the_server(tmp_path: Pat
 
 async def test_row_16_a_step_that_hangs_ends_the_server(tmp_path: Path) -> None:
     hanging, released = threading.Event(), threading.Event()
-    inside = Inside(before_step=lambda plan: hanging.is_set() and released.wait(10) and None)
+    inside = Inside(before_step=lambda plan: hanging.is_set() and released.wait(60) and None)
     app = App(serve_config(tmp_path, step_timeout_seconds=1), inside.build)
     await app.start()
     serving = asyncio.ensure_future(app.serve())
     async with aio.insecure_channel(app.address) as channel:
         hanging.set()
-        begun = time.monotonic()
         with pytest.raises(aio.AioRpcError) as caught:
             await Served(app, inside, channel).inference.Generate(prompt_request())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert details(caught.value)["ErrorInfo"].reason == "ENGINE_DEAD"
         assert await serving == 1
-        assert time.monotonic() - begun < 8.0
+        assert not inside.scheduler.is_idle  # the step hangs still
     released.set()
     await until(lambda: inside.scheduler.is_idle)
