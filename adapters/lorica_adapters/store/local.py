@@ -82,6 +82,7 @@ class LocalStore:
         # Blobs of publishes that failed at their commit: a crash may still bring that commit back from SQLite's
         # log, until a later one overwrites it there. So they stay until then.
         self._doubtful: set[str] = set()
+        self._unknown: set[str] = set()  # blobs that the catalog did not know at the start
         self._removed: deque[str] = deque()  # digests nobody was told of yet
         disk = disk or Disk()
         self._reserve = Reserve(root, disk)
@@ -194,8 +195,7 @@ class LocalStore:
             self._doubtful |= new
             raise
         self._settle()
-        if self._journal.is_large:
-            self._shorten_journal()
+        self._shorten_journal(only_if_large=True)
         return changed
 
     # Names
@@ -355,14 +355,17 @@ class LocalStore:
         self.collect()
         with storage_errors("sweep"):
             unknown = self._blobs.sweep(self._catalog.blobs())
+        self._unknown = {blob.name for blob in unknown}  # should they stay where they are
         self._lost.take(unknown)
         self._shorten_journal()
 
-    def _shorten_journal(self) -> None:
+    def _shorten_journal(self, *, only_if_large: bool = False) -> None:
+        """After a change that is already durable: failing now only means a longer journal."""
         try:
-            self._journal.shorten(self._catalog.publications(), self._lost.files().keys())
-        except OSError as error:
-            _log.warning("the journal of publishes could not be shortened: %s", error.strerror)
+            if self._journal.is_large or not only_if_large:
+                self._journal.shorten(self._catalog.publications(), self._lost.files().keys() | self._unknown)
+        except (OSError, AdapterError) as error:
+            _log.warning("the journal of publishes could not be shortened: %s", error)
 
     def _on_reserve(self, change: Callable[[], _T]) -> _T:
         """Make a change that can free space; on a full disk, in the space kept for it."""

@@ -14,7 +14,7 @@ from lorica_adapters.store.disk import Disk
 from lorica_adapters.store.journal import FILE_NAME, read_journal
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.restore import main, restore
-from support.stores import TENANT, Fault, SteppedDisk, blob_files, content, digest_of, put, stored
+from support.stores import TENANT, SteppedDisk, blob_files, content, digest_of, put, stored
 
 DAY = 86_400.0
 OLD, NEW = content("old"), content("new")
@@ -84,17 +84,21 @@ def test_lost_files_go_after_a_week_and_those_of_a_repair_stay(tmp_path: Path) -
     assert [entry.name for entry in read_journal(root, Disk())] == ["old"]
 
 
-def test_files_that_cannot_be_moved_stay_and_the_store_opens(tmp_path: Path) -> None:
+def test_files_that_cannot_be_moved_stay_and_keep_their_name(tmp_path: Path) -> None:
     lose_the_log(tmp_path, remove)
     root = tmp_path / "store"
-    fault = Fault()
-    fault.arm(errno.ENOSPC, "rename")
-    with LocalStore(root, disk=SteppedDisk(fault)) as store:
+
+    def step(operation: str, path: Path) -> None:
+        if "lost" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with LocalStore(root, disk=SteppedDisk(step)) as store:
         assert len(blob_files(root)) == 4
         assert store.get(TENANT, "old")
+        assert {entry.name for entry in read_journal(root, Disk())} == {"new", "old"}
     LocalStore(root).close()
     assert len(blob_files(root)) == 2
-    assert [entry.name for entry in read_journal(root, Disk())] == ["new", "old"]
+    assert [name for _, name, _ in restore(root, tmp_path / "out").adapters] == ["new"]
 
 
 def test_what_an_install_left_half_done_is_no_blob(tmp_path: Path) -> None:
