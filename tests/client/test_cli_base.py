@@ -48,7 +48,7 @@ def test_train_refuses_it_before_torch(broken: Path, tmp_path: Path, flags: list
     (tmp_path / "job.yaml").write_text("model: base\noutput: out\ndata: {train: train.jsonl}\n")
     code, torch, said = run("train", str(tmp_path / "job.yaml"), *flags)
     assert (code, torch) == (ExitCode.USAGE, False)
-    assert f"model: {broken} cannot be trained: it holds no tokenizer" in said
+    assert f"model: {broken} cannot be loaded: it holds no tokenizer" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -17,6 +17,14 @@ class JobInvalid(TrainerError):
         self.field = field
 
 
+class ModelInvalid(JobInvalid):
+    """The files of the model's directory cannot be loaded. `remedy` says what to do."""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__("model", message)
+        self.remedy = remedy
+
+
 class DataInvalid(TrainerError):
     """The data must be corrected. `line` is 1-based, 0 when the whole file is meant."""
 

@@ -12,19 +12,19 @@ from pathlib import Path
 from lorica_adapters.base_files import check_base_files
 from lorica_adapters.errors import BaseInvalid
 from lorica_trainer.checkpoints import CHECKPOINTS, list_checkpoints
-from lorica_trainer.errors import JobInvalid
+from lorica_trainer.errors import JobInvalid, ModelInvalid
 from lorica_trainer.job import TrainJob
 
 
 def check_job(job: TrainJob, *, resume: bool) -> None:
-    """Raises JobInvalid for what would end the run only after minutes of work, or at its end; BaseInvalid for a model
-    directory that cannot be loaded.
+    """Raises JobInvalid for what would end the run only after minutes of work, or at its end; ModelInvalid for a
+    model directory that cannot be loaded.
     """
     if Path(job.model).is_dir():
         try:
             check_base_files(Path(job.model))
         except BaseInvalid as error:
-            raise BaseInvalid(f"model: {job.model} cannot be trained: {error}", remedy=error.remedy) from error
+            raise ModelInvalid(f"{job.model} cannot be loaded: {error}", remedy=error.remedy) from error
     for key, path in (("data.train", job.data.train), ("data.eval", job.data.eval)):
         if path is not None and (not os.access(path, os.R_OK) or path.is_dir()):
             raise JobInvalid(key, f"{path} is no file that can be read")

@@ -100,11 +100,7 @@ def _server(error: BaseException) -> Failure | None:
 
 def _adapters(error: BaseException) -> Failure | None:
     errors = _loaded("lorica_adapters.errors")
-    if errors is None:
-        return None
-    if isinstance(error, errors.BaseInvalid):
-        return Failure(str(error), ExitCode.USAGE, error.remedy)
-    if not isinstance(error, errors.AdapterError):
+    if errors is None or not isinstance(error, errors.AdapterError):
         return None
     return Failure(error.message, ExitCode.REFUSED, error.remedy)
 
@@ -113,5 +109,7 @@ def _trainer(error: BaseException) -> Failure | None:
     errors = _loaded("lorica_trainer.errors")
     if errors is None or not isinstance(error, errors.TrainerError):
         return None
+    if isinstance(error, errors.ModelInvalid):
+        return Failure(str(error), ExitCode.USAGE, error.remedy)
     stopped = isinstance(error, errors.Interrupted)
     return Failure(str(error), ExitCode.INTERRUPTED if stopped else ExitCode.REFUSED)
