@@ -220,3 +220,5 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
+            # The backward pass dequantises to the state's own dtype: the checkpoint's, until here.
+            module.weight.quant_state.dtype = dtype
