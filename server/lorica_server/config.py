@@ -16,6 +16,7 @@ from typing import Any
 import platformdirs
 import yaml
 
+from lorica_adapters.formats.limits import MAX_RANK
 from lorica_server.errors import ConfigInvalid
 from lorica_server.options import Kind, Option, is_unix, parse
 
@@ -92,7 +93,7 @@ class AdapterConfig(EngineConfig):
     )
     adapter_host_bytes: int = _option(1 * GIB, "bytes", "host memory of loaded adapters", low=1 << 12)
     materialised_bytes: int = _option(512 * MIB, "bytes", "memory of dense copies of hot adapters", low=0)
-    max_rank: int = _option(256, "count", "largest LoRA rank accepted", low=1, high=4096)
+    max_rank: int = _option(MAX_RANK, "count", "largest LoRA rank accepted", low=1, high=4096)
     max_adapter_bytes: int = _option(1 * GIB, "bytes", "largest adapter accepted", low=1 << 10)
     max_adapters: int = _option(10_000, "count", "adapters a tenant may keep", low=1)
     max_store_bytes: int = _option(64 * GIB, "bytes", "bytes a tenant may keep", low=1 << 10)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lorica_adapters.formats.limits import MAX_RANK
 from lorica_trainer.errors import JobInvalid
 from lorica_trainer.schedule import warmup_steps
 from lorica_trainer.schema import Bounds, build
@@ -42,7 +43,7 @@ class LoraJob:
     """The adapter's shape. `targets`: all-linear, a list of name suffixes, or one regular expression for full names."""
 
     targets: Targets = "all-linear"
-    rank: int = field(default=16, metadata=Bounds(low=1, high=512).metadata)
+    rank: int = field(default=16, metadata=Bounds(low=1, high=MAX_RANK).metadata)
     alpha: float = field(default=32.0, metadata=Bounds(above=0.0).metadata)
     rslora: bool = False
     dropout: float = field(default=0.0, metadata=Bounds(low=0.0, below=1.0).metadata)

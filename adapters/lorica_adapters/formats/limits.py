@@ -6,13 +6,17 @@ Torch-free. Every bound is checked before the thing it bounds is allocated or ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+MAX_RANK: Final = 512
+"""The largest rank that is trained, and served where the operator sets no other limit."""
 
 
 @dataclass(frozen=True)
 class ReadLimits:
     """Bounds on one adapter's files. Bytes, counts, and seconds of processor time."""
 
-    max_rank: int = 512
+    max_rank: int = MAX_RANK
     max_bytes: int = 1 << 30  # of adapter_model.safetensors
     max_config_bytes: int = 1 << 20  # of each JSON file
     max_header_bytes: int = 16 << 20  # of the safetensors header
