@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lorica_adapters.tokenization import PromptTokenizer, find_chat_template
+
 MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""
 
@@ -35,7 +37,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         own = tokenizer.eos_token_id
         self._eos_token_ids = eos_token_ids | (frozenset() if own is None else {own})
-        self._template = _find_template(tokenizer)
+        self._template = find_chat_template(tokenizer)
         tokenizer.model_max_length = _NO_LIMIT
         self._longest_token = max((len(piece.encode()) for piece in tokenizer.get_vocab()), default=1)
         self._lock: AbstractContextManager[Any] = nullcontext()
@@ -50,6 +52,8 @@ class TextCodec:
             self._spelling = _Spelling.of(json.loads(backend.to_str()))
         else:
             self._lock = threading.Lock()
+        self._prompts = PromptTokenizer(tokenizer)
+        self._special_tokens = dict(self._prompts.special_tokens)
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None) -> TextCodec:
@@ -70,6 +74,11 @@ class TextCodec:
         return self._longest_token
 
     @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text -> id of every token that no text shows."""
+        return self._special_tokens
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """Ids that end a text: the tokenizer's and those of the generation config."""
         return self._eos_token_ids
@@ -80,8 +89,9 @@ class TextCodec:
         return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens the base expects around it."""
-        return self._encode(text, add_special_tokens=True)
+        """Token ids of a prompt, behind the special tokens the base expects there."""
+        with self._lock:
+            return self._prompts.encode_prompt(text)
 
     @property
     def takes_tools(self) -> bool:
@@ -93,8 +103,9 @@ class TextCodec:
 
         Raises ChatRefused when there is no template, it refuses the messages, or they are too long.
         """
-        # The template writes the special tokens itself, the first one included.
-        return self._encode(self.render_chat(messages, tools), add_special_tokens=False)
+        rendered = self.render_chat(messages, tools)
+        with self._lock:
+            return self._prompts.encode_rendered(rendered)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text that `encode_chat` encodes; raises as it does."""
@@ -124,8 +135,11 @@ class TextCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; an incomplete character becomes U+FFFD."""
         with self._lock:
-            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+            return self._prompts.decode(ids)
+
+    def output_context(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of the prompt's end that an output's text is decoded behind."""
+        return self._prompts.output_context(prompt)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for, special tokens by their name; empty for ids without a token."""
@@ -141,11 +155,6 @@ class TextCodec:
         if self._spelling is None:
             return self.decode([token]).encode()
         return self._spelling.spell(piece)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        with self._lock:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return ids
 
 
 @dataclass(frozen=True)
@@ -199,14 +208,6 @@ def _count_characters(value: Any) -> int:
         elif isinstance(part, Sequence):
             left += part
     return total
-
-
-def _find_template(tokenizer: Any) -> str | None:
-    try:
-        template: str = tokenizer.get_chat_template()
-    except ValueError:  # none, or several without a default
-        return None
-    return template
 
 
 def _find_eos_token_ids(source: str, revision: str | None) -> frozenset[int]:

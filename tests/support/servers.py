@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from google.rpc import error_details_pb2, status_pb2
@@ -53,6 +54,7 @@ class FakeCodec:
     longest_token = 8
     takes_tools = False
     eos_token_ids = frozenset({EOS})
+    special_tokens: Mapping[str, int] = MappingProxyType({"<|end|>": EOS})
 
     def encode(self, text: str) -> list[int]:
         """Characters that are not in the alphabet become spaces."""
@@ -67,6 +69,10 @@ class FakeCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """The end-of-text token is left out, as special tokens are."""
         return "".join(ALPHABET[token] for token in ids if token != EOS)
+
+    def output_context(self, prompt: Sequence[int]) -> list[int]:
+        """The whole prompt."""
+        return list(prompt)
 
     def token_bytes(self, token: int) -> bytes:
         """Of one token."""

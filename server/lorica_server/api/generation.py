@@ -26,9 +26,8 @@ class Generation:
         def spell(token: int) -> str:
             return codec.token_bytes(token).decode("utf-8", "replace")
 
-        self._choices = [
-            ChoiceText(codec.decode, spell, submission.stop, submission.prompt) for _ in range(submission.n)
-        ]
+        context = codec.output_context(submission.prompt)
+        self._choices = [ChoiceText(codec.decode, spell, submission.stop, context) for _ in range(submission.n)]
         self._held: dict[int, Delta] = {}
         self._usages: dict[int, Usage] = {}
         self._ends: dict[int, str] = {}

@@ -28,11 +28,15 @@ class Codec(Protocol):
         """Ids that end a text."""
 
     @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text -> id of every token that `decode` leaves out."""
+
+    @property
     def longest_token(self) -> int:
         """Bytes of the longest piece of text one token can stand for."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens the base expects."""
+        """Token ids of a prompt, behind the special tokens the base expects there."""
 
     @property
     def takes_tools(self) -> bool:
@@ -43,6 +47,9 @@ class Codec(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
+
+    def output_context(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of the prompt's end that an output's text is decoded behind."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for."""

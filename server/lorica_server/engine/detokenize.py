@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lorica_server.engine.incremental import CONTEXT_TOKENS, Decode, IncrementalDecoder
+from lorica_server.engine.incremental import Decode, IncrementalDecoder
 from lorica_server.engine.stop_strings import StopStrings
 from lorica_server.requests import FinishReason, RequestFailure, StopConditions, TokenEvent, TokenLogprob, Usage
 
@@ -42,14 +42,14 @@ class Delta:
 class ChoiceText:
     """One choice from its first event to its end.
 
-    `decode` leaves special tokens out; `spell` gives one token's own text, special or not. `prompt` is
-    the prompt's ids, whose end gives the first output tokens their context.
+    `decode` leaves special tokens out; `spell` gives one token's own text, special or not. `context` are the
+    last ids of the prompt, behind which the output is decoded.
     """
 
     def __init__(
-        self, decode: Decode, spell: Callable[[int], str], stop: StopConditions, prompt: Sequence[int] = ()
+        self, decode: Decode, spell: Callable[[int], str], stop: StopConditions, context: Sequence[int] = ()
     ) -> None:
-        self._decoder = IncrementalDecoder(decode, prompt[-CONTEXT_TOKENS:])
+        self._decoder = IncrementalDecoder(decode, context)
         self._spell = spell
         self._stop = stop
         self._strings = StopStrings(stop.stop_strings)

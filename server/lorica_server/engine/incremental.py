@@ -11,9 +11,6 @@ from typing import Final
 
 Decode = Callable[[Sequence[int]], str]
 
-CONTEXT_TOKENS: Final = 8
-"""How many tokens of a prompt's end are worth giving as context."""
-
 _REPLACEMENT: Final = "�"
 _LONG_WINDOW: Final = 16  # tokens; a longer window is cut at the last but one clean border
 _LONGEST_WINDOW: Final = 48  # without a clean border for so long, it is cut where the text allows

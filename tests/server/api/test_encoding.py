@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ class SlowCodec:
 
     template_digest = "0" * 64
     eos_token_ids: frozenset[int] = frozenset()
+    special_tokens: Mapping[str, int] = MappingProxyType({"<|end|>": 255})
     longest_token = 4
     takes_tools = False
 
@@ -39,6 +41,9 @@ class SlowCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "x" * len(ids)
+
+    def output_context(self, prompt: Sequence[int]) -> list[int]:
+        return []
 
     def token_bytes(self, token: int) -> bytes:
         return b"x"
