@@ -31,12 +31,15 @@ class Encoder:
         self._waiting = 0
 
     async def encode_text(self, field: str, codec: Codec, limits: Limits, text: str) -> list[int]:
-        """Token ids with the special tokens the base expects.
+        """Token ids of a prompt, behind the special tokens the base expects there.
 
-        Raises InvalidRequest for a text that is longer than any the context holds, Overloaded when many are waiting.
+        Raises InvalidRequest for a text that is longer than any the context holds or that the tokenizer gives an id the
+        model lacks, Overloaded when many are waiting.
         """
         self._check_length(field, codec, limits, [text])
-        return await self._run(len(text), lambda: codec.encode(text))
+        ids = await self._run(len(text), lambda: codec.encode(text))
+        _check_vocabulary(field, codec, limits, ids)
+        return ids
 
     async def encode_chat(
         self, codec: Codec, limits: Limits, turns: Sequence[ChatTurn], tools: Tools = ()
@@ -50,9 +53,11 @@ class Encoder:
         messages = [turn.message() for turn in turns]
         length = sum(turn.characters for turn in turns)
         try:
-            return await self._run(length, lambda: codec.encode_chat(messages, tools))
+            ids = await self._run(length, lambda: codec.encode_chat(messages, tools))
         except ValueError as error:
             raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
+        _check_vocabulary("chat.messages", codec, limits, ids)
+        return ids
 
     async def decode(self, codec: Codec, ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -79,3 +84,17 @@ class Encoder:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._waiting -= 1
+
+
+def _check_vocabulary(field: str, codec: Codec, limits: Limits, ids: Sequence[int]) -> None:
+    """A tokenizer may know more tokens than the model has embeddings: a `[PAD]` added without resizing, mostly."""
+    if max(ids, default=0) < limits.vocabulary:
+        return
+    position, token = next((i, token) for i, token in enumerate(ids) if token >= limits.vocabulary)
+    text = codec.token_bytes(token).decode(errors="replace")
+    raise InvalidRequest(
+        field,
+        f"{text!r} is token id {token} at position {position}, which is outside the model's vocabulary of "
+        f"{limits.vocabulary}: leave it out",
+        metadata={"vocabulary": str(limits.vocabulary)},
+    )

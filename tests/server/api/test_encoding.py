@@ -76,3 +76,27 @@ async def test_long_texts_hold_up_neither_short_ones_nor_other_threads() -> None
     assert not any(task.done() for task in long)
     codec.go.set()
     assert {len(ids) for ids in await asyncio.gather(*long)} == {9000}
+
+
+class WideCodec(SlowCodec):
+    """Knows one token more than the model: id 256, spelled `[`."""
+
+    def encode(self, text: str) -> list[int]:
+        return [256 if character == "[" else 1 for character in text]
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"[PAD]" if token == 256 else b"x"
+
+
+@pytest.mark.asyncio
+async def test_an_id_that_the_model_lacks_is_refused_by_its_text_and_place() -> None:
+    encoder, codec = Encoder(), WideCodec()
+    with pytest.raises(InvalidRequest) as text:
+        await encoder.encode_text("text", codec, LIMITS, "ab[c")
+    with pytest.raises(InvalidRequest) as chat:
+        await encoder.encode_chat(codec, LIMITS, [ChatTurn("user", "[")])
+    assert text.value.field == "text"
+    assert "'[PAD]' is token id 256 at position 2, which is outside the model's vocabulary of 256" in str(text.value)
+    assert text.value.metadata == {"vocabulary": "256"}
+    assert chat.value.field == "chat.messages"
+    assert await encoder.encode_text("text", codec, LIMITS, "abc") == [1, 1, 1]
