@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from grpc import aio
@@ -27,6 +27,7 @@ from lorica_server.api.gate import Gate
 from lorica_server.api.generation import Generation
 from lorica_server.api.ports import Codec
 from lorica_server.api.read_chat import read_chat, read_tools
+from lorica_server.api.stop_tokens import resolve_stop_tokens
 from lorica_server.errors import InvalidRequest
 from lorica_server.observe.logs import CALL_ID, DIGITS, note
 from lorica_server.registry import Registry, Resolved
@@ -118,6 +119,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         deadline = _deadline(context)
         call = read_generate(request)
         validate.check_generate(call, parts.model.limits)
+        special, vocabulary = parts.codec.special_tokens, parts.model.limits.vocabulary
+        call = replace(call, stopping=resolve_stop_tokens(call.stopping, special, vocabulary))
         tenant = self.tenant_of(context)
         with self._resolve(parts.registry, tenant, call.adapter) as resolved:
             digest = None if resolved is None else resolved.digest

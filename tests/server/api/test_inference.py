@@ -103,6 +103,24 @@ async def test_a_stop_token_is_told(tmp_path: Path) -> None:
         assert finish.usage.completion_tokens == tokens.index(stop) + 1
 
 
+async def test_a_stop_string_that_spells_a_special_token_stops_at_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = _solo("Hello", 40)
+    stop = next(token for token in tokens[5:] if token != EOS)
+    monkeypatch.setattr(FakeCodec, "special_tokens", {"<|im_end|>": stop})
+    async with served(tmp_path) as server:
+        request = prompt_request("Hello", 40)
+        request.stopping.stop_strings.append("<|im_end|>")
+        finish = (await server.inference.Generate(request)).choices[0].finish
+        assert (finish.reason, finish.stop_token_id) == (inference_pb2.FINISH_REASON_STOP, stop)
+        assert finish.usage.completion_tokens == tokens.index(stop) + 1
+        request.stopping.stop_strings.append("<|im_end|>\n")
+        with pytest.raises(aio.AioRpcError) as refused:
+            await server.inference.Generate(request)
+        assert details(refused.value)["BadRequest"].field_violations[0].field == "stopping.stop_strings[1]"
+
+
 async def test_echo_logprobs_and_prompt_logprobs(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         request = prompt_request("Hello", 5, response={"echo": True, "logprobs": 0, "prompt_logprobs": 0})
