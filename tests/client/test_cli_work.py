@@ -24,7 +24,11 @@ def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
     missing = invoke("train", str(job), "--check")
     assert missing.exit_code == ExitCode.REFUSED
     assert "data.train" in missing.stderr
-    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}')
+    broken = invoke("train", str(job), "--check")
+    assert broken.exit_code == ExitCode.REFUSED
+    assert "train.jsonl:1: a record needs either messages, or prompt and completion" in " ".join(broken.stderr.split())
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     assert invoke("train", str(job), "--check").exit_code == 0
     job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\nlora: {rank: -1}\n")
     result = invoke("train", str(job), "--check")

@@ -26,7 +26,7 @@ def test_names_and_paths_are_no_markup() -> None:
     bar = output.step_progress(COLUMN)
     bar.live.console = Console(file=io.StringIO(), width=200)
     watcher = TrainingBar(bar, "a[lr=3e-4]x[/y]")
-    watcher.started(10, 0, DataReport(1, 1, 0, 0, 0, 0, 1, 0, 1))
+    watcher.started(10, 0, DataReport(1, 1, 0, 0, 0, 0, 0, 1, 0, 1))
     watcher.saved(Path("runs/a[lr=3e-4]/x[/y]"))
     watcher.warned("[bold]loud")
     assert "a[lr=3e-4]x[/y]" in _shown(bar)

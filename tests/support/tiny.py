@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from lorica_adapters.base import LoadedBase, load_base
 from lorica_adapters.embedded.tiny import tiny_path
+from lorica_trainer.examples import ExampleEncoder
 
 
 def load_tiny() -> LoadedBase:
@@ -20,6 +21,11 @@ def load_tiny() -> LoadedBase:
 def tiny_tokenizer() -> Any:
     """The embedded base's tokenizer."""
     return AutoTokenizer.from_pretrained(tiny_path())
+
+
+def tiny_encoder(tokenizer: Any) -> ExampleEncoder:
+    """Records to examples, as the trainer does for the embedded base."""
+    return ExampleEncoder(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
 
 
 def conversation(question: str, answer: str | None = None, *, system: str | None = None) -> list[dict[str, str]]:

@@ -7,13 +7,15 @@ import pytest
 
 from lorica_trainer.data import load_data
 from lorica_trainer.errors import DataInvalid
-from lorica_trainer.examples import IGNORE, Example, ExampleInvalid, encode_record
+from lorica_trainer.examples import IGNORE, Example, ExampleEncoder
 from lorica_trainer.job import DataJob
-from support.tiny import conversation, write_jsonl
+from lorica_trainer.records import RecordInvalid, parse_record
+from support.tiny import conversation, tiny_encoder, write_jsonl
 
 
 def _encode(record: Any, tokenizer: Any) -> Example:
-    return encode_record(record, tokenizer, frozenset({tokenizer.eos_token_id}))
+    [example] = tiny_encoder(tokenizer).encode(parse_record(record))
+    return example
 
 
 def _supervised_text(example: Example, tokenizer: Any) -> str:
@@ -53,11 +55,11 @@ def test_a_template_without_generation_marks_gives_the_same_labels(tokenizer: An
     [
         (
             "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
-            "does not hold the base's end-of-turn token",
+            "is rendered without a token that ends it",
         ),
         (
             "{% for m in messages %}{{ m['content'] if loop.last else '-' }}<|end|>{% endfor %}",
-            "differently once later turns follow",
+            "in another way once that turn follows them",
         ),
         ("{{ raise_exception('roles must alternate') }}", "the chat template refused: roles must alternate"),
         ("{{ messages[0].content + 1 }}", "the chat template refused"),
@@ -68,7 +70,7 @@ def test_templates_that_cannot_be_learnt_from_are_refused(tokenizer: Any, templa
     kept = tokenizer.chat_template
     try:
         tokenizer.chat_template = template
-        with pytest.raises(ExampleInvalid, match=says):
+        with pytest.raises(RecordInvalid, match=says):
             _encode({"messages": [*conversation("ab", "cd"), *conversation("ef", "gh")]}, tokenizer)
     finally:
         tokenizer.chat_template = kept
@@ -80,7 +82,7 @@ def test_an_assistant_who_speaks_first_needs_generation_marks(tokenizer: Any) ->
     kept = tokenizer.chat_template
     try:
         tokenizer.chat_template = kept.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        with pytest.raises(ExampleInvalid, match="the assistant speaks first"):
+        with pytest.raises(RecordInvalid, match="the assistant speaks first"):
             _encode({"messages": chat}, tokenizer)
     finally:
         tokenizer.chat_template = kept
@@ -109,7 +111,7 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: str, says: st
     path = tmp_path / "t.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
     with pytest.raises(DataInvalid, match=says) as caught:
-        load_data(DataJob(path), tokenizer, frozenset({tokenizer.eos_token_id}), seed=0)
+        load_data(DataJob(path), tiny_encoder(tokenizer), seed=0)
     assert caught.value.line == 3
 
 
@@ -121,7 +123,7 @@ def test_a_bad_file_is_named(tmp_path: Path, tokenizer: Any, content: bytes | No
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataInvalid, match=says):
-        load_data(DataJob(path), tokenizer, frozenset(), seed=0)
+        load_data(DataJob(path), tiny_encoder(tokenizer), seed=0)
 
 
 def _completions(*texts: str) -> list[dict[str, str]]:
@@ -131,12 +133,12 @@ def _completions(*texts: str) -> list[dict[str, str]]:
 def test_report_counts_duplicates_leaks_and_masked_tokens(tmp_path: Path, tokenizer: Any) -> None:
     train = write_jsonl(tmp_path / "t.jsonl", _completions("a", "b", "a", "c"))
     held = write_jsonl(tmp_path / "e.jsonl", _completions("c", "d"))
-    ends = frozenset({tokenizer.eos_token_id})
-    data = load_data(DataJob(train, held), tokenizer, ends, seed=0)
+    encoder = tiny_encoder(tokenizer)
+    data = load_data(DataJob(train, held), encoder, seed=0)
     report = data.report
     assert (report.records, report.train, report.duplicates, report.eval, report.leaked) == (4, 3, 1, 1, 1)
     assert (report.tokens, report.masked, report.longest) == (12, 6, 4)  # <bos> p | x <end>, three times
-    kept = load_data(DataJob(train, held, keep_duplicates=True), tokenizer, ends, seed=0)
+    kept = load_data(DataJob(train, held, keep_duplicates=True), encoder, seed=0)
     assert kept.report.train == 4
     assert kept.digest != data.digest
 
@@ -145,27 +147,62 @@ def test_overlong_examples_are_dropped_or_truncated(tmp_path: Path, tokenizer: A
     train = write_jsonl(
         tmp_path / "t.jsonl", [*_completions("short", "much longer"), {"prompt": "p" * 20, "completion": "x"}]
     )
-    ends = frozenset({tokenizer.eos_token_id})
-    dropped = load_data(DataJob(train, max_length=8), tokenizer, ends, seed=0)
+    encoder = tiny_encoder(tokenizer)
+    dropped = load_data(DataJob(train, max_length=8), encoder, seed=0)
     assert (dropped.report.train, dropped.report.overlong) == (1, 2)
-    truncated = load_data(DataJob(train, max_length=8, overlong="truncate"), tokenizer, ends, seed=0)
+    truncated = load_data(DataJob(train, max_length=8, overlong="truncate"), encoder, seed=0)
     assert [len(example.ids) for example in truncated.train] == [8, 8]  # the long prompt has no loss left
     with pytest.raises(DataInvalid, match="no record is left"):
-        load_data(DataJob(train, max_length=3), tokenizer, ends, seed=0)
+        load_data(DataJob(train, max_length=3), encoder, seed=0)
     held = write_jsonl(tmp_path / "e.jsonl", _completions("a much longer one"))
     with pytest.raises(DataInvalid, match=r"e\.jsonl: no record is left to evaluate on: 1 are longer"):
-        load_data(DataJob(train, held, max_length=8), tokenizer, ends, seed=0)
+        load_data(DataJob(train, held, max_length=8), encoder, seed=0)
+
+
+def test_examples_truncated_before_their_end_are_counted_and_never_all_there_is(tmp_path: Path, tokenizer: Any) -> None:
+    encoder = tiny_encoder(tokenizer)
+    train = write_jsonl(tmp_path / "t.jsonl", _completions("short", "much longer", "longer too"))
+    job = DataJob(train, max_length=8, overlong="truncate")
+    report = load_data(job, encoder, seed=0).report
+    assert (report.train, report.overlong, report.endless) == (3, 2, 2)
+    write_jsonl(train, _completions("much longer", "longer too"))
+    with pytest.raises(DataInvalid, match=r"every record is truncated before the token that ends it.*over 8, or drop"):
+        load_data(job, encoder, seed=0)
+
+
+def test_an_id_that_the_model_lacks_is_refused_by_its_line(tmp_path: Path, tokenizer: Any) -> None:
+    [_, last] = tokenizer.encode("z")
+    encoder = ExampleEncoder(tokenizer, frozenset({tokenizer.eos_token_id}), last)
+    train = write_jsonl(tmp_path / "t.jsonl", [*_completions("a"), {"prompt": "yz", "completion": "b"}])
+    with pytest.raises(
+        DataInvalid, match=rf"t\.jsonl:2: 'z' is token id {last} at position 2, which is outside the mo"
+    ):
+        load_data(DataJob(train), encoder, seed=0)
+
+
+def test_a_record_of_several_sequences_counts_once(tmp_path: Path, tokenizer: Any) -> None:
+    kept = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content if m.role == 'user' or loop.last else '-' }}<|end|>{% endfor %}"
+        )
+        chat = [*conversation("ab", "cd"), *conversation("ef", "gh")]
+        train = write_jsonl(tmp_path / "t.jsonl", [{"messages": chat}])
+        report = load_data(DataJob(train), tiny_encoder(tokenizer), seed=0).report
+    finally:
+        tokenizer.chat_template = kept
+    assert (report.records, report.train) == (1, 2)
 
 
 def test_eval_fraction_splits_distinct_examples(tmp_path: Path, tokenizer: Any) -> None:
     train = write_jsonl(tmp_path / "t.jsonl", _completions(*"abcdefghij", *"abcdefghij"))
-    ends = frozenset({tokenizer.eos_token_id})
-    data = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), tokenizer, ends, seed=3)
+    encoder = tiny_encoder(tokenizer)
+    data = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
     assert len(data.eval) == 3
     assert len(data.train) == 14
     assert not set(data.train) & set(data.eval)
     one = write_jsonl(tmp_path / "one.jsonl", _completions("a", "a"))
     with pytest.raises(DataInvalid, match="cannot be split"):
-        load_data(DataJob(one, eval_fraction=0.5), tokenizer, ends, seed=0)
-    again = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), tokenizer, ends, seed=3)
+        load_data(DataJob(one, eval_fraction=0.5), encoder, seed=0)
+    again = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
     assert again.eval == data.eval

@@ -9,22 +9,25 @@ from peft import LoraConfig, get_peft_model
 
 from lorica_adapters.apply.trainable import TrainableAdapter, attach
 from lorica_adapters.base import LoadedBase
+from lorica_adapters.bnb import Linear4bit
 from lorica_adapters.errors import AdapterIncompatible
+from lorica_adapters.frozen import Nf4Linear, logical_nf4
 from lorica_trainer.batches import Batch, collate
 from lorica_trainer.errors import JobInvalid
-from lorica_trainer.examples import IGNORE, Example, encode_record
+from lorica_trainer.examples import IGNORE, Example
 from lorica_trainer.losses import completion_loss
+from lorica_trainer.records import parse_record
 from lorica_trainer.run import enable_activation_checkpointing
 from lorica_trainer.targets import resolve_targets
-from support.tiny import conversation, load_tiny
+from support.tiny import conversation, load_tiny, tiny_encoder
 
 TEXTS = (("lantern", "a light"), ("a somewhat longer question", "yes"), ("x", "a long answer to a short question"))
 
 
 @pytest.fixture
 def examples(tokenizer: Any) -> list[Example]:
-    ends = frozenset({tokenizer.eos_token_id})
-    return [encode_record({"messages": conversation(*pair)}, tokenizer, ends) for pair in TEXTS]
+    encoder = tiny_encoder(tokenizer)
+    return [example for pair in TEXTS for example in encoder.encode(parse_record({"messages": conversation(*pair)}))]
 
 
 @pytest.fixture
@@ -75,6 +78,31 @@ def test_loss_and_gradients_equal_peft(base: LoadedBase, adapter: TrainableAdapt
         layer = model.base_model.model.get_submodule(name)
         torch.testing.assert_close(a, layer.lora_A["default"].weight.grad, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(b, layer.lora_B["default"].weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_those_on_the_dequantised_weights(batch: Batch) -> None:
+    """The backward pass multiplies by the weights that the forward pass multiplied by, whatever dtype they came in."""
+    results = []
+    for dequantised in (False, True):
+        base = load_tiny()
+        if dequantised:
+            _dequantise(base.model)
+        torch.manual_seed(5)
+        with _attached(base) as adapter:
+            completion_loss(base.model, batch).backward()  # type: ignore[no-untyped-call]
+            results.append(_gradients(adapter))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-5 * float(exact.abs().max()), rtol=0)
+
+
+def _dequantise(model: torch.nn.Module) -> None:
+    for name, module in [pair for pair in model.named_modules() if isinstance(pair[1], Linear4bit)]:
+        plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        frozen = Nf4Linear(*logical_nf4(module), None, torch.float32)
+        plain.weight = torch.nn.Parameter(frozen.dequantise(torch.float32), requires_grad=False)
+        if module.bias is not None:
+            plain.bias = module.bias
+        model.set_submodule(name, plain)
 
 
 def test_padding_and_batching_change_nothing(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lorica_trainer.errors import JobInvalid
+from lorica_trainer.errors import DataInvalid, JobInvalid
 from lorica_trainer.job import TrainJob
 from lorica_trainer.preflight import check_job
+from support.tiny import write_jsonl
 
 JobMaker = Callable[..., TrainJob]
 
@@ -32,6 +33,18 @@ def test_data_that_is_not_there_is_named(make_job: JobMaker, tmp_path: Path) -> 
         check_job(job, resume=False)
     job.data.train.mkdir()
     with pytest.raises(JobInvalid, match=r"data\.train: .*is no file"):
+        check_job(job, resume=False)
+
+
+def test_records_are_read_before_anything_is_loaded(make_job: JobMaker, tmp_path: Path) -> None:
+    job = make_job()
+    with job.data.train.open("a") as file:
+        file.write('{"prompt": "a", "completion": "b", "score": 1}\n')
+    with pytest.raises(DataInvalid, match=r"train\.jsonl:41: score is not a key that training reads"):
+        check_job(job, resume=False)
+    write_jsonl(tmp_path / "eval.jsonl", [[]])
+    job = make_job(data={"eval": "eval.jsonl", "eval_fraction": 0})
+    with pytest.raises(DataInvalid, match=r"eval\.jsonl:1: a JSON array"):
         check_job(job, resume=False)
 
 

@@ -1,11 +1,12 @@
 """JSONL files into encoded training and evaluation sets, with a report of what was left out and why.
 
-Knows no batch and no model: a tokenizer and the ids that end a turn are handed in.
+Knows no batch and no model: how a record becomes tokens is handed in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -13,22 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica_trainer.errors import DataInvalid
-from lorica_trainer.examples import ChatTokenizer, Example, ExampleInvalid, encode_record
+from lorica_trainer.examples import IGNORE, Example, ExampleEncoder
 from lorica_trainer.job import DataJob
+from lorica_trainer.records import RecordInvalid, read_records
 
 Examples = tuple[Example, ...]
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the records. `masked` counts tokens that carry no loss (prompts)."""
+    """What became of the records. `masked` counts tokens that carry no loss (prompts).
 
-    records: int
+    All but `records` count examples: a record is one, but for a conversation whose turns cannot share a sequence.
+    """
+
+    records: int  # of the training file
     train: int
     eval: int
     duplicates: int  # exact copies, dropped unless the job keeps them
     leaked: int  # eval records that are also in train, dropped from eval
     overlong: int  # longer than max_length: dropped or truncated as the job says
+    endless: int  # truncated before the token that ends them, and trained so
     tokens: int  # of the training set
     masked: int
     longest: int
@@ -44,15 +50,15 @@ class DataSet:
     digest: str
 
 
-def load_data(job: DataJob, tokenizer: ChatTokenizer, end_ids: frozenset[int], *, seed: int) -> DataSet:
+def load_data(job: DataJob, encoder: ExampleEncoder, *, seed: int) -> DataSet:
     """Read, encode, clean and split. Raises DataInvalid with file and line."""
-    raw = _read(job.train, tokenizer, end_ids)
+    records, raw = _read(job.train, encoder)
     train = raw if job.keep_duplicates else tuple(dict.fromkeys(raw))
     duplicates = len(raw) - len(train)
     held: Examples = ()
     leaked = 0
     if job.eval is not None:
-        read = tuple(dict.fromkeys(_read(job.eval, tokenizer, end_ids)))
+        read = tuple(dict.fromkeys(_read(job.eval, encoder)[1]))
         trained = set(train)
         held = tuple(example for example in read if example not in trained)
         leaked = len(read) - len(held)
@@ -70,13 +76,22 @@ def load_data(job: DataJob, tokenizer: ChatTokenizer, end_ids: frozenset[int], *
     if held and not fitted_held:
         reason = f"{cut_held} are longer than data.max_length = {job.max_length}"
         raise DataInvalid(job.eval or job.train, 0, f"no record is left to evaluate on: {reason}")
+    endless = sum(encoder.end_ids.isdisjoint(_last_run(example)) for example in fitted_train)
+    if endless == len(fitted_train):
+        raise DataInvalid(
+            job.train,
+            0,
+            f"every record is truncated before the token that ends it, so the adapter would never stop: raise "
+            f"data.max_length over {job.max_length}, or drop them by data.overlong: drop",
+        )
     report = DataReport(
-        records=len(raw),
+        records=records,
         train=len(fitted_train),
         eval=len(fitted_held),
         duplicates=duplicates,
         leaked=leaked,
         overlong=cut_train + cut_held,
+        endless=endless,
         tokens=sum(len(example.ids) for example in fitted_train),
         masked=sum(len(example.ids) - example.supervised for example in fitted_train),
         longest=max(len(example.ids) for example in fitted_train),
@@ -84,28 +99,16 @@ def load_data(job: DataJob, tokenizer: ChatTokenizer, end_ids: frozenset[int], *
     return DataSet(fitted_train, fitted_held, report, _digest(fitted_train))
 
 
-def _read(path: Path, tokenizer: ChatTokenizer, end_ids: frozenset[int]) -> Examples:
-    examples = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    examples.append(encode_record(json.loads(line), tokenizer, end_ids))
-                except json.JSONDecodeError as error:
-                    raise DataInvalid(path, number, f"not JSON: {error.msg} at column {error.colno}") from error
-                except ExampleInvalid as error:
-                    raise DataInvalid(path, number, str(error)) from error
-                except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
-                    raise DataInvalid(path, number, f"not JSON that can be read: {error}") from error
-    except OSError as error:
-        raise DataInvalid(path, 0, f"cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataInvalid(path, 0, f"not UTF-8 at byte {error.start}") from error
-    if not examples:
-        raise DataInvalid(path, 0, "holds no record")
-    return tuple(examples)
+def _read(path: Path, encoder: ExampleEncoder) -> tuple[int, Examples]:
+    """(how many records, their examples)"""
+    records, examples = 0, list[Example]()
+    for line, record in read_records(path):
+        try:
+            examples += encoder.encode(record)
+        except RecordInvalid as error:
+            raise DataInvalid(path, line, str(error)) from error
+        records += 1
+    return records, tuple(examples)
 
 
 def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -127,6 +130,12 @@ def _fit(examples: Examples, job: DataJob) -> tuple[Examples, int]:
                 continue
         kept.append(example)
     return tuple(kept), overlong
+
+
+def _last_run(example: Example) -> tuple[int, ...]:
+    """The last run of tokens with a loss, that of the last turn."""
+    reached = itertools.dropwhile(lambda label: label == IGNORE, reversed(example.labels))
+    return tuple(itertools.takewhile(lambda label: label != IGNORE, reached))
 
 
 def _digest(examples: Sequence[Example]) -> str:

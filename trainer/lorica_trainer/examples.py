@@ -1,32 +1,21 @@
-"""One line of a JSONL file into token ids and labels: prompt-completion text, or chat through the base's own template.
+"""Records into token ids and labels, cut where the server cuts: its prompt's ids, then the ids that go on from them.
 
-The loss falls on completions and assistant turns only, their end-of-turn token included: an adapter that never
-learnt it would never stop. Knows no file and no batch.
+The loss falls on completions and trained turns only, their end token included: an adapter that never learnt it would
+never stop. Knows no file and no batch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from lorica_adapters.tokenization import ContinuationRefused, PromptTokenizer, find_chat_template
+from lorica_trainer.chats import ChatRenderer, Turn
+from lorica_trainer.records import Completion, Conversation, Record, RecordInvalid
 
 IGNORE = -100
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class ExampleInvalid(ValueError):
-    """What is wrong with one record; the reader adds file and line."""
-
-
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    chat_template: Any
-    eos_token_id: int | None
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -46,109 +35,101 @@ class Example:
         return Example(self.ids[:length], self.labels[:length])
 
 
-def encode_record(record: Any, tokenizer: ChatTokenizer, end_ids: frozenset[int]) -> Example:
-    """Encode {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}. Raises ExampleInvalid."""
-    if not isinstance(record, Mapping):
-        raise ExampleInvalid("a record must be a JSON object")
-    if "messages" in record:
-        example = _encode_chat(_checked_messages(record["messages"]), tokenizer)
-    elif "prompt" in record and "completion" in record:
-        example = _encode_completion(record["prompt"], record["completion"], tokenizer)
-    else:
-        raise ExampleInvalid("a record needs either messages, or prompt and completion")
-    _check_end_is_learnt(example, end_ids)
-    return example
+class ExampleEncoder:
+    """Encodes for one base: its tokenizer, the ids that end a text, and the number of ids its embedding has."""
 
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int], vocabulary: int) -> None:
+        self.end_ids = end_ids
+        self._prompts = PromptTokenizer(tokenizer)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._vocabulary = vocabulary
+        template = find_chat_template(tokenizer)
+        self._renderer = None if template is None else ChatRenderer(template, tokenizer.special_tokens_map)
 
-def _encode_completion(prompt: Any, completion: Any, tokenizer: ChatTokenizer) -> Example:
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ExampleInvalid("prompt and completion must be strings")
-    _refuse_half_characters("prompt", prompt)
-    _refuse_half_characters("completion", completion)
-    if not completion:
-        raise ExampleInvalid("completion is empty: there is nothing to learn")
-    if tokenizer.eos_token_id is None:
-        raise ExampleInvalid("the base's tokenizer has no end-of-sequence token to end a completion with")
-    # Encoded apart, because the server encodes the prompt alone and the model goes on from there.
-    head = tokenizer.encode(prompt)
-    tail = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
-    return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
+    def encode(self, record: Record) -> tuple[Example, ...]:
+        """The record's examples: one, or for a conversation whose turns the server would cut otherwise than one
+        sequence can hold, several. Raises RecordInvalid.
+        """
+        try:
+            if isinstance(record, Completion):
+                examples: Sequence[Example] = [self._encode_completion(record)]
+            else:
+                examples = list(self._encode_chat(record))
+        except ContinuationRefused as error:
+            raise RecordInvalid(str(error)) from error
+        for example in examples:
+            if not example.supervised:
+                raise RecordInvalid("no token of the record carries a loss: there is nothing to learn")
+            self._check_vocabulary(example)
+        return tuple(examples)
 
+    def _encode_completion(self, record: Completion) -> Example:
+        if self._eos is None:
+            raise RecordInvalid("the base's tokenizer has no end-of-sequence token to end a completion with")
+        head = self._prompts.encode_prompt(record.prompt)
+        tail = self._prompts.encode_continuation(record.prompt, head, record.completion)
+        if tail[-1:] != [self._eos]:  # a completion that was rendered already ends with it
+            tail.append(self._eos)
+        return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
 
-def _checked_messages(messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ExampleInvalid("messages must be a non-empty list")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ExampleInvalid(f"messages[{index}] needs a role and a content string")
-        if message.get("role") not in ROLES:
-            raise ExampleInvalid(
-                f"messages[{index}].role must be one of {', '.join(ROLES)}, not {message.get('role')!r}"
+    def _encode_chat(self, record: Conversation) -> Iterator[Example]:
+        """Turns share a sequence as long as each one's prompt, encoded alone, goes on from what stands there."""
+        if self._renderer is None:
+            raise RecordInvalid("the base has no chat template: use prompt and completion")
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn in self._renderer.turns(record):
+            head = self._prompts.encode_rendered(turn.prompt)
+            if head[: len(ids)] != ids:
+                yield Example(tuple(ids), tuple(labels))
+                ids, labels = [], []
+            labels += [IGNORE] * (len(head) - len(ids))
+            ids = head
+            answer, answer_labels = self._encode_answer(turn, head)
+            ids, labels = ids + answer, labels + answer_labels
+        yield Example(tuple(ids), tuple(labels))
+
+    def _encode_answer(self, turn: Turn, head: Sequence[int]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        borders = sorted({0, len(turn.answer), *itertools.chain.from_iterable(turn.spans)})
+        for begin, end in itertools.pairwise(borders):
+            before = turn.prompt + turn.answer[:begin]
+            piece = self._prompts.encode_continuation(before, [*head, *ids], turn.answer[begin:end])
+            learnt = any(first <= begin and end <= last for first, last in turn.spans)
+            ids += piece
+            labels += piece if learnt else [IGNORE] * len(piece)
+        self._check_end_is_learnt(turn, ids, labels)
+        return ids, labels
+
+    def _check_end_is_learnt(self, turn: Turn, ids: Sequence[int], labels: Sequence[int]) -> None:
+        if not self.end_ids.isdisjoint(labels):
+            return
+        where = f"messages[{turn.index}]"
+        if not self.end_ids.isdisjoint(ids):
+            raise RecordInvalid(
+                f"{where} ends with the base's end token, but outside of the chat template's {{% generation %}} block, "
+                "so its end would not be learnt: the block must hold it"
             )
-        for key, value in message.items():
-            if isinstance(value, str):
-                _refuse_half_characters(f"messages[{index}].{key}", value)
-    if messages[-1]["role"] != "assistant":
-        raise ExampleInvalid("the last message must be the assistant's: there is nothing to learn")
-    return [dict(message) for message in messages]
-
-
-def _refuse_half_characters(where: str, text: str) -> None:
-    """JSON can spell half of a surrogate pair, which is no text: no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ExampleInvalid(
-            f"{where} holds half a character at position {error.start}: \\u{ord(text[error.start]):04x} without the "
-            "other half of its pair"
-        ) from error
-
-
-def _encode_chat(messages: list[dict[str, str]], tokenizer: ChatTokenizer) -> Example:
-    if not tokenizer.chat_template:
-        raise ExampleInvalid("the base has no chat template: use prompt and completion")
-    if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
-        marked = _apply_template(tokenizer, messages, return_assistant_tokens_mask=True)
-        ids, mask = marked["input_ids"], marked["assistant_masks"]
-        return Example(tuple(ids), tuple(i if m else IGNORE for i, m in zip(ids, mask, strict=True)))
-    return _encode_chat_by_prefix(messages, tokenizer)
-
-
-def _encode_chat_by_prefix(messages: list[dict[str, str]], tokenizer: ChatTokenizer) -> Example:
-    """Each assistant turn is what the template adds to the prompt that the server would have answered."""
-    if messages[0]["role"] == "assistant":
-        raise ExampleInvalid("the assistant speaks first: with this chat template there is no prompt for it to answer")
-    whole = _rendered(tokenizer, messages, prompt=False)
-    labels = [IGNORE] * len(whole)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = _rendered(tokenizer, messages[:index], prompt=True)
-        end = _rendered(tokenizer, messages[: index + 1], prompt=False)
-        if end[: len(start)] != start or whole[: len(end)] != end:
-            raise ExampleInvalid(
-                f"the chat template renders messages[{index}] differently once later turns follow; "
-                "split the conversation so that the assistant speaks only last"
+        ends = ", ".join(f"{self._prompts.token_text(i)} ({i})" for i in sorted(self.end_ids)) or "none"
+        special = set(self._prompts.special_tokens.values())
+        last = next((i for i in reversed(ids) if i in special), None)
+        if last is None:
+            raise RecordInvalid(
+                f"{where} is rendered without a token that ends it, so its end would not be learnt: the chat template "
+                f"must write one of the base's end tokens behind it ({ends})"
             )
-        labels[len(start) : len(end)] = whole[len(start) : len(end)]
-    return Example(tuple(whole), tuple(labels))
+        raise RecordInvalid(
+            f"{where} ends with {self._prompts.token_text(last)}, at which the base does not stop (it stops at "
+            f"{ends}): add its id {last} to eos_token_id in the base's generation_config.json, "
+            "which server and trainer read"
+        )
 
-
-def _rendered(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
-    return list(_apply_template(tokenizer, messages, add_generation_prompt=prompt)["input_ids"])
-
-
-def _apply_template(tokenizer: ChatTokenizer, messages: list[dict[str, str]], **options: bool) -> Any:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except Exception as error:  # a template runs arbitrary expressions, and says by raise_exception what it refuses
-        raise ExampleInvalid(f"the chat template refused: {error}") from error
-
-
-def _check_end_is_learnt(example: Example, end_ids: frozenset[int]) -> None:
-    for supervised, run in itertools.groupby(example.labels, key=lambda label: label != IGNORE):
-        if supervised and end_ids.isdisjoint(run):
-            raise ExampleInvalid(
-                "a supervised turn does not hold the base's end-of-turn token, so its end would not be learnt; "
-                "the chat template must put the token inside the assistant's turn"
+    def _check_vocabulary(self, example: Example) -> None:
+        position, token = max(enumerate(example.ids), key=lambda pair: pair[1])
+        if token >= self._vocabulary:
+            raise RecordInvalid(
+                f"{self._prompts.token_text(token)!r} is token id {token} at position {position}, which is outside the "
+                f"model's vocabulary of {self._vocabulary}: remove it from the text, or use a base whose embedding was "
+                "resized for it"
             )

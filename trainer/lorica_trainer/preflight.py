@@ -14,11 +14,12 @@ from lorica_adapters.errors import BaseInvalid
 from lorica_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from lorica_trainer.errors import JobInvalid, ModelInvalid
 from lorica_trainer.job import TrainJob
+from lorica_trainer.records import read_records
 
 
 def check_job(job: TrainJob, *, resume: bool) -> None:
-    """Raises JobInvalid for what would end the run only after minutes of work, or at its end; ModelInvalid for a
-    model directory that cannot be loaded.
+    """Raises JobInvalid and DataInvalid for what would end the run only after minutes of work, or at its end, and
+    ModelInvalid for a model directory that cannot be loaded.
     """
     if Path(job.model).is_dir():
         try:
@@ -32,6 +33,9 @@ def check_job(job: TrainJob, *, resume: bool) -> None:
         _check_output(job.output, resume=resume)
     except OSError as error:
         raise JobInvalid("output", f"{job.output} cannot be written: {error.strerror}") from error
+    for path in (job.data.train, job.data.eval):
+        for _ in read_records(path) if path is not None else ():
+            pass
 
 
 def _check_output(output: Path, *, resume: bool) -> None:

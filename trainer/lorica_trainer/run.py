@@ -33,6 +33,7 @@ from lorica_trainer.checkpoints import (
 )
 from lorica_trainer.data import DataReport, DataSet, load_data
 from lorica_trainer.errors import BaseChanged, CheckpointInvalid, DeviceFull, Interrupted, JobInvalid, OutputFailed
+from lorica_trainer.examples import ExampleEncoder
 from lorica_trainer.export import export_peft
 from lorica_trainer.job import TrainJob
 from lorica_trainer.loop import Loop
@@ -84,8 +85,10 @@ def train(
 def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
     device = _device(job)
     base, tokenizer = _load(job, device)
-    data = load_data(job.data, tokenizer, _end_ids(base, tokenizer), seed=job.training.seed)
+    encoder = ExampleEncoder(tokenizer, _end_ids(base, tokenizer), base.spec.vocab_size)
+    data = load_data(job.data, encoder, seed=job.training.seed)
     _check_lengths(data, base)
+    _warn_of_lost_ends(data, progress)
     names = resolve_targets(job.lora.targets, base.spec)
     if job.training.gradient_checkpointing:
         enable_activation_checkpointing(base.model)
@@ -102,8 +105,7 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
         ) as adapter,
     ):
         torch.manual_seed(job.training.seed)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        loop = Loop(base.model, adapter, data, job.training, pad_id=pad_id or 0, device=device)
+        loop = Loop(base.model, adapter, data, job.training, pad_id=_pad_id(base, tokenizer), device=device)
         run = _Run(job, base, data, loop, progress)
         if checkpoint is not None:
             run.resume(read_checkpoint(checkpoint))
@@ -289,6 +291,20 @@ def _end_ids(base: LoadedBase, tokenizer: Any) -> frozenset[int]:
     declared = getattr(generation, "eos_token_id", None)
     ids = set(declared if isinstance(declared, list) else [declared])
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def _pad_id(base: LoadedBase, tokenizer: Any) -> int:
+    """Any id that the model has an embedding for: padding is masked. A tokenizer's own may be one too many."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and i < base.spec.vocab_size)
+
+
+def _warn_of_lost_ends(data: DataSet, progress: Progress) -> None:
+    if data.report.endless:
+        progress.warned(
+            f"{data.report.endless} of {data.report.train} training examples are truncated before the token that ends "
+            "them and do not teach the adapter to stop; raise data.max_length, or drop them by data.overlong: drop"
+        )
 
 
 def _check_lengths(data: DataSet, base: LoadedBase) -> None:

@@ -16,7 +16,10 @@ def command(
     job_file: Annotated[Path, typer.Argument(help="YAML job; relative paths in it are relative to the file.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Only check the job, that its data is there and its output can be written.")
+        bool,
+        typer.Option(
+            "--check", help="Only check the job, the form of its records, and that its output can be written."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
