@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,32 +29,18 @@ from lorica_trainer.errors import (
     Diverged,
     Interrupted,
     JobInvalid,
-    OutputFailed,
 )
+from lorica_trainer.export import REPORT
 from lorica_trainer.job import TrainJob
 from lorica_trainer.progress import Silent, StepReport
-from lorica_trainer.run import CHECKPOINTS, REPORT, train
+from lorica_trainer.run import CHECKPOINTS, train
 from lorica_trainer.targets import resolve_targets
 from support.checkpoints import save_checkpoint, wide_model
 from support.tiny import load_tiny, tiny_tokenizer
+from support.training import StopAt
 
 JobMaker = Callable[..., TrainJob]
 WEIGHTS = "adapter_model.safetensors"
-
-
-class StopAt(Silent):
-    """Sets `event` once `step` steps are done."""
-
-    def __init__(self, step: int) -> None:
-        self.event, self.step, self.seen, self.warnings = threading.Event(), step, list[StepReport](), list[str]()
-
-    def stepped(self, report: StepReport) -> None:
-        self.seen.append(report)
-        if report.step >= self.step:
-            self.event.set()
-
-    def warned(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: LoadedBase, tokenizer: Any) -> None:
@@ -168,14 +153,22 @@ def test_when_to_evaluate_may_change_and_other_versions_are_told_of(
     assert "torch 99.0" in warning
 
 
-@pytest.mark.parametrize("method", ["export_peft", "write_checkpoint"])
-def test_a_disk_that_fills_up_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_padding_token_that_the_model_lacks_is_not_padded_with(make_job: JobMaker, tmp_path: Path) -> None:
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_path(), directory)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(directory)
+    assert tokenizer.pad_token_id >= json.loads((directory / "config.json").read_text())["vocab_size"]
+    assert train(make_job(model=str(directory), training={"steps": 2})).steps == 2
 
-    monkeypatch.setattr(run, method, fail)
-    with pytest.raises(OutputFailed, match="cannot be written any more: No space left"):
-        train(make_job(training={"steps": 3}, checkpoint={"every": 2}))
+
+def test_examples_that_lost_their_end_are_warned_of(make_job: JobMaker) -> None:
+    job, watcher = make_job(data={"max_length": 22, "overlong": "truncate"}, training={"steps": 1}), StopAt(10**9)
+    report = train(job, progress=watcher).data
+    assert 0 < report.endless < report.train
+    [warning] = watcher.warnings
+    assert warning.startswith(f"{report.endless} of {report.train} training examples are truncated before the token")
 
 
 def test_a_full_device_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:

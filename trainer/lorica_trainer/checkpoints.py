@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ CHECKPOINTS = "checkpoints"
 
 _STATE, _META = "state.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8})")
-_TEMPORARY = ".partial-"
+TEMPORARY = ".partial-"
+"""Begins the names of files and directories that are still being written."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,19 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     if final.exists():
         return final
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(_TEMPORARY + "*"):
+    for leftover in root.glob(TEMPORARY + "*"):
         shutil.rmtree(leftover)
     state = save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
     meta = {**checkpoint.meta, "step": checkpoint.step, "state_sha256": hashlib.sha256(state).hexdigest()}
-    partial = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
-    write_durably(partial / _STATE, state)
-    write_durably(partial / _META, json.dumps(meta, indent=2).encode())
-    _sync_directory(partial)
-    partial.rename(final)
+    partial = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=root))
+    try:
+        write_durably(partial / _STATE, state)
+        write_durably(partial / _META, json.dumps(meta, indent=2).encode())
+        _sync_directory(partial)
+        partial.rename(final)
+    except OSError:  # a full disk, mostly: what was begun would only fill it further
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _sync_directory(root)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
@@ -96,12 +102,19 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_durably(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: readers see the old file or the new one."""
-    partial = path.with_name(_TEMPORARY + path.name)
-    write_durably(partial, content)
-    partial.replace(path)
-    _sync_directory(path.parent)
+def move_durably(source: Path, target: Path) -> None:
+    """Flush `source` and put it at `target` in one step: readers see the old file or the new one."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    source.replace(target)
+    _sync_directory(target.parent)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove one as far as that is possible, and the directory of checkpoints when it was the last."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):  # not empty
+        directory.parent.rmdir()
 
 
 def _sync_directory(directory: Path) -> None:

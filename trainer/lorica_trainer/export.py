@@ -12,14 +12,23 @@ from lorica_adapters.formats.peft_config import CONFIG_FILE
 from lorica_adapters.formats.peft_tensors import WEIGHTS_FILE
 from lorica_adapters.formats.peft_writer import TrainedModule, write_peft
 from lorica_adapters.spec import BaseModelSpec
-from lorica_trainer.checkpoints import replace_durably
+from lorica_trainer.checkpoints import TEMPORARY, move_durably
 from lorica_trainer.job import TrainJob
 
+REPORT = "train_report.json"
 
-def export_peft(job: TrainJob, base: BaseModelSpec, state: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Write the adapter into `job.output`; the config comes last, so that a torn export is no adapter."""
+
+def export_peft(
+    job: TrainJob, base: BaseModelSpec, state: Mapping[str, tuple[torch.Tensor, torch.Tensor]], report: str
+) -> None:
+    """Write the adapter and the report into `job.output`.
+
+    All files are complete beside their places before the first one takes its own, on the same disk: a full one leaves
+    nothing. The config comes last, so that a torn export is no adapter.
+    """
     modules = {name: TrainedModule(a, b, job.lora.alpha) for name, (a, b) in state.items()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=job.output, prefix=TEMPORARY) as scratch:
         write_peft(Path(scratch), modules, base, use_rslora=job.lora.rslora)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            replace_durably(job.output / name, (Path(scratch) / name).read_bytes())
+        (Path(scratch) / REPORT).write_text(report, encoding="utf-8")
+        for name in (WEIGHTS_FILE, REPORT, CONFIG_FILE):
+            move_durably(Path(scratch) / name, job.output / name)

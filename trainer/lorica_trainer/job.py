@@ -72,9 +72,9 @@ class LoopJob:
 
 @dataclass(frozen=True)
 class CheckpointJob:
-    """How often the whole state is saved; 0 saves only when the run is stopped."""
+    """How often, in steps, the whole state is saved; 0 saves only when the run is stopped or about to export."""
 
-    every: int = field(default=0, metadata=Bounds(low=0).metadata)
+    every: int = field(default=200, metadata=Bounds(low=0).metadata)
     keep: int = field(default=2, metadata=Bounds(low=1).metadata)
 
 

@@ -28,7 +28,7 @@ from lorica_trainer.checkpoints import (
     Checkpoint,
     list_checkpoints,
     read_checkpoint,
-    replace_durably,
+    remove_checkpoint,
     write_checkpoint,
 )
 from lorica_trainer.data import DataReport, DataSet, load_data
@@ -39,9 +39,8 @@ from lorica_trainer.job import TrainJob
 from lorica_trainer.loop import Loop
 from lorica_trainer.preflight import check_job
 from lorica_trainer.progress import EvalReport, Progress, Silent, StepReport
+from lorica_trainer.space import check_space
 from lorica_trainer.targets import resolve_targets
-
-REPORT = "train_report.json"
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,17 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
     ):
         torch.manual_seed(job.training.seed)
         loop = Loop(base.model, adapter, data, job.training, pad_id=_pad_id(base, tokenizer), device=device)
+        check_space(job, sum(parameter.numel() for parameter in adapter.parameters()), loop.total_steps)
         run = _Run(job, base, data, loop, progress)
         if checkpoint is not None:
             run.resume(read_checkpoint(checkpoint))
         result = run.go(stop)
         if refingerprint(base) != base.spec.fingerprint:
             raise BaseChanged("the frozen base was written to during training; nothing was exported")
+        saved = run.save_before_export()
         with _writing(job.output):
-            export_peft(job, base.spec, adapter.state())
-            replace_durably(job.output / REPORT, json.dumps(run.report(result), indent=2).encode())
+            export_peft(job, base.spec, adapter.state(), json.dumps(run.report(result), indent=2))
+        remove_checkpoint(saved)
     return result
 
 
@@ -185,7 +186,11 @@ class _Run:
             "versions": _versions(),
         }
 
-    def _save(self) -> Path:
+    def save_before_export(self) -> Path:
+        """Save the state that is about to be exported, beside what is kept, so that a failing export loses nothing."""
+        return self._save(keep=self._job.checkpoint.keep + 1)
+
+    def _save(self, *, keep: int | None = None) -> Path:
         meta = {
             "identity": self._identity(),
             "history": [asdict(step) for step in self._steps],
@@ -195,7 +200,8 @@ class _Run:
         }
         checkpoint = Checkpoint(self._loop.step, self._loop.tensors(), meta)
         with _writing(self._job.output):
-            return write_checkpoint(self._job.output / CHECKPOINTS, checkpoint, keep=self._job.checkpoint.keep)
+            root = self._job.output / CHECKPOINTS
+            return write_checkpoint(root, checkpoint, keep=keep or self._job.checkpoint.keep)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same to go on bit for bit, with what `auto` has become on this machine."""
@@ -234,7 +240,9 @@ def _writing(output: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise OutputFailed(f"{output} cannot be written any more: {reason}") from error
+        saved = list_checkpoints(output / CHECKPOINTS)
+        remedy = f"; free some space and run again with --resume, which goes on from {saved[-1]}" if saved else ""
+        raise OutputFailed(f"{output} cannot be written any more: {reason}{remedy}") from error
 
 
 def _source(job: TrainJob) -> str:
