@@ -45,7 +45,12 @@ def refusal_or_error(checkpoint: Path) -> tuple[str, str]:
         if "memory" in str(error):  # the caller's limit, met in torch's allocator or in mmap
             return "none", "more memory than granted"
         return "traceback", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    difference = largest_difference(checkpoint)
+    try:
+        difference = largest_difference(checkpoint)
+    except RuntimeError as error:
+        if "memory" in str(error):
+            return "none", "more memory than granted"
+        raise
     return ("served" if difference < BOUND else "wrong"), f"{difference:.1e}"
 
 

@@ -103,6 +103,7 @@ RECORD = {"prompt": "ä", "completion": "b"}
         ("t.parquet", b"PAR1\x15\x04", "a Parquet file"),
         ("t.jsonl.gz", gzip.compress(b"{}"), "compressed by gzip: unpack it first"),
     ],
+    ids=["array", "array of lines", "object", "utf-16", "csv", "parquet", "gzip"],
 )
 def test_files_of_another_form_are_named_with_the_remedy(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
