@@ -8,11 +8,25 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    Lfm2Config,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from lorica_adapters.apply.trainable import attach
 from lorica_adapters.base import load_base
+from lorica_adapters.guard.examine import examine
+from lorica_trainer.batches import collate
+from lorica_trainer.errors import JobInvalid
+from lorica_trainer.examples import IGNORE, Example
 from lorica_trainer.job import TrainJob
+from lorica_trainer.losses import completion_loss
 from lorica_trainer.run import train
 from lorica_trainer.targets import resolve_targets
 
@@ -62,3 +76,45 @@ def test_a_run_on_each_family_gives_what_peft_computes(
         theirs = PeftModel.from_pretrained(base.model, str(job.output))(input_ids=ids).logits
     assert (ours - bare).abs().max() > 1e-3
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_that_no_server_serves_is_not_trained(
+    make_job: Callable[..., TrainJob], tokenizer: Any, tmp_path: Path
+) -> None:
+    source = tmp_path / "base"
+    options = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+    config = Lfm2Config(**options, layer_types=["conv", "full_attention"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    with pytest.raises(JobInvalid, match=r"model: .*Lfm2ForCausalLM cannot be served exactly.*could not be served"):
+        train(make_job(training={"steps": 1}, model=str(source)))
+
+
+def test_rows_of_a_longrope_base_choose_by_their_own_length(tmp_path: Path) -> None:
+    """transformers lets the longest row of a batch, padding included, choose for all."""
+    options = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + index for index in range(8)],
+        "original_max_position_embeddings": 32,
+    }
+    torch.manual_seed(0)
+    config = Phi3Config(**options, original_max_position_embeddings=32, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 8  # so that where a token stands matters
+    model.save_pretrained(tmp_path)
+    alone, together = (load_base(tmp_path, compute_dtype=torch.float32) for _ in range(2))
+    choice = examine(together, 256).rope
+    assert choice is not None
+    examples = [Example(tuple(range(1, size + 1)), (IGNORE, *range(2, size + 1))) for size in (12, 60)]
+    device = torch.device("cpu")
+    with torch.no_grad():
+        each = [completion_loss(alone.model, collate([example], pad_id=0, device=device)) for example in examples]
+        batch = completion_loss(together.model, collate(examples, pad_id=0, device=device), choice)
+        naive = completion_loss(alone.model, collate(examples, pad_id=0, device=device))
+    torch.testing.assert_close(batch, sum(each))
+    assert float((naive - batch).abs()) > 0.1

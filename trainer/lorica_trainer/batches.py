@@ -26,6 +26,13 @@ class Batch:
     mask: torch.Tensor | None  # [rows, length], 1 for real tokens
     supervised: int  # predicted tokens that carry a loss
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Real tokens of each row [rows]."""
+        if self.mask is None:
+            return torch.full((self.ids.shape[0],), self.ids.shape[1], device=self.ids.device)
+        return self.mask.sum(1)
+
 
 class StepOrder:
     """The micro-batches of every step; each epoch sees each example once, in its own order."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lorica_adapters.apply.trainable import TrainableAdapter
+from lorica_adapters.guard.rope import RopeChoice
 from lorica_trainer.batches import Batch, StepOrder, collate
 from lorica_trainer.data import DataSet
 from lorica_trainer.errors import CheckpointInvalid, Diverged
@@ -36,7 +37,9 @@ class Loop:
         *,
         pad_id: int,
         device: torch.device,
+        rope: RopeChoice | None = None,
     ) -> None:
+        self._rope = rope
         self._model, self._adapter, self._data, self._job = model, adapter, data, job
         self._pad_id, self._device = pad_id, device
         self._parameters = adapter.parameters()
@@ -60,7 +63,7 @@ class Loop:
         tokens = sum(batch.supervised for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = completion_loss(self._model, batch) / tokens
+            loss = completion_loss(self._model, batch, self._rope) / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         clip = math.inf if self._job.clip is None else self._job.clip
@@ -86,7 +89,7 @@ class Loop:
         held = sorted(self._data.eval, key=lambda example: len(example.ids))
         for start in range(0, len(held), size):
             batch = self._collate(held[start : start + size])
-            total += completion_loss(self._model, batch).item()
+            total += completion_loss(self._model, batch, self._rope).item()
             tokens += batch.supervised
         self._adapter.train(True)
         return EvalReport(self.step, total / tokens)

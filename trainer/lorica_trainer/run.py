@@ -22,7 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorica_adapters.apply.trainable import attach
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
+from lorica_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from lorica_adapters.embedded.tiny import TINY_NAME, tiny_path
+from lorica_adapters.guard.examine import examine
+from lorica_adapters.guard.rope import RopeChoice
 from lorica_trainer.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -84,6 +87,7 @@ def train(
 def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
     device = _device(job)
     base, tokenizer = _load(job, device)
+    rope = _examine(job, base)
     encoder = ExampleEncoder(tokenizer, _end_ids(base, tokenizer), base.spec.vocab_size)
     data = load_data(job.data, encoder, seed=job.training.seed)
     _check_lengths(data, base)
@@ -104,7 +108,7 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
         ) as adapter,
     ):
         torch.manual_seed(job.training.seed)
-        loop = Loop(base.model, adapter, data, job.training, pad_id=_pad_id(base, tokenizer), device=device)
+        loop = Loop(base.model, adapter, data, job.training, pad_id=_pad_id(base, tokenizer), device=device, rope=rope)
         check_space(job, sum(parameter.numel() for parameter in adapter.parameters()), loop.total_steps)
         run = _Run(job, base, data, loop, progress)
         if checkpoint is not None:
@@ -260,6 +264,17 @@ def _load(job: TrainJob, device: torch.device) -> tuple[LoadedBase, Any]:
     return base, tokenizer
 
 
+def _examine(job: TrainJob, base: LoadedBase) -> RopeChoice | None:
+    """What a server asks of its base before it serves: an adapter for a base that is refused could never be used.
+
+    Over no more positions than training sees. Returns where rows choose their rotary factors, on bases that have some.
+    """
+    try:
+        return examine(base, min(base.spec.context_length, job.data.max_length)).rope
+    except BaseRefused as refusal:
+        raise JobInvalid("model", f"{refusal}; an adapter trained on it could not be served") from refusal
+
+
 def _source_hint(job: TrainJob) -> str:
     if job.model == TINY_NAME or Path(job.model).is_dir():
         return ""
@@ -281,17 +296,21 @@ def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
 
 
 def _device(job: TrainJob) -> torch.device:
-    if job.training.device == "cuda" and not torch.cuda.is_available():
-        raise JobInvalid("training.device", "no CUDA device is available")
-    if job.training.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(job.training.device)
+    try:
+        return select_device(job.training.device)
+    except DeviceRefused as refusal:
+        raise JobInvalid("training.device", str(refusal)) from refusal
 
 
 def _compute_dtype(job: TrainJob, device: torch.device) -> torch.dtype:
     if job.training.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if job.training.compute_dtype == "bfloat16" else torch.float32
+        return best_dtype(device) if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if job.training.compute_dtype == "bfloat16" else torch.float32
+    try:
+        check_dtype(device, dtype)
+    except DeviceRefused as refusal:
+        raise JobInvalid("training.compute_dtype", str(refusal)) from refusal
+    return dtype
 
 
 def _end_ids(base: LoadedBase, tokenizer: Any) -> frozenset[int]:
