@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_the_first_ctrl_c_is_answered(
             raise Interrupted(None)
 
     monkeypatch.setattr("lorica_trainer.run.train", train)
-    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     job = tmp_path / "job.yaml"
     job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
     assert invoke("train", str(job)).exit_code == ExitCode.INTERRUPTED

@@ -15,14 +15,13 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from lorica_adapters.errors import (
     AdapterConflict,
     AdapterCorrupt,
     AdapterError,
     AdapterNotFound,
-    StoreFull,
     StoreUnavailable,
 )
 from lorica_adapters.spec import AdapterId, AdapterSpec
@@ -53,7 +52,6 @@ from lorica_adapters.store.reserve import Reserve
 from lorica_adapters.store.uploads import Uploads
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class LocalStore:
@@ -96,7 +94,7 @@ class LocalStore:
                 self._blobs = Blobs(root / "blobs", disk)
                 self._uploads = Uploads(root / "uploads", disk, self._quotas, clock)
                 blobs_exist = not self._blobs.is_empty()
-                self._catalog = self._on_reserve(lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect))
+                self._catalog = self._reserve.spend_on(lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect))
         except BaseException:
             self._lock.release()
             raise
@@ -226,7 +224,7 @@ class LocalStore:
     def delete(self, tenant: str, name: str) -> None:
         checks.check_reference(tenant, name, "")
         with self._changing:
-            self._on_reserve(lambda: self._delete(tenant, name))
+            self._reserve.spend_on(lambda: self._delete(tenant, name))
             self._settle()
         self._collect_quietly()
 
@@ -264,7 +262,7 @@ class LocalStore:
 
     def collect(self) -> int:
         with self._changing:
-            collected = self._on_reserve(self._collect)
+            collected = self._reserve.spend_on(self._collect)
             self._reserve.fill()
         return collected
 
@@ -366,15 +364,6 @@ class LocalStore:
                 self._journal.shorten(self._catalog.publications(), self._lost.files().keys() | self._unknown)
         except (OSError, AdapterError) as error:
             _log.warning("the journal of publishes could not be shortened: %s", error)
-
-    def _on_reserve(self, change: Callable[[], _T]) -> _T:
-        """Make a change that can free space; on a full disk, in the space kept for it."""
-        while True:
-            try:
-                return change()
-            except StoreFull:
-                if not self._reserve.release():
-                    raise
 
     def _settle(self) -> None:
         """After a commit that wrote: failed ones before it cannot come back, their blobs may go."""

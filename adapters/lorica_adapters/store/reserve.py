@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from lorica_adapters.errors import StoreFull
 from lorica_adapters.store.disk import Disk
+
+T = TypeVar("T")
 
 RESERVED_BYTES = 1 << 20
 _PART_BYTES = 128 << 10
@@ -19,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Reserve:
-    """A file of zeros that is given up when the disk is full. Serialised by the caller; raises nothing."""
+    """A file of zeros that is given up when the disk is full. Serialized by the caller."""
 
     def __init__(self, root: Path, disk: Disk) -> None:
         self._path = root / "reserve"
@@ -40,6 +45,15 @@ class Reserve:
                     part //= 2
         except OSError as error:
             _log.warning("no space can be kept for deletes: %s", error.strerror)
+
+    def spend_on(self, change: Callable[[], T]) -> T:
+        """Make a change that can free space; on a full disk, in the space kept for it. Raises what `change` raises."""
+        while True:
+            try:
+                return change()
+            except StoreFull:
+                if not self.release():
+                    raise
 
     def release(self) -> bool:
         """Give a part of the space up; whether there was any."""

@@ -23,7 +23,7 @@ SAMPLE = {
     "granitemoehybrid": "mix tokens by other means than attention",
     "lfm2": "mix tokens by other means than attention",
     "llama4_text": "serve it with a context of 24 tokens or less",
-    "stablelm": "does not hand keyword arguments on to attention",
+    "stablelm": "does not hand its keyword arguments on to attention",
     "bert": "no causal decoder",
 }
 
