@@ -218,7 +218,9 @@ def _prepare(
             remedy=f"set --kv-bytes to {token_bytes * config.block_tokens * 4} or more",
         )
     with refusals_of(base):
-        truth = ask_untouched(base, examined.layers, context, room=blocks * config.block_tokens)
+        truth = ask_untouched(
+            base, examined.layers, context, room=blocks * config.block_tokens, block=config.block_tokens
+        )
     layouts = select_layouts(base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic)
     adapted = inject(base, kernels, capacity=capacity, layouts=layouts)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)

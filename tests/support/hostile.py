@@ -169,14 +169,14 @@ def foreign(fingerprint: str) -> Iterator[Hostile]:
         return {CONFIG: json.dumps(values).encode(), WEIGHTS: weights}
 
     other = f"{int(fingerprint, 16) ^ 1:064x}"
-    rank = {name: torch.zeros(300, 256) if "lora_A" in name else torch.zeros(256, 300) for name in tensors}
+    rank = {name: torch.zeros(600, 256) if "lora_A" in name else torch.zeros(256, 600) for name in tensors}
     cases = {
         "another base, declared": (
             made(config, save(tensors, metadata={"lorica_base_fingerprint": other})), "lorica_base_fingerprint",
         ),
         "another width": (made(config, with_tensors(**{FIRST: torch.zeros(4, 512)})), FIRST),
         "another B": (made(config, with_tensors(**{b_name: torch.zeros(128, 4)})), b_name),
-        "rank over the limit": (made(config | {"r": 300}, save(rank)), FIRST),
+        "rank over the limit": (made(config | {"r": 600}, save(rank)), FIRST),
         "another rank than it says": (made(config | {"r": 5}), FIRST),
         "unknown targets": (made(config | {"target_modules": ["nowhere"]}), "target_modules"),
         "a layer too many": (

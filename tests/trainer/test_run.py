@@ -242,7 +242,7 @@ def test_divergence_ends_the_run_before_the_weights_are_touched(
     [
         ({"data": {"max_length": 4096, "eval_fraction": 0}}, "an example has 3003 tokens, the base's context is"),
         ({"data": {"max_length": 4096, "eval_fraction": 0, "eval": "long.jsonl"}}, "an example has 3006 tokens"),
-        ({"training": {"device": "cuda"}}, "no CUDA device"),
+        ({"training": {"device": "cuda"}}, "built without CUDA|no CUDA device"),
     ],
 )
 def test_what_only_the_base_can_tell_is_refused(make_job: JobMaker, sections: dict[str, Any], says: str) -> None:

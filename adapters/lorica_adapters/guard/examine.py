@@ -39,13 +39,15 @@ def examine(base: LoadedBase, context: int) -> Examined:
     BaseRefused with the architecture and the reason.
     """
     before = base.model.config._attn_implementation
-    with refusals_of(base):
-        rope = settle_rope(base.model)
-        layers = tuple(probe_attention(base.model, context))
-        with in_float32(base) as exact:
-            truth = ask_untouched(exact, layers, context, room=context + ROOM_BESIDE)
-            with own_products(exact.model, exact.compute_dtype):
-                check_exact(truth, ReferencePacked(exact.model, layers, rope), exact.compute_dtype)
+    try:
+        with refusals_of(base):
+            rope = settle_rope(base.model)
+            layers = tuple(probe_attention(base.model, context))
+            with in_float32(base) as exact:
+                truth = ask_untouched(exact, layers, context, room=context + ROOM_BESIDE)
+                with own_products(exact.model, exact.compute_dtype):
+                    check_exact(truth, ReferencePacked(exact.model, layers, rope), exact.compute_dtype)
+    finally:
         base.model.set_attn_implementation(before)
     return Examined(layers, rope)
 

@@ -43,7 +43,7 @@ def probe_attention(model: PreTrainedModel, context: int) -> list[AttentionLayer
     probe = _Probe(context)
     _RUNNING.append(probe)
     try:
-        ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        ids = torch.zeros(1, min(_TOKENS, context), dtype=torch.long, device=model.get_input_embeddings().weight.device)
         # Positions are left to the model: given ones would be searched for packed sequences and end up in the masks.
         model(input_ids=ids, use_cache=False, ctx=probe)
     finally:

@@ -55,7 +55,7 @@ class Encoder:
         try:
             ids = await self._run(length, lambda: codec.encode_chat(messages, tools))
         except ValueError as error:
-            raise InvalidRequest("chat.messages", f"the chat template refuses them: {error}") from error
+            raise InvalidRequest("chat.messages", str(error)) from error
         _check_vocabulary("chat.messages", codec, limits, ids)
         return ids
 

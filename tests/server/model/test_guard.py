@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lorica_adapters.apply.inject import inject
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base, refingerprint
+from lorica_adapters.embedded.tiny import tiny_path
 from lorica_adapters.guard.exactness import Truth, ask_untouched
 from lorica_adapters.guard.examine import examine
 from lorica_adapters.guard.layers import AttentionLayer
@@ -45,7 +48,7 @@ def checked(
     """What the server does at start."""
     examined = examine(base, context)
     layers = examined.layers
-    truth = ask_untouched(base, layers, context, room=(blocks - 1) * block_size)
+    truth = ask_untouched(base, layers, context, room=(blocks - 1) * block_size, block=block_size)
     adapted = inject(base, GatheredKernels(), capacity=8)
     cache = PagedCache(distort(list(layers)), blocks, block_size, base.compute_dtype, base.device)
     return self_check(adapted, cache, truth, rope=examined.rope, decode=attend_rows, tiled=tiled), truth
@@ -100,9 +103,42 @@ def test_sound_models_pass_their_own_check(
 
 
 @pytest.mark.parametrize("context", [1, 5, 17, 256, 100_000])
-def test_the_check_fits_any_context_and_memory(context: int, tmp_path: Path) -> None:
-    base = base_of(tmp_path, "llama")
-    checked(base, min(context, base.spec.context_length), blocks=4)
+@pytest.mark.parametrize(("blocks", "block_size"), [(4, 16), (3, 1), (3, 256), (5, 256), (3, 1024)])
+def test_the_check_fits_any_context_and_memory(context: int, blocks: int, block_size: int, tmp_path: Path) -> None:
+    base = base_of(tmp_path, "opt")
+    checked(base, min(context, base.spec.context_length), blocks=blocks, block_size=block_size)
+
+
+@pytest.mark.parametrize("context", [256, 4096])
+def test_rounding_in_half_precision_is_no_reason_to_refuse(context: int, tmp_path: Path) -> None:
+    """Single rows of a trained model are up to a twelfth off in bfloat16, alone as in company."""
+    checkpoint = shutil.copytree(tiny_path(), tmp_path / "base")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    error, _ = checked(load_base(checkpoint, compute_dtype=torch.bfloat16), context, blocks=context // 16 + 40)
+    assert error < 0.03
+
+
+def test_switches_of_a_training_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "mixtral", output_router_logits=True, output_hidden_states=True, return_dict=False)
+    error, _ = checked(base, 256)
+    assert error < 2e-5
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_named(name: str, tmp_path: Path) -> None:
+    model = wide_model("llama")
+    model.get_parameter(name).data[3, 5] = float("nan")
+    with pytest.raises(BaseRefused, match=rf"not finite: {name} holds NaN or infinite values"):
+        examine(float_base(save_checkpoint(model, tmp_path / "base")), 256)
+
+
+def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    before = base.model.config._attn_implementation
+    with pytest.raises(BaseRefused):
+        examine(base, 256)
+    assert base.model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("window", [12, 170])
