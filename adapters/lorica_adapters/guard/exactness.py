@@ -110,7 +110,7 @@ def check_exact(truth: Truth, packed: PackedModel, dtype: torch.dtype) -> float:
     precision.
 
     Raises BaseRefused beyond the tolerance of `dtype`. In half precision the median counts, of the rows near the
-    beginning and of those far into the context: rounding moves single rows, a near tie of a router sends them elsewhere.
+    beginning and of those far into the context: rounding moves single rows, a router sends near ties elsewhere.
     """
     far = len(truth.ids) - 1 if truth.preloaded else None
     if far is not None:
