@@ -11,10 +11,11 @@ import torch
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.guard.exactness import Piece, Truth, check_exact
 from lorica_adapters.guard.examine import refusals_of
-from lorica_adapters.guard.rope import RopeChoice, choosing
+from lorica_adapters.guard.rope import RopeChoice
 from lorica_server.engine.plan import BASE_SLOT, Chunk
 from lorica_server.model.attention import use_paged_attention
 from lorica_server.model.cache import PagedCache
+from lorica_server.model.forward import forward
 from lorica_server.model.forward_batch import build_batch
 from lorica_server.model.paged_context import DecodeAttention
 from lorica_server.requests import SamplingParams
@@ -74,18 +75,10 @@ class _PagedSteps:
         """One forward; logits of every row, in the order of `pieces`."""
         chunks = [self._chunk(piece, ids) for piece, ids in pieces]
         batch = build_batch(chunks, self._cache, self._cache.blocks - 1, tiled=self._tiled, decode=self._decode)
-        with choosing(self._rope, batch.long_rope):
-            output = self._adapted.model(
-                input_ids=batch.ids[None],
-                position_ids=batch.positions[None],
-                attention_mask=None,
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-                ctx=batch.context,
-            )
+        logits = forward(self._adapted.model, batch, self._rope)
         self._adapted.forget()
         of = {chunk.request_id: rows for chunk, rows in zip(batch.chunks, batch.logits_of, strict=True)}
-        return [output.logits[0, slice(*of[chunk.request_id])] for chunk in chunks]
+        return [logits[slice(*of[chunk.request_id])] for chunk in chunks]
 
     def _chunk(self, piece: Piece, ids: torch.Tensor) -> Chunk:
         blocks = self._blocks[piece.sequence]

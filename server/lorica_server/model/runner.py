@@ -14,13 +14,14 @@ import torch
 from lorica_adapters.apply.batch import AdapterBatch, DenseWeights, RowMap
 from lorica_adapters.apply.inject import AdaptedModel
 from lorica_adapters.device import use_device
-from lorica_adapters.guard.rope import RopeChoice, choosing
+from lorica_adapters.guard.rope import RopeChoice
 from lorica_adapters.kernels.protocol import Kernels
 from lorica_server.engine.plan import DeviceLost, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
 from lorica_server.model.attention import use_paged_attention
 from lorica_server.model.cache import PagedCache
 from lorica_server.model.decode_attention import select_decode
 from lorica_server.model.faults import is_device_lost, is_out_of_memory
+from lorica_server.model.forward import forward
 from lorica_server.model.forward_batch import ForwardBatch, build_batch
 from lorica_server.model.sampler import Sampler
 from lorica_server.requests import RequestFailure, TokenLogprob
@@ -104,17 +105,8 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:
         """Logits [n, vocab] of the batch's logit rows."""
-        with self._adapted.cell.running(adapters), choosing(self._config.rope, batch.long_rope):
-            output = self._adapted.model(
-                input_ids=batch.ids[None],
-                position_ids=batch.positions[None],
-                attention_mask=None,
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-                ctx=batch.context,
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        with self._adapted.cell.running(adapters):
+            return forward(self._adapted.model, batch, self._config.rope)
 
     def _sample(
         self, batch: ForwardBatch, logits: torch.Tensor

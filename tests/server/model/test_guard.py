@@ -23,6 +23,7 @@ from lorica_adapters.kernels.gathered import GatheredKernels
 from lorica_server.model.cache import PagedCache
 from lorica_server.model.decode_attention import attend_rows
 from lorica_server.model.guard import self_check
+from lorica_server.model.paged_context import DecodeAttention
 from support.against_peft import ask_model, assert_equal_to_peft
 from support.checkpoints import float_base, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -43,6 +44,7 @@ def base_of(path: Path, architecture: str, **overrides: Any) -> LoadedBase:
 
 def checked(
     base: LoadedBase, context: int, *, blocks: int = 64, block_size: int = 16, tiled: bool = False,
+    decode: DecodeAttention = attend_rows,
     distort: Callable[[list[AttentionLayer]], list[AttentionLayer]] = list,
 ) -> tuple[float, Truth]:  # fmt: skip
     """What the server does at start."""
@@ -51,7 +53,7 @@ def checked(
     truth = ask_untouched(base, layers, context, room=(blocks - 1) * block_size, block=block_size)
     adapted = inject(base, GatheredKernels(), capacity=8)
     cache = PagedCache(distort(list(layers)), blocks, block_size, base.compute_dtype, base.device)
-    return self_check(adapted, cache, truth, rope=examined.rope, decode=attend_rows, tiled=tiled), truth
+    return self_check(adapted, cache, truth, rope=examined.rope, decode=decode, tiled=tiled), truth
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -119,6 +121,13 @@ def test_rounding_in_half_precision_is_no_reason_to_refuse(context: int, tmp_pat
     assert error < 0.03
 
 
+def test_broken_decodes_show_in_half_precision(tmp_path: Path) -> None:
+    """They are few beside the rows of prompts, and must not drown in them."""
+    base = load_base(save_checkpoint(wide_model("llama"), tmp_path / "base"), compute_dtype=torch.bfloat16)
+    with pytest.raises(BaseRefused, match="decoded tokens get other logits than alone"):
+        checked(base, 256, decode=lambda *given: attend_rows(*given) * 0)
+
+
 def test_switches_of_a_training_are_no_reason_to_refuse(tmp_path: Path) -> None:
     base = base_of(tmp_path, "mixtral", output_router_logits=True, output_hidden_states=True, return_dict=False)
     error, _ = checked(base, 256)
@@ -145,7 +154,7 @@ def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 def test_a_model_whose_window_is_not_kept_does_not_pass(window: int, tmp_path: Path) -> None:
     """170 is beyond the sequences that are computed whole: the positions before it are only in the cache."""
     base = base_of(tmp_path, "mistral", sliding_window=window)
-    with pytest.raises(BaseRefused, match=r"packed beside other sequences, positions .* get other logits than alone"):
+    with pytest.raises(BaseRefused, match=r"packed beside other sequences, .* get other logits than alone"):
         checked(base, 256, distort=lambda layers: [layer._replace(window=None) for layer in layers])
 
 
