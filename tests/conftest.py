@@ -5,6 +5,7 @@ Set before torch or huggingface_hub are imported, and inherited by the servers t
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     }
     for name in [name for name in os.environ if name.startswith("LORICA_")]:
         del os.environ[name]
+    # Under nohup, or in the background of a script, these are ignored, by every process that tests start too.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
