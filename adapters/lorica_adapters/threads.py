@@ -6,17 +6,17 @@ import os
 import sys
 
 _VARIABLE = "GOMP_SPINCOUNT"
-_SPINS = "30000"
+SPINS = "0"
 
 
 def limit_spinning() -> bool:
-    """Let libgomp's threads spin briefly; False when torch is loaded already, which brings the runtime: too late then.
+    """Let libgomp's threads sleep where they wait; False when torch is loaded already, which brings the runtime: too
+    late then.
 
-    They spin at the end of a parallel region for as long as their scheduler lets them; on cores shared with others they
-    then spin away the time their partner needs. With a short spin a decode step was 4 to 10 times faster on two busy
-    cores, and as fast as before on idle ones. A value of the user's own stays.
+    By default they spin at the end of a parallel region for as long as their scheduler lets them; on cores shared with
+    other work they then spin away the time their partner needs. A value of the user's own stays.
     """
     if _VARIABLE in os.environ:
         return True
-    os.environ[_VARIABLE] = _SPINS
+    os.environ[_VARIABLE] = SPINS
     return "torch" not in sys.modules

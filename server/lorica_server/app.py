@@ -44,7 +44,7 @@ _JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 def build_engine(config: ServeConfig, hooks: EngineHooks) -> Built:
     """The real inside. Imports torch, which is why nothing else here does."""
     if not limit_spinning():
-        _LOG.warning("torch was imported before the server: on busy cores its threads spin; set GOMP_SPINCOUNT=30000")
+        _LOG.warning("torch was imported before the server: on busy cores its threads spin; set GOMP_SPINCOUNT=0")
     from lorica_server.assembly import assemble
 
     return assemble(config, hooks)
