@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from lorica_adapters.errors import AdapterError
 from lorica_adapters.spec import WeightCounts
+from lorica_adapters.store.lock import DirectoryLock
 from lorica_adapters.store.records import AdapterNames
 from lorica_adapters.threads import limit_spinning
 from lorica_server.api.adapter_service import AdapterService
@@ -41,24 +42,32 @@ _WATCH_SECONDS = 1.0
 _JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 
 
-def build_engine(config: ServeConfig, hooks: EngineHooks) -> Built:
+def build_engine(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
     """The real inside. Imports torch, which is why nothing else here does."""
     if not limit_spinning():
         _LOG.warning("torch was imported before the server: on busy cores its threads spin; set GOMP_SPINCOUNT=0")
     from lorica_server.assembly import assemble
 
-    return assemble(config, hooks)
+    return assemble(config, hooks, lock)
 
 
 class App:
     """One server. `start`, then `serve` until a signal or the engine's death, then `stop`.
 
-    `ends_process`: the process ends after that, see `GrpcOptions`.
+    `lock` goes to `build`. `ends_process`: the process ends after that, see `GrpcOptions`.
     """
 
-    def __init__(self, config: ServeConfig, build: Build = build_engine, *, ends_process: bool = False) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        build: Build = build_engine,
+        *,
+        lock: DirectoryLock | None = None,
+        ends_process: bool = False,
+    ) -> None:
         self._config = config
         self._build = build
+        self._lock = lock
         self._built: Built | None = None
         self._exporter: Exporter | None = None
         self._stopping = asyncio.Event()
@@ -102,7 +111,7 @@ class App:
                 self._exporter = Exporter(self.metrics.registry, self._config.metrics_listen, probes)
             self._loop = asyncio.get_running_loop()
             hooks = EngineHooks(self._loop, self.metrics, self._engine_died)
-            built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks))
+            built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks, self._lock))
             built.engine.start()
             await _warm_up(built.parts, self._config.step_timeout_seconds)
             await self._server.open(built.parts)
@@ -213,17 +222,22 @@ def serve(config: ServeConfig) -> NoReturn:
     """Be a server until SIGTERM, SIGINT or SIGHUP, then end the process: 0, or 1 when the engine died. A second
     signal ends it at once.
 
-    Raises StartError before torch is imported where it can be known.
+    Raises StartError before torch is imported where it can be known, and StoreUnavailable when another process has the
+    data directory.
     """
     configure_logs(config.log_level, config.log_format)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
     check_start(config)
-    asyncio.run(_serve(config))  # ends the process itself
+    lock = DirectoryLock(config.data_dir)  # before a base is loaded that could not be served then
+    try:
+        asyncio.run(_serve(config, lock))  # ends the process itself
+    finally:
+        lock.release()
 
 
-async def _serve(config: ServeConfig) -> NoReturn:
-    app = App(config, ends_process=True)
+async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
+    app = App(config, lock=lock, ends_process=True)
     loop = asyncio.get_running_loop()
     starting = asyncio.ensure_future(app.start())
     signals = 0

@@ -31,6 +31,7 @@ from lorica_adapters.residency.pool import AdapterPool
 from lorica_adapters.residency.slots import SlotTable
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.local import LocalStore
+from lorica_adapters.store.lock import DirectoryLock
 from lorica_adapters.store.records import Quotas, Wishes
 from lorica_adapters.weight_counts import count_weights, is_mixture
 from lorica_adapters.weights import AdapterWeights
@@ -62,11 +63,11 @@ _MAX_SLOTS = 4096
 MAX_ROWS_OF_RANK = 8
 
 
-def assemble(config: ServeConfig, hooks: EngineHooks) -> Built:
-    """Everything `app` starts. Raises StartError and whatever the store refuses with."""
+def assemble(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
+    """Everything `app` starts; `lock` as `Build` says. Raises StartError and whatever the store refuses with."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    store = LocalStore(config.data_dir, _quotas(config))
+    store = LocalStore(config.data_dir, _quotas(config), lock=lock)
     try:
         return _assemble(config, hooks, store)
     except BaseException:

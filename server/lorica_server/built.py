@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lorica_adapters.store.lock import DirectoryLock
 from lorica_server.api.gate import Parts
 from lorica_server.config import ServeConfig
 from lorica_server.engine.engine import Engine
@@ -34,4 +35,5 @@ class Built:
     close: Callable[[], None]
 
 
-Build = Callable[[ServeConfig, EngineHooks], Built]
+Build = Callable[[ServeConfig, EngineHooks, DirectoryLock | None], Built]
+"""The lock is the data directory's, for the store to hold and release; without one the store takes it."""

@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lorica.cli.main import app
+from lorica.terminal.failures import ExitCode
+from lorica_adapters.store.lock import DirectoryLock
 from lorica_adapters.threads import limit_spinning
 from lorica_server.config import ServeConfig, defaults, groups, options, resolve_config
 from lorica_server.errors import ConfigInvalid, StartError
@@ -153,7 +155,7 @@ def test_an_app_that_is_embedded_limits_spinning_too() -> None:
     script = (
         "import os, sys, types, lorica_server.app as app\n"
         "os.environ.pop('GOMP_SPINCOUNT', None)\n"
-        "assemble = lambda config, hooks: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
+        "assemble = lambda config, hooks, lock: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
         "sys.modules['lorica_server.assembly'] = types.SimpleNamespace(assemble=assemble)\n"
         "app.build_engine(None, None)"
     )
@@ -205,6 +207,30 @@ def test_row_43_data_dir_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartError, match="data_dir"):
         check_data_dir(tmp_path / "file" / "below")
+
+
+def test_row_43_a_data_dir_of_another_server_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    lock = DirectoryLock(tmp_path)
+    command = [sys.executable, "-X", "importtime", "-m", "lorica.cli.main", "serve", "--data-dir", str(tmp_path)]
+    try:
+        other = subprocess.run(
+            [*command, "--listen", "127.0.0.1:0", "--metrics-listen", "none"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        lock.release()
+    assert other.returncode == ExitCode.REFUSED
+    assert f"error: the store is in use by process {os.getpid()}\n" in other.stderr
+    assert "stop that process or choose another store directory (--data-dir)" in other.stderr
+    assert other.stdout == ""
+    imported = {
+        line.rpartition("|")[2].strip() for line in other.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "lorica_server.app" in imported
+    assert "torch" not in imported
 
 
 def test_a_start_that_can_succeed_passes(tmp_path: Path) -> None:

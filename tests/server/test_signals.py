@@ -22,7 +22,7 @@ from lorica_server.errors import StartError
 from support.servers import Inside, serve_config
 if "nohup" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-def fail(config, hooks):
+def fail(config, hooks, lock):
     raise StartError("no base", remedy="")
 app.App = functools.partial(app.App, build=fail if "fails" in sys.argv else Inside().build)
 try:

@@ -21,6 +21,7 @@ from grpc import aio
 from lorica_adapters.errors import AdapterInvalid
 from lorica_adapters.spec import AdapterSpec, WeightCounts
 from lorica_adapters.store.local import LocalStore
+from lorica_adapters.store.lock import DirectoryLock
 from lorica_adapters.store.records import Quotas, Wishes
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from lorica_server.api.calls import Limits
@@ -128,7 +129,7 @@ class Inside:
     client: EngineClient = field(init=False)
     registry: Registry = field(init=False)
 
-    def build(self, config: ServeConfig, hooks: EngineHooks) -> Built:
+    def build(self, config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
         """An App's `Build`."""
         time.sleep(self.build_seconds)
         bounds = EngineLimits(
@@ -138,7 +139,7 @@ class Inside:
             max_running=config.max_running,
             max_queued=config.max_queued,
         )
-        store = LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters))
+        store = LocalStore(config.data_dir, Quotas(max_adapters=config.max_adapters), lock=lock)
         self.registry = Registry(store, self.read, BASE, self.states)
         self.scheduler = Scheduler(bounds, self.pool)
         self.runner = FakeRunner(4, self.pool.digest_of, self._inject)

@@ -57,8 +57,9 @@ _log = logging.getLogger(__name__)
 class LocalStore:
     """AdapterStore on a local file system; see that protocol for what each method promises.
 
-    Opening takes the directory's lock, checks the catalog and sweeps what a killed process left: files that the
-    catalog does not know move to `lost/`, open uploads younger than `Quotas.upload_ttl_seconds` are kept for a resume.
+    Opening takes the directory's lock (or `lock`, held already and the store's to release from now on), checks the
+    catalog and sweeps what a killed process left: files that the catalog does not know move to `lost/`, open uploads
+    younger than `Quotas.upload_ttl_seconds` are kept for a resume.
     Raises StoreUnavailable (in use, read-only, full) and StoreCorrupt with the repair command.
     `disk`, `connect` and `clock` (seconds since the epoch) are the doors to the outside.
     """
@@ -68,6 +69,7 @@ class LocalStore:
         root: Path,
         quotas: Quotas | None = None,
         *,
+        lock: DirectoryLock | None = None,
         disk: Disk | None = None,
         connect: Connect = schema.connect,
         clock: Callable[[], float] = time.time,
@@ -88,7 +90,7 @@ class LocalStore:
         self._lost = Lost(root, disk, clock)
         with storage_errors("be opened"):
             disk.make_directory(root)
-            self._lock = DirectoryLock(root)
+            self._lock = lock or DirectoryLock(root)
         try:
             with storage_errors("be opened"):
                 self._blobs = Blobs(root / "blobs", disk)
