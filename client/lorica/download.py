@@ -20,10 +20,16 @@ from lorica_protos.v1 import adapters_pb2
 _CONFIG = REQUIRED[0]
 
 
+def find_existing(directory: Path) -> list[str]:
+    """The files in `directory` that a pull into it would replace or remove. OSError."""
+    return [file for file in (*REQUIRED, *OPTIONAL) if (directory / file).exists()]
+
+
 class Download:
     """Feed it every message of DownloadAdapter, then `finish()`; leaving the `with` without it leaves no file.
 
-    `directory` None checks the bytes and keeps none. Existing files are refused unless `overwrite`.
+    `directory` None checks the bytes and keeps none. Existing files are refused unless `overwrite`. Entering the `with`
+    refuses a directory that cannot take the files, so that nothing is asked of the server for it.
     Raises TransferError for what the server sent wrong, LocalFilesError for what cannot be written.
     """
 
@@ -38,6 +44,8 @@ class Download:
         self._parts: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> Self:
+        if self._directory is not None:
+            self._check_target(self._directory)
         return self
 
     def __exit__(
@@ -90,14 +98,23 @@ class Download:
         if self._directory is not None:
             self._open_parts(self._directory)
 
-    def _open_parts(self, directory: Path) -> None:
+    def _check_target(self, directory: Path) -> None:
         try:
-            existing = [file for file in (*REQUIRED, *OPTIONAL) if (directory / file).exists()]
-            if existing and not self._overwrite:
-                raise LocalFilesError(
-                    f"{directory} already holds {', '.join(existing)}; "
-                    "choose another, or replace them with --force (overwrite=True)"
-                )
+            existing = find_existing(directory)
+            nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        except OSError as error:
+            raise LocalFilesError(f"cannot write {error.filename}: {error.strerror}") from error
+        if existing and not self._overwrite:
+            remedy = "choose another directory, or replace them with overwrite=True"
+            raise LocalFilesError(f"{directory} already holds {', '.join(existing)}; {remedy}")
+        if not nearest.is_dir():
+            raise LocalFilesError(f"cannot write {directory}: {nearest} is not a directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise LocalFilesError(f"cannot write {directory}: {nearest} is not writable")
+
+    def _open_parts(self, directory: Path) -> None:
+        self._check_target(directory)  # again: files may have come meanwhile
+        try:
             directory.mkdir(parents=True, exist_ok=True)
             for file in self._files:
                 self._parts[file] = (directory / f".{file}.part").open("wb")

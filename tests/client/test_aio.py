@@ -56,6 +56,10 @@ async def test_push_resume_pull_and_manage(fake: FakeServer, adapter_dir: Path, 
         pushed = await client.push(adapter_dir, "bot")
         assert pushed.resumed_bytes >= 600_000
         assert pushed.left_out == ("README.md", "optimizer.pt")
+        calls = fake.state.calls
+        with pytest.raises(errors.LocalFilesError, match="overwrite=True"):
+            await client.pull("bot", adapter_dir)
+        assert fake.state.calls == calls
         pulled = await client.pull("bot", tmp_path / "back")
         assert (tmp_path / "back" / "adapter_model.safetensors").read_bytes() == (
             adapter_dir / "adapter_model.safetensors"

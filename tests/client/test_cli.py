@@ -268,9 +268,14 @@ def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path:
     assert json.loads(differing.stdout)["different"] == ["adapter_config.json"]
 
     adapters("pull", "support-bot", str(tmp_path / "back"))
+    calls = fake.state.calls
     refused = invoke("adapters", "pull", "support-bot", str(tmp_path / "back"), "--address", fake.address)
     assert refused.exit_code == ExitCode.REFUSED
-    assert "--force" in refused.stderr
+    assert refused.stderr == (
+        f"error: {tmp_path / 'back'} already holds adapter_config.json, adapter_model.safetensors\n"
+        "       choose another directory, or --force to replace them\n"
+    )
+    assert fake.state.calls == calls
     assert json.loads(adapters("pull", "support-bot", str(tmp_path / "back"), "--force", "--json").stdout)["files"]
     assert "removed support-bot" in adapters("rm", "support-bot").stdout
 

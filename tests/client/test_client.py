@@ -243,9 +243,21 @@ def test_pull_gives_the_same_bytes(client: Client, adapter_dir: Path, tmp_path: 
     for entry in pulled.files:
         assert (tmp_path / "back" / entry.file).read_bytes() == (adapter_dir / entry.file).read_bytes()
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(f.file for f in pulled.files)
-    with pytest.raises(errors.LocalFilesError, match="already holds"):
-        client.pull("bot", tmp_path / "back")
     client.pull("bot", tmp_path / "back", overwrite=True)
+
+
+def test_a_pull_that_cannot_be_written_asks_nothing_of_the_server(
+    client: Client, fake: FakeServer, adapter_dir: Path
+) -> None:
+    (adapter_dir / "file").write_text("in the way")
+    with pytest.raises(errors.LocalFilesError) as caught:
+        client.pull("bot", adapter_dir)
+    files = "adapter_config.json, adapter_model.safetensors"
+    remedy = "choose another directory, or replace them with overwrite=True"
+    assert str(caught.value) == f"{adapter_dir} already holds {files}; {remedy}"
+    with pytest.raises(errors.LocalFilesError, match="is not a directory"):
+        client.pull("bot", adapter_dir / "file", overwrite=True)
+    assert fake.state.calls == 0
 
 
 def test_a_corrupt_download_leaves_nothing(client: Client, fake: FakeServer, adapter_dir: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -207,8 +208,23 @@ def test_a_wrong_download_fails_and_leaves_nothing(
 
 def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with Download(tmp_path / "file" / "d") as download, pytest.raises(LocalFilesError, match="cannot write"):
-        download.feed(_manifest((CONFIG, b"abc")))
+    for directory in (tmp_path / "file", tmp_path / "file" / "d" / "e"):
+        with pytest.raises(LocalFilesError, match=rf"cannot write {directory}: {tmp_path}/file is not a directory"):
+            Download(directory).__enter__()
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(LocalFilesError, match=rf"cannot write {tmp_path}/d: {tmp_path} is not writable"):
+        Download(tmp_path / "d").__enter__()
+
+
+def test_a_target_is_judged_again_when_the_files_come(tmp_path: Path) -> None:
+    with Download(tmp_path) as download:
+        (tmp_path / CONFIG).write_text("the user's own")
+        with pytest.raises(LocalFilesError, match=r"already holds adapter_config\.json"):
+            download.feed(_manifest((CONFIG, b"abc")))
+    assert (tmp_path / CONFIG).read_text() == "the user's own"
 
 
 WEIGHTS = "adapter_model.safetensors"

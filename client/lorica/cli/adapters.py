@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,6 +140,8 @@ def pull(
     from lorica.cli.connecting import connect
 
     target = directory or Path(name.partition("@")[0])
+    if not force:
+        _refuse_existing(target)
     with connect(address) as client, _transfer(f"pull {name}", as_json) as report:
         pulled = client.pull(name, target, overwrite=force, progress=report)
     if as_json:
@@ -238,6 +240,18 @@ def _set_pinned(name: str, pinned: bool, address: str) -> None:
     with connect(address) as client:
         adapter = client.update(name, pinned=pinned)
     print(f"{adapter.name}: {'pinned' if adapter.pinned else 'not pinned'}")
+
+
+def _refuse_existing(directory: Path) -> None:
+    """In the words of the command line, before anybody is called; the client says it in those of Python."""
+    from lorica.download import find_existing
+
+    with suppress(OSError):  # what cannot be looked at, the client tells
+        if existing := find_existing(directory):
+            raise CommandError(
+                f"{directory} already holds {', '.join(existing)}",
+                remedy="choose another directory, or --force to replace them",
+            )
 
 
 def _version(reference: str, pulled: Pulled) -> str:
