@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,28 @@ def test_names_and_paths_are_no_markup() -> None:
     for other in (output.byte_progress(), output.count_progress()):
         other.add_task("push [/x]", total=None)
         assert "push [/x]" in _shown(other)
+
+
+@pytest.mark.parametrize("make", [output.byte_progress, output.count_progress, lambda: output.step_progress(COLUMN)])
+def test_without_a_terminal_a_bar_that_shows_nothing_prints_nothing(
+    make: Callable[[], Progress], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with make() as bar:
+        bar.add_task("hidden", total=None, visible=False, loss="", eval_loss="")
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_a_transfer_prints_nothing_and_work_its_last_state(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with output.byte_progress() as bar:
+        bar.add_task("push x", total=3)
+    assert capsys.readouterr().err == ""
+    with output.count_progress() as bar:
+        bar.add_task("questions", total=3, completed=3)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("questions")
+    assert "3/3" in line
 
 
 @pytest.mark.parametrize("width", [20, 60, 200])

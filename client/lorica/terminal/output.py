@@ -98,9 +98,11 @@ def tell_failure(failure: Failure) -> None:
 def byte_progress() -> Progress:
     """A progress bar in bytes with rate and time left, on stderr; gone when done."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    return Progress(
+    from lorica.terminal.bar import Bar
+
+    return Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
@@ -128,14 +130,15 @@ def _counting(*more: ProgressColumn) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
+    from lorica.terminal.bar import Bar
+
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *more)
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    return Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def size(nbytes: int) -> str:
