@@ -1,7 +1,8 @@
 """Rebuild a damaged catalog from what can still be read: `python -m lorica_adapters.store.repair DIRECTORY`.
 
-Never deletes: the damaged catalog is kept beside the new one, and bytes that no recovered adapter needs
-move to `lost/`. A name whose current version is lost is dropped, not rolled back to an older one in silence.
+A healthy one is left alone. Never deletes: the damaged catalog is kept beside the new one, and bytes that no recovered
+adapter needs move to `lost/`. A name whose current version is lost is dropped, not rolled back to an older one in
+silence.
 """
 
 from __future__ import annotations
@@ -53,16 +54,31 @@ class Report:
     unread: Mapping[str, int | None]
 
 
-def repair(root: Path) -> Report:
-    """Rebuild the catalog of a store that no server uses. StoreUnavailable (in use, full, no store there)."""
+def repair(root: Path, *, rebuild: bool = False) -> Report | None:
+    """Rebuild the catalog of a store that no server uses; None: it is healthy, and nothing was changed.
+
+    `rebuild` does it anyway: names whose files are gone are dropped then. Raises StoreUnavailable (in use, full, no
+    store there, made by a newer version).
+    """
     if not (root / "blobs").is_dir():
         raise StoreUnavailable("there is no store in that directory", subject="store", remedy="check the path")
     lock = DirectoryLock(root)
     try:
         with storage_errors("be repaired"), schema.catalog_errors(root):
+            if not rebuild and _is_healthy(root / "catalog.sqlite3"):
+                return None
             return _rebuild(root, Disk())
     finally:
         lock.release()
+
+
+def _is_healthy(catalog: Path) -> bool:
+    if not catalog.exists():
+        return False
+    # Else SQLite would fold its log into it when it is closed, or make a log where there is none.
+    mode = "mode=ro" if catalog.with_name(f"{catalog.name}-wal").exists() else "immutable=1"
+    with closing(sqlite3.connect(f"{catalog.absolute().as_uri()}?{mode}", uri=True, timeout=_BUSY_SECONDS)) as opened:
+        return schema.is_healthy(opened)
 
 
 def _rebuild(root: Path, disk: Disk) -> Report:
@@ -187,12 +203,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Repair the store named on the command line and say what came of it; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lorica_adapters.store.repair", description=__doc__)
     parser.add_argument("directory", type=Path, help="the store's directory; no server may be using it")
-    root = parser.parse_args(arguments).directory
+    parser.add_argument(
+        "--rebuild", action="store_true", help="rebuild a healthy catalog too: drops adapters whose files are gone"
+    )
+    options = parser.parse_args(arguments)
+    root = options.directory
     try:
-        report = repair(root)
+        report = repair(root, rebuild=options.rebuild)
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if report is None:
+        print("the catalog is healthy, and nothing was changed")
+        return 0
     print(
         f"{len(report.kept)} adapters kept, {len(report.lost)} lost, {report.files_set_aside} files in {root / 'lost'}"
     )
@@ -204,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.files_set_aside:
         print(f"to get adapters back: python -m lorica_adapters.store.restore {root} OUTPUT_DIRECTORY")
     if report.damaged:
-        print(f"the damaged catalog is {report.damaged}")
+        print(f"the catalog as it was is {report.damaged}")
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from lorica_adapters.errors import AdapterError, StoreUnavailable
 from lorica_adapters.store.disk import Disk, storage_errors
 from lorica_adapters.store.journal import Publication, read_journal
+from lorica_adapters.store.lost import DIRECTORY as LOST
 from lorica_adapters.store.lost import lost_files
 
 
@@ -77,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(restored.adapters)} adapters restored to {options.output}")
+    if restored.adapters:
+        print(f"{len(restored.adapters)} adapters restored to {options.output}")
+    else:
+        print(f"0 adapters restored: {options.store / LOST} holds none whole")
     for _, name, directory in restored.adapters:
         print(f"lorica adapters push {directory} {name}")
     for path in restored.unnamed:

@@ -112,8 +112,8 @@ def catalog_errors(root: Path | None = None) -> Iterator[None]:
 
 
 def _translated(error: sqlite3.Error, root: Path | None) -> AdapterError:
-    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-    code = extended & 0xFF  # the primary of an extended code
+    extended = _extended(error)
+    code = _primary(error)
     if code == sqlite3.SQLITE_FULL or extended in _FULL:
         remedy = "free some space (deleting adapters works) and try again"
         return StoreFull("the store's catalog has no space left on its disk", subject="store", remedy=remedy)
@@ -121,6 +121,14 @@ def _translated(error: sqlite3.Error, root: Path | None) -> AdapterError:
         return StoreCorrupt("the store's catalog is damaged", subject="store", remedy=repair_command(root))
     reason, remedy = _REASONS.get(code, ("cannot be used", "look at the server's log"))
     return StoreUnavailable(f"the store's catalog {reason}", subject="store", remedy=remedy)
+
+
+def _extended(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR))
+
+
+def _primary(error: sqlite3.Error) -> int:
+    return _extended(error) & 0xFF
 
 
 def connect(
@@ -154,12 +162,7 @@ def prepare(connection: sqlite3.Connection, root: Path, *, blobs_exist: bool) ->
         if found != [("ok",)]:
             raise StoreCorrupt("the store's catalog is damaged", subject="store", remedy=repair_command(root))
         version = connection.execute("PRAGMA user_version").fetchall()[0][0]
-        if version > SCHEMA_VERSION:
-            raise StoreUnavailable(
-                f"the store's catalog has format {version}, this program knows {SCHEMA_VERSION}",
-                subject="store",
-                remedy="use the newer program that made it",
-            )
+        _refuse_newer(version)
         if version == 0:
             if blobs_exist:
                 raise StoreCorrupt(
@@ -168,6 +171,36 @@ def prepare(connection: sqlite3.Connection, root: Path, *, blobs_exist: bool) ->
             create_tables(connection)
         elif version < SCHEMA_VERSION:
             _run(connection, "".join(_UPGRADES[number] for number in range(version, SCHEMA_VERSION)))
+
+
+def is_healthy(connection: sqlite3.Connection) -> bool:
+    """Whether a catalog of this version or an older one is whole: more than `prepare` checks, and slower.
+
+    Raises StoreUnavailable for one of a newer version.
+    """
+    try:
+        version = connection.execute("PRAGMA user_version").fetchall()[0][0]
+        _refuse_newer(version)
+        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+        whole = connection.execute("PRAGMA integrity_check(1)").fetchall() == [("ok",)]
+        return whole and version > 0 and tables >= set(TABLES) and not _dangling(connection)
+    except sqlite3.DatabaseError as error:
+        if _primary(error) in _UNREADABLE:
+            return False
+        raise
+
+
+def _dangling(connection: sqlite3.Connection) -> bool:
+    return bool(connection.execute("PRAGMA foreign_key_check").fetchall())
+
+
+def _refuse_newer(version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise StoreUnavailable(
+            f"the store's catalog has format {version}, this program knows {SCHEMA_VERSION}",
+            subject="store",
+            remedy="use the newer program that made it",
+        )
 
 
 def create_tables(connection: sqlite3.Connection) -> None:

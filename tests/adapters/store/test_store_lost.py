@@ -145,7 +145,8 @@ def test_restoring_takes_no_damaged_bytes_and_names_what_it_does_not_know(
     file.write_bytes(b"rotten")
     assert main([str(root), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("0 adapters restored")
+    assert said.startswith(f"0 adapters restored: {root / 'lost'} holds none whole\n")
+    assert not (tmp_path / "out").exists()
     assert f"belongs to no known adapter: {file}" in said
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     assert "there is no store" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from lorica_adapters.errors import AdapterNotFound, StoreCorrupt, StoreUnavailab
 from lorica_adapters.store import schema
 from lorica_adapters.store.local import LocalStore
 from lorica_adapters.store.records import AdapterUpdate
-from lorica_adapters.store.repair import main, repair
+from lorica_adapters.store.repair import Report, main, repair
 from lorica_adapters.store.restore import restore
 from support.stores import TENANT, blob_files, content, digest_of, put, quick_store, stored
 
@@ -23,6 +25,12 @@ def filled(root: Path, count: int = 3) -> None:
         for number in range(count):
             put(store, f"a{number}", content(f"a{number}"), labels={"n": str(number)})
         store.update(TENANT, "a0", AdapterUpdate(add_aliases=("zero",), materialised=True))
+
+
+def repaired(root: Path, *, rebuild: bool = False) -> Report:
+    report = repair(root, rebuild=rebuild)
+    assert report is not None
+    return report
 
 
 def damage(root: Path, start: int, length: int = 4096) -> None:
@@ -77,7 +85,7 @@ def test_a_missing_catalog_never_costs_the_blobs(tmp_path: Path) -> None:
     with pytest.raises(StoreCorrupt, match="catalog is empty"):
         LocalStore(tmp_path)
     assert len(blob_files(tmp_path)) == 6
-    report = repair(tmp_path)
+    report = repaired(tmp_path)
     assert (report.kept, report.lost, report.files_set_aside) == ((), (), 6)
     assert len(list((tmp_path / "lost").iterdir())) == 6
     with LocalStore(tmp_path) as store:
@@ -107,12 +115,12 @@ def test_a_locked_catalog_is_unavailable_for_writers_and_readable(tmp_path: Path
         store.delete(TENANT, "one")
 
 
-def test_an_intact_store_passes_a_repair_unchanged(tmp_path: Path) -> None:
+def test_an_intact_store_passes_a_rebuild_unchanged(tmp_path: Path) -> None:
     filled(tmp_path)
     with LocalStore(tmp_path) as store:
         put(store, "a0", content("newer"))
         before = store.list(TENANT).records
-    report = repair(tmp_path)
+    report = repaired(tmp_path, rebuild=True)
     assert report.kept == tuple(f"{TENANT}/a{number}" for number in range(3))
     assert (report.lost, report.files_set_aside, report.unread) == ((), 0, {})
     assert report.damaged is not None
@@ -133,7 +141,7 @@ def test_a_repair_keeps_what_it_can_read_and_names_what_it_lost(tmp_path: Path) 
     damage(tmp_path, page)
     with pytest.raises(StoreCorrupt):
         LocalStore(tmp_path)
-    report = repair(tmp_path)
+    report = repaired(tmp_path)
     assert 20 < len(report.kept) < 60
     assert len(report.kept) + len(report.lost) == 60
     # The page was one of the versions' table; an index of it still counts the rows.
@@ -172,12 +180,77 @@ def test_a_repair_counts_the_names_that_it_could_not_read(tmp_path: Path, capsys
         assert len(store.list(TENANT, 1000).records) == 400
 
 
+def tree(root: Path) -> dict[Path, bytes]:
+    """Everything but the lock, which names its last holder."""
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_healthy_catalog_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], killed: bool) -> None:
+    root = tmp_path / "a store #1?"
+    filled(root)
+    if killed:  # then its last changes are in the write-ahead log alone
+        with LocalStore(root) as store:
+            put(store, "last", content("last"))
+            shutil.copytree(root, tmp_path / "copy")
+        root = tmp_path / "copy"
+        (root / "catalog.sqlite3-shm").unlink()
+    before = tree(root)
+    assert main([str(root)]) == 0
+    assert capsys.readouterr().out == "the catalog is healthy, and nothing was changed\n"
+    assert {path: data for path, data in tree(root).items() if not path.name.endswith("-shm")} == before
+    with LocalStore(root) as store:
+        assert len(store.list(TENANT).records) == 3 + killed
+
+
+def break_an_index(root: Path) -> None:
+    """SQLite's quick check, which a start makes, does not see that."""
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite3", isolation_level=None)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("UPDATE sqlite_schema SET sql = replace(sql, '(version)', '(created)') WHERE name = ?",
+                           ("names_by_version",))  # fmt: skip
+
+
+def break_a_reference(root: Path) -> None:
+    with contextlib.closing(sqlite3.connect(root / "catalog.sqlite3", isolation_level=None)) as connection:
+        connection.execute("DELETE FROM versions WHERE id = 1")
+
+
+def empty(root: Path) -> None:
+    (root / "catalog.sqlite3").write_bytes(b"")
+
+
+@pytest.mark.parametrize("break_", [break_an_index, break_a_reference, empty])
+def test_what_a_quick_look_does_not_see_is_repaired(tmp_path: Path, break_: Callable[[Path], None]) -> None:
+    filled(tmp_path)
+    break_(tmp_path)
+    assert repaired(tmp_path).damaged is not None
+    assert repair(tmp_path) is None
+
+
+def test_a_catalog_of_a_newer_program_is_not_repaired(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreUnavailable, match="format 99"):
+        repair(tmp_path)
+
+
+def test_a_rebuild_drops_adapters_whose_files_are_gone(tmp_path: Path) -> None:
+    filled(tmp_path)
+    next((tmp_path / "blobs").glob("*/*")).unlink()
+    assert repair(tmp_path) is None
+    assert len(repaired(tmp_path, rebuild=True).lost) == 1
+
+
 def test_the_repair_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path)
     with LocalStore(tmp_path):
         assert main([str(tmp_path)]) == 1
         assert "in use by process" in capsys.readouterr().err
-    assert main([str(tmp_path)]) == 0
-    assert "3 adapters kept, 0 lost" in capsys.readouterr().out
+    assert main([str(tmp_path), "--rebuild"]) == 0
+    said = capsys.readouterr().out
+    assert "3 adapters kept, 0 lost" in said
+    assert f"the catalog as it was is {tmp_path}/catalog.sqlite3.damaged-1\n" in said
     assert main([str(tmp_path / "nowhere")]) == 1
     assert "there is no store" in capsys.readouterr().err
