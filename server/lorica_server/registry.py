@@ -178,7 +178,8 @@ class Registry:
     def resolve(self, tenant: str, reference: str) -> Resolved:
         """Pin what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now.
 
-        Point reads of a local database, tens of microseconds. A delete or replace from here on leaves the
+        Point reads of a local database, tens of microseconds, and a millisecond to find the nearest name of one that is
+        absent. A delete or replace from here on leaves the
         bytes in place until the release. Raises AdapterNotFound (an unfinished upload is not found either),
         AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined), StoreUnavailable.
         """

@@ -18,6 +18,7 @@ from lorica_adapters.errors import AdapterInvalid, AdapterNotFound
 from lorica_adapters.spec import AdapterId, AdapterSpec
 from lorica_adapters.store import schema
 from lorica_adapters.store.journal import Publication
+from lorica_adapters.store.nearby import suggest
 from lorica_adapters.store.records import AdapterNames, AdapterRecord, FileEntry, Health, Wishes
 from lorica_adapters.store.spec_json import decode_spec
 
@@ -206,13 +207,20 @@ class Catalog:
             f"SELECT {columns} {_KEPT if prefix else _CURRENT}", {"tenant": tenant, "name": name, "prefix": prefix}
         )
         if not rows:
-            reference = f"{name}@{prefix}" if prefix else name
-            raise AdapterNotFound(f"no adapter {reference!r}", subject=reference)
+            raise self._absent(tenant, name, prefix)
         if len(rows) > 1:
             raise AdapterInvalid(
                 f"{len(rows)} versions of {name!r} start with {prefix}", subject="version", remedy="give more digits"
             )
         return rows[0]
+
+    def _absent(self, tenant: str, name: str, prefix: str) -> AdapterNotFound:
+        reference = f"{name}@{prefix}" if prefix else name
+        if prefix and (self.has_name(tenant, name) or self.has_alias(tenant, name)):
+            remedy = f"{name!r} is there, and no version of it that is kept starts with {prefix}"
+        else:
+            remedy = suggest(self._read, tenant, name, aliases=True)
+        return AdapterNotFound(f"no adapter {reference!r}", subject=reference, remedy=remedy)
 
     def _read(self, sql: str, values: tuple[Any, ...] | Mapping[str, Any] = ()) -> list[Row]:
         # fetchall: a statement that is not read to its end would keep its snapshot, and all later reads old.

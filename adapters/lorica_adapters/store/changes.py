@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded
 from lorica_adapters.spec import AdapterSpec
 from lorica_adapters.store.checks import MAX_ALIASES, check_labels
+from lorica_adapters.store.nearby import suggest
 from lorica_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, FileEntry, Quotas, UploadManifest
 from lorica_adapters.store.spec_json import encode_spec
 
@@ -214,5 +215,8 @@ def _write_labels(tx: sqlite3.Connection, tenant: str, name: str, labels: Mappin
 
 def _absent(tx: sqlite3.Connection, tenant: str, name: str) -> AdapterNotFound:
     rows = tx.execute("SELECT name FROM aliases WHERE tenant = ? AND alias = ?", (tenant, name)).fetchall()
-    remedy = f"{name!r} is an alias of {rows[0][0]!r}: use the name" if rows else ""
+    if rows:
+        remedy = f"{name!r} is an alias of {rows[0][0]!r}: use the name"
+    else:
+        remedy = suggest(lambda sql, values: tx.execute(sql, values).fetchall(), tenant, name, aliases=False)
     return AdapterNotFound(f"no adapter named {name!r}", subject=name, remedy=remedy)

@@ -184,6 +184,16 @@ async def test_row_10_unknown_and_unfinished_adapters_are_never_the_base(tmp_pat
         assert sum(bool(plan.chunks) for plan in server.inside.runner.plans) == 1  # the warm-up's
 
 
+async def test_an_unknown_adapter_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    async with served(tmp_path) as server:
+        await server.adapters.UploadAdapter(iter(upload_messages("german", adapter_files())))
+        with pytest.raises(aio.AioRpcError) as caught:
+            await server.inference.Generate(prompt_request(adapter="germn"))
+        assert caught.value.details() == "no adapter 'germn'; did you mean 'german'?"
+        assert details(caught.value)["ResourceInfo"].resource_name == "germn"
+        assert details(caught.value)["ErrorInfo"].metadata["remedy"] == "did you mean 'german'?"
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "a,b", "a\0b", "x" * 300, "\u202eabc"])
 async def test_row_27_names(tmp_path: Path, name: str) -> None:
     async with served(tmp_path) as server:
