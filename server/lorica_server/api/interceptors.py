@@ -21,12 +21,13 @@ from grpc import aio
 from lorica_server.api.running_calls import RunningCalls
 from lorica_server.api.status import answer_error
 from lorica_server.api.tracing import note_caller
-from lorica_server.errors import INTERNAL, ClientStalled, Draining, InvalidRequest
+from lorica_server.errors import INTERNAL, ClientStalled, Draining, InvalidRequest, WarmingUp
 from lorica_server.observe.logs import call_noted
 
 _LOG = logging.getLogger("lorica_server.access")
 _BUG = logging.getLogger("lorica_server.api")
 _ABORT_SECONDS = 2.0
+_MOST_WAITING = 1024
 _QUIET = ("/grpc.health.v1.", "/grpc.reflection.")
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class _Call:
     begun: float
     code: str = "OK"
     reason: str = ""
+    waits: bool = False  # refused for the time of the warm-up
 
 
 class ErrorInterceptor(aio.ServerInterceptor):
@@ -61,6 +63,7 @@ class ErrorInterceptor(aio.ServerInterceptor):
         self._observe = observe
         self._stall_seconds = stall_seconds
         self._calls = calls or RunningCalls()
+        self._waiting: set[tuple[str, str]] = set()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap the handler found for this call; an unknown method stays None: UNIMPLEMENTED."""
@@ -71,13 +74,23 @@ class ErrorInterceptor(aio.ServerInterceptor):
 
     def _end(self, call: _Call) -> None:
         seconds = time.monotonic() - call.begun
-        quiet = call.method.startswith(_QUIET) and call.code == "OK"
+        quiet = self._is_known_to_wait(call) if call.waits else call.method.startswith(_QUIET) and call.code == "OK"
         fields = {"method": call.method, "code": call.code, "seconds": seconds, "peer": call.peer}
         if call.reason:
             fields["reason"] = call.reason
         _LOG.log(logging.DEBUG if quiet else logging.INFO, "call", extra={"fields": fields})
         if self._observe is not None:
             self._observe(call.method, call.code, seconds)
+
+    def _is_known_to_wait(self, call: _Call) -> bool:
+        """Whether that method was refused to that host before: who waits for a warm-up asks again and again, maybe from
+        another port each time. Beyond some number of hosts and methods, all count as known.
+        """
+        waiting = (call.peer.rpartition(":")[0], call.method)
+        if waiting in self._waiting or len(self._waiting) >= _MOST_WAITING:
+            return True
+        self._waiting.add(waiting)
+        return False
 
 
 class _Wrapped(_Handler):
@@ -153,6 +166,7 @@ async def _refuse(error: Exception, call: _Call, call_id: str, context: Any) -> 
     """End the call in the error's status. Raises what grpc ends a call with."""
     answer = answer_error(error, call_id)
     call.code, call.reason = answer.code.name, answer.verdict.reason
+    call.waits = isinstance(error, WarmingUp)
     if answer.verdict is INTERNAL:
         _BUG.error("unexpected error", exc_info=error, extra={"fields": {"method": call.method}})
     # A client that does not read holds the status back too; core keeps it for when it reads.

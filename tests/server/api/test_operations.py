@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorica import Client
 from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from lorica_server.api.interceptors import _MOST_WAITING, ErrorInterceptor, _Call
 from lorica_server.app import App
 from lorica_server.observe.logs import fields_of
 from support.servers import (
@@ -98,6 +99,51 @@ async def test_a_refused_request_is_a_line_with_its_id_too(tmp_path: Path, lines
         assert (line["request_id"], line["adapter"], line["code"]) == ("mine-2", "nobody", "NOT_FOUND")
         assert "trace_id" not in line
         assert len(line["x_request_id"]) == 128
+
+
+async def test_who_waits_for_a_warm_up_is_a_line_a_method(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    release = threading.Event()
+    inside = Inside()
+
+    def build(*arguments: Any) -> Any:
+        release.wait(60)
+        return inside.build(*arguments)
+
+    app = App(serve_config(tmp_path), build)
+    starting = asyncio.ensure_future(app.start())
+    try:
+        await until(lambda: not app.address.endswith(":0"))
+        for _ in range(3):  # a connection each, as a command that is run in a loop makes
+            async with aio.insecure_channel(app.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                inference = inference_pb2_grpc.InferenceServiceStub(channel)
+                for call in (
+                    inference.Generate(prompt_request(), wait_for_ready=True),
+                    inference.GetModel(inference_pb2.GetModelRequest(), wait_for_ready=True),
+                ):
+                    with pytest.raises(aio.AioRpcError) as caught:
+                        await call
+                    assert details(caught.value)["ErrorInfo"].reason == "WARMING_UP"
+        told = sorted((line["method"].rpartition("/")[2], line["reason"]) for line in lines)
+        assert told == [("Generate", "WARMING_UP"), ("GetModel", "WARMING_UP")]
+        release.set()
+        await starting
+        lines.clear()
+        async with aio.insecure_channel(app.address) as channel:
+            inference = inference_pb2_grpc.InferenceServiceStub(channel)
+            for _ in range(2):
+                await inference.Generate(prompt_request())
+        assert [line["code"] for line in lines] == ["OK", "OK"]
+    finally:
+        release.set()
+        await starting
+        await app.stop()
+
+
+async def test_hosts_that_wait_are_remembered_up_to_a_number(lines: list[dict[str, Any]]) -> None:
+    interceptor = ErrorInterceptor()
+    for host in range(_MOST_WAITING + 5):
+        interceptor._end(_Call("/m", f"ipv4:10.0.{host >> 8}.{host & 255}:7", 0.0, "UNAVAILABLE", "WARMING_UP", True))
+    assert len(lines) == len(interceptor._waiting) == _MOST_WAITING
 
 
 async def test_every_wrong_field_is_told_at_once(tmp_path: Path) -> None:
