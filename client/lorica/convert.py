@@ -1,7 +1,7 @@
 """Between the client's plain values and protobuf messages, shared by the sync and the async client.
 
-Knows no channel and decides nothing: ranges are the server's to judge, here only what cannot be
-expressed in a message is refused.
+Knows no channel and decides nothing: what cannot be sent, or would be refused by every server, is refused in
+`fields`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,11 @@ def _fill_options(
                 value = refusals.take(name, values[name], fields.read_option(name))
                 if value is not None:
                     setattr(message, field, value)
-    request.stopping.stop_strings.extend(refusals.take("stop", values.get("stop", ()), fields.texts) or ())
-    stop_ids = refusals.take("stop_token_ids", values.get("stop_token_ids", ()), fields.token_ids)
+    least, most = request.stopping.min_tokens, request.stopping.max_tokens
+    if most and least > most:
+        refusals.add("min_tokens", f"{least} is out of range: must be from 0 to {most}, which is max_tokens")
+    request.stopping.stop_strings.extend(refusals.take("stop", values.get("stop", ()), fields.stop_strings) or ())
+    stop_ids = refusals.take("stop_token_ids", values.get("stop_token_ids", ()), fields.stop_token_ids)
     request.stopping.stop_token_ids.extend(stop_ids or ())
     for token, addend in (refusals.take("logit_bias", values.get("logit_bias", {}), fields.biases) or {}).items():
         request.sampling.logit_bias[token] = addend

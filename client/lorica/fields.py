@@ -1,36 +1,60 @@
 """Python values into request fields: each judged by its own kind, and all that do not fit refused at once, by name.
 
-Ranges are the server's to judge; here only what a message cannot hold is refused. Knows no channel.
+What a message cannot hold is refused, and what every server refuses, so that all of it is told together; what depends
+on the base and on a server's limits is the server's to judge. Knows no channel.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from lorica.errors import ErrorDetails, FieldViolation, InvalidArgument
 
+T = TypeVar("T", bound=Sized)
+
 _UINT32 = (1 << 32) - 1
 _OFF = "0 or unset means off"
+_MOST_TOKENS = 1024  # with a bias, or that stop
+_MOST_CHARACTERS = 256  # of a stop string or a salt
 
 WHOLE: Mapping[str, tuple[int, int, str]] = {
     "top_k": (0, _UINT32, _OFF),
     "seed": (0, (1 << 64) - 1, "unset means that the server draws one"),
-    "n": (0, _UINT32, "unset means 1"),
-    "max_tokens": (0, _UINT32, "unset means what the context leaves"),
+    "n": (1, _UINT32, "unset means 1"),
+    "max_tokens": (1, _UINT32, "unset means what the context leaves"),
     "min_tokens": (0, _UINT32, _OFF),
     "logprobs": (0, _UINT32, "unset means none"),
     "prompt_logprobs": (0, _UINT32, "unset means none"),
     "priority": (-(1 << 31), (1 << 31) - 1, "lower runs first"),
 }
-"""Options that are whole numbers: what their fields hold, and what to write in place of another API's -1."""
+"""Options that are whole numbers: what their fields may hold, and what to write in place of another API's -1."""
 
-REAL = frozenset({
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-})  # fmt: skip
+
+@dataclass(frozen=True)
+class Range:
+    """From `low` to `high`, as float32: that is what is sent."""
+
+    low: float
+    high: float
+    note: str = ""
+    above: bool = False  # `low` itself is out of range
+
+
+REAL: Mapping[str, Range] = {
+    "temperature": Range(0.0, 100.0, "0 is greedy"),
+    "top_p": Range(0.0, 1.0, "1 or unset means off", above=True),
+    "min_p": Range(0.0, 1.0, _OFF),
+    "repetition_penalty": Range(0.01, 10.0, "1 or unset means off"),
+    "presence_penalty": Range(-2.0, 2.0, _OFF),
+    "frequency_penalty": Range(-2.0, 2.0, _OFF),
+}
+BIAS = Range(-100.0, 100.0)
 YES_OR_NO = frozenset({"include_stop", "ignore_eos", "return_token_ids", "echo"})
 TEXTS = frozenset({"request_id", "cache_salt"})
 
@@ -80,8 +104,10 @@ def read_option(name: str) -> Callable[[Any], Any]:
         low, high, note = WHOLE[name]
         return lambda value: _whole(value, low, high, note)
     if name in REAL:
-        return real
-    return yes_or_no if name in YES_OR_NO else text
+        return lambda value: _real(value, REAL[name])
+    if name in YES_OR_NO:
+        return yes_or_no
+    return salt if name == "cache_salt" else text
 
 
 def _whole(value: Any, low: int, high: int, note: str) -> int:
@@ -96,14 +122,20 @@ def _whole(value: Any, low: int, high: int, note: str) -> int:
     return number
 
 
-def real(value: Any) -> float:
-    """A number, whole or not."""
+def _real(value: Any, within: Range) -> float:
     if isinstance(value, bool | str | bytes):
         raise _WrongError(f"{_shown(value)} is not a number")
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise _WrongError(f"{_shown(value)} is not a number") from None
+    low, high, sent = (ctypes.c_float(part).value for part in (within.low, within.high, number))
+    if not (low < sent if within.above else low <= sent) or not sent <= high:
+        rule = (
+            f"must be {'over' if within.above else 'from'} {low:g} {'and at most' if within.above else 'to'} {high:g}"
+        )
+        raise _WrongError(f"{number:g} is out of range: {rule}" + (f"; {within.note}" if within.note else ""))
+    return number
 
 
 def yes_or_no(value: Any) -> bool:
@@ -124,11 +156,21 @@ def text(value: Any) -> str:
     return value
 
 
-def texts(value: Any) -> list[str]:
-    """A string, or several."""
+def salt(value: Any) -> str:
+    """A string that is not long."""
+    return _at_most(text(value), _MOST_CHARACTERS, "characters")
+
+
+def stop_strings(value: Any) -> list[str]:
+    """A string, or several, none of them empty or long."""
     if isinstance(value, str):
-        return [text(value)]
-    return _each(value, text, "a string or a list of strings")
+        return [_stop_string(value)]
+    return _each(value, _stop_string, "a string or a list of strings")
+
+
+def stop_token_ids(value: Any) -> list[int]:
+    """Ids of tokens, not many."""
+    return _at_most(token_ids(value), _MOST_TOKENS, "ids")
 
 
 def token_ids(value: Any) -> list[int]:
@@ -140,7 +182,11 @@ def biases(value: Any) -> dict[int, float]:
     """Token ids to addends."""
     if not isinstance(value, Mapping):
         raise _WrongError(f"{_shown(value)} is not a mapping of token ids to numbers")
-    return {_part(f"[{key!r}]", _token, key): _part(f"[{key!r}]", real, addend) for key, addend in value.items()}
+    _at_most(value, _MOST_TOKENS, "entries")
+    return {
+        _part(f"[{key!r}]", _token, key): _part(f"[{key!r}]", lambda addend: _real(addend, BIAS), addend)
+        for key, addend in value.items()
+    }
 
 
 def json_text(value: Any) -> str:
@@ -149,6 +195,18 @@ def json_text(value: Any) -> str:
         return text(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise _WrongError(f"cannot be written as JSON: {error}") from None
+
+
+def _stop_string(value: Any) -> str:
+    if not text(value):
+        raise _WrongError("must not be empty")
+    return _at_most(text(value), _MOST_CHARACTERS, "characters")
+
+
+def _at_most(value: T, most: int, what: str) -> T:
+    if len(value) > most:
+        raise _WrongError(f"{len(value)} {what}, and {most} are allowed")
+    return value
 
 
 def _token(value: Any) -> int:

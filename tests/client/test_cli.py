@@ -186,7 +186,12 @@ def test_an_aborted_answer_is_shown_and_has_its_code(fake: FakeServer, arguments
     ("arguments", "code", "words"),
     [
         (["generate", "x", "--adapter", "nobody"], ExitCode.NOT_FOUND, "no adapter 'nobody'"),
-        (["generate", "x", "-t", "-1"], ExitCode.REFUSED, "sampling.temperature"),
+        (["generate", "x", "-n", "5"], ExitCode.REFUSED, "sampling.n: must be at most 4"),
+        (
+            ["generate", "x", "-t", "-1", "--top-p", "5"],
+            ExitCode.REFUSED,
+            "temperature: -1 is out of range: must be from 0 to 100; 0 is greedy; top_p: 5 is out of range",
+        ),
         (["adapters", "show", "nobody"], ExitCode.NOT_FOUND, "nobody"),
         (["adapters", "push", "/nowhere/at/all"], ExitCode.REFUSED, "not a directory"),
     ],

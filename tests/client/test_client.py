@@ -95,12 +95,12 @@ def test_closing_a_stream_cancels_the_call(client: Client, fake: FakeServer) -> 
 
 def test_rich_details_become_attributes(client: Client) -> None:
     with pytest.raises(errors.InvalidArgument) as caught:
-        client.generate("x", temperature=-1.0)
+        client.generate("x", n=5)
     error = caught.value
     assert (error.code, error.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
-    assert error.violations[0].field == "sampling.temperature"
-    assert error.metadata == {"limit": "0"}
-    assert str(error) == "sampling.temperature: must be at least 0"
+    assert error.violations[0].field == "sampling.n"
+    assert error.metadata == {"max_choices": "4"}
+    assert str(error) == "sampling.n: must be at most 4"
 
 
 def test_unknown_adapter_is_not_found_and_names_it(client: Client) -> None:

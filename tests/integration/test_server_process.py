@@ -14,8 +14,9 @@ import pytest
 from lorica import Client
 from lorica.errors import AlreadyExists, InvalidArgument, LoricaError, NotFound
 from lorica.local_server import LocalServer
-from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2
+from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from support.live import GREEDY, PROMPT, Answer, Peak, ask, cpu_seconds, is_idle
+from support.raw_requests import raw_request
 from support.servers import details, upload_messages
 from support.tiny_adapters import tiny_files
 
@@ -92,12 +93,14 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_row_07_fields_are_refused_by_path_before_anything_is_allocated(server: LocalServer, client: Client) -> None:
-    with Peak(server.pid) as peak:
+    with Peak(server.pid) as peak, grpc.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
         for path, options in FIELDS:
-            for call in (lambda o=options: client.generate(PROMPT, **o), lambda o=options: [*client.stream("x", **o)]):
-                with pytest.raises(InvalidArgument) as caught:
-                    call()
-                assert caught.value.violations[0].field == path, options
+            request = raw_request(PROMPT, options)  # our own client would refuse most of them itself
+            for call in (stub.Generate, lambda *args, **more: list(stub.GenerateStream(*args, **more))):
+                error = _refused(lambda c=call, r=request: c(r, timeout=20))
+                assert error["code"] is grpc.StatusCode.INVALID_ARGUMENT
+                assert error["BadRequest"].field_violations[0].field == path, options
     assert peak.growth < 8 << 20
     assert is_idle(server)
 

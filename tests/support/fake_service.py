@@ -32,6 +32,9 @@ DIGEST = "d" * 64
 BASE = "b" * 64
 
 
+MAX_CHOICES = 4
+
+
 @dataclass
 class Faults:
     """What goes wrong, once each: counts are used up."""
@@ -117,15 +120,17 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
         self._state.requests.append(request)
         if request.adapter and request.adapter not in self._state.adapters:
             _no_adapter(context, request.adapter)
-        if request.sampling.HasField("temperature") and request.sampling.temperature < 0:
+        if request.sampling.n > MAX_CHOICES:
             violation = error_details_pb2.BadRequest.FieldViolation(
-                field="sampling.temperature", description="must be at least 0"
+                field="sampling.n", description=f"must be at most {MAX_CHOICES}"
             )
             refuse(
                 context,
                 grpc.StatusCode.INVALID_ARGUMENT,
-                "sampling.temperature: must be at least 0",
-                error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="lorica", metadata={"limit": "0"}),
+                f"sampling.n: must be at most {MAX_CHOICES}",
+                error_details_pb2.ErrorInfo(
+                    reason="INVALID_REQUEST", domain="lorica", metadata={"max_choices": str(MAX_CHOICES)}
+                ),
                 error_details_pb2.BadRequest(field_violations=[violation]),
             )
         kind = request.WhichOneof("input")

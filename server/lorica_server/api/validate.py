@@ -18,6 +18,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKENS = 1024
 MAX_STOP_CHARS = 256
 MAX_SALT_CHARS = 256
+MIN_REPETITION_PENALTY = 0.009999999776482582  # 0.01 as it comes over the wire, in float32
 MAX_TURNS = 4096
 MAX_LABELS = 64
 MAX_ALIASES = 64
@@ -186,7 +187,11 @@ def _sampling(sampling: SamplingCall, limits: Limits) -> Wrong:
     yield from _within("sampling.top_p", sampling.top_p, 0.0, 1.0, open_low=True, note="1 or unset means off")
     yield from _within("sampling.min_p", sampling.min_p, 0.0, 1.0, note="0 or unset means off")
     yield from _within(
-        "sampling.repetition_penalty", sampling.repetition_penalty, 0.01, 10.0, note="1 or unset means off"
+        "sampling.repetition_penalty",
+        sampling.repetition_penalty,
+        MIN_REPETITION_PENALTY,
+        10.0,
+        note="1 or unset means off",
     )
     for field in ("presence_penalty", "frequency_penalty"):
         yield from _within(f"sampling.{field}", getattr(sampling, field), -2.0, 2.0, note="0 or unset means off")
