@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from lorica_adapters.tokenization import PromptTokenizer, find_chat_template
+from lorica_server.chat_faults import ChatRefused, find_fault
 
 MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""
 
 _TOOLS: Final = re.compile(r"\btools\b")
 _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
-
-
-class ChatRefused(ValueError):
-    """The caller must act: these messages cannot be rendered. The message is fit for a stranger."""
 
 
 class TextCodec:
@@ -117,19 +114,32 @@ class TextCodec:
         from jinja2.exceptions import TemplateError
 
         try:
-            with self._lock:
-                rendered: str = self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=[dict(tool) for tool in tools] or None,
-                    chat_template=self._template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
+            return self._render(messages, tools)
         except Exception as error:
             # A template runs arbitrary expressions. What it says itself by raise_exception is meant for the
             # caller; anything else would only tell about our insides.
-            said = str(error) if type(error) is TemplateError else "it failed on these messages"
-            raise ChatRefused(f"the chat template refused: {said}") from error
+            fault = find_fault(messages, lambda others: self._renders(others, tools))
+            said = fault.why if fault else "it failed on these messages"
+            if type(error) is TemplateError:
+                said = str(error)
+            raise ChatRefused(f"the chat template refused: {said}", fault.where if fault else "") from error
+
+    def _renders(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            self._render(messages, tools)
+        except Exception:  # as above
+            return False
+        return True
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        with self._lock:
+            rendered: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         return rendered
 
     def decode(self, ids: Sequence[int]) -> str:

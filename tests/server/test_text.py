@@ -14,8 +14,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lorica_server.chat_faults import ChatRefused
 from lorica_server.engine.incremental import IncrementalDecoder
-from lorica_server.text import MAX_CHAT_CHARACTERS, ChatRefused, TextCodec
+from lorica_server.text import MAX_CHAT_CHARACTERS, TextCodec
 from support.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS, write_byte_level
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from lorica_server.api.calls import ChatTurn, Limits, Tools
 from lorica_server.api.ports import Codec
+from lorica_server.chat_faults import ChatRefused
 from lorica_server.errors import InvalidRequest, Overloaded
 
 T = TypeVar("T")
@@ -55,7 +56,8 @@ class Encoder:
         try:
             ids = await self._run(length, lambda: codec.encode_chat(messages, tools))
         except ValueError as error:
-            raise InvalidRequest("chat.messages", str(error)) from error
+            where = error.where if isinstance(error, ChatRefused) else ""
+            raise InvalidRequest(f"chat.messages{where}", str(error)) from error
         _check_vocabulary("chat.messages", codec, limits, ids)
         return ids
 

@@ -43,7 +43,10 @@ class Codec(Protocol):
         """Whether the chat template does anything with tools."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids of a conversation rendered by the template. Raises ValueError when it refuses."""
+        """Token ids of a conversation rendered by the template.
+
+        Raises ValueError when it refuses, a ChatRefused where the message at fault is known.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -12,7 +12,8 @@ from grpc import aio
 
 from lorica import convert
 from lorica_protos.v1 import inference_pb2
-from lorica_server.text import ChatRefused, TextCodec
+from lorica_server.chat_faults import ChatRefused
+from lorica_server.text import TextCodec
 from support.servers import FakeCodec, Inside, details, served
 from support.tokenizers import write_byte_level
 
@@ -92,6 +93,25 @@ def test_the_template_renders_them_as_in_training(tmp_path: Path) -> None:
     assert codec.render_chat(received, json.loads(sent.tools_json)) == wanted
     for part in ("role,content,name", "2.5", '"arguments": {"a": 1', "easy"):
         assert part in wanted
+
+
+class TextOnly(FakeCodec):
+    """Fails as templates do that add strings."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        raise ChatRefused("the chat template refused: it fails on a list here, and takes text", "[1].content")
+
+
+@pytest.mark.asyncio
+async def test_a_message_that_the_template_fails_on_is_the_field_that_is_refused(tmp_path: Path) -> None:
+    request = inference_pb2.GenerateRequest()
+    request.chat.messages.add(role="user", content="x")
+    async with served(tmp_path, Inside(codec=TextOnly())) as server:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await server.inference.Generate(request)
+    [violation] = details(caught.value)["BadRequest"].field_violations
+    assert violation.field == "chat.messages[1].content"
+    assert violation.description == "the chat template refused: it fails on a list here, and takes text"
 
 
 def test_a_template_without_tools_takes_none(tmp_path: Path) -> None:
