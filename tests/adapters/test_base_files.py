@@ -171,13 +171,22 @@ def test_a_whole_base_passes(base: Path, case: str) -> None:
     for change in WHOLE[case]:
         change(base)
     check_base_files(base)
+    # It was looked at to the end, and passed for what it holds.
+    for file in ("tokenizer.json", "vocab.json"):
+        (base / file).unlink(missing_ok=True)
+    with pytest.raises(BaseInvalid, match="it holds no tokenizer"):
+        check_base_files(base)
 
 
 def test_sentencepiece_alone_passes_where_it_can_be_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove("tokenizer.json")(base)
     write("tokenizer.model", b"\n\x0e")(base)
-    monkeypatch.setattr(base_files, "find_spec", lambda name: ModuleSpec(name, None))
+    installed = {"sentencepiece"}
+    monkeypatch.setattr(base_files, "find_spec", lambda name: ModuleSpec(name, None) if name in installed else None)
     check_base_files(base)
+    installed.clear()
+    with pytest.raises(BaseInvalid, match="sentencepiece is not installed"):
+        check_base_files(base)
 
 
 def test_what_cannot_be_read_is_no_traceback(base: Path) -> None:

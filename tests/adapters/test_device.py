@@ -74,6 +74,12 @@ def test_bfloat16_only_where_the_card_has_it(
             check_dtype(GPU, torch.bfloat16)
 
 
-def test_a_cpu_needs_nothing() -> None:
-    use_device(torch.device("cpu"))
-    check_dtype(torch.device("cpu"), torch.bfloat16)
+def test_a_cpu_is_judged_by_no_card(card: dict[str, Any]) -> None:
+    card["capability"] = (7, 5)  # of a card that is there and does not compute in bfloat16
+    cpu = torch.device("cpu")
+    check_dtype(cpu, torch.bfloat16)
+    assert best_dtype(cpu) in (torch.bfloat16, torch.float32)
+    use_device(cpu)
+    assert select_device("cpu") == cpu
+    assert "current" not in card
+    assert all(getattr(torch.backends.cuda.matmul, name) for name in SWITCHES)

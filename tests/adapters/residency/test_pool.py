@@ -33,6 +33,8 @@ def test_a_failure_is_told_once_and_then_tried_again() -> None:
     assert world.pool.stats().load_failures == 1
     del world.errors["8-a"]
     world.bring("8-a")
+    assert world.reads == ["8-a"] * 2
+    assert world.resident("8-a") == [True]
 
 
 def test_a_failure_nobody_asks_for_is_forgotten() -> None:
@@ -41,9 +43,21 @@ def test_a_failure_nobody_asks_for_is_forgotten() -> None:
     world.pool.try_acquire("8-a")
     world.settle()
     del world.errors["8-a"]
-    world.now += FAILURE_SECONDS + 1
+    world.now += FAILURE_SECONDS - 1
     world.pool.poll()
-    world.bring("8-a")
+    with pytest.raises(AdapterCorrupt):  # whoever asks in time is told
+        world.pool.try_acquire("8-a")
+    world.errors["8-a"] = AdapterCorrupt("the stored bytes do not match")
+    world.pool.try_acquire("8-a")
+    world.settle()
+    del world.errors["8-a"]
+    world.now += FAILURE_SECONDS
+    world.pool.poll()
+    assert world.pool.try_acquire("8-a") is None  # loads, and raises nothing
+    assert world.reads == ["8-a"] * 2
+    world.settle()
+    assert world.reads == ["8-a"] * 3
+    assert world.resident("8-a") == [True]
 
 
 def test_an_unforeseen_error_is_told_without_internals(caplog: pytest.LogCaptureFixture) -> None:
