@@ -220,7 +220,7 @@ class App:
 
 def serve(config: ServeConfig) -> NoReturn:
     """Be a server until SIGTERM, SIGINT or SIGHUP, then end the process: 0, or 1 when the engine died. A second
-    signal ends it at once.
+    SIGTERM or SIGINT ends it at once.
 
     Raises StartError before torch is imported where it can be known, and StoreUnavailable when another process has the
     data directory.
@@ -244,9 +244,8 @@ async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
 
     def on_signal(number: int) -> None:
         nonlocal signals
-        if number == signal.SIGHUP and signals:
-            return  # a terminal that closes may say so twice, by its shell and by the kernel: that hurries nobody
-        signals += 1
+        # A terminal that closes sends SIGHUP beside another signal, or twice, in any order: that hurries nobody.
+        signals += number != signal.SIGHUP
         if signals > 1:
             _LOG.warning("stopping at once", extra={"fields": {"signal": number}})
             os._exit(128 + number)

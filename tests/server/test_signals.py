@@ -78,6 +78,23 @@ def test_a_signal_drains(tmp_path: Path, number: signal.Signals) -> None:
         assert "draining" in output
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_behind_a_closed_terminals_is_the_first(tmp_path: Path, number: signal.Signals) -> None:
+    with _serving(tmp_path) as (process, address):
+        with Client(address) as client:
+            stream = client.stream("Hello", max_tokens=60, temperature=0.0, ignore_eos=True)
+            parts = [next(stream)]
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout is not None
+            while "draining" not in (line := process.stdout.readline()):
+                assert line
+            process.send_signal(number)
+            parts += stream
+        assert parts[-1].finish is not None
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+
+
 def test_a_unix_socket_goes_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     with _serving(tmp_path / "data", listen=f"unix:{path}") as (process, _):

@@ -1,35 +1,41 @@
-"""SIGTERM and SIGINT as a flag that the loop reads between two steps."""
+"""SIGTERM, SIGINT and SIGHUP as a flag that the loop reads between two steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def stop_on_signals(heard: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
-    """An event that is set by the first SIGTERM or SIGINT; a second one acts as before. For the main thread only.
+    """An event that is set by SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT acts as before. For the main thread
+    only. Under nohup SIGHUP stays ignored.
 
-    `heard` is called by the handler, in the middle of whatever was running.
+    `heard` is called by the handler of the first, in the middle of whatever was running.
     """
     stop = threading.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def restore(numbers: Iterable[signal.Signals]) -> None:
+        for number in numbers:
+            signal.signal(number, before[number])
 
-    def on_signal(_number: int, _frame: object) -> None:
+    def on_signal(number: int, _frame: object) -> None:
+        is_first = not stop.is_set()
         stop.set()
-        restore()
-        heard()
+        # A terminal that closes sends SIGHUP beside another signal, or twice, in any order: that hurries nobody.
+        if number != signal.SIGHUP:
+            restore((signal.SIGTERM, signal.SIGINT))
+        if is_first:
+            heard()
 
-    for number in signals:
+    for number in before:
         signal.signal(number, on_signal)
     try:
         yield stop
     finally:
-        restore()
+        restore(before)

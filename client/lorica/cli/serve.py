@@ -13,7 +13,7 @@ def command(flags: dict[str, Any], config: ConfigFile = None) -> None:
     """Serve one base model and its adapters over gRPC; alone it serves the embedded model.
 
     Each flag is also the YAML key and, as LORICA_*, the environment variable of its name: flag over environment
-    over file over default. SIGTERM, SIGINT and SIGHUP drain; a second signal stops at once.
+    over file over default. SIGTERM, SIGINT and SIGHUP drain; a second SIGTERM or SIGINT stops at once.
     """
     from lorica_server.config import resolve_config
     from lorica_server.preflight import check_start

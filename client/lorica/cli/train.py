@@ -25,7 +25,7 @@ def command(
 ) -> None:
     """Train a LoRA adapter on the frozen NF4 base; the output is a PEFT directory that `adapters push` takes.
 
-    The first SIGTERM or Ctrl-C saves a checkpoint and stops; `--resume` goes on from it.
+    The first SIGTERM, SIGHUP or Ctrl-C saves a checkpoint and stops; `--resume` goes on from it.
     """
     from lorica_trainer.job import read_job
     from lorica_trainer.preflight import check_job
