@@ -7,16 +7,19 @@ Everything is made here once and handed on; nothing here runs afterwards but `cl
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from lorica_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from lorica_adapters.apply.slots import SlotTensors
 from lorica_adapters.base import BaseRefused, LoadedBase, load_base
+from lorica_adapters.base_source import explain_load
 from lorica_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device, use_device
 from lorica_adapters.embedded.tiny import tiny_path
 from lorica_adapters.formats import registry as formats
@@ -79,7 +82,8 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     source = str(tiny_path()) if config.model == EMBEDDED_MODEL else config.model
     base = _load(config, source)
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
-    codec = TextCodec.load(source, revision=config.revision)
+    with _loading(config):
+        codec = TextCodec.load(source, revision=config.revision)
     if config.deterministic and is_mixture(base.config):
         raise StartError(
             f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
@@ -164,20 +168,25 @@ def _quotas(config: ServeConfig) -> Quotas:
 def _load(config: ServeConfig, source: str) -> LoadedBase:
     try:
         device = select_device(config.device)
-        return load_base(
-            source,
-            compute_dtype=_compute_dtype(config.dtype, device),
-            device=device,
-            double_quant=config.double_quant,
-            revision=config.revision,
-        )
+        with _loading(config):
+            return load_base(
+                source,
+                compute_dtype=_compute_dtype(config.dtype, device),
+                device=device,
+                double_quant=config.double_quant,
+                revision=config.revision,
+            )
     except (BaseRefused, DeviceRefused) as error:
         raise StartError(str(error), remedy="see `lorica doctor`") from error
-    except (OSError, ValueError) as error:
-        raise StartError(
-            f"cannot load the base {config.model}: {error}",
-            remedy="give a Hugging Face directory or a hub id that can be reached",
-        ) from error
+
+
+@contextmanager
+def _loading(config: ServeConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        explained = explain_load(config.model, error, os.environ)
+        raise StartError(f"model: {explained}", remedy=explained.remedy) from error
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,18 +9,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorica_adapters.base_files import check_base_files
+from lorica_adapters.base_source import find_base
 from lorica_adapters.errors import BaseInvalid
-from lorica_server.config import EMBEDDED_MODEL, ServeConfig
+from lorica_server.config import ServeConfig
 from lorica_server.errors import StartError
 from lorica_server.options import is_unix, split_address, unix_path
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_start(config: ServeConfig, environ: Mapping[str, str] | None = None) -> None:
@@ -33,7 +30,7 @@ def check_start(config: ServeConfig, environ: Mapping[str, str] | None = None) -
 
 def check_setup(config: ServeConfig, environ: Mapping[str, str] | None = None) -> None:
     """The checks that hold whether or not a server of this configuration is running already. Raises StartError."""
-    check_model(config.model, os.environ if environ is None else environ)
+    check_model(config.model, os.environ if environ is None else environ, config.revision)
     check_data_dir(config.data_dir)
     if config.device.startswith("cuda"):
         check_cuda(config.device)
@@ -86,33 +83,12 @@ def _check_socket(name: str, path: str) -> None:
         raise StartError(f"{name}: cannot make the socket {path}: {folder} {why}", remedy="choose another directory")
 
 
-def check_model(model: str, environ: Mapping[str, str]) -> None:
+def check_model(model: str, environ: Mapping[str, str], revision: str | None = None) -> None:
     """Whether `model` can be a base: the embedded one, a checkpoint directory, or a hub id within reach."""
-    if model == EMBEDDED_MODEL:
-        return
-    path = Path(model).expanduser()
-    if path.is_dir():
-        try:
-            check_base_files(path)
-        except BaseInvalid as error:
-            raise StartError(f"model: {model} cannot be served: {error}", remedy=error.remedy) from error
-        return
-    if path.exists():
-        raise StartError(
-            f"model: {model} is a file, not a directory",
-            remedy="give the directory of a Hugging Face checkpoint: config.json, safetensors and tokenizer.json "
-            "(single files, GGUF among them, are not read)",
-        )
-    if not _HUB_ID.fullmatch(model):
-        raise StartError(
-            f"model: there is no directory {model}, and it is not a hub id",
-            remedy=f"give a checkpoint directory, a hub id like org/name, or {EMBEDDED_MODEL}",
-        )
-    if _is_offline(environ) and not _hub_folder(model, environ).is_dir():
-        raise StartError(
-            f"model: {model} is not in the local cache and HF_HUB_OFFLINE is set",
-            remedy="unset HF_HUB_OFFLINE once to download it, or give a checkpoint directory",
-        )
+    try:
+        find_base(model, environ, revision=revision)
+    except BaseInvalid as error:
+        raise StartError(f"model: {error}", remedy=error.remedy) from error
 
 
 def check_data_dir(path: Path) -> None:
@@ -146,14 +122,3 @@ def check_cuda(device: str) -> None:
             f"device: {device} asked for, and there are {count.value} GPUs",
             remedy=f"use cuda:0 to cuda:{count.value - 1}",
         )
-
-
-def _is_offline(environ: Mapping[str, str]) -> bool:
-    return environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def _hub_folder(model: str, environ: Mapping[str, str]) -> Path:
-    """Where huggingface_hub caches `model`: its documented environment variables, in its order."""
-    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(cache).expanduser() / ("models--" + model.replace("/", "--"))

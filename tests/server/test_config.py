@@ -19,6 +19,7 @@ from lorica_adapters.threads import limit_spinning
 from lorica_server.config import ServeConfig, defaults, groups, options, resolve_config
 from lorica_server.errors import ConfigInvalid, StartError
 from lorica_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
+from support.hub_cache import cache_tiny
 
 
 def test_layers_override_in_order_and_keep_their_origin(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_row_43_no_model(tmp_path: Path) -> None:
     ):
         with pytest.raises(StartError, match=why):
             check_model(model, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
-    (tmp_path / "hub" / "models--org--name").mkdir(parents=True)
+    cache_tiny(tmp_path / "hub", "org/name")
     check_model("org/name", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     check_model("lorica-tiny", {})
 

@@ -135,7 +135,7 @@ def _base(config: ServeConfig) -> Iterator[Finding]:
         yield Finding("embedded base", "fail", f"{EMBEDDED_MODEL} is not at {weights}", remedy)
     if config.model != EMBEDDED_MODEL:
         try:
-            check_model(config.model, os.environ)
+            check_model(config.model, os.environ, config.revision)
         except StartError as error:
             yield Finding("base", "fail", str(error), error.remedy)
         else:
