@@ -57,7 +57,7 @@ def load_base(
     """
     source, device = str(source), torch.device(device)
     config_json, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    _refuse_foreign_quantisation(config_json)
+    refuse_foreign_quantisation(config_json)
     options: dict[str, Any] = {}
     if not config_json.get("quantization_config"):  # what a checkpoint says of itself must not be given as None
         options["quantization_config"] = BitsAndBytesConfig(
@@ -131,7 +131,8 @@ def quantised_modules(model: nn.Module) -> Iterator[tuple[str, QuantisedModule]]
             yield name, QuantisedModule(*logical_nf4(module))
 
 
-def _refuse_foreign_quantisation(config_json: dict[str, Any]) -> None:
+def refuse_foreign_quantisation(config_json: dict[str, Any]) -> None:
+    """Raises BaseRefused for weights that are quantised already, but not as this package reads them."""
     declared = config_json.get("quantization_config")
     if not declared:
         return
@@ -160,29 +161,40 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
             if id(weight) not in rounded:
                 rounded[id(weight)] = rounded_hashes(weight)
             parameters[f"{name}.weight"] = replace(known, rounded=rounded[id(weight)])
-    modules = {
-        spec.name: spec
-        for name, module in model.named_modules()
-        if (spec := _module_spec(name, module, is_embedding=module is embedding))
-    }
     config = model.config.get_text_config()
     return BaseModelSpec(
-        model_id=Path(source).name if Path(source).exists() else source,
+        model_id=model_id(source),
         architecture=model.config.model_type,
         fingerprint=fingerprint(quantised_modules(model), parameters, config_json),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        context_length=_context_length(config),
+        context_length=context_length(config),
         tied_embeddings=head is not None and head.weight is embedding.weight,
         embedding=names.get(id(embedding)),
         head=names.get(id(head)),
-        modules=modules,
+        modules=module_specs(model),
         parameters=parameters,
     )
 
 
-def _context_length(config: PretrainedConfig) -> int:
+def model_id(source: str) -> str:
+    """What messages and listings call the base: without the path to it."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def module_specs(model: PreTrainedModel) -> dict[str, ModuleSpec]:
+    """What adapters may find in a model, by name; its tensors are not read and may be on the meta device."""
+    embedding = model.get_input_embeddings()
+    return {
+        spec.name: spec
+        for name, module in model.named_modules()
+        if (spec := _module_spec(name, module, is_embedding=module is embedding))
+    }
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The positions a base has. Raises BaseRefused where it states none."""
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or stated < 1:
         raise BaseRefused(
