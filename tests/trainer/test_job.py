@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lorica_trainer.errors import JobInvalid
-from lorica_trainer.job import parse_job, read_job
+from lorica_trainer.errors import JobInvalid, SeveralInvalid
+from lorica_trainer.job import DataJob, LoopJob, TrainJob, parse_job, read_job
 
 MINIMAL = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
 
@@ -72,6 +72,39 @@ def test_each_mistake_is_named(change: dict[str, object], field: str, says: str)
         parse_job({**MINIMAL, **change})
     assert caught.value.field == field
     assert says in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once_one_line_each() -> None:
+    values = {
+        "modle": "org/name",
+        "data": {"train": 3, "eval": "e", "eval_fraction": 0.1, "overlong": "cut"},
+        "lora": {"rank": 0, "targets": []},
+        "training": {"betas": [1, 2], "steps": 10, "warmup": 10, "seed": -1},
+        "checkpoint": "often",
+    }
+    with pytest.raises(SeveralInvalid) as caught:
+        parse_job(values)
+    expected = [
+        "modle", "model", "output", "data.train", "data.overlong", "data.eval_fraction", "lora.rank", "lora.targets",
+        "training.betas[0]", "training.betas[1]", "training.seed", "training.warmup", "checkpoint",
+    ]  # fmt: skip
+    first, *lines = str(caught.value).splitlines()
+    assert first == "13 things are wrong:"
+    assert sorted(line.strip().partition(": ")[0] for line in lines) == sorted(expected)
+
+
+def test_a_job_made_in_python_is_held_to_the_same() -> None:
+    with pytest.raises(SeveralInvalid) as caught:
+        TrainJob(
+            "org/name",
+            Path("out"),
+            DataJob(Path("t"), eval=Path("e"), eval_fraction=0.1),
+            training=LoopJob(steps=10, warmup=10),
+        )
+    assert [problem.field for problem in caught.value.problems if isinstance(problem, JobInvalid)] == [
+        "data.eval_fraction",
+        "training.warmup",
+    ]
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b", "\x00"])

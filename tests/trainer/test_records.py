@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorica_trainer.errors import DataInvalid
+from lorica_trainer.errors import DataInvalid, Problems, SeveralInvalid
 from lorica_trainer.records import Completion, Conversation, RecordInvalid, parse_record, read_records
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -115,3 +115,32 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps(RECORD, ensure_ascii=False) + "\n", encoding="utf-8-sig")
     assert list(read_records(path)) == [(1, Completion("ä", "b"))]
+
+
+def test_every_bad_line_is_collected_the_first_ones_told_and_the_others_counted(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    good = '{"prompt": "a", "completion": "b"}\n'
+    path.write_text("x\n" + good + "[1]\n" + good)
+    problems = Problems()
+    assert [line for line, _ in read_records(path, problems)] == [2, 4]
+    with pytest.raises(SeveralInvalid) as caught:
+        problems.raise_any()
+    assert [problem.line for problem in caught.value.problems if isinstance(problem, DataInvalid)] == [1, 3]
+    path.write_text(good + "{\n" * 1000)
+    many, outer = Problems(), Problems()
+    assert len(list(read_records(path, many))) == 1
+    with outer.collecting():
+        many.raise_any()
+    with pytest.raises(SeveralInvalid) as crowd:
+        outer.raise_any()
+    lines = str(crowd.value).splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (22, "1000 things are wrong:", "  and 980 more")
+
+
+def test_a_file_of_bad_lines_alone_is_not_called_empty(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("x\n")
+    problems = Problems()
+    assert list(read_records(path, problems)) == []
+    with pytest.raises(DataInvalid, match=r"t\.jsonl:1: not JSON"):
+        problems.raise_any()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_MOST_TOLD = 20
 
 
 class TrainerError(Exception):
@@ -18,11 +22,15 @@ class JobInvalid(TrainerError):
 
 
 class ModelInvalid(JobInvalid):
-    """The files of the model's directory cannot be loaded. `remedy` says what to do."""
+    """The base cannot be had, loaded or trained exactly. `remedy` says what to do."""
 
-    def __init__(self, message: str, *, remedy: str) -> None:
+    def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__("model", message)
         self.remedy = remedy
+
+
+class DeviceInvalid(JobInvalid):
+    """This machine lacks the device or the dtype that the job asks for."""
 
 
 class DataInvalid(TrainerError):
@@ -60,3 +68,55 @@ class Interrupted(TrainerError):
         saved = f"after saving {checkpoint}; run again with --resume to go on"
         super().__init__(f"stopped {saved}" if checkpoint else "stopped before the first step; nothing is saved")
         self.checkpoint = checkpoint
+
+
+class SeveralInvalid(TrainerError):
+    """Two or more things must be corrected; `str(error)` has a line for each of the first ones."""
+
+    def __init__(self, problems: Iterable[TrainerError], count: int) -> None:
+        self.problems, self.count = tuple(problems), count
+        lines = [f"  {_told(problem)}" for problem in self.problems]
+        more = [f"  and {count - len(lines)} more"] if count > len(lines) else []
+        super().__init__("\n".join([f"{count} things are wrong:", *lines, *more]))
+
+
+class Problems:
+    """Collects what is wrong, to tell it all at once. Keeps the first ones and counts the others."""
+
+    def __init__(self) -> None:
+        self._kept: list[TrainerError] = []
+        self._count = 0
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def add(self, problem: TrainerError) -> None:
+        """Note it; one that holds several is taken apart."""
+        if isinstance(problem, SeveralInvalid):
+            self._count += problem.count - len(problem.problems)
+            for one in problem.problems:
+                self.add(one)
+            return
+        self._count += 1
+        if len(self._kept) < _MOST_TOLD:
+            self._kept.append(problem)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Notes what must be corrected, raised inside, and goes on behind the block."""
+        try:
+            yield
+        except (JobInvalid, DataInvalid, SeveralInvalid) as problem:
+            self.add(problem)
+
+    def raise_any(self) -> None:
+        """Raises the one problem as it was raised, or SeveralInvalid; nothing where there is none."""
+        if self._count > 1:
+            raise SeveralInvalid(self._kept, self._count)
+        if self._kept:
+            raise self._kept[0]
+
+
+def _told(problem: TrainerError) -> str:
+    remedy = getattr(problem, "remedy", "")
+    return f"{problem}; {remedy}" if remedy else str(problem)

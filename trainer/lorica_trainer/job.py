@@ -1,6 +1,6 @@
 """A training job as one frozen schema: the YAML file is the job, key for key.
 
-Checks everything that can be checked without the model and the data; each error names its dotted key.
+Checks everything that can be checked without the model and the data, and names every mistake by its dotted key.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os.path
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from lorica_adapters.formats.limits import MAX_RANK
-from lorica_trainer.errors import JobInvalid
+from lorica_trainer.errors import JobInvalid, Problems
 from lorica_trainer.schedule import warmup_steps
 from lorica_trainer.schema import Bounds, build
 
@@ -37,6 +37,12 @@ class DataJob:
     overlong: Literal["drop", "truncate"] = "drop"
     keep_duplicates: bool = False
 
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any]) -> Iterator[JobInvalid]:
+        """Eval examples from two places."""
+        if values.get("eval") is not None and values.get("eval_fraction"):
+            yield JobInvalid("data.eval_fraction", "give either an eval file or an eval fraction, not both")
+
 
 @dataclass(frozen=True)
 class LoraJob:
@@ -47,6 +53,12 @@ class LoraJob:
     alpha: float = field(default=32.0, metadata=Bounds(above=0.0).metadata)
     rslora: bool = False
     dropout: float = field(default=0.0, metadata=Bounds(low=0.0, below=1.0).metadata)
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any]) -> Iterator[JobInvalid]:
+        """An adapter of nothing."""
+        if "targets" in values and not values["targets"]:
+            yield JobInvalid("lora.targets", "names no module")
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,15 @@ class LoopJob:
     gradient_checkpointing: bool = False
     eval_every: int | None = field(default=None, metadata=Bounds(low=1).metadata)  # steps; None: each epoch
 
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any]) -> Iterator[JobInvalid]:
+        """A warm-up that leaves no step; of epochs the run alone knows how many steps they are."""
+        if values.get("steps") is not None and "warmup" in values:
+            try:
+                warmup_steps(values["warmup"], values["steps"])
+            except JobInvalid as error:
+                yield error
+
 
 @dataclass(frozen=True)
 class CheckpointJob:
@@ -90,12 +111,11 @@ class TrainJob:
     checkpoint: CheckpointJob = CheckpointJob()
 
     def __post_init__(self) -> None:
-        if self.data.eval is not None and self.data.eval_fraction:
-            raise JobInvalid("data.eval_fraction", "give either an eval file or an eval fraction, not both")
-        if not self.lora.targets:
-            raise JobInvalid("lora.targets", "names no module")
-        if self.training.steps is not None:
-            warmup_steps(self.training.warmup, self.training.steps)
+        problems = Problems()
+        for section in (self.data, self.lora, self.training):
+            for problem in section.contradictions(vars(section)):
+                problems.add(problem)
+        problems.raise_any()
 
     @property
     def scale(self) -> float:
@@ -115,7 +135,7 @@ class TrainJob:
 
 
 def read_job(path: Path) -> TrainJob:
-    """Read a YAML job; relative paths in it are relative to the file. Raises JobInvalid."""
+    """Read a YAML job; relative paths in it are relative to the file. Raises JobInvalid and SeveralInvalid."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -126,7 +146,9 @@ def read_job(path: Path) -> TrainJob:
 
 
 def parse_job(values: Mapping[str, Any], *, root: Path = Path()) -> TrainJob:
-    """Build a job from plain values; relative paths are joined to `root`. Raises JobInvalid with the dotted key."""
+    """Build a job from plain values; relative paths are joined to `root`. Raises JobInvalid with the dotted
+    key, and SeveralInvalid where there are several.
+    """
     job: TrainJob = build(TrainJob, values, "")
     data = dataclasses.replace(
         job.data,

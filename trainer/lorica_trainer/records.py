@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica_trainer.errors import DataInvalid
+from lorica_trainer.errors import DataInvalid, Problems
 from lorica_trainer.foreign_formats import name_file_format, name_line_format, name_record_format
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -46,9 +46,12 @@ class Conversation:
 Record = Completion | Conversation
 
 
-def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """(line number, record) of each line that is not blank. Raises DataInvalid with file and line."""
-    count = 0
+def read_records(path: Path, problems: Problems | None = None) -> Iterator[tuple[int, Record]]:
+    """(line number, record) of each line that is not blank. Raises DataInvalid with file and line.
+
+    What is wrong with single lines goes to `problems` where they are given, and reading goes on behind it.
+    """
+    seen = False
     try:
         with path.open("rb") as file:
             if (form := name_file_format(path, file.read(8))) is not None:
@@ -57,15 +60,22 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                if not count and (form := name_line_format(path, line)) is not None:
+                if not seen and (form := name_line_format(path, line)) is not None:
                     raise DataInvalid(path, number, form)
-                yield number, _located(path, number, line)
-                count += 1
+                seen = True
+                try:
+                    record = _located(path, number, line)
+                except DataInvalid as error:
+                    if problems is None:
+                        raise
+                    problems.add(error)
+                    continue
+                yield number, record
     except OSError as error:
         raise DataInvalid(path, 0, f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataInvalid(path, 0, f"not UTF-8 at byte {error.start}") from error
-    if not count:
+    if not seen:
         raise DataInvalid(path, 0, "holds no record")
 
 

@@ -10,12 +10,12 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from lorica_trainer.errors import JobInvalid
+from lorica_trainer.errors import JobInvalid, Problems
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,43 @@ class Bounds:
         return None
 
 
+@runtime_checkable
+class Section(Protocol):
+    """A dataclass whose values may contradict each other."""
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any]) -> Iterable[JobInvalid]:
+        """What is wrong between `values`, defaults included; a value that is wrong by itself is left out."""
+        ...
+
+
 def build(cls: type[Any], values: Any, key: str) -> Any:
-    """An instance of the dataclass `cls`. Raises JobInvalid for a missing, unknown, mistyped or out-of-range value."""
+    """An instance of the dataclass `cls`. Raises JobInvalid for a missing, unknown, mistyped or out-of-range value,
+    and SeveralInvalid where there are several.
+    """
     if not isinstance(values, Mapping):
         raise JobInvalid(key, f"must be a mapping of {', '.join(f.name for f in dataclasses.fields(cls))}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+    problems = Problems()
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(fields)}"
-            raise JobInvalid(_join(key, str(name)), f"unknown key{hint}")
+            problems.add(JobInvalid(_join(key, str(name)), f"unknown key{hint}"))
     arguments = {}
     for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(hints[name], values[name], _join(key, name), field.metadata.get("bounds"))
-        elif field.default is dataclasses.MISSING:
-            raise JobInvalid(_join(key, name), "is required")
+        with problems.collecting():
+            if name in values:
+                arguments[name] = _convert(hints[name], values[name], _join(key, name), field.metadata.get("bounds"))
+            elif field.default is dataclasses.MISSING:
+                raise JobInvalid(_join(key, name), "is required")
+            else:
+                arguments[name] = field.default
+    if issubclass(cls, Section):
+        for problem in cls.contradictions(arguments):
+            problems.add(problem)
+    problems.raise_any()
     return cls(**arguments)
 
 
@@ -103,10 +123,12 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, key: str, bounds: Bou
     if not variadic and len(value) != len(arguments):
         raise JobInvalid(key, f"must have {len(arguments)} items, not {len(value)}")
     item_hints = arguments[:1] * len(value) if variadic else arguments
-    return tuple(
-        _convert(hint, item, f"{key}[{index}]", bounds)
-        for index, (hint, item) in enumerate(zip(item_hints, value, strict=True))
-    )
+    items, problems = [], Problems()
+    for index, (hint, item) in enumerate(zip(item_hints, value, strict=True)):
+        with problems.collecting():
+            items.append(_convert(hint, item, f"{key}[{index}]", bounds))
+    problems.raise_any()
+    return tuple(items)
 
 
 def _convert_scalar(hint: Any, value: Any, key: str, bounds: Bounds | None) -> Any:

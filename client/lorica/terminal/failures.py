@@ -109,7 +109,11 @@ def _trainer(error: BaseException) -> Failure | None:
     errors = _loaded("lorica_trainer.errors")
     if errors is None or not isinstance(error, errors.TrainerError):
         return None
-    if isinstance(error, errors.ModelInvalid):
-        return Failure(str(error), ExitCode.USAGE, error.remedy)
+    start = errors.ModelInvalid | errors.DeviceInvalid  # what `serve` refuses to start with
+    if isinstance(error, errors.SeveralInvalid):
+        usage = any(isinstance(problem, start) for problem in error.problems)
+        return Failure(str(error), ExitCode.USAGE if usage else ExitCode.REFUSED)
+    if isinstance(error, start):
+        return Failure(str(error), ExitCode.USAGE, getattr(error, "remedy", ""))
     stopped = isinstance(error, errors.Interrupted)
     return Failure(str(error), ExitCode.INTERRUPTED if stopped else ExitCode.REFUSED)
