@@ -38,7 +38,7 @@ def test_serve_refuses_it_before_torch(broken: Path, tmp_path: Path) -> None:
     free = ("--listen=127.0.0.1:0", "--metrics-listen=none", f"--data-dir={tmp_path / 'data'}")
     code, torch, said = run("serve", f"--model={broken}", *free)
     assert (code, torch) == (ExitCode.USAGE, False)
-    assert f"model: {broken} cannot be served: it holds no tokenizer: there is no tokenizer.json" in said
+    assert f"model: {broken} cannot be loaded: it holds no tokenizer: there is no tokenizer.json" in said
     assert "AutoTokenizer" in said
 
 
@@ -59,3 +59,41 @@ def test_doctor_says_what_a_start_would(broken: Path, tmp_path: Path) -> None:
     assert found["base"]["state"] == "fail"
     assert "it holds no tokenizer" in found["base"]["detail"]
     assert "AutoTokenizer" in found["base"]["remedy"]
+
+
+@pytest.mark.parametrize("model", ["lorica-tny", "./absent", "org/name", "job.yaml"])
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+def test_train_and_serve_say_the_same_of_a_base_that_cannot_be_had(
+    model: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    job = tmp_path / "job.yaml"
+    model = str(tmp_path / model) if model in ("./absent", "job.yaml") else model
+    job.write_text(f"model: {model}\noutput: out\ndata: {{train: train.jsonl}}\n")
+    served = CliRunner().invoke(app, ["serve", f"--model={model}", "--listen=127.0.0.1:0", "--metrics-listen=none"])
+    trained = CliRunner().invoke(app, ["train", str(job), *flags])
+    assert trained.exit_code == served.exit_code == ExitCode.USAGE
+    assert trained.stderr == served.stderr
+    assert "HF_HUB_OFFLINE=1" not in trained.stderr
+
+
+def test_a_broken_base_decides_the_exit_code_of_several_mistakes(broken: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    for model, code in ((broken, ExitCode.USAGE), ("lorica-tiny", ExitCode.REFUSED)):
+        job.write_text(f"model: {model}\noutput: job.yaml\ndata: {{train: train.jsonl}}\n")
+        result = CliRunner().invoke(app, ["train", str(job), "--check"])
+        assert result.exit_code == code
+        assert {"  data.train", "  output"} <= {line.partition(":")[0] for line in result.stderr.splitlines()}
+
+
+def test_a_gpu_that_is_not_here_is_refused_with_one_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    job = tmp_path / "job.yaml"
+    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\ntraining: {device: cuda}\n")
+    result = CliRunner().invoke(app, ["train", str(job)])
+    assert (result.exit_code, "training.device: " in result.stderr) == (ExitCode.USAGE, True)

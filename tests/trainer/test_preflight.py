@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorica_trainer.errors import DataInvalid, JobInvalid
+from lorica_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
 from lorica_trainer.job import TrainJob
 from lorica_trainer.preflight import check_job
 from support.tiny import write_jsonl
@@ -63,6 +63,25 @@ def test_an_output_in_use_is_refused(make_job: JobMaker) -> None:
     (job.output / "adapter_config.json").write_text("{}")
     with pytest.raises(JobInvalid, match="already holds an adapter"):
         check_job(job, resume=True)
+
+
+def test_everything_is_told_at_once(make_job: JobMaker, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    job = make_job("train.jsonl", model="base", data={"eval": "nowhere.jsonl", "eval_fraction": 0})
+    job.data.train.write_text("x\n[1]\n")
+    with pytest.raises(SeveralInvalid) as caught:
+        check_job(job, resume=False)
+    told = str(caught.value)
+    for words in (
+        "5 things are wrong:",
+        "base cannot be loaded: it holds no config.json; give the directory of a Hugging Face checkpoint",
+        "data.eval: ",
+        "output: ",
+        "train.jsonl:1: not JSON",
+        "train.jsonl:2: ",
+    ):
+        assert words in told
+    assert len(told.splitlines()) == 6
 
 
 def test_looking_loads_no_torch() -> None:

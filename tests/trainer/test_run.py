@@ -29,6 +29,8 @@ from lorica_trainer.errors import (
     Diverged,
     Interrupted,
     JobInvalid,
+    ModelInvalid,
+    SeveralInvalid,
 )
 from lorica_trainer.export import REPORT
 from lorica_trainer.job import TrainJob
@@ -36,7 +38,7 @@ from lorica_trainer.progress import Silent, StepReport
 from lorica_trainer.run import CHECKPOINTS, train
 from lorica_trainer.targets import resolve_targets
 from support.checkpoints import save_checkpoint, wide_model
-from support.tiny import load_tiny, tiny_tokenizer
+from support.tiny import conversation, load_tiny, tiny_tokenizer
 from support.training import StopAt
 
 JobMaker = Callable[..., TrainJob]
@@ -276,8 +278,23 @@ def test_a_base_that_cannot_be_loaded_is_told_in_one_line(make_job: JobMaker, tm
 
 
 def test_a_model_that_is_not_there_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
-    with pytest.raises(JobInvalid, match="cannot be loaded"):
+    with pytest.raises(ModelInvalid, match=r"model: there is no directory .*nothing, and it is not a hub id"):
         train(make_job(model=str(tmp_path / "nothing")))
+
+
+def test_what_the_configuration_and_the_data_tell_is_told_at_once_before_the_load(
+    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(lora={"targets": ["q_prj", "v_proj", "w_proj"]}, data={"eval_fraction": 0})
+    with job.data.train.open("a") as file:
+        file.write(json.dumps({"messages": conversation("a", "b"), "tools": [{"name": "f"}]}))
+    monkeypatch.setattr(run, "load_base", lambda *args, **options: pytest.fail("the base was loaded"))
+    with pytest.raises(SeveralInvalid) as caught:
+        train(job)
+    assert len(caught.value.problems) == 3
+    assert "train.jsonl:41: tools: the base's chat template does not use them" in str(caught.value)
+    assert "lora.targets: q_prj names no module of lorica-tiny; its linear maps end in" in str(caught.value)
+    assert "lora.targets: w_proj names no module" in str(caught.value)
 
 
 def test_bf16_compute_keeps_float32_master_weights(make_job: JobMaker) -> None:

@@ -9,16 +9,18 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from lorica_trainer.errors import DataInvalid
+from lorica_trainer.errors import DataInvalid, JobInvalid, Problems
 from lorica_trainer.examples import IGNORE, Example, ExampleEncoder
 from lorica_trainer.job import DataJob
 from lorica_trainer.records import RecordInvalid, read_records
 
 Examples = tuple[Example, ...]
+E = TypeVar("E", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -50,68 +52,143 @@ class DataSet:
     digest: str
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """What is left of a side's examples: those that fit, as they are trained, and how many were longer."""
+
+    kept: Examples
+    cut: int
+
+
+@dataclass(frozen=True)
+class Sides(Generic[E]):
+    """Which examples are for what, whatever stands for an example: equal ones are copies."""
+
+    train: tuple[E, ...]
+    held: tuple[E, ...]
+    duplicates: int
+    leaked: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """How many examples are left on each side, and were longer than max_length there."""
+
+    train: int
+    train_cut: int
+    held: int
+    held_cut: int
+    endless: int  # of those left to train
+
+
 def load_data(job: DataJob, encoder: ExampleEncoder, *, seed: int) -> DataSet:
-    """Read, encode, clean and split. Raises DataInvalid with file and line."""
-    records, raw = _read(job.train, encoder)
+    """Read, encode, clean and split. Raises DataInvalid with file and line, and SeveralInvalid for several lines."""
+    problems = Problems()
+    records, raw = _read(job.train, encoder, problems)
+    held_raw = None if job.eval is None else _read(job.eval, encoder, problems)[1]
+    problems.raise_any()
+    sides = part(raw, held_raw, job, seed)
+    train, held = _fit(sides.train, job), _fit(sides.held, job)
+    endless = sum(is_endless(example, encoder) for example in train.kept)
+    refuse_empty(
+        job,
+        Left(train=len(train.kept), train_cut=train.cut, held=len(held.kept), held_cut=held.cut, endless=endless),
+    )
+    report = DataReport(
+        records=records,
+        train=len(train.kept),
+        eval=len(held.kept),
+        duplicates=sides.duplicates,
+        leaked=sides.leaked,
+        overlong=train.cut + held.cut,
+        endless=endless,
+        tokens=sum(len(example.ids) for example in train.kept),
+        masked=sum(len(example.ids) - example.supervised for example in train.kept),
+        longest=max(len(example.ids) for example in train.kept),
+    )
+    return DataSet(train.kept, held.kept, report, _digest(train.kept))
+
+
+def encode_records(path: Path, encoder: ExampleEncoder, problems: Problems) -> Iterator[Examples]:
+    """The examples of each record that is in order; the others go to `problems` with their lines."""
+    try:
+        for line, record in read_records(path, problems):
+            try:
+                examples = encoder.encode(record)
+            except RecordInvalid as error:
+                problems.add(DataInvalid(path, line, str(error)))
+                continue
+            yield examples
+    except DataInvalid as error:  # of the whole file
+        problems.add(error)
+
+
+def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataJob, seed: int) -> Sides[E]:
+    """Which examples train and which are held out, copies left out. Raises DataInvalid where nothing is on a side."""
     train = raw if job.keep_duplicates else tuple(dict.fromkeys(raw))
     duplicates = len(raw) - len(train)
-    held: Examples = ()
+    held: tuple[E, ...] = ()
     leaked = 0
-    if job.eval is not None:
-        read = tuple(dict.fromkeys(_read(job.eval, encoder)[1]))
+    if held_raw is not None:
+        read = tuple(dict.fromkeys(held_raw))
         trained = set(train)
         held = tuple(example for example in read if example not in trained)
         leaked = len(read) - len(held)
         if not held:
-            raise DataInvalid(job.eval, 0, "every evaluation record is also in the training file")
+            raise DataInvalid(job.eval or "", 0, "every evaluation record is also in the training file")
     elif job.eval_fraction:
         train, held = _split(train, job.eval_fraction, seed)
         if not train:
             raise DataInvalid(job.train, 0, "one distinct record cannot be split: leave out data.eval_fraction")
-    fitted_train, cut_train = _fit(train, job)
-    fitted_held, cut_held = _fit(held, job)
-    if not fitted_train:
-        reason = f"{cut_train} are longer than data.max_length = {job.max_length}"
+    return Sides(train, held, duplicates, leaked)
+
+
+def refuse_empty(job: DataJob, left: Left) -> None:
+    """Raises DataInvalid when nothing is left to train or to evaluate on, or no end is left to learn."""
+    if not left.train:
+        reason = f"{left.train_cut} are longer than data.max_length = {job.max_length}"
         raise DataInvalid(job.train, 0, f"no record is left to train on: {reason}")
-    if held and not fitted_held:
-        reason = f"{cut_held} are longer than data.max_length = {job.max_length}"
+    if left.held_cut and not left.held:
+        reason = f"{left.held_cut} are longer than data.max_length = {job.max_length}"
         raise DataInvalid(job.eval or job.train, 0, f"no record is left to evaluate on: {reason}")
-    endless = sum(encoder.end_ids.isdisjoint(_last_run(example)) for example in fitted_train)
-    if endless == len(fitted_train):
+    if left.endless == left.train:
         raise DataInvalid(
             job.train,
             0,
             f"every record is truncated before the token that ends it, so the adapter would never stop: raise "
             f"data.max_length over {job.max_length}, or drop them by data.overlong: drop",
         )
-    report = DataReport(
-        records=records,
-        train=len(fitted_train),
-        eval=len(fitted_held),
-        duplicates=duplicates,
-        leaked=leaked,
-        overlong=cut_train + cut_held,
-        endless=endless,
-        tokens=sum(len(example.ids) for example in fitted_train),
-        masked=sum(len(example.ids) - example.supervised for example in fitted_train),
-        longest=max(len(example.ids) for example in fitted_train),
-    )
-    return DataSet(fitted_train, fitted_held, report, _digest(fitted_train))
 
 
-def _read(path: Path, encoder: ExampleEncoder) -> tuple[int, Examples]:
+def check_context(longest: int, context: int) -> None:
+    """Raises JobInvalid where an example of `longest` tokens is too long for the base."""
+    if longest > context:
+        raise JobInvalid("data.max_length", f"an example has {longest} tokens, the base's context is {context}")
+
+
+def fit(example: Example, job: DataJob) -> tuple[Example | None, bool]:
+    """(the example with at most max_length tokens, None where it is left out; whether it was longer)."""
+    if len(example.ids) <= job.max_length:
+        return example, False
+    example = example.truncated(job.max_length)
+    return (None if job.overlong == "drop" or not example.supervised else example), True
+
+
+def is_endless(example: Example, encoder: ExampleEncoder) -> bool:
+    """Whether it does not teach the adapter to stop."""
+    return encoder.end_ids.isdisjoint(_last_run(example))
+
+
+def _read(path: Path, encoder: ExampleEncoder, problems: Problems) -> tuple[int, Examples]:
     """(how many records, their examples)"""
     records, examples = 0, list[Example]()
-    for line, record in read_records(path):
-        try:
-            examples += encoder.encode(record)
-        except RecordInvalid as error:
-            raise DataInvalid(path, line, str(error)) from error
+    for encoded in encode_records(path, encoder, problems):
+        examples += encoded
         records += 1
     return records, tuple(examples)
 
 
-def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+def _split(examples: tuple[E, ...], fraction: float, seed: int) -> tuple[tuple[E, ...], tuple[E, ...]]:
     """Split by distinct content, so that copies of one example never stand on both sides."""
     distinct = list(dict.fromkeys(examples))
     random.Random(f"split/{seed}").shuffle(distinct)
@@ -119,17 +196,11 @@ def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Ex
     return tuple(e for e in examples if e not in held), tuple(e for e in distinct if e in held)
 
 
-def _fit(examples: Examples, job: DataJob) -> tuple[Examples, int]:
-    """(examples of at most max_length that still carry a loss, how many were longer)."""
-    kept, overlong = [], 0
-    for example in examples:
-        if len(example.ids) > job.max_length:
-            overlong += 1
-            example = example.truncated(job.max_length)
-            if job.overlong == "drop" or not example.supervised:
-                continue
-        kept.append(example)
-    return tuple(kept), overlong
+def _fit(examples: Examples, job: DataJob) -> _Fitted:
+    fitted = [fit(example, job) for example in examples]
+    return _Fitted(
+        tuple(example for example, _ in fitted if example is not None), sum(was_longer for _, was_longer in fitted)
+    )
 
 
 def _last_run(example: Example) -> tuple[int, ...]:

@@ -9,33 +9,58 @@ import os
 import tempfile
 from pathlib import Path
 
-from lorica_adapters.base_files import check_base_files
+from lorica_adapters.base_source import find_base
 from lorica_adapters.errors import BaseInvalid
 from lorica_trainer.checkpoints import CHECKPOINTS, list_checkpoints
-from lorica_trainer.errors import JobInvalid, ModelInvalid
+from lorica_trainer.errors import JobInvalid, ModelInvalid, Problems
 from lorica_trainer.job import TrainJob
 from lorica_trainer.records import read_records
 
 
 def check_job(job: TrainJob, *, resume: bool) -> None:
-    """Raises JobInvalid and DataInvalid for what would end the run only after minutes of work, or at its end, and
-    ModelInvalid for a model directory that cannot be loaded.
+    """Raises JobInvalid and DataInvalid for what would end the run only after minutes of work, or at its end,
+    ModelInvalid for a base that cannot be had or loaded, and SeveralInvalid for several of them.
     """
-    if Path(job.model).is_dir():
-        try:
-            check_base_files(Path(job.model))
-        except BaseInvalid as error:
-            raise ModelInvalid(f"{job.model} cannot be loaded: {error}", remedy=error.remedy) from error
-    for key, path in (("data.train", job.data.train), ("data.eval", job.data.eval)):
-        if path is not None and (not os.access(path, os.R_OK) or path.is_dir()):
-            raise JobInvalid(key, f"{path} is no file that can be read")
+    problems = Problems()
+    with problems.collecting():
+        find_model(job)
+    check_paths(job, problems, resume=resume)
+    check_records(job, problems)
+    problems.raise_any()
+
+
+def find_model(job: TrainJob) -> Path | None:
+    """The directory of the base's files, None where they are still to be fetched. Raises ModelInvalid."""
     try:
-        _check_output(job.output, resume=resume)
-    except OSError as error:
-        raise JobInvalid("output", f"{job.output} cannot be written: {error.strerror}") from error
+        return find_base(job.model, os.environ)
+    except BaseInvalid as error:
+        raise ModelInvalid(str(error), remedy=error.remedy) from error
+
+
+def check_paths(job: TrainJob, problems: Problems, *, resume: bool) -> None:
+    """Whether there is data to read and the output can be written."""
+    for key, path in (("data.train", job.data.train), ("data.eval", job.data.eval)):
+        if path is not None and not is_readable(path):
+            problems.add(JobInvalid(key, f"{path} is no file that can be read"))
+    with problems.collecting():
+        try:
+            _check_output(job.output, resume=resume)
+        except OSError as error:
+            raise JobInvalid("output", f"{job.output} cannot be written: {error.strerror}") from error
+
+
+def check_records(job: TrainJob, problems: Problems) -> None:
+    """The form of the records of what data there is."""
     for path in (job.data.train, job.data.eval):
-        for _ in read_records(path) if path is not None else ():
-            pass
+        if path is not None and is_readable(path):
+            with problems.collecting():
+                for _ in read_records(path, problems):
+                    pass
+
+
+def is_readable(path: Path) -> bool:
+    """Whether there is a file to read."""
+    return os.access(path, os.R_OK) and not path.is_dir()
 
 
 def _check_output(output: Path, *, resume: bool) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorica_adapters.apply.trainable import attach
@@ -26,6 +25,7 @@ from lorica_adapters.device import DeviceRefused, best_dtype, check_dtype, selec
 from lorica_adapters.embedded.tiny import TINY_NAME, tiny_path
 from lorica_adapters.guard.examine import examine
 from lorica_adapters.guard.rope import RopeChoice
+from lorica_trainer.base_reading import loading, read_base
 from lorica_trainer.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -34,9 +34,18 @@ from lorica_trainer.checkpoints import (
     remove_checkpoint,
     write_checkpoint,
 )
-from lorica_trainer.data import DataReport, DataSet, load_data
-from lorica_trainer.errors import BaseChanged, CheckpointInvalid, DeviceFull, Interrupted, JobInvalid, OutputFailed
-from lorica_trainer.examples import ExampleEncoder
+from lorica_trainer.data import DataReport, DataSet, check_context, load_data
+from lorica_trainer.errors import (
+    BaseChanged,
+    CheckpointInvalid,
+    DeviceFull,
+    DeviceInvalid,
+    Interrupted,
+    JobInvalid,
+    ModelInvalid,
+    OutputFailed,
+    Problems,
+)
 from lorica_trainer.export import export_peft
 from lorica_trainer.job import TrainJob
 from lorica_trainer.loop import Loop
@@ -86,12 +95,11 @@ def train(
 
 def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
     device = _device(job)
-    base, tokenizer = _load(job, device)
-    rope = _examine(job, base)
-    encoder = ExampleEncoder(tokenizer, _end_ids(base, tokenizer), base.spec.vocab_size)
-    data = load_data(job.data, encoder, seed=job.training.seed)
-    _check_lengths(data, base)
+    dtype = _compute_dtype(job, device)
+    tokenizer, data = _read_data(job)
     _warn_of_lost_ends(data, progress)
+    base = _load(job, device, dtype)
+    rope = _examine(job, base)
     names = resolve_targets(job.lora.targets, base.spec)
     if job.training.gradient_checkpointing:
         enable_activation_checkpointing(base.model)
@@ -253,15 +261,25 @@ def _source(job: TrainJob) -> str:
     return str(tiny_path()) if job.model == TINY_NAME else job.model
 
 
-def _load(job: TrainJob, device: torch.device) -> tuple[LoadedBase, Any]:
-    try:
-        base = load_base(_source(job), compute_dtype=_compute_dtype(job, device), device=device)
-        tokenizer = AutoTokenizer.from_pretrained(_source(job))
-    except (OSError, ValueError, SafetensorError, BaseRefused) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise JobInvalid("model", f"{job.model} cannot be loaded: {reason}{_source_hint(job)}") from error
+def _read_data(job: TrainJob) -> tuple[Any, DataSet]:
+    """The base's tokenizer and the data in its tokens; all that can be refused without the base's weights."""
+    reading = read_base(job, _source(job))
+    problems = Problems()
+    with problems.collecting():
+        resolve_targets(job.lora.targets, reading.outline)
+    with problems.collecting():
+        data = load_data(job.data, reading.encoder, seed=job.training.seed)
+        longest = max(len(example.ids) for example in (*data.train, *data.eval))
+        check_context(longest, reading.outline.context_length)
+    problems.raise_any()
+    return reading.tokenizer, data
+
+
+def _load(job: TrainJob, device: torch.device, dtype: torch.dtype) -> LoadedBase:
+    with loading(job):
+        base = load_base(_source(job), compute_dtype=dtype, device=device)
     _refuse_split_blocks(job, base)
-    return base, tokenizer
+    return base
 
 
 def _examine(job: TrainJob, base: LoadedBase) -> RopeChoice | None:
@@ -272,13 +290,7 @@ def _examine(job: TrainJob, base: LoadedBase) -> RopeChoice | None:
     try:
         return examine(base, min(base.spec.context_length, job.data.max_length)).rope
     except BaseRefused as refusal:
-        raise JobInvalid("model", f"{refusal}; an adapter trained on it could not be served") from refusal
-
-
-def _source_hint(job: TrainJob) -> str:
-    if job.model == TINY_NAME or Path(job.model).is_dir():
-        return ""
-    return "; give a checkpoint directory, or a hub id: HF_HUB_OFFLINE=1 takes one from the local cache without asking"
+        raise ModelInvalid(f"{refusal}; an adapter trained on it could not be served") from refusal
 
 
 def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
@@ -288,8 +300,7 @@ def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
     for name, module in quantised_modules(base.model):
         in_features = module.codes.shape[1] * 2
         if in_features % module.block_size:
-            raise JobInvalid(
-                "model",
+            raise ModelInvalid(
                 f"{name} of {job.model} has {in_features} inputs, no multiple of the {module.block_size} weights of an "
                 "NF4 block, which bitsandbytes computes wrongly on a CPU; train it on a GPU, or another base",
             )
@@ -299,7 +310,7 @@ def _device(job: TrainJob) -> torch.device:
     try:
         return select_device(job.training.device)
     except DeviceRefused as refusal:
-        raise JobInvalid("training.device", str(refusal)) from refusal
+        raise DeviceInvalid("training.device", str(refusal)) from refusal
 
 
 def _compute_dtype(job: TrainJob, device: torch.device) -> torch.dtype:
@@ -309,15 +320,8 @@ def _compute_dtype(job: TrainJob, device: torch.device) -> torch.dtype:
     try:
         check_dtype(device, dtype)
     except DeviceRefused as refusal:
-        raise JobInvalid("training.compute_dtype", str(refusal)) from refusal
+        raise DeviceInvalid("training.compute_dtype", str(refusal)) from refusal
     return dtype
-
-
-def _end_ids(base: LoadedBase, tokenizer: Any) -> frozenset[int]:
-    generation = getattr(base.model, "generation_config", None)
-    declared = getattr(generation, "eos_token_id", None)
-    ids = set(declared if isinstance(declared, list) else [declared])
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def _pad_id(base: LoadedBase, tokenizer: Any) -> int:
@@ -331,14 +335,6 @@ def _warn_of_lost_ends(data: DataSet, progress: Progress) -> None:
         progress.warned(
             f"{data.report.endless} of {data.report.train} training examples are truncated before the token that ends "
             "them and do not teach the adapter to stop; raise data.max_length, or drop them by data.overlong: drop"
-        )
-
-
-def _check_lengths(data: DataSet, base: LoadedBase) -> None:
-    longest = max(len(example.ids) for example in (*data.train, *data.eval))
-    if longest > base.spec.context_length:
-        raise JobInvalid(
-            "data.max_length", f"an example has {longest} tokens, the base's context is {base.spec.context_length}"
         )
 
 

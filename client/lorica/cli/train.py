@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorica.terminal.output import print_json, step_progress
+from lorica.terminal.output import print_json, say, step_progress
+
+if TYPE_CHECKING:
+    from lorica_trainer.job import TrainJob
 
 
 def command(
@@ -18,7 +21,8 @@ def command(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Only check the job, the form of its records, and that its output can be written."
+            "--check",
+            help="Only check the job, its base, targets and records, and that its output can be written.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
@@ -31,10 +35,10 @@ def command(
     from lorica_trainer.preflight import check_job
 
     job = read_job(job_file)
-    check_job(job, resume=resume)  # what can be known before torch is imported
     if check:
-        print(f"ok: {job_file} is a valid job")
+        _check(job_file, job, resume=resume)
         return
+    check_job(job, resume=resume)  # what can be known before torch is imported
 
     from lorica.terminal.training_bar import COLUMN, TrainingBar
     from lorica_trainer.interrupt import stop_on_signals
@@ -48,6 +52,16 @@ def command(
     held_out = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
     print(f"{result.output}: {result.steps} steps in {result.seconds:.1f} s, loss {result.loss:.4f}{held_out}")
     print(f"publish it with: lorica adapters push {result.output}")
+
+
+def _check(job_file: Path, job: TrainJob, *, resume: bool) -> None:
+    from lorica_trainer.dry_run import check_whole_job
+
+    if check_whole_job(job, resume=resume):
+        print(f"ok: {job_file} is a valid job")
+    else:
+        print(f"ok: {job_file} is a valid job, as far as one can tell without its base")
+        say(f"{job.model} is not on this machine yet: the run looks at lora.targets and at the tokens once it is")
 
 
 def _say_stopping() -> None:
