@@ -32,6 +32,7 @@ class PromptTokenizer:
         self._special = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._prefix = self._find_prefix()
         self._restarts = self._find_restart()
+        self._anchor = self._find_anchor()
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
@@ -64,6 +65,10 @@ class PromptTokenizer:
                 return ids
             candidates.append(ids)
         if not candidates or self._keeps(prompt, prompt_ids, candidates[0], text):
+            # Where decoding takes one blank away, one more than the text has is streamed as the text.
+            for ids in self._continuations(prompt, " " + text):
+                if self._spells(prompt_ids, ids, text):
+                    return ids
             raise ContinuationRefused(
                 f"the tokenizer has no tokens for {text[:20]!r} right behind {prompt[-20:]!r}: move the border between "
                 "them by a word"
@@ -78,11 +83,14 @@ class PromptTokenizer:
     def output_context(self, prompt_ids: Sequence[int]) -> list[int]:
         """The ids of the prompt's end that the text of an output is to be decoded behind.
 
-        Where the tokenizer begins a new text after a special token, dummy blank included, so does decoding.
+        Where the tokenizer begins a new text after a special token, dummy blank included, so does decoding. Where it
+        does not, special tokens alone would be no context, and decoding would take away a blank that the tokenizer
+        never put there: a letter stands for them. BOS alone is the begin of a text.
         """
         context = list(prompt_ids[-CONTEXT_TOKENS:])
         if not self._restarts:
-            return context
+            only_special = bool(context) and all(token in self._special for token in context)
+            return list(self._anchor) if only_special and tuple(prompt_ids) != self._prefix else context
         return list(takewhile(lambda token: token not in self._special, reversed(context)))[::-1]
 
     def output_text(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
@@ -137,6 +145,15 @@ class PromptTokenizer:
             if ids[:1] == [token]:
                 return ids[1:] == alone
         return False
+
+    def _find_anchor(self) -> tuple[int, ...]:
+        """Plain ids that stand behind a special token as exactly their text; letters, which no character continues."""
+        for token, content in self._special.items():
+            for text in ("a", "0", "."):
+                ids = self.encode_rendered(content + text)
+                if ids[:1] == [token] and self.decode(ids[1:]) == text:
+                    return tuple(ids[1:])
+        return ()
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import decoders, normalizers
 
 from lorica_adapters.tokenization import ContinuationRefused, PromptTokenizer
 from support.tokenizers import FAMILIES, make_family
@@ -102,12 +102,47 @@ def test_a_tokenizer_that_does_not_keep_the_text_gives_what_it_makes_of_it() -> 
     assert tokens.output_text(ids, tokens.encode_continuation("2+2= ", ids, "THE Cat")) == "the cat"
 
 
-def test_a_border_without_tokens_of_its_own_is_refused() -> None:
-    """Behind a special token this decoder takes a blank away that the encoder did not put there."""
+SPECIAL_PROMPTS = ("<|assistant|>", "<|user|><|assistant|>", "<s><|user|>", "<|user|>" * 12, "hello" + "<|user|>" * 12)
+BLANKS = (" ", "  ", " hello", "  hello", "\n hello", "hello the cat", " é", " the cat  ")
+
+
+@pytest.mark.parametrize("prompt", SPECIAL_PROMPTS)
+@pytest.mark.parametrize("text", BLANKS)
+def test_a_blank_behind_special_tokens_alone_is_kept_where_the_tokenizer_tells_it(prompt: str, text: str) -> None:
+    """`prepend_scheme: first` puts no blank there, so that one which stands there is the text's own."""
     tokens = prompts_of("metaspace-first")
+    for head in (tokens.encode_rendered(prompt), tokens.encode_prompt(prompt)):
+        tail = tokens.encode_continuation(prompt, head, text)
+        assert tokens.output_text(head, tail) == text
+        assert tokens.encode_rendered(prompt + text) == [*tokens.encode_rendered(prompt), *tail]
+
+
+@pytest.mark.parametrize("family", ["metaspace-first", "metaspace-always", "unigram"])
+@pytest.mark.parametrize("prompt", ["", "<s>", "<|assistant|>"])
+@pytest.mark.parametrize("text", ["  hello", "   the cat"])
+def test_blanks_of_which_decoding_takes_one_away_are_given_one_more(family: str, prompt: str, text: str) -> None:
+    tokens = prompts_of(family)
+    head = tokens.encode_prompt(prompt)
+    assert tokens.output_text(head, tokens.encode_continuation(prompt, head, text)) == text
+
+
+def test_a_bos_alone_is_still_the_begin_of_a_text() -> None:
+    tokens = prompts_of("metaspace-first")
+    head = tokens.encode_prompt("")
+    assert head == [BOS]
+    assert tokens.output_text(head, tokens.encode_rendered("hello")) == "hello"
+
+
+def test_a_border_without_tokens_of_its_own_is_refused() -> None:
+    """This decoder takes away every blank that an output begins with: nothing would be streamed with one."""
+    tokenizer = make_family("metaspace-always")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 9, 0)]
+    )
+    tokens = PromptTokenizer(tokenizer)
     ids = tokens.encode_rendered("<|assistant|>")
-    with pytest.raises(ContinuationRefused, match=r"no tokens for ' hello' right behind '<\|assistant\|>'"):
-        tokens.encode_continuation("<|assistant|>", ids, " hello")
+    with pytest.raises(ContinuationRefused, match=r"no tokens for '  hello' right behind '<\|assistant\|>'"):
+        tokens.encode_continuation("<|assistant|>", ids, "  hello")
 
 
 def test_special_tokens_are_told_by_their_text() -> None:

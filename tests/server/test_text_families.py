@@ -67,5 +67,14 @@ def test_what_was_trained_is_what_is_streamed(family: str, prompt: str, text: st
     assert streamed(codec, ids, trained) == text
 
 
+@pytest.mark.parametrize("text", [" 4", "  4", " hello the cat"])
+@pytest.mark.parametrize("prompt", ["<|assistant|>", "<s>", "<s><|user|>"])
+def test_a_blank_behind_special_tokens_alone_is_streamed(prompt: str, text: str) -> None:
+    codec = codec_of("metaspace-first")
+    ids = codec.encode(prompt)
+    trained = PromptTokenizer(make_family("metaspace-first")).encode_continuation(prompt, ids, text)
+    assert streamed(codec, ids, trained) == text
+
+
 def test_special_tokens_are_told_with_their_ids() -> None:
     assert codec_of("unigram").special_tokens["</s>"] == EOS
