@@ -36,7 +36,7 @@ NATIVE_ROWS_BESIDE_DENSE = 192
 NATIVE_ROWS_BESIDE_TILES = 8
 """Up to here our own product from the codes beats the library's on a dense bf16 copy, without AMX and with it (one core
 of Zen 4, 75M weights: 6, 8, 19, 57, 106 and 423 ms at 1, 4, 16, 64, 128 and 512 rows, against 16, 17, 26, 60, 110 and
-374; with AMX an estimate: the dense product's flat 8 ms above, held against half of these on two cores)."""
+374; two cores of a Xeon with AMX: 8, 11, 17, 26, 98 ms at 1, 4, 8, 16 and 64 rows, against 15, 14, 16, 19 and 52)."""
 
 NATIVE_ROWS_OF_DENSE_WEIGHT = 16
 """Up to here our own product with an unquantised bf16 weight is the faster one (32000 x 768: 3.9, 4.8, 8.0 and 19.7 ms

@@ -21,7 +21,7 @@ from lorica_adapters.errors import AdapterError
 from lorica_adapters.spec import WeightCounts
 from lorica_adapters.store.lock import DirectoryLock
 from lorica_adapters.store.records import AdapterNames
-from lorica_adapters.threads import limit_spinning
+from lorica_adapters.threads import SPINS, limit_spinning
 from lorica_server.api.adapter_service import AdapterService
 from lorica_server.api.calls import Limits
 from lorica_server.api.gate import Gate, Parts
@@ -45,7 +45,9 @@ _JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 def build_engine(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
     """The real inside. Imports torch, which is why nothing else here does."""
     if not limit_spinning():
-        _LOG.warning("torch was imported before the server: on busy cores its threads spin; set GOMP_SPINCOUNT=0")
+        _LOG.warning(
+            f"torch was imported before the server: on busy cores its threads spin; set GOMP_SPINCOUNT={SPINS}"
+        )
     from lorica_server.assembly import assemble
 
     return assemble(config, hooks, lock)

@@ -161,7 +161,7 @@ def test_an_app_that_is_embedded_limits_spinning_too() -> None:
         "app.build_engine(None, None)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == ["0", "False"]
+    assert done.stdout.split() == ["1000", "False"]
 
 
 def test_a_torch_that_is_there_already_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
