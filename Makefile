@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-PROTO_DIR := protos/lorica_protos/v1
+PROTO_DIR := protos/loramux_protos/v1
 PROTOS := $(wildcard $(PROTO_DIR)/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
@@ -23,37 +23,37 @@ SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(VENV)/.lorica-run ## Virtual environment with everything that runs
+setup: $(VENV)/.loramux-run ## Virtual environment with everything that runs
 
-setup-dev: $(VENV)/.lorica-dev ## The same with test and lint tools
+setup-dev: $(VENV)/.loramux-dev ## The same with test and lint tools
 
 # torch comes first and alone: its wheel (CPU, or CUDA with gigabytes of libraries) is the machine's choice.
-$(VENV)/.lorica-torch: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorica needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+$(VENV)/.loramux-torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loramux needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing torch $(TORCH) into $(VENV) ...'
 	@$(PIP) install --quiet --no-deps torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@$(PIP) install --quiet --constraint constraints.txt hatchling
 	@touch $@
 
-$(VENV)/.lorica-run: $(VENV)/.lorica-torch pyproject.toml
-	@echo 'Installing Lorica and what it runs on ...'
+$(VENV)/.loramux-run: $(VENV)/.loramux-torch pyproject.toml
+	@echo 'Installing Loramux and what it runs on ...'
 	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[serve,train,bench]'
 	@touch $@
 
-$(VENV)/.lorica-dev: $(VENV)/.lorica-torch pyproject.toml
-	@echo 'Installing Lorica with its test and lint tools ...'
+$(VENV)/.loramux-dev: $(VENV)/.loramux-torch pyproject.toml
+	@echo 'Installing Loramux with its test and lint tools ...'
 	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@touch $@ $(VENV)/.lorica-run
+	@touch $@ $(VENV)/.loramux-run
 
 demo: setup ## Train adapters, serve them together, print what came of it
-	$(BIN)/lorica demo
+	$(BIN)/loramux demo
 
 test: setup-dev ## The test suite
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: setup-dev ## Mixed batches against base only, and against PEFT
-	$(BIN)/lorica bench $(BENCH_ARGS)
+	$(BIN)/loramux bench $(BENCH_ARGS)
 
 lint: lint-style lint-types lint-imports lint-protos lint-docker ## Everything CI checks besides the tests
 
@@ -70,8 +70,8 @@ lint-imports: setup-dev
 lint-protos: setup-dev
 	$(BIN)/buf lint protos
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(MAKE) --no-print-directory protos OUT="$$fresh" && \
-	for stub in "$$fresh"/lorica_protos/v1/* $(PROTO_DIR)/*_pb2*; do \
-	  cmp "$$fresh/lorica_protos/v1/$${stub##*/}" "$(PROTO_DIR)/$${stub##*/}" || { echo 'stubs are stale: run make protos'; exit 1; }; \
+	for stub in "$$fresh"/loramux_protos/v1/* $(PROTO_DIR)/*_pb2*; do \
+	  cmp "$$fresh/loramux_protos/v1/$${stub##*/}" "$(PROTO_DIR)/$${stub##*/}" || { echo 'stubs are stale: run make protos'; exit 1; }; \
 	done
 
 lint-docker: setup-dev

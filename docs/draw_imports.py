@@ -14,11 +14,11 @@ from pathlib import Path
 
 import grimp
 
-HOUSES = ("lorica_protos", "lorica_adapters", "lorica_server", "lorica_trainer", "lorica")
+HOUSES = ("loramux_protos", "loramux_adapters", "loramux_server", "loramux_trainer", "loramux")
 
 
 def room_of(module: str) -> str:
-    """The first two components: `lorica_server.engine`, or the house itself for its face."""
+    """The first two components: `loramux_server.engine`, or the house itself for its face."""
     return ".".join(module.split(".")[:2])
 
 

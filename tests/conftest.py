@@ -21,7 +21,7 @@ _SCRATCH = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    scratch = Path(tempfile.mkdtemp(prefix="lorica-tests-"))
+    scratch = Path(tempfile.mkdtemp(prefix="loramux-tests-"))
     config.stash[_SCRATCH] = scratch
     os.environ |= {
         # Two workers on two cores: a second thread in each only makes timings worse.
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "COLUMNS": "120",
         "NO_COLOR": "1",
     }
-    for name in [name for name in os.environ if name.startswith("LORICA_")]:
+    for name in [name for name in os.environ if name.startswith("LORAMUX_")]:
         del os.environ[name]
     # Under nohup, or in the background of a script, these are ignored, by every process that tests start too.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -14,22 +14,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
-    "lorica_protos": ROOT / "protos",
-    "lorica_adapters": ROOT / "adapters",
-    "lorica_server": ROOT / "server",
-    "lorica_trainer": ROOT / "trainer",
-    "lorica": ROOT / "client",
+    "loramux_protos": ROOT / "protos",
+    "loramux_adapters": ROOT / "adapters",
+    "loramux_server": ROOT / "server",
+    "loramux_trainer": ROOT / "trainer",
+    "loramux": ROOT / "client",
 }
 MAX_LINES = 400
 MAX_MODULE_DOCSTRING_LINES = 6
 BOUNDARIES = (
-    "adapters/lorica_adapters/formats/",
-    "adapters/lorica_adapters/store/",
-    "client/lorica/",
-    "server/lorica_server/api/",
-    "server/lorica_server/config.py",
-    "server/lorica_server/registry.py",
-    "trainer/lorica_trainer/job.py",
+    "adapters/loramux_adapters/formats/",
+    "adapters/loramux_adapters/store/",
+    "client/loramux/",
+    "server/loramux_server/api/",
+    "server/loramux_server/config.py",
+    "server/loramux_server/registry.py",
+    "trainer/loramux_trainer/job.py",
 )
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft", "numpy", "safetensors")
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
@@ -108,8 +108,8 @@ def test_a_module_says_what_it_is_in_six_lines(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in EVERYTHING if path.name == "__init__.py"], ids=_name)
 def test_init_files_are_empty(path: Path) -> None:
     """import-linter does not see what a package's own `__init__` imports. The client's names what users import."""
-    if path == ROOT / "client/lorica/__init__.py":
-        assert _imported(_parse(path)) <= {"lorica", "__future__", "typing", "importlib"}
+    if path == ROOT / "client/loramux/__init__.py":
+        assert _imported(_parse(path)) <= {"loramux", "__future__", "typing", "importlib"}
     else:
         assert path.read_text(encoding="utf-8").strip() == ""
 
@@ -145,7 +145,7 @@ def test_input_never_meets_an_assert(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "root"),
-    [("lorica_server.engine", ROOT / "server"), ("lorica_protos", ROOT / "protos")],
+    [("loramux_server.engine", ROOT / "server"), ("loramux_protos", ROOT / "protos")],
     ids=["engine", "protos"],
 )
 def test_importing_it_does_not_load_torch(package: str, root: Path) -> None:
@@ -161,7 +161,7 @@ def test_importing_it_does_not_load_torch(package: str, root: Path) -> None:
 
 
 def test_the_light_client_needs_nothing_heavy() -> None:
-    """As after a plain `pip install lorica`: the client and every command's help work with the extras out of reach."""
+    """As after a plain `pip install loramux`: the client and every command's help work with the extras out of reach."""
     done = _run(f"""
         import sys
         from importlib.abc import MetaPathFinder
@@ -173,12 +173,12 @@ def test_the_light_client_needs_nothing_heavy() -> None:
                 return None
 
         sys.meta_path.insert(0, Absent())
-        from lorica import AsyncClient, Client
+        from loramux import AsyncClient, Client
 
         loaded = {{name.split(".")[0] for name in sys.modules}}
-        assert not loaded & {{"lorica_server", "lorica_trainer", "lorica_adapters"}}, loaded
+        assert not loaded & {{"loramux_server", "loramux_trainer", "loramux_adapters"}}, loaded
 
-        from lorica.cli.main import app
+        from loramux.cli.main import app
         from typer.testing import CliRunner
 
         result = CliRunner().invoke(app, ["--help"])
@@ -189,7 +189,7 @@ def test_the_light_client_needs_nothing_heavy() -> None:
 
 
 def test_the_distribution_is_what_it_says() -> None:
-    distribution = importlib.metadata.distribution("lorica")
+    distribution = importlib.metadata.distribution("loramux")
     metadata = distribution.metadata
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
@@ -205,9 +205,9 @@ def test_the_distribution_is_what_it_says() -> None:
 
 def test_there_is_one_command() -> None:
     commands = [
-        entry for entry in importlib.metadata.distribution("lorica").entry_points if entry.group == "console_scripts"
+        entry for entry in importlib.metadata.distribution("loramux").entry_points if entry.group == "console_scripts"
     ]
-    assert [(entry.name, entry.value) for entry in commands] == [("lorica", "lorica.cli.main:app")]
+    assert [(entry.name, entry.value) for entry in commands] == [("loramux", "loramux.cli.main:app")]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -223,9 +223,9 @@ def test_every_direct_dependency_is_pinned() -> None:
     }
     needed = {
         re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
-        for requirement in importlib.metadata.requires("lorica") or []
+        for requirement in importlib.metadata.requires("loramux") or []
     }
-    assert needed - {"lorica"} <= pins
+    assert needed - {"loramux"} <= pins
 
 
 def test_torch_is_pinned_without_a_local_version() -> None:

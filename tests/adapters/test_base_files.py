@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters import base_files
-from lorica_adapters.base_files import INDEX, WEIGHTS, check_base_files
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_adapters.errors import BaseInvalid
+from loramux_adapters import base_files
+from loramux_adapters.base_files import INDEX, WEIGHTS, check_base_files
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.errors import BaseInvalid
 
 Break = Callable[[Path], object]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 5311\n"
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_no_traceback(base: Path) -> None:
 
 
 def test_looking_imports_no_torch() -> None:
-    script = "import sys, lorica_adapters.base_files as b, pathlib; b.check_base_files(pathlib.Path(sys.argv[1])); "
+    script = "import sys, loramux_adapters.base_files as b, pathlib; b.check_base_files(pathlib.Path(sys.argv[1])); "
     script += "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     command = [sys.executable, "-c", script, str(tiny_path())]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"

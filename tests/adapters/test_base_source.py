@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import errors as hub
 from transformers import AutoConfig
 
-from lorica_adapters.base_source import explain_load, find_base
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_adapters.errors import BaseInvalid
+from loramux_adapters.base_source import explain_load, find_base
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.errors import BaseInvalid
 from support.hub_cache import COMMIT, cache_tiny
 
 
@@ -21,18 +21,18 @@ def _refusal(model: str, environ: dict[str, str]) -> BaseInvalid:
 
 
 def test_a_directory_and_the_embedded_base_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_base("lorica-tiny", {}) == tiny_path()
+    assert find_base("loramux-tiny", {}) == tiny_path()
     assert find_base(str(tiny_path()), {}) == tiny_path()
     monkeypatch.setenv("HOME", str(tiny_path().parent))
-    assert find_base("~/lorica-tiny", {}) == tiny_path()
+    assert find_base("~/loramux-tiny", {}) == tiny_path()
 
 
-@pytest.mark.parametrize("model", ["lorica-tny", "/nowhere/base", "../absent/base", "~no-such-user/base", "a/b/c"])
+@pytest.mark.parametrize("model", ["loramux-tny", "/nowhere/base", "../absent/base", "~no-such-user/base", "a/b/c"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(model: str) -> None:
     refusal = _refusal(model, {})
     assert str(refusal) == f"there is no directory {model}, and it is not a hub id"
-    assert "give a checkpoint directory, a hub id like org/name, or lorica-tiny" in refusal.remedy
-    assert ("did you mean lorica-tiny?" in refusal.remedy) == (model == "lorica-tny")
+    assert "give a checkpoint directory, a hub id like org/name, or loramux-tiny" in refusal.remedy
+    assert ("did you mean loramux-tiny?" in refusal.remedy) == (model == "loramux-tny")
 
 
 def test_a_cached_model_is_found_and_half_a_one_only_where_the_rest_can_be_fetched(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device, use_device
+from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device, use_device
 
 GPU = torch.device("cuda", 0)
 SWITCHES = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")

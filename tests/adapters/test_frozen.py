@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import nn
 
-from lorica_adapters.frozen import DenseLinear, Layouts, Nf4Linear, logical_nf4, select_layouts, supports_packed
-from lorica_adapters.kernels.native_linear import find_native_linear
+from loramux_adapters.frozen import DenseLinear, Layouts, Nf4Linear, logical_nf4, select_layouts, supports_packed
+from loramux_adapters.kernels.native_linear import find_native_linear
 
 needs_packed = pytest.mark.skipif(not supports_packed(), reason="no AVX512-BF16 kernel on this machine")
 SHAPES = [(128, 192), (192, 128), (256, 64), (64, 48), (96, 40)]  # (in, out): packable, and not

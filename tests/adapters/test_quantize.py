@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters import quantize
-from lorica_adapters.base import load_base
-from lorica_adapters.bnb import functional
-from lorica_adapters.quantize import quantize_nf4
+from loramux_adapters import quantize
+from loramux_adapters.base import load_base
+from loramux_adapters.bnb import functional
+from loramux_adapters.quantize import quantize_nf4
 from support.checkpoints import save_checkpoint, wide_model
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from lorica_adapters.embedded.tiny import tiny_path
+from loramux_adapters.embedded.tiny import tiny_path
 from support.tiny import load_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = f"""
 import torch
-from lorica_adapters.base import load_base
+from loramux_adapters.base import load_base
 load_base({str(tiny_path())!r}, compute_dtype=torch.float32)
 """
 

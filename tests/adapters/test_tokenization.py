@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, normalizers
 
-from lorica_adapters.tokenization import ContinuationRefused, PromptTokenizer
+from loramux_adapters.tokenization import ContinuationRefused, PromptTokenizer
 from support.tokenizers import FAMILIES, make_family
 
 BOS, EOS, USER, ASSISTANT = 1, 2, 3, 4

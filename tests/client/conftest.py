@@ -20,7 +20,7 @@ def fake() -> Iterator[FakeServer]:
 @pytest.fixture(autouse=True)
 def no_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands against an address where nobody is fail at once."""
-    monkeypatch.setattr("lorica.cli.connecting.START_SECONDS", 0.0)
+    monkeypatch.setattr("loramux.cli.connecting.START_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lorica import Client
-from lorica.adapter_directory import remark
-from lorica.cli.main import app
-from lorica.errors import LocalFilesError
+from loramux import Client
+from loramux.adapter_directory import remark
+from loramux.cli.main import app
+from loramux.errors import LocalFilesError
 from support.fake_service import FakeServer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,13 +30,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
         ([CONFIG, "adapter_model.bin"], r"adapter_model\.bin is a pickle and is never sent"),
         ([CONFIG, "adapters.safetensors", "0000100_adapters.safetensors"], "an adapter of MLX"),
         (["config.json", "model.safetensors", "tokenizer.json"], "it holds a whole model, into which"),
-        (["config.json", "model.safetensors.index.json"], "serve the model itself with lorica serve --model"),
+        (["config.json", "model.safetensors.index.json"], "serve the model itself with loramux serve --model"),
         (
             [f"checkpoint-{step}/{CONFIG}" for step in (900, 1000, 50)],
             r"directories of their own \(checkpoint-50, checkpoint-900, checkpoint-1000\): push .*/checkpoint-1000",
         ),
         ([f"default/{CONFIG}"], r"directories of their own \(default\): push .*/default"),
-        (["checkpoints/step-00000001/state.safetensors"], "lorica train --resume"),
+        (["checkpoints/step-00000001/state.safetensors"], "loramux train --resume"),
     ],
 )
 def test_a_directory_without_an_adapter_is_told_what_it_is(tmp_path: Path, files: list[str], words: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorica import AsyncClient, errors
-from lorica.retry import NO_RETRY, RetryPolicy
+from loramux import AsyncClient, errors
+from loramux.retry import NO_RETRY, RetryPolicy
 from support.fake_service import DIGEST, FakeServer
 
 QUICK = RetryPolicy(first=0.01, longest=0.1)

@@ -15,19 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica.bench import report
-from lorica.bench.driver import Call, DriverFailed
-from lorica.bench.main import BenchOptions, run
-from lorica.bench.marks import marked_kernels
-from lorica.bench.peft_driver import PeftDriver
-from lorica.bench.profile import UNSEEN, StepProfile, find_group, group_operations, median_parts, with_unseen
-from lorica.bench.session import measure, round_order
-from lorica.bench.shapes import get_shape, make_adapters, make_checkpoint
-from lorica.bench.stats import Sample, Trace, percentile, sample, summarise
-from lorica.bench.workload import AdapterPlan, Scenario, WorkloadInvalid, parse_workload, read_workload, shipped
-from lorica.machine import describe
-from lorica_adapters.kernels.native_low_rank import find_native
-from lorica_adapters.kernels.protocol import Segment
+from loramux.bench import report
+from loramux.bench.driver import Call, DriverFailed
+from loramux.bench.main import BenchOptions, run
+from loramux.bench.marks import marked_kernels
+from loramux.bench.peft_driver import PeftDriver
+from loramux.bench.profile import UNSEEN, StepProfile, find_group, group_operations, median_parts, with_unseen
+from loramux.bench.session import measure, round_order
+from loramux.bench.shapes import get_shape, make_adapters, make_checkpoint
+from loramux.bench.stats import Sample, Trace, percentile, sample, summarise
+from loramux.bench.workload import AdapterPlan, Scenario, WorkloadInvalid, parse_workload, read_workload, shipped
+from loramux.machine import describe
+from loramux_adapters.kernels.native_low_rank import find_native
+from loramux_adapters.kernels.protocol import Segment
 
 TEXT = """
 name = "t"
@@ -192,7 +192,7 @@ async def test_a_driver_that_cannot_be_closed_keeps_no_other_from_it() -> None:
 
 @pytest.mark.asyncio
 async def test_a_peer_that_died_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.bench.peft_driver.sys.executable", "/bin/false")
+    monkeypatch.setattr("loramux.bench.peft_driver.sys.executable", "/bin/false")
     driver = PeftDriver(tmp_path, [], threads=1, dtype="float32", log=tmp_path / "log")
     with pytest.raises(DriverFailed, match="peer ended"):
         await driver.start()
@@ -240,9 +240,9 @@ def test_another_machine_is_not_described_as_ours(tmp_path: Path, monkeypatch: p
     async def measured(*_: object) -> list[Sample]:
         return [_sample("grpc", "base", 1, 100.0)]
 
-    monkeypatch.setattr("lorica.bench.main.measure", measured)
+    monkeypatch.setattr("loramux.bench.main.measure", measured)
     for name in ("make_checkpoint", "make_adapters"):
-        monkeypatch.setattr(f"lorica.bench.main.{name}", lambda *_: [])
+        monkeypatch.setattr(f"loramux.bench.main.{name}", lambda *_: [])
     pages = {
         drivers: run(
             BenchOptions("mixed-tiny", drivers, "far.away:50051", threads=3, dtype="float32", out=tmp_path), str
@@ -298,9 +298,9 @@ def test_an_unknown_shape_lists_the_known(tmp_path: Path) -> None:
         ("aten::mul", "elementwise and norms"),
         ("aten::multinomial", "choice of tokens"),
         ("bitsandbytes::gemm_4bit", "NF4 products"),
-        ("lorica::nf4_product", "NF4 products"),
-        ("lorica::low_rank", "low-rank products"),
-        ("lorica::decode_attention", "attention of decode rows"),
+        ("loramux::nf4_product", "NF4 products"),
+        ("loramux::low_rank", "low-rank products"),
+        ("loramux::decode_attention", "attention of decode rows"),
         ("aten::to", "copies and casts"),
         ("aten::topk", "choice of tokens"),
         ("aten::t", "views and allocation"),
@@ -338,10 +338,10 @@ def test_compiled_kernels_are_marked_while_it_is_asked_for() -> None:
     with marked_kernels():
         marked = run()
     groups, operations = group_operations(marked, 1)
-    found = next(entry for entry in operations if entry.operation == "lorica::low_rank")
+    found = next(entry for entry in operations if entry.operation == "loramux::low_rank")
     assert found.shapes == "[2, 16] [1, 8, 16]"
     assert groups["low-rank products"] == found.milliseconds > 0
-    assert not any(event.key.startswith("lorica::") for event in run())
+    assert not any(event.key.startswith("loramux::") for event in run())
 
 
 def test_no_steps_give_zeros() -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorica.cli.checks import examine
-from lorica.cli.connecting import WarmUpPatience
-from lorica.cli.main import app
-from lorica.errors import ErrorDetails, Unavailable
-from lorica.terminal.failures import CommandError, ExitCode, Failure, explain
-from lorica.terminal.output import tell_failure
-from lorica_protos.v1 import inference_pb2
-from lorica_server.config import resolve_config
+from loramux.cli.checks import examine
+from loramux.cli.connecting import WarmUpPatience
+from loramux.cli.main import app
+from loramux.errors import ErrorDetails, Unavailable
+from loramux.terminal.failures import CommandError, ExitCode, Failure, explain
+from loramux.terminal.output import tell_failure
+from loramux_protos.v1 import inference_pb2
+from loramux_server.config import resolve_config
 from support.fake_service import DIGEST, FakeServer
 
-HEAVY = ("torch", "transformers", "grpc", "lorica_adapters.base", "peft")
+HEAVY = ("torch", "transformers", "grpc", "loramux_adapters.base", "peft")
 
 
 def invoke(*arguments: str, input: str | None = None) -> Result:
@@ -30,14 +30,14 @@ def invoke(*arguments: str, input: str | None = None) -> Result:
 
 def run_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "lorica.cli.main", *arguments], capture_output=True, text=True, timeout=200, **options
+        [sys.executable, "-m", "loramux.cli.main", *arguments], capture_output=True, text=True, timeout=200, **options
     )
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     script = (
         "import sys, time\n"
-        "from typer.testing import CliRunner\nfrom lorica.cli.main import app\n"
+        "from typer.testing import CliRunner\nfrom loramux.cli.main import app\n"
         "result = CliRunner().invoke(app, ['--help'])\n"
         f"print(result.exit_code, [m for m in {HEAVY!r} if m in sys.modules], time.process_time())"
     )
@@ -55,7 +55,7 @@ def test_light_commands_do_not_import_torch(arguments: list[str], tmp_path: Path
     if arguments[:2] == ["config", "check"]:
         arguments = [*arguments, "--listen=127.0.0.1:0", "--metrics-listen=none", f"--data-dir={tmp_path}"]
     script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom lorica.cli.main import app\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom loramux.cli.main import app\n"
         f"result = CliRunner().invoke(app, {arguments!r})\n"
         "print(result.exit_code, 'torch' in sys.modules, file=sys.stderr)"
     )
@@ -66,7 +66,7 @@ def test_light_commands_do_not_import_torch(arguments: list[str], tmp_path: Path
 def test_version() -> None:
     result = invoke("--version")
     assert result.exit_code == 0
-    assert result.stdout.startswith("lorica ")
+    assert result.stdout.startswith("loramux ")
 
 
 # Serving and configuration
@@ -74,7 +74,7 @@ def test_version() -> None:
 
 def test_serve_refuses_a_bad_option_before_torch_and_says_what_to_do() -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "lorica.cli.main", "serve", "--listen", "nowhere"],
+        [sys.executable, "-X", "importtime", "-m", "loramux.cli.main", "serve", "--listen", "nowhere"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == ExitCode.USAGE
@@ -82,7 +82,7 @@ def test_serve_refuses_a_bad_option_before_torch_and_says_what_to_do() -> None:
     assert "127.0.0.1:50051" in done.stderr
     assert "Traceback" not in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "lorica_server.preflight" in imported
+    assert "loramux_server.preflight" in imported
     assert "torch" not in imported
 
 
@@ -94,7 +94,7 @@ def test_serve_names_the_port_that_is_taken(fake: FakeServer) -> None:
 
 
 def test_every_server_option_is_a_flag_with_its_help() -> None:
-    from lorica_server.config import options
+    from loramux_server.config import options
 
     text = " ".join(invoke("serve", "--help").stdout.split())
     for name in options():
@@ -102,13 +102,13 @@ def test_every_server_option_is_a_flag_with_its_help() -> None:
 
 
 def test_config_show_says_where_each_value_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "lorica.yaml"
+    file = tmp_path / "loramux.yaml"
     file.write_text("max_running: 7\nmax_queued: 8\nmax_rank: 32\n")
-    monkeypatch.setenv("LORICA_MAX_QUEUED", "9")
+    monkeypatch.setenv("LORAMUX_MAX_QUEUED", "9")
     result = invoke("config", "show", "--config", str(file), "--max-rank", "64", "--no-prefix-cache", "--json")
     rows = {row["option"]: row for row in json.loads(result.stdout)}
     assert (rows["max_running"]["value"], rows["max_running"]["origin"]) == (7, f"file {file}")
-    assert (rows["max_queued"]["value"], rows["max_queued"]["origin"]) == (9, "env LORICA_MAX_QUEUED")
+    assert (rows["max_queued"]["value"], rows["max_queued"]["origin"]) == (9, "env LORAMUX_MAX_QUEUED")
     assert (rows["max_rank"]["value"], rows["max_rank"]["origin"]) == (64, "flag --max-rank")
     assert rows["prefix_cache"]["value"] is False
     assert rows["model"]["origin"] == "default"
@@ -123,18 +123,18 @@ def test_config_check_only_warns_of_an_address_in_use(fake: FakeServer, tmp_path
 
 
 def test_an_unknown_variable_is_told_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORICA_MAX_RUNING", "9")
-    monkeypatch.setenv("LORICA_SERVICE_HOST", "10.0.0.1")  # Kubernetes' own, beside a service named lorica
-    monkeypatch.setenv("LORICA_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("LORAMUX_MAX_RUNING", "9")
+    monkeypatch.setenv("LORAMUX_SERVICE_HOST", "10.0.0.1")  # Kubernetes' own, beside a service named loramux
+    monkeypatch.setenv("LORAMUX_ADDRESS", "127.0.0.1:1")
     result = invoke("config", "check", "--metrics-listen=none", "--listen=127.0.0.1:0", f"--data-dir={tmp_path}")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "warning: LORICA_MAX_RUNING is no option and is ignored; did you mean LORICA_MAX_RUNNING?"
+        "warning: LORAMUX_MAX_RUNING is no option and is ignored; did you mean LORAMUX_MAX_RUNNING?"
     ]
 
 
 def test_config_init_writes_what_config_show_reads(tmp_path: Path) -> None:
-    file = tmp_path / "lorica.yaml"
+    file = tmp_path / "loramux.yaml"
     assert invoke("config", "init", str(file)).exit_code == 0
     text = file.read_text()
     assert "# max_running: 64" in text
@@ -209,7 +209,7 @@ def test_expected_errors_are_words_and_codes(
 def test_no_server_is_unavailable_and_says_how_to_start_one() -> None:
     result = invoke("generate", "x", "--address", "127.0.0.1:1")
     assert result.exit_code == ExitCode.UNAVAILABLE
-    assert result.stderr == "error: no server reachable at 127.0.0.1:1; start one with `lorica serve`\n"
+    assert result.stderr == "error: no server reachable at 127.0.0.1:1; start one with `loramux serve`\n"
 
 
 def test_a_name_in_place_of_the_address_is_told_apart(fake: FakeServer) -> None:
@@ -219,7 +219,7 @@ def test_a_name_in_place_of_the_address_is_told_apart(fake: FakeServer) -> None:
 
 
 def test_an_unknown_adapter_says_where_the_known_are(fake: FakeServer) -> None:
-    assert "lorica adapters ls" in invoke("generate", "x", "-A", "nobody", "-a", fake.address).stderr
+    assert "loramux adapters ls" in invoke("generate", "x", "-A", "nobody", "-a", fake.address).stderr
 
 
 @pytest.mark.parametrize("words", [("generate", "one"), ("adapters", "pull", "bot", "OUT"), ("adapters", "ls")])
@@ -335,8 +335,8 @@ def test_doctor_names_the_compiler_and_leaves_no_trailing_blanks(
 
 
 def test_doctor_takes_the_client_alone_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.cli.checks.find_version", lambda name: None)
-    monkeypatch.setattr("lorica.cli.checks.find_spec", lambda name: None if name == "torch" else find_spec(name))
+    monkeypatch.setattr("loramux.cli.checks.find_version", lambda name: None)
+    monkeypatch.setattr("loramux.cli.checks.find_spec", lambda name: None if name == "torch" else find_spec(name))
     config = resolve_config(flags={"data_dir": str(tmp_path), "listen": "127.0.0.1:0"}).config
     states = {finding.check: finding.state for finding in examine(config)}
     assert states["serving"] == "note"
@@ -362,6 +362,6 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert explain(CommandError("x", remedy="y")).remedy == "y"
     missing = explain(ModuleNotFoundError("No module named 'torch'", name="torch"))
     assert missing is not None
-    assert "pip install 'lorica[" in missing.remedy
+    assert "pip install 'loramux[" in missing.remedy
     assert "pip install '.[" in missing.remedy
     assert explain(ModuleNotFoundError("x", name="elsewhere")) is None

@@ -1,4 +1,4 @@
-"""`lorica adapters`: what an operator sees of wishes, and of adapters that another base was served with."""
+"""`loramux adapters`: what an operator sees of wishes, and of adapters that another base was served with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from lorica.cli.main import app
-from lorica_protos.v1 import adapters_pb2
+from loramux.cli.main import app
+from loramux_protos.v1 import adapters_pb2
 from support.fake_service import BASE, FakeServer
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lorica.cli.main import app
-from lorica.terminal.failures import ExitCode
-from lorica_adapters.embedded.tiny import tiny_path
+from loramux.cli.main import app
+from loramux.terminal.failures import ExitCode
+from loramux_adapters.embedded.tiny import tiny_path
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def broken(tmp_path: Path) -> Path:
 def run(*arguments: str) -> tuple[int, bool, str]:
     """Exit code, whether torch was imported, and what a user reads."""
     script = (
-        "import sys\nfrom lorica.cli import main\nfrom typer.testing import CliRunner\n"
+        "import sys\nfrom loramux.cli import main\nfrom typer.testing import CliRunner\n"
         f"result = CliRunner().invoke(main.app, {list(arguments)!r})\n"
         "print(result.exit_code, 'torch' in sys.modules, result.stderr)"
     )
@@ -61,7 +61,7 @@ def test_doctor_says_what_a_start_would(broken: Path, tmp_path: Path) -> None:
     assert "AutoTokenizer" in found["base"]["remedy"]
 
 
-@pytest.mark.parametrize("model", ["lorica-tny", "./absent", "org/name", "job.yaml"])
+@pytest.mark.parametrize("model", ["loramux-tny", "./absent", "org/name", "job.yaml"])
 @pytest.mark.parametrize("flags", [[], ["--check"]])
 def test_train_and_serve_say_the_same_of_a_base_that_cannot_be_had(
     model: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +81,7 @@ def test_train_and_serve_say_the_same_of_a_base_that_cannot_be_had(
 
 def test_a_broken_base_decides_the_exit_code_of_several_mistakes(broken: Path, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
-    for model, code in ((broken, ExitCode.USAGE), ("lorica-tiny", ExitCode.REFUSED)):
+    for model, code in ((broken, ExitCode.USAGE), ("loramux-tiny", ExitCode.REFUSED)):
         job.write_text(f"model: {model}\noutput: job.yaml\ndata: {{train: train.jsonl}}\n")
         result = CliRunner().invoke(app, ["train", str(job), "--check"])
         assert result.exit_code == code
@@ -94,6 +94,6 @@ def test_a_gpu_that_is_not_here_is_refused_with_one_code(tmp_path: Path, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     job = tmp_path / "job.yaml"
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\ntraining: {device: cuda}\n")
+    job.write_text("model: loramux-tiny\noutput: out\ndata: {train: train.jsonl}\ntraining: {device: cuda}\n")
     result = CliRunner().invoke(app, ["train", str(job)])
     assert (result.exit_code, "training.device: " in result.stderr) == (ExitCode.USAGE, True)

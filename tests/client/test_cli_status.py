@@ -1,4 +1,4 @@
-"""`lorica status`, and the completion of adapter names: what a shell and its user are told of a running server."""
+"""`loramux status`, and the completion of adapter names: what a shell and its user are told of a running server."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from lorica.cli.completion import complete_adapters
-from lorica.cli.main import app
-from lorica_protos.v1 import adapters_pb2
+from loramux.cli.completion import complete_adapters
+from loramux.cli.main import app
+from loramux_protos.v1 import adapters_pb2
 from support.fake_service import BASE, FakeServer
 
 
@@ -59,11 +59,11 @@ def test_completion_is_silent_without_a_server() -> None:
     assert complete_adapters(_Context("127.0.0.1:1"), "g") == []  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("words", ["lorica adapters show g", "lorica generate --adapter g", "lorica adapters rm g"])
+@pytest.mark.parametrize("words", ["loramux adapters show g", "loramux generate --adapter g", "loramux adapters rm g"])
 def test_a_shell_gets_the_names(fake: FakeServer, words: str) -> None:
     _add(fake, "german")
-    environ = {**os.environ, "LORICA_ADDRESS": fake.address, "_LORICA_COMPLETE": "complete_bash"}
+    environ = {**os.environ, "LORAMUX_ADDRESS": fake.address, "_LORAMUX_COMPLETE": "complete_bash"}
     environ |= {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    script = "import sys; sys.argv[0] = 'lorica'; from lorica.cli.main import app; app(prog_name='lorica')"
+    script = "import sys; sys.argv[0] = 'loramux'; from loramux.cli.main import app; app(prog_name='loramux')"
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["german"], done.stderr

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lorica.bench.main import BenchOptions, BenchResults
-from lorica.cli.main import app
-from lorica.terminal.failures import ExitCode
+from loramux.bench.main import BenchOptions, BenchResults
+from loramux.cli.main import app
+from loramux.terminal.failures import ExitCode
 
 
 def invoke(*arguments: str) -> Result:
@@ -21,7 +21,7 @@ def invoke(*arguments: str) -> Result:
 
 def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
+    job.write_text("model: loramux-tiny\noutput: out\ndata: {train: train.jsonl}\n")
     missing = invoke("train", str(job), "--check")
     assert missing.exit_code == ExitCode.REFUSED
     assert "data.train" in missing.stderr
@@ -31,7 +31,7 @@ def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
     assert "train.jsonl:1: a record needs either messages, or prompt and completion" in " ".join(broken.stderr.split())
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     assert invoke("train", str(job), "--check").exit_code == 0
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\nlora: {rank: -1}\n")
+    job.write_text("model: loramux-tiny\noutput: out\ndata: {train: train.jsonl}\nlora: {rank: -1}\n")
     result = invoke("train", str(job), "--check")
     assert result.exit_code == ExitCode.REFUSED
     assert "lora.rank" in result.stderr
@@ -40,17 +40,17 @@ def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
 def test_the_first_ctrl_c_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lorica_trainer.errors import Interrupted
+    from loramux_trainer.errors import Interrupted
 
     def train(job: object, *, stop: threading.Event, **_: object) -> None:
         signal.raise_signal(signal.SIGINT)
         if stop.is_set():
             raise Interrupted(None)
 
-    monkeypatch.setattr("lorica_trainer.run.train", train)
+    monkeypatch.setattr("loramux_trainer.run.train", train)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     job = tmp_path / "job.yaml"
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: train.jsonl}\n")
+    job.write_text("model: loramux-tiny\noutput: out\ndata: {train: train.jsonl}\n")
     assert invoke("train", str(job)).exit_code == ExitCode.INTERRUPTED
     assert "stopping after this step" in capfd.readouterr().err
 
@@ -74,12 +74,12 @@ def test_bench_leaves_an_absent_peft_out(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append(options.drivers)
         return BenchResults("name", {}, "page")
 
-    monkeypatch.setattr("lorica.bench.main.run", run)
-    monkeypatch.setattr("lorica.cli.bench.find_spec", lambda name: None)
+    monkeypatch.setattr("loramux.bench.main.run", run)
+    monkeypatch.setattr("loramux.cli.bench.find_spec", lambda name: None)
     result = invoke("bench", "--out", str(tmp_path))
     assert result.exit_code == 0
     assert seen == [("engine",)]
-    assert "pip install 'lorica[bench]'" in result.stderr.splitlines()[0]
+    assert "pip install 'loramux[bench]'" in result.stderr.splitlines()[0]
     assert (tmp_path / "name.md").read_text() == "page"
     assert invoke("bench", "--driver", "peft").exit_code == ExitCode.USAGE
 
@@ -92,7 +92,7 @@ def test_bench_tries_its_directory_first_and_shows_what_it_cannot_write(
     assert refused.exit_code == ExitCode.REFUSED
     assert "--out" in refused.stderr
     assert refused.stdout == ""
-    monkeypatch.setattr("lorica.bench.main.run", lambda options, announce: BenchResults("name", {}, "the page"))
+    monkeypatch.setattr("loramux.bench.main.run", lambda options, announce: BenchResults("name", {}, "the page"))
     late = invoke("bench", "--out", str(tmp_path / "file"))
     assert late.exit_code == ExitCode.REFUSED
     assert late.stdout == "the page\n"
@@ -101,7 +101,7 @@ def test_bench_tries_its_directory_first_and_shows_what_it_cannot_write(
 
 def test_a_refused_run_leaves_no_directory_and_no_bar(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
-    job.write_text("model: lorica-tiny\noutput: out\ndata: {train: missing.jsonl}\n")
+    job.write_text("model: loramux-tiny\noutput: out\ndata: {train: missing.jsonl}\n")
     result = invoke("train", str(job))
     assert result.exit_code == ExitCode.REFUSED
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorica import Client, errors
-from lorica.retry import NO_RETRY, RetryPolicy
-from lorica.types import TransferProgress
+from loramux import Client, errors
+from loramux.retry import NO_RETRY, RetryPolicy
+from loramux.types import TransferProgress
 from support.fake_service import DIGEST, FakeServer
 
 
@@ -23,8 +23,8 @@ def client(fake: FakeServer):
 
 def test_the_face_loads_neither_torch_nor_the_servers() -> None:
     script = (
-        "import sys, lorica; lorica.Client; lorica.AsyncClient;"
-        "print([m for m in ('torch', 'lorica_server', 'lorica_adapters', 'lorica_trainer') if m in sys.modules])"
+        "import sys, loramux; loramux.Client; loramux.AsyncClient;"
+        "print([m for m in ('torch', 'loramux_server', 'loramux_adapters', 'loramux_trainer') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -172,7 +172,7 @@ def test_a_stream_refused_at_its_start_is_repeated_when_asked(client: Client, fa
 
 
 def test_no_server_says_how_to_start_one() -> None:
-    with Client("127.0.0.1:1", retry=NO_RETRY) as client, pytest.raises(errors.Unavailable, match="lorica serve"):
+    with Client("127.0.0.1:1", retry=NO_RETRY) as client, pytest.raises(errors.Unavailable, match="loramux serve"):
         client.model()
 
 

@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lorica import AsyncClient
-from lorica.cli.main import app
-from lorica.demo import asking, report
-from lorica.demo.main import Kept, choose_tasks
-from lorica.demo.values import Accuracy, Ask, BurstOutcome, DemoOutcome, TaskOutcome, interleave
-from lorica.terminal.failures import CommandError, ExitCode
-from lorica.terminal.output import plain
-from lorica_protos.v1 import adapters_pb2
+from loramux import AsyncClient
+from loramux.cli.main import app
+from loramux.demo import asking, report
+from loramux.demo.main import Kept, choose_tasks
+from loramux.demo.values import Accuracy, Ask, BurstOutcome, DemoOutcome, TaskOutcome, interleave
+from loramux.terminal.failures import CommandError, ExitCode
+from loramux.terminal.output import plain
+from loramux_protos.v1 import adapters_pb2
 from support.fake_service import FakeServer
 
 
@@ -61,7 +61,7 @@ def test_a_kept_server_is_told_of_whatever_becomes_of_the_json(tmp_path: Path, m
     burst = BurstOutcome(64, 1, 5, 1000.0, 1500.0)
     outcome = DemoOutcome("m", (_outcome(0.0, 0.975),), burst, 10.0, 20.0)
     kept = Kept("127.0.0.1:50099", 4242, tmp_path)
-    monkeypatch.setattr("lorica.demo.main.run", lambda options, console: (outcome, kept))
+    monkeypatch.setattr("loramux.demo.main.run", lambda options, console: (outcome, kept))
     result = CliRunner().invoke(app, ["demo", "--keep", "--json", str(tmp_path / "nowhere" / "out.json")])
     assert result.exit_code == ExitCode.REFUSED
     assert "kill 4242" in result.stdout

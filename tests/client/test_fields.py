@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lorica import convert, fields
-from lorica.errors import InvalidArgument
-from lorica.types import GenerateOptions
-from lorica_server.api.calls import Limits
-from lorica_server.api.convert import read_generate
-from lorica_server.api.validate import check_generate
-from lorica_server.errors import InvalidRequest
+from loramux import convert, fields
+from loramux.errors import InvalidArgument
+from loramux.types import GenerateOptions
+from loramux_server.api.calls import Limits
+from loramux_server.api.convert import read_generate
+from loramux_server.api.validate import check_generate
+from loramux_server.errors import InvalidRequest
 from support.raw_requests import raw_request
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorica.bench import grpc_driver
-from lorica.errors import Unavailable
-from lorica.local_server import LocalServer
-from lorica.terminal.signals import terminated_as_interrupted
+from loramux.bench import grpc_driver
+from loramux.errors import Unavailable
+from loramux.local_server import LocalServer
+from loramux.terminal.signals import terminated_as_interrupted
 
 
 def test_a_server_that_is_stopped_while_it_starts_ends(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica import convert
-from lorica.channel import channel_options
-from lorica.cli.connecting import WarmUpPatience
-from lorica.download import Download
-from lorica.errors import (
+from loramux import convert
+from loramux.channel import channel_options
+from loramux.cli.connecting import WarmUpPatience
+from loramux.download import Download
+from loramux.errors import (
     DeadlineExceeded,
     ErrorDetails,
     InvalidArgument,
@@ -28,10 +28,10 @@ from lorica.errors import (
     Unavailable,
     read_details,
 )
-from lorica.retry import NO_RETRY, Attempts, RetryPolicy
-from lorica.upload import collect
-from lorica_protos.v1 import adapters_pb2, inference_pb2
-from lorica_server.api.grpc_server import _channel_options
+from loramux.retry import NO_RETRY, Attempts, RetryPolicy
+from loramux.upload import collect
+from loramux_protos.v1 import adapters_pb2, inference_pb2
+from loramux_server.api.grpc_server import _channel_options
 
 POLICY = RetryPolicy(attempts=4, first=0.1, longest=1.0)
 
@@ -185,7 +185,7 @@ CONFIG = "adapter_config.json"
         [_manifest()],
         [_manifest((CONFIG, b"abc")), _chunk(CONFIG, 1, b"bc")],
         [_manifest((CONFIG, b"abc")), _chunk(CONFIG, 0, b"abcd")],
-        [_manifest((CONFIG, b"abc")), _chunk("lorica.json", 0, b"abc")],
+        [_manifest((CONFIG, b"abc")), _chunk("loramux.json", 0, b"abc")],
         [_manifest((CONFIG, b"abc")), _chunk(CONFIG, 0, b"ab")],
         [_manifest((CONFIG, b"abc")), _chunk(CONFIG, 0, b"xyz")],
         [_manifest((CONFIG, b"abc")), adapters_pb2.DownloadAdapterResponse()],
@@ -264,14 +264,14 @@ def test_a_cut_between_two_renames_leaves_no_adapter(tmp_path: Path) -> None:
 
 
 def test_what_the_replaced_adapter_had_beside_it_goes(tmp_path: Path) -> None:
-    _pull(tmp_path, (CONFIG, b"old"), (WEIGHTS, b"old"), ("lorica.json", b"old"))
+    _pull(tmp_path, (CONFIG, b"old"), (WEIGHTS, b"old"), ("loramux.json", b"old"))
     (tmp_path / "README.md").write_text("the user's own")
     _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, b"new"), overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
 
 
 def test_a_lone_optional_file_is_not_replaced_unasked(tmp_path: Path) -> None:
-    (tmp_path / "lorica.json").write_text("the user's own")
-    with pytest.raises(LocalFilesError, match=r"already holds lorica\.json"):
+    (tmp_path / "loramux.json").write_text("the user's own")
+    with pytest.raises(LocalFilesError, match=r"already holds loramux\.json"):
         _pull(tmp_path, (CONFIG, b"new"), (WEIGHTS, b"new"))
-    assert (tmp_path / "lorica.json").read_text() == "the user's own"
+    assert (tmp_path / "loramux.json").read_text() == "the user's own"

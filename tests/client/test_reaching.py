@@ -14,13 +14,13 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from lorica import AsyncClient, Client
-from lorica.channel import channel_options, find_proxy
-from lorica.cli import connecting
-from lorica.cli.main import app
-from lorica.errors import ClientClosed, InvalidArgument, LoricaError, Unavailable
-from lorica.retry import NO_RETRY
-from lorica.unreachable import explain_too_large, explain_transport
+from loramux import AsyncClient, Client
+from loramux.channel import channel_options, find_proxy
+from loramux.cli import connecting
+from loramux.cli.main import app
+from loramux.errors import ClientClosed, InvalidArgument, LoramuxError, Unavailable
+from loramux.retry import NO_RETRY
+from loramux.unreachable import explain_too_large, explain_transport
 from support.fake_service import FakeServer, serve_fake
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
@@ -147,7 +147,7 @@ def test_a_closed_client_says_so(fake: FakeServer, tmp_path: Path, adapter_dir: 
 
     with pytest.raises(ClientClosed):
         asyncio.run(ask())
-    assert issubclass(ClientClosed, LoricaError)
+    assert issubclass(ClientClosed, LoramuxError)
 
 
 def test_streams_are_generators_to_type_checkers() -> None:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from lorica.terminal import output
-from lorica.terminal.failures import ExitCode, Failure
-from lorica.terminal.training_bar import COLUMN, TrainingBar
-from lorica_trainer.data import DataReport
+from loramux.terminal import output
+from loramux.terminal.failures import ExitCode, Failure
+from loramux.terminal.training_bar import COLUMN, TrainingBar
+from loramux_trainer.data import DataReport
 
 
 def _shown(bar: Progress) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lorica import Client
-from lorica.local_server import LocalServer
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_adapters.formats import registry as formats
-from lorica_adapters.formats.limits import ReadLimits
+from loramux import Client
+from loramux.local_server import LocalServer
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.formats import registry as formats
+from loramux_adapters.formats.limits import ReadLimits
 from support.checkpoints import make_adapter_for
 from support.stores import TENANT, manifest_of, quick_store
 from support.tiny import load_tiny

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from lorica.cli.main import app
-from lorica.local_server import LocalServer
-from lorica.terminal.failures import ExitCode
-from lorica_adapters.embedded.tiny import tiny_path
+from loramux.cli.main import app
+from loramux.local_server import LocalServer
+from loramux.terminal.failures import ExitCode
+from loramux_adapters.embedded.tiny import tiny_path
 
 
 @pytest.fixture(scope="module")
@@ -54,43 +54,43 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_an_adapters_life(server: LocalServer, adapter: Path, tmp_path: Path) -> None:
-    def lorica(*arguments: str) -> Result:
+    def loramux(*arguments: str) -> Result:
         return CliRunner().invoke(app, [*arguments, "--address", server.address])
 
     def generate(*arguments: str) -> str:
-        result = lorica("generate", "--chat", "-t", "0", "-m", "12", "lantern", *arguments)
+        result = loramux("generate", "--chat", "-t", "0", "-m", "12", "lantern", *arguments)
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    assert lorica("health").exit_code == 0
+    assert loramux("health").exit_code == 0
     plain = generate()
-    missing = lorica("generate", "x", "--adapter", "noisy")
+    missing = loramux("generate", "x", "--adapter", "noisy")
     assert missing.exit_code == ExitCode.NOT_FOUND
 
-    pushed = lorica("adapters", "push", str(adapter), "--json")
+    pushed = loramux("adapters", "push", str(adapter), "--json")
     assert pushed.exit_code == 0, pushed.output
     assert json.loads(pushed.stdout)["created"] is True
     with_adapter = generate("--adapter", "noisy")
     assert with_adapter != plain
     assert generate() == plain
 
-    assert lorica("adapters", "alias", "noisy", "prod").exit_code == 0
+    assert loramux("adapters", "alias", "noisy", "prod").exit_code == 0
     assert generate("--adapter", "prod") == with_adapter
-    listed = json.loads(lorica("adapters", "ls", "--json").stdout)
+    listed = json.loads(loramux("adapters", "ls", "--json").stdout)
     assert [(entry["name"], entry["aliases"], entry["max_rank"]) for entry in listed] == [("noisy", ["prod"], 4)]
 
-    materialised = lorica("adapters", "materialise", "noisy")
+    materialised = loramux("adapters", "materialise", "noisy")
     assert "materialised ready" in materialised.stdout, materialised.output
     assert generate("--adapter", "noisy") == with_adapter
-    assert "materialised none" in lorica("adapters", "materialise", "noisy", "--off").stdout
+    assert "materialised none" in loramux("adapters", "materialise", "noisy", "--off").stdout
 
-    assert lorica("adapters", "verify", "noisy", "--against", str(adapter)).exit_code == 0
-    assert lorica("adapters", "pull", "prod", str(tmp_path / "back")).exit_code == 0
+    assert loramux("adapters", "verify", "noisy", "--against", str(adapter)).exit_code == 0
+    assert loramux("adapters", "pull", "prod", str(tmp_path / "back")).exit_code == 0
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "back" / file).read_bytes() == (adapter / file).read_bytes()
 
-    assert lorica("adapters", "rm", "noisy").exit_code == 0
-    assert lorica("generate", "x", "--adapter", "prod").exit_code == ExitCode.NOT_FOUND
+    assert loramux("adapters", "rm", "noisy").exit_code == 0
+    assert loramux("generate", "x", "--adapter", "prod").exit_code == ExitCode.NOT_FOUND
 
 
 def test_a_refused_adapter_says_why(server: LocalServer, adapter: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_small_bench_measures_engine_server_and_peer(tmp_path: Path) -> None
 def test_a_terminated_bench_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     arguments = ["-w", "mixed-tiny", "--driver", "grpc", "--driver", "peft", "--rounds", "100000", "--threads", "1"]
     bench = subprocess.Popen(
-        [sys.executable, "-m", "lorica.cli.main", "bench", *arguments, "--cache", str(tmp_path / "cache")],
+        [sys.executable, "-m", "loramux.cli.main", "bench", *arguments, "--cache", str(tmp_path / "cache")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -145,4 +145,4 @@ def test_a_terminated_bench_leaves_no_process_and_no_file(tmp_path: Path) -> Non
     assert bench.returncode == ExitCode.INTERRUPTED
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
-    assert not list(tmp_path.glob("lorica-bench-*"))
+    assert not list(tmp_path.glob("loramux-bench-*"))

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from lorica import Client, errors
-from lorica.retry import NO_RETRY
-from lorica.terminal.failures import ExitCode
+from loramux import Client, errors
+from loramux.retry import NO_RETRY
+from loramux.terminal.failures import ExitCode
 
 pytestmark = pytest.mark.slow
 
 
 def start_demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "lorica.cli.main", "demo", *arguments],
+        [sys.executable, "-m", "loramux.cli.main", "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -53,7 +53,7 @@ def test_one_task_from_training_to_table(tmp_path: Path) -> None:
     assert "passed: every adapter" in stdout
     address = stdout.partition("serving at ")[2].split()[0]
     assert not is_reachable(address)
-    assert not list(tmp_path.glob("lorica-demo-*"))
+    assert not list(tmp_path.glob("loramux-demo-*"))
 
 
 def test_terminated_while_serving_it_takes_everything_with_it(tmp_path: Path) -> None:
@@ -73,4 +73,4 @@ def test_terminated_while_serving_it_takes_everything_with_it(tmp_path: Path) ->
     while is_reachable(address) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_reachable(address)
-    assert not list(tmp_path.glob("lorica-demo-*"))
+    assert not list(tmp_path.glob("loramux-demo-*"))

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from lorica import Client, upload
-from lorica.errors import LoricaError, NotFound, Unavailable
-from lorica.retry import NO_RETRY
-from lorica.types import TransferProgress
-from lorica_adapters.formats import registry as formats
-from lorica_adapters.formats.limits import ReadLimits
+from loramux import Client, upload
+from loramux.errors import LoramuxError, NotFound, Unavailable
+from loramux.retry import NO_RETRY
+from loramux.types import TransferProgress
+from loramux_adapters.formats import registry as formats
+from loramux_adapters.formats.limits import ReadLimits
 from support.tiny import load_tiny
 from support.tiny_adapters import tiny_files, write_files
 
@@ -204,12 +204,12 @@ def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
     ]
     house = House(uploaders, digests)
     server = Server(tmp_path / "data")
-    unexpected: list[LoricaError] = []
+    unexpected: list[LoramuxError] = []
 
     def work(uploader: Uploader, client: Client, stop: threading.Event, committing: threading.Event) -> None:
         try:
             uploader.run(client, stop, committing)
-        except LoricaError as error:
+        except LoramuxError as error:
             unexpected.append(error)
 
     try:

@@ -11,9 +11,9 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from lorica import Client
-from lorica.local_server import LocalServer
-from lorica.types import MaterialisedState
+from loramux import Client
+from loramux.local_server import LocalServer
+from loramux.types import MaterialisedState
 from support.live import ask, cpu_seconds, metric, scrape, until, until_idle
 
 OPENMETRICS = "application/openmetrics-text"
@@ -23,8 +23,8 @@ OTHER = 1  # series for all the rest
 
 def _held(server: LocalServer) -> tuple[float, float, float]:
     """Adapters in slots, adapters in host memory, dense copies."""
-    tiers = metric(server, "lorica_adapters")
-    return tiers[("resident",)], tiers[("loaded",)], metric(server, "lorica_materialised_sets")[()]
+    tiers = metric(server, "loramux_adapters")
+    return tiers[("resident",)], tiers[("loaded",)], metric(server, "loramux_materialised_sets")[()]
 
 
 def _materialise(client: Client, name: str) -> None:
@@ -60,16 +60,21 @@ def test_row_45_a_thousand_adapters_and_a_bounded_number_of_series(
         for future in busy:
             future.result(60)
     assert max(text_seconds, open_seconds) < 1.0
-    assert {"lorica_requests", "lorica_adapters", "lorica_step_seconds", "lorica_lora_requests_info"} <= opened.keys()
+    assert {
+        "loramux_requests",
+        "loramux_adapters",
+        "loramux_step_seconds",
+        "loramux_lora_requests_info",
+    } <= opened.keys()
     for families in (text, opened):
         assert sum(len(family.samples) for family in families.values()) < 800
-        for name in ("lorica_adapter_requests", "lorica_adapter_completion_tokens"):
+        for name in ("loramux_adapter_requests", "loramux_adapter_completion_tokens"):
             assert 2 <= len(families[name].samples) <= PER_ADAPTER + OTHER
-        assert len(families["lorica_lora_requests_info"].samples) == 1
+        assert len(families["loramux_lora_requests_info"].samples) == 1
         for family in families.values():
             assert family.documentation
             assert ":" not in family.name
-    counted = sum(sample.value for sample in opened["lorica_adapter_requests"].samples)
+    counted = sum(sample.value for sample in opened["loramux_adapter_requests"].samples)
     assert counted >= len(used)  # those without a series of their own are counted all the same
 
 

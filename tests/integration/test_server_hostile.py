@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from lorica import Client
-from lorica.errors import from_call
-from lorica.local_server import LocalServer
-from lorica_protos.v1 import adapters_pb2_grpc
+from loramux import Client
+from loramux.errors import from_call
+from loramux.local_server import LocalServer
+from loramux_protos.v1 import adapters_pb2_grpc
 from support import hostile
 from support.hostile import Hostile
 from support.live import Peak, ask, cpu_seconds

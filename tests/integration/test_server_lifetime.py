@@ -14,20 +14,20 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lorica import Client
-from lorica.errors import InvalidArgument, LoricaError, Unavailable
-from lorica.local_server import LocalServer, free_ports
-from lorica.retry import NO_RETRY
+from loramux import Client
+from loramux.errors import InvalidArgument, LoramuxError, Unavailable
+from loramux.local_server import LocalServer, free_ports
+from loramux.retry import NO_RETRY
 from support.live import until
 
 OPTIONS = {"dtype": "float32", "kv_bytes": "64MiB", "readiness_seconds": "0.2", "drain_seconds": "20"}
 
 
 def _serve(*flags: str) -> tuple[int, str, float]:
-    """Exit code, output and CPU seconds of a `lorica serve` that ends by itself."""
+    """Exit code, output and CPU seconds of a `loramux serve` that ends by itself."""
     before = os.times()
     done = subprocess.run(
-        [sys.executable, "-m", "lorica.cli.main", "serve", *flags],
+        [sys.executable, "-m", "loramux.cli.main", "serve", *flags],
         capture_output=True,
         text=True,
         timeout=60,
@@ -46,7 +46,7 @@ def test_row_43_a_start_that_cannot_succeed_says_why_at_once(tmp_path: Path) -> 
         data = ["--data-dir", str(tmp_path / "data"), "--metrics-listen", "none"]
         for flags, what, remedy in (
             ([f"--listen=127.0.0.1:{port}", *data], "cannot listen", "--listen"),
-            (["--model", str(tmp_path / "absent"), "--listen=127.0.0.1:0", *data], "no directory", "lorica-tiny"),
+            (["--model", str(tmp_path / "absent"), "--listen=127.0.0.1:0", *data], "no directory", "loramux-tiny"),
             (["--max-running", "0", *data], "at least 1", "raise"),
             (["--device", "cuda:77", "--listen=127.0.0.1:0", *data], "cuda:77", "cuda:0" if _gpus() else "--device"),
         ):
@@ -67,7 +67,7 @@ def test_rows_09_42_44_a_small_server_from_its_start_to_its_drain(tmp_path: Path
     address = f"127.0.0.1:{port}"
     options = {**OPTIONS, "kv_bytes": "2MiB", "data_dir": str(tmp_path / "data"), "listen": address}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "lorica.cli.main", "serve", f"--metrics-listen=127.0.0.1:{metrics}", *flags]
+    command = [sys.executable, "-m", "loramux.cli.main", "serve", f"--metrics-listen=127.0.0.1:{metrics}", *flags]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -94,7 +94,7 @@ def test_rows_09_42_44_a_small_server_from_its_start_to_its_drain(tmp_path: Path
 def test_the_process_ends_without_the_interpreters_own_end() -> None:
     """Which takes over a second with torch in it, and would wait for a base that is still being loaded."""
     code = (
-        "import atexit, threading, time\nfrom lorica_server.app import _leave\n"
+        "import atexit, threading, time\nfrom loramux_server.app import _leave\n"
         "atexit.register(print, 'the interpreter ended')\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\nprint('said')\n_leave(3)"
     )
@@ -145,7 +145,7 @@ def test_row_42_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         os.kill(server.pid, signal.SIGTERM)
         time.sleep(0.5)
         os.kill(server.pid, signal.SIGTERM)
-        with pytest.raises(LoricaError):
+        with pytest.raises(LoramuxError):
             for _ in stream:
                 pass
         assert _exit_code(server.pid) == 128 + signal.SIGTERM
@@ -157,7 +157,7 @@ def test_row_24_26_an_upload_survives_the_death_of_client_and_server(
     directory = adapter_dirs["large"]
     options = {**OPTIONS, "data_dir": str(tmp_path / "data")}
     pusher = (
-        "import os, sys, signal, time; from lorica import Client, upload\n"
+        "import os, sys, signal, time; from loramux import Client, upload\n"
         "upload.CHUNK_BYTES = 16384\n"
         "def stop(progress):\n"
         "    if progress.done < 100000: return\n"

@@ -11,18 +11,18 @@ from typing import Any
 import grpc
 import pytest
 
-from lorica import Client
-from lorica.errors import AlreadyExists, InvalidArgument, LoricaError, NotFound
-from lorica.local_server import LocalServer
-from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from loramux import Client
+from loramux.errors import AlreadyExists, InvalidArgument, LoramuxError, NotFound
+from loramux.local_server import LocalServer
+from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from support.live import GREEDY, PROMPT, Answer, Peak, ask, cpu_seconds, is_idle
 from support.raw_requests import raw_request
 from support.servers import details, upload_messages
 from support.tiny_adapters import tiny_files
 
-GENERATE = "/lorica.v1.InferenceService/Generate"
-STREAM = "/lorica.v1.InferenceService/GenerateStream"
-UPLOAD = "/lorica.v1.AdapterService/UploadAdapter"
+GENERATE = "/loramux.v1.InferenceService/Generate"
+STREAM = "/loramux.v1.InferenceService/GenerateStream"
+UPLOAD = "/loramux.v1.AdapterService/UploadAdapter"
 NAN, INF = math.nan, math.inf
 
 
@@ -65,7 +65,7 @@ def test_row_02_too_large_and_unknown(server: LocalServer, client: Client) -> No
         for path, payload, metadata, expected in (
             (GENERATE, large, (), too_much),
             (GENERATE, request, (("x-large", "v" * (64 << 10)),), too_much),
-            ("/lorica.v1.InferenceService/Nope", b"", (), grpc.StatusCode.UNIMPLEMENTED),
+            ("/loramux.v1.InferenceService/Nope", b"", (), grpc.StatusCode.UNIMPLEMENTED),
             ("/no.such.Service/Nope", b"", (), grpc.StatusCode.UNIMPLEMENTED),
         ):
             error = _refused(lambda p=path, d=payload, m=metadata: channel.unary_unary(p)(d, metadata=m, timeout=20))
@@ -215,6 +215,6 @@ def test_a_refusal_is_as_fast_as_it_is_cheap(server: LocalServer, client: Client
     """Of the slowest kind, a prompt over the context: it is tokenised first."""
     used = cpu_seconds(server.pid)
     for _ in range(5):
-        with pytest.raises(LoricaError):
+        with pytest.raises(LoramuxError):
             client.generate("word " * 4000)
     assert cpu_seconds(server.pid) - used < 2.5

@@ -14,11 +14,11 @@ from typing import Any
 import grpc
 import pytest
 
-from lorica import Client
-from lorica.errors import DeadlineExceeded, NotFound, ResourceExhausted
-from lorica.local_server import LocalServer
-from lorica.retry import NO_RETRY
-from lorica_protos.v1 import inference_pb2, inference_pb2_grpc
+from loramux import Client
+from loramux.errors import DeadlineExceeded, NotFound, ResourceExhausted
+from loramux.local_server import LocalServer
+from loramux.retry import NO_RETRY
+from loramux_protos.v1 import inference_pb2, inference_pb2_grpc
 from support.live import GREEDY, PROMPT, Answer, ask, is_idle, metric, until, until_idle
 from support.servers import details
 from support.tiny_adapters import tiny_files, write_files
@@ -27,7 +27,7 @@ LONG = 1500  # tokens: seconds of work, so that whatever ends it earlier is seen
 """Within which blocks and leases are back: a step takes a few milliseconds, a scrape and a busy machine the rest."""
 _LISTENER = """
 import sys
-from lorica import Client
+from loramux import Client
 for part in Client(sys.argv[1]).stream("x", adapter="large", max_tokens=1500, temperature=0.0, ignore_eos=True):
     print("part", flush=True)
 """
@@ -92,8 +92,8 @@ def test_row_18_a_client_that_stops_reading_is_ended_and_holds_up_nobody(server:
     begun = time.monotonic()
     alone = ask(client, "small", 40)
     alone_seconds = time.monotonic() - begun
-    stalled = ("ABORTED", "/lorica.v1.InferenceService/GenerateStream")
-    before = metric(server, "lorica_calls_total").get(stalled, 0)
+    stalled = ("ABORTED", "/loramux.v1.InferenceService/GenerateStream")
+    before = metric(server, "loramux_calls_total").get(stalled, 0)
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     with grpc.insecure_channel(server.address, options=options) as channel:
         stream = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request)
@@ -101,7 +101,7 @@ def test_row_18_a_client_that_stops_reading_is_ended_and_holds_up_nobody(server:
         begun = time.monotonic()
         ask(client, "small", 40).check_equals(alone)
         assert time.monotonic() - begun < 20 * alone_seconds + 10.0  # it shares the steps with seven others
-        until(lambda: metric(server, "lorica_calls_total").get(stalled, 0) > before, "the stalled stream ended", 30)
+        until(lambda: metric(server, "loramux_calls_total").get(stalled, 0) > before, "the stalled stream ended", 30)
         _check_freed(server, client)
         with pytest.raises(grpc.RpcError) as caught:
             for _ in stream:
@@ -171,7 +171,7 @@ def test_row_38_hot_loads_leave_every_other_stream_as_it_was(
     names = ["", *adapter_dirs]
     alone = {name: ask(client, name, 120) for name in names}
     running = {name: pool.submit(ask, client, name, 120) for name in names}
-    loads = metric(server, "lorica_adapter_loads_total")[("ok",)]
+    loads = metric(server, "loramux_adapter_loads_total")[("ok",)]
     pushed = []
     while not all(future.done() for future in running.values()) or len(pushed) < 4:
         name = f"hot-{len(pushed)}"
@@ -180,7 +180,7 @@ def test_row_38_hot_loads_leave_every_other_stream_as_it_was(
         pushed.append((name, ask(client, name, 4)))
     for name, future in running.items():
         future.result().check_equals(alone[name])
-    assert metric(server, "lorica_adapter_loads_total")[("ok",)] >= loads + len(pushed)
+    assert metric(server, "loramux_adapter_loads_total")[("ok",)] >= loads + len(pushed)
     for name, answer in pushed:
         ask(client, name, 4).check_equals(answer)  # what a neighbour of others was is what it is alone
         client.delete(name)

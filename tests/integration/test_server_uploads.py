@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
-from lorica import Client
-from lorica.errors import InvalidArgument
-from lorica.local_server import LocalServer
-from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc
+from loramux import Client
+from loramux.errors import InvalidArgument
+from loramux.local_server import LocalServer
+from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc
 from support.live import PROMPT, until
 from support.servers import details, upload_messages
 from support.tiny_adapters import CONFIG, WEIGHTS, tiny_files, write_files
@@ -159,7 +159,7 @@ def _lies() -> dict[str, tuple[Iterable[Message], str]]:
         "an empty message": ([begin, Message(), *chunks, commit], "step"),
         "an empty chunk": ([begin, _chunk(WEIGHTS, 0, b""), *chunks, commit], "chunk.data"),
         "a chunk over a mebibyte": ([begin, *_large_chunk(), commit], "chunk.data"),
-        "a file that was not announced": ([begin, _chunk("lorica.json", 0, b"{}"), *chunks, commit], "file"),
+        "a file that was not announced": ([begin, _chunk("loramux.json", 0, b"{}"), *chunks, commit], "file"),
         "a bad upload id": (_messages("../up"), "begin.upload_id"),
         "nothing": ([], "commit"),
     }

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorica import Client
-from lorica.errors import FailedPrecondition
-from lorica.local_server import LocalServer
-from lorica_adapters.embedded.tiny import tiny_path
+from loramux import Client
+from loramux.errors import FailedPrecondition
+from loramux.local_server import LocalServer
+from loramux_adapters.embedded.tiny import tiny_path
 from support.live import ask, metric, until
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_wishes_outlive_a_restart_and_follow_their_name(tmp_path: Path, adapter_
         alone = ask(client, "hot")
     with started(tmp_path) as (server, client):
         until_fulfilled(client, "hot")
-        asked = metric(server, "lorica_adapter_requests_total")
+        asked = metric(server, "loramux_adapter_requests_total")
         assert sum(asked.values()) == asked[("base",)]  # for the warm-up: nobody asked for an adapter
         assert client.adapter("plain").residency.tier == "registered"
         ask(client, "hot").check_equals(alone)
@@ -68,7 +68,7 @@ def test_wishes_outlive_a_restart_and_follow_their_name(tmp_path: Path, adapter_
 
 @pytest.fixture
 def other_base(tmp_path: Path) -> Path:
-    """lorica-tiny but for one weight matrix: every shape is the same."""
+    """loramux-tiny but for one weight matrix: every shape is the same."""
     directory = tmp_path / "tiny-too"
     shutil.copytree(tiny_path(), directory)
     weights = load_file(directory / "model.safetensors")

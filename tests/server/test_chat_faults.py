@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_server.chat_faults import _MOST_MESSAGES, ChatRefused, find_fault
-from lorica_server.text import TextCodec
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_server.chat_faults import _MOST_MESSAGES, ChatRefused, find_fault
+from loramux_server.text import TextCodec
 from support.tokenizers import write_byte_level
 
 TEXT = {"role": "user", "content": "hi"}

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lorica.cli.main import app
-from lorica.terminal.failures import ExitCode
-from lorica_adapters.store.lock import DirectoryLock
-from lorica_adapters.threads import limit_spinning
-from lorica_server.config import ServeConfig, defaults, groups, options, resolve_config
-from lorica_server.errors import ConfigInvalid, StartError
-from lorica_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
+from loramux.cli.main import app
+from loramux.terminal.failures import ExitCode
+from loramux_adapters.store.lock import DirectoryLock
+from loramux_adapters.threads import limit_spinning
+from loramux_server.config import ServeConfig, defaults, groups, options, resolve_config
+from loramux_server.errors import ConfigInvalid, StartError
+from loramux_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
 from support.hub_cache import cache_tiny
 
 
@@ -27,7 +27,7 @@ def test_layers_override_in_order_and_keep_their_origin(tmp_path: Path) -> None:
     file.write_text("max_running: 8\nmax_queued: 9\nkv_bytes: 64MiB\ndrain_seconds: 5\n")
     resolved = resolve_config(
         file=file,
-        environ={"LORICA_MAX_QUEUED": "10", "LORICA_DRAIN_SECONDS": "6", "LORICA_DETERMINISTIC": "true"},
+        environ={"LORAMUX_MAX_QUEUED": "10", "LORAMUX_DRAIN_SECONDS": "6", "LORAMUX_DETERMINISTIC": "true"},
         flags={"drain_seconds": 7, "max_rank": None},
     )
     config = resolved.config
@@ -35,7 +35,7 @@ def test_layers_override_in_order_and_keep_their_origin(tmp_path: Path) -> None:
     assert (config.drain_seconds, config.deterministic) == (7.0, True)
     assert config.max_rank == defaults()["max_rank"]
     assert resolved.origins["max_running"] == f"file {file}"
-    assert resolved.origins["max_queued"] == "env LORICA_MAX_QUEUED"
+    assert resolved.origins["max_queued"] == "env LORAMUX_MAX_QUEUED"
     assert resolved.origins["drain_seconds"] == "flag --drain-seconds"
     assert resolved.origins["max_rank"] == "default"
 
@@ -43,7 +43,7 @@ def test_layers_override_in_order_and_keep_their_origin(tmp_path: Path) -> None:
 def test_the_environment_may_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("max_running: 3\n")
-    assert resolve_config(environ={"LORICA_CONFIG": str(file)}).config.max_running == 3
+    assert resolve_config(environ={"LORAMUX_CONFIG": str(file)}).config.max_running == 3
 
 
 def test_every_option_is_declared_and_its_default_is_within_its_own_bounds() -> None:
@@ -104,13 +104,17 @@ def test_every_wrong_option_is_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("max_runing: 1\nmax_rank: 0\n")
     with pytest.raises(ConfigInvalid) as caught:
-        resolve_config(file=file, environ={"LORICA_DTYPE": "int4"}, flags={"max_queued": "many"})
+        resolve_config(file=file, environ={"LORAMUX_DTYPE": "int4"}, flags={"max_queued": "many"})
     first, *lines = str(caught.value).splitlines()
     assert first == "4 options are wrong:"
     for line, words in zip(
         lines,
-        (("max_runing", "did you mean 'max_running'?"), ("max_rank = 0", "at least 1"), ("env LORICA_DTYPE", "float32"),
-         ("flag --max-queued", "digits only")),
+        (
+            ("max_runing", "did you mean 'max_running'?"),
+            ("max_rank = 0", "at least 1"),
+            ("env LORAMUX_DTYPE", "float32"),
+            ("flag --max-queued", "digits only"),
+        ),
         strict=True,
     ):  # fmt: skip
         assert all(word in line for word in words)
@@ -154,10 +158,10 @@ def test_help_lists_every_option_under_a_heading() -> None:
 
 def test_an_app_that_is_embedded_limits_spinning_too() -> None:
     script = (
-        "import os, sys, types, lorica_server.app as app\n"
+        "import os, sys, types, loramux_server.app as app\n"
         "os.environ.pop('GOMP_SPINCOUNT', None)\n"
         "assemble = lambda config, hooks, lock: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
-        "sys.modules['lorica_server.assembly'] = types.SimpleNamespace(assemble=assemble)\n"
+        "sys.modules['loramux_server.assembly'] = types.SimpleNamespace(assemble=assemble)\n"
         "app.build_engine(None, None)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
@@ -196,7 +200,7 @@ def test_row_43_no_model(tmp_path: Path) -> None:
             check_model(model, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     cache_tiny(tmp_path / "hub", "org/name")
     check_model("org/name", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
-    check_model("lorica-tiny", {})
+    check_model("loramux-tiny", {})
 
 
 def test_row_43_no_gpu_where_one_is_asked_for() -> None:
@@ -212,7 +216,7 @@ def test_row_43_data_dir_that_cannot_be(tmp_path: Path) -> None:
 
 def test_row_43_a_data_dir_of_another_server_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path)
-    command = [sys.executable, "-X", "importtime", "-m", "lorica.cli.main", "serve", "--data-dir", str(tmp_path)]
+    command = [sys.executable, "-X", "importtime", "-m", "loramux.cli.main", "serve", "--data-dir", str(tmp_path)]
     try:
         other = subprocess.run(
             [*command, "--listen", "127.0.0.1:0", "--metrics-listen", "none"],
@@ -230,7 +234,7 @@ def test_row_43_a_data_dir_of_another_server_is_refused_before_anything_is_loade
     imported = {
         line.rpartition("|")[2].strip() for line in other.stderr.splitlines() if line.startswith("import time:")
     }
-    assert "lorica_server.app" in imported
+    assert "loramux_server.app" in imported
     assert "torch" not in imported
 
 
@@ -242,7 +246,8 @@ def test_a_start_that_can_succeed_passes(tmp_path: Path) -> None:
 
 def test_configuration_and_preflight_import_no_torch() -> None:
     script = (
-        "import sys, lorica_server.preflight; print([m for m in ('torch', 'grpc', 'transformers') if m in sys.modules])"
+        "import sys, loramux_server.preflight as _\n"
+        "print([m for m in ('torch', 'grpc', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from lorica_adapters import errors as adapter_errors
-from lorica_server import errors
-from lorica_server.errors import Code, error_table, failure_of, get_verdict
-from lorica_server.requests import RequestFailure
+from loramux_adapters import errors as adapter_errors
+from loramux_server import errors
+from loramux_server.errors import Code, error_table, failure_of, get_verdict
+from loramux_server.requests import RequestFailure
 
 
 def _family(root: type[Exception]) -> list[type[Exception]]:
@@ -30,7 +30,7 @@ def test_every_adapter_error_has_a_row_of_its_own() -> None:
 def test_every_server_error_that_reaches_a_client_has_a_row() -> None:
     never_told = {"StartError", "ConfigInvalid", "RequestFailed", "Retryable"}
     rows = error_table()
-    missing = {cls.__name__ for cls in _family(errors.LoricaError)} - set(rows) - never_told
+    missing = {cls.__name__ for cls in _family(errors.LoramuxError)} - set(rows) - never_told
     assert missing == set()
 
 
@@ -71,6 +71,6 @@ def test_a_load_error_keeps_its_reason_and_a_bug_tells_nothing() -> None:
 
 
 def test_errors_import_neither_torch_nor_grpc() -> None:
-    script = "import sys, lorica_server.errors; print([m for m in ('torch', 'grpc', 'google') if m in sys.modules])"
+    script = "import sys, loramux_server.errors; print([m for m in ('torch', 'grpc', 'google') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.strip() == "[]"

@@ -10,10 +10,10 @@ from sqlite3 import connect
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterIncompatible, AdapterNotFound
-from lorica_adapters.spec import AdapterSpec
-from lorica_adapters.store.local import LocalStore
-from lorica_server.loading import AdapterLoader
+from loramux_adapters.errors import AdapterCorrupt, AdapterIncompatible, AdapterNotFound
+from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store.local import LocalStore
+from loramux_server.loading import AdapterLoader
 from support.stores import BASE, MODEL, OTHER_BASE, TENANT, content, digest_of, put, quick_store, spec_of, stage
 
 FILES = content("one")
@@ -114,7 +114,7 @@ def test_first_files_that_declare_another_base_serve_once_their_content_is_accep
 ) -> None:
     """The bytes of the first upload stay, whatever the files of a later one say beside the same tensors."""
     put(store, "a", FILES, base=OTHER_BASE)
-    put(store, "a", {**FILES, "lorica.json": b"{}"})
+    put(store, "a", {**FILES, "loramux.json": b"{}"})
     assert load(declares=OTHER_BASE).spec.digest == DIGEST
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import (
+from loramux_adapters.errors import (
     AdapterCorrupt,
     AdapterIncompatible,
     AdapterInvalid,
@@ -16,9 +16,9 @@ from lorica_adapters.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from lorica_adapters.spec import AdapterSpec
-from lorica_adapters.store.records import AdapterUpdate, Health, Quotas
-from lorica_server.registry import Registry, split_reference
+from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store.records import AdapterUpdate, Health, Quotas
+from loramux_server.registry import Registry, split_reference
 from support.stores import (
     BASE,
     CONFIG,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound, StoreUnavailable
-from lorica_adapters.store.records import AdapterUpdate, Quotas, Wishes
-from lorica_server.registry import Registry
+from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
+from loramux_adapters.store.records import AdapterUpdate, Quotas, Wishes
+from loramux_server.registry import Registry
 from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_spec
 
 pytestmark = pytest.mark.asyncio

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lorica import Client
-from lorica.local_server import free_ports
+from loramux import Client
+from loramux.local_server import free_ports
 
 _SCRIPT = """
 import functools, signal, sys
 from pathlib import Path
-import lorica_server.app as app
-from lorica_server.errors import StartError
+import loramux_server.app as app
+from loramux_server.errors import StartError
 from support.servers import Inside, serve_config
 if "nohup" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

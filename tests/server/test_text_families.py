@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 
-from lorica_adapters.tokenization import PromptTokenizer
-from lorica_server.engine.detokenize import ChoiceText
-from lorica_server.requests import FinishReason, StopConditions, TokenEvent
-from lorica_server.text import TextCodec
+from loramux_adapters.tokenization import PromptTokenizer
+from loramux_server.engine.detokenize import ChoiceText
+from loramux_server.requests import FinishReason, StopConditions, TokenEvent
+from loramux_server.text import TextCodec
 from support.tokenizers import FAMILIES, make_family
 
 BOS, EOS = 1, 2

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorica_adapters.fingerprint import rounded_hashes
-from lorica_adapters.formats.registry import ALLOWED_FILES
-from lorica_adapters.spec import BaseModelSpec, ModuleSpec, ParameterSpec
+from loramux_adapters.fingerprint import rounded_hashes
+from loramux_adapters.formats.registry import ALLOWED_FILES
+from loramux_adapters.spec import BaseModelSpec, ModuleSpec, ParameterSpec
 
 CONFIG, WEIGHTS = ALLOWED_FILES[:2]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lorica_adapters.base import load_base
-from lorica_adapters.frozen import Layouts, supports_packed
-from lorica_server.requests import SamplingParams
+from loramux_adapters.base import load_base
+from loramux_adapters.frozen import Layouts, supports_packed
+from loramux_server.requests import SamplingParams
 from support.against_peft import prompts
 from support.model_engine import ModelEngine
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Quotas
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import Quotas
 from support.stores import BASE, TENANT, SteppedDisk, content, manifest_of, send, spec_of
 
 NAMES = ("a", "b", "c")

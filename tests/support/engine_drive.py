@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from lorica_server.engine.execution import run_contained
-from lorica_server.engine.limits import EngineLimits
-from lorica_server.engine.plan import StepPlan
-from lorica_server.engine.scheduler import Scheduler
-from lorica_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
+from loramux_server.engine.execution import run_contained
+from loramux_server.engine.limits import EngineLimits
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
 from support.fake_pool import FakePool
 from support.fake_runner import FakeRunner, solo
 

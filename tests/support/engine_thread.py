@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from lorica_server.engine.client import EngineClient
-from lorica_server.engine.engine import Engine
-from lorica_server.engine.limits import EngineLimits
-from lorica_server.engine.mailbox import Mailbox
-from lorica_server.engine.scheduler import Scheduler
-from lorica_server.engine.stats import StepStats
+from loramux_server.engine.client import EngineClient
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.limits import EngineLimits
+from loramux_server.engine.mailbox import Mailbox
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.stats import StepStats
 from support.engine_drive import limits
 from support.fake_pool import FakePool
 from support.fake_runner import FakeRunner

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from lorica_adapters.apply.inject import inject
-from lorica_adapters.base import BaseRefused, load_base
-from lorica_adapters.guard.exactness import ask_untouched
-from lorica_adapters.guard.examine import examine, refusals_of
-from lorica_adapters.guard.products import own_products
-from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_server.model.cache import PagedCache
-from lorica_server.model.decode_attention import attend_rows
-from lorica_server.model.guard import self_check
+from loramux_adapters.apply.inject import inject
+from loramux_adapters.base import BaseRefused, load_base
+from loramux_adapters.guard.exactness import ask_untouched
+from loramux_adapters.guard.examine import examine, refusals_of
+from loramux_adapters.guard.products import own_products
+from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_server.model.cache import PagedCache
+from loramux_server.model.decode_attention import attend_rows
+from loramux_server.model.guard import self_check
 from support.model_engine import ModelEngine
 
 LENGTHS = (5, 40, 90, 130)

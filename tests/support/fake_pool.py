@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorica_adapters.errors import AdapterError
+from loramux_adapters.errors import AdapterError
 
 
 class FakeLease:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
-from lorica_server.engine.plan import Chunk, Sampled, StepPlan, StepResult
-from lorica_server.requests import FinishReason, RequestFailure, SamplingParams, Submission, TokenLogprob
+from loramux_server.engine.plan import Chunk, Sampled, StepPlan, StepResult
+from loramux_server.requests import FinishReason, RequestFailure, SamplingParams, Submission, TokenLogprob
 
 VOCABULARY = 64
 

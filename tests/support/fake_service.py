@@ -1,4 +1,4 @@
-"""A Lorica server of a few dozen lines for the client's tests: adapters in a dict, answers by echo.
+"""A Loramux server of a few dozen lines for the client's tests: adapters in a dict, answers by echo.
 
 Keeps the protocol's promises that a client relies on (resume, commit, rich errors) and can be told to break them.
 """
@@ -20,7 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from lorica_protos.v1 import (
+from loramux_protos.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
     common_pb2,
@@ -96,7 +96,7 @@ def _enter(state: State, context: grpc.ServicerContext) -> None:
             context,
             grpc.StatusCode.UNAVAILABLE,
             "the server is not ready",
-            error_details_pb2.ErrorInfo(reason=state.faults.unavailable_reason, domain="lorica"),
+            error_details_pb2.ErrorInfo(reason=state.faults.unavailable_reason, domain="loramux"),
             error_details_pb2.RetryInfo(retry_delay=delay),
         )
 
@@ -106,7 +106,7 @@ def _no_adapter(context: grpc.ServicerContext, name: str) -> NoReturn:
         context,
         grpc.StatusCode.NOT_FOUND,
         f"no adapter {name!r}",
-        error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND", domain="lorica"),
+        error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND", domain="loramux"),
         error_details_pb2.ResourceInfo(resource_type="adapter", resource_name=name),
     )
 
@@ -129,7 +129,7 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"sampling.n: must be at most {MAX_CHOICES}",
                 error_details_pb2.ErrorInfo(
-                    reason="INVALID_REQUEST", domain="lorica", metadata={"max_choices": str(MAX_CHOICES)}
+                    reason="INVALID_REQUEST", domain="loramux", metadata={"max_choices": str(MAX_CHOICES)}
                 ),
                 error_details_pb2.BadRequest(field_violations=[violation]),
             )

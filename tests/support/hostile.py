@@ -172,7 +172,7 @@ def foreign(fingerprint: str) -> Iterator[Hostile]:
     rank = {name: torch.zeros(600, 256) if "lora_A" in name else torch.zeros(256, 600) for name in tensors}
     cases = {
         "another base, declared": (
-            made(config, save(tensors, metadata={"lorica_base_fingerprint": other})), "lorica_base_fingerprint",
+            made(config, save(tensors, metadata={"loramux_base_fingerprint": other})), "loramux_base_fingerprint",
         ),
         "another width": (made(config, with_tensors(**{FIRST: torch.zeros(4, 512)})), FIRST),
         "another B": (made(config, with_tensors(**{b_name: torch.zeros(128, 4)})), b_name),

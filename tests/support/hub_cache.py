@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from lorica_adapters.embedded.tiny import tiny_path
+from loramux_adapters.embedded.tiny import tiny_path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lorica_adapters.kernels import invariant
-from lorica_adapters.kernels.protocol import Segment
-from lorica_adapters.kernels.reference import ReferenceKernels
+from loramux_adapters.kernels import invariant
+from loramux_adapters.kernels.protocol import Segment
+from loramux_adapters.kernels.reference import ReferenceKernels
 
 SHAPES = ((128, 192), (384, 128), (256, 1), (8, 320), (768, 2304))
 COUNTS = (1, 2, 7, 8, 31, 32, 33, 70)

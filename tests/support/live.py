@@ -1,4 +1,4 @@
-"""Asking a running `lorica serve`: answers that can be compared, metrics, and the moment when nothing is held."""
+"""Asking a running `loramux serve`: answers that can be compared, metrics, and the moment when nothing is held."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorica import Client
-from lorica.local_server import LocalServer
-from lorica.types import GenerateOptions
+from loramux import Client
+from loramux.local_server import LocalServer
+from loramux.types import GenerateOptions
 
 PROMPT = "The capital of"
 GREEDY: GenerateOptions = {"temperature": 0.0, "seed": 1, "ignore_eos": True}
@@ -67,8 +67,8 @@ def metric(server: LocalServer, name: str) -> dict[tuple[str, ...], float]:
 
 def is_idle(server: LocalServer) -> bool:
     """Whether no request runs or waits and no KV block is held."""
-    held = metric(server, "lorica_requests_running")[()] + metric(server, "lorica_kv_used_ratio")[()]
-    return held + sum(metric(server, "lorica_requests_waiting").values()) == 0
+    held = metric(server, "loramux_requests_running")[()] + metric(server, "loramux_kv_used_ratio")[()]
+    return held + sum(metric(server, "loramux_requests_waiting").values()) == 0
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:

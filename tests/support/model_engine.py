@@ -11,28 +11,28 @@ from typing import Any
 
 import torch
 
-from lorica_adapters.apply.batch import AdapterBatch
-from lorica_adapters.apply.inject import inject
-from lorica_adapters.apply.slots import SlotTensors
-from lorica_adapters.base import LoadedBase
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.registry import read
-from lorica_adapters.frozen import Layouts
-from lorica_adapters.guard.examine import examine
-from lorica_adapters.kernels.select import select_kernels
-from lorica_adapters.residency.host import HostCache
-from lorica_adapters.residency.pool import AdapterPool
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.weights import AdapterWeights
-from lorica_server.engine.execution import run_contained
-from lorica_server.engine.limits import EngineLimits
-from lorica_server.engine.plan import StepPlan
-from lorica_server.engine.scheduler import Scheduler
-from lorica_server.model.cache import PagedCache
-from lorica_server.model.forward_batch import ForwardBatch
-from lorica_server.model.runner import ModelRunner, RunnerConfig
-from lorica_server.model.weight_sets import WeightSets
-from lorica_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
+from loramux_adapters.apply.batch import AdapterBatch
+from loramux_adapters.apply.inject import inject
+from loramux_adapters.apply.slots import SlotTensors
+from loramux_adapters.base import LoadedBase
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import read
+from loramux_adapters.frozen import Layouts
+from loramux_adapters.guard.examine import examine
+from loramux_adapters.kernels.select import select_kernels
+from loramux_adapters.residency.host import HostCache
+from loramux_adapters.residency.pool import AdapterPool
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.weights import AdapterWeights
+from loramux_server.engine.execution import run_contained
+from loramux_server.engine.limits import EngineLimits
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.model.cache import PagedCache
+from loramux_server.model.forward_batch import ForwardBatch
+from loramux_server.model.runner import ModelRunner, RunnerConfig
+from loramux_server.model.weight_sets import WeightSets
+from loramux_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
 from support.adapters import files_of
 
 

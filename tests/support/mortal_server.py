@@ -12,10 +12,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorica_adapters.formats import registry as formats
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.spec import AdapterSpec, BaseModelSpec
-from lorica_server.app import App
+from loramux_adapters.formats import registry as formats
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.spec import AdapterSpec, BaseModelSpec
+from loramux_server.app import App
 from support.servers import Inside, serve_config
 from support.tiny import load_tiny
 

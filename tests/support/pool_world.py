@@ -7,11 +7,11 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
-from lorica_adapters.residency.host import HostCache
-from lorica_adapters.residency.pool import AdapterPool, Lease
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.residency.tiers import Rows
-from lorica_adapters.spec import AdapterSpec
+from loramux_adapters.residency.host import HostCache
+from loramux_adapters.residency.pool import AdapterPool, Lease
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.residency.tiers import Rows
+from loramux_adapters.spec import AdapterSpec
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorica_protos.v1 import inference_pb2
+from loramux_protos.v1 import inference_pb2
 
 
 def raw_request(text: str, options: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
-    """A request with options of `lorica.types.GenerateOptions`: all but `tools` and `return_token_ids`."""
+    """A request with options of `loramux.types.GenerateOptions`: all but `tools` and `return_token_ids`."""
     request = inference_pb2.GenerateRequest(text=text)
     parts = (request.sampling, request.stopping, request.response, request)
     for name, value in options.items():

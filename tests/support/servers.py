@@ -1,4 +1,4 @@
-"""Servers for tests: a real App over the fake runner in this process, and `lorica serve` as a process.
+"""Servers for tests: a real App over the fake runner in this process, and `loramux serve` as a process.
 
 Both on free ports of 127.0.0.1 with a store of their own.
 """
@@ -18,27 +18,27 @@ from typing import Any
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
-from lorica_adapters.errors import AdapterInvalid
-from lorica_adapters.spec import AdapterSpec, WeightCounts
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.lock import DirectoryLock
-from lorica_adapters.store.records import Quotas, Wishes
-from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-from lorica_server.api.calls import Limits
-from lorica_server.api.gate import Parts
-from lorica_server.api.ports import AdapterState, ModelInfo
-from lorica_server.app import App
-from lorica_server.built import Built, EngineHooks
-from lorica_server.config import ServeConfig, resolve_config
-from lorica_server.engine.client import EngineClient
-from lorica_server.engine.engine import Engine
-from lorica_server.engine.limits import EngineLimits
-from lorica_server.engine.mailbox import Mailbox
-from lorica_server.engine.plan import StepPlan
-from lorica_server.engine.scheduler import Scheduler
-from lorica_server.observe.metrics import AdapterReading
-from lorica_server.registry import ReadAdapter, Registry
-from lorica_server.requests import RequestFailure
+from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.spec import AdapterSpec, WeightCounts
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.lock import DirectoryLock
+from loramux_adapters.store.records import Quotas, Wishes
+from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from loramux_server.api.calls import Limits
+from loramux_server.api.gate import Parts
+from loramux_server.api.ports import AdapterState, ModelInfo
+from loramux_server.app import App
+from loramux_server.built import Built, EngineHooks
+from loramux_server.config import ServeConfig, resolve_config
+from loramux_server.engine.client import EngineClient
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.limits import EngineLimits
+from loramux_server.engine.mailbox import Mailbox
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.observe.metrics import AdapterReading
+from loramux_server.registry import ReadAdapter, Registry
+from loramux_server.requests import RequestFailure
 from support.fake_pool import FakePool
 from support.fake_runner import VOCABULARY, FakeRunner
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from lorica_adapters.spec import AdapterSpec
-from lorica_adapters.store import schema
-from lorica_adapters.store.disk import Disk
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.protocol import AdapterStore
-from lorica_adapters.store.records import FileEntry, Published, Quotas, UploadManifest
+from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store import schema
+from loramux_adapters.store.disk import Disk
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.protocol import AdapterStore
+from loramux_adapters.store.records import FileEntry, Published, Quotas, UploadManifest
 
 TENANT = "default"
 CONFIG = "adapter_config.json"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lorica_adapters.base import LoadedBase, load_base
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_trainer.examples import ExampleEncoder
+from loramux_adapters.base import LoadedBase, load_base
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_trainer.examples import ExampleEncoder
 
 
 def load_tiny() -> LoadedBase:

@@ -1,4 +1,4 @@
-"""LoRA directories for lorica-tiny by the hundred: as PEFT would write them, without PEFT."""
+"""LoRA directories for loramux-tiny by the hundred: as PEFT would write them, without PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from lorica_adapters.embedded.tiny import tiny_path
+from loramux_adapters.embedded.tiny import tiny_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

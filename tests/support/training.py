@@ -2,7 +2,7 @@
 
 import threading
 
-from lorica_trainer.progress import Silent, StepReport
+from loramux_trainer.progress import Silent, StepReport
 
 
 class StopAt(Silent):

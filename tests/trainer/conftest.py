@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorica_adapters.base import LoadedBase
-from lorica_trainer.job import TrainJob, parse_job
+from loramux_adapters.base import LoadedBase
+from loramux_trainer.job import TrainJob, parse_job
 from support.tiny import conversation, load_tiny, tiny_tokenizer, write_jsonl
 
 RECORDS = [{"messages": conversation(f"word{i * 7 % 40}", f"drow{i}{'!' * (i % 9)}")} for i in range(40)]
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
 def make_job(tmp_path: Path) -> Callable[..., TrainJob]:
     """Builds a ten-step job in `tmp_path`; keyword arguments are sections that override its values."""
 
-    def make(output: str = "adapter", model: str = "lorica-tiny", **sections: dict[str, Any]) -> TrainJob:
+    def make(output: str = "adapter", model: str = "loramux-tiny", **sections: dict[str, Any]) -> TrainJob:
         write_jsonl(tmp_path / "train.jsonl", RECORDS)
         values: dict[str, Any] = copy.deepcopy(
             {

@@ -19,16 +19,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from lorica_adapters.apply.trainable import attach
-from lorica_adapters.base import load_base
-from lorica_adapters.guard.examine import examine
-from lorica_trainer.batches import collate
-from lorica_trainer.errors import JobInvalid
-from lorica_trainer.examples import IGNORE, Example
-from lorica_trainer.job import TrainJob
-from lorica_trainer.losses import completion_loss
-from lorica_trainer.run import train
-from lorica_trainer.targets import resolve_targets
+from loramux_adapters.apply.trainable import attach
+from loramux_adapters.base import load_base
+from loramux_adapters.guard.examine import examine
+from loramux_trainer.batches import collate
+from loramux_trainer.errors import JobInvalid
+from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.job import TrainJob
+from loramux_trainer.losses import completion_loss
+from loramux_trainer.run import train
+from loramux_trainer.targets import resolve_targets
 
 SHAPE = {
     "vocab_size": 264,

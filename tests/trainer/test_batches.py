@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_trainer.batches import StepOrder, collate
-from lorica_trainer.examples import IGNORE, Example
+from loramux_trainer.batches import StepOrder, collate
+from loramux_trainer.examples import IGNORE, Example
 
 
 @given(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorica_trainer import checkpoints
-from lorica_trainer.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
-from lorica_trainer.errors import CheckpointInvalid
+from loramux_trainer import checkpoints
+from loramux_trainer.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from loramux_trainer.errors import CheckpointInvalid
 
 
 def _checkpoint(step: int) -> Checkpoint:

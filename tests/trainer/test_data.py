@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from lorica_trainer.data import load_data
-from lorica_trainer.errors import DataInvalid
-from lorica_trainer.examples import IGNORE, Example, ExampleEncoder
-from lorica_trainer.job import DataJob
-from lorica_trainer.records import RecordInvalid, parse_record
+from loramux_trainer.data import load_data
+from loramux_trainer.errors import DataInvalid
+from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
+from loramux_trainer.job import DataJob
+from loramux_trainer.records import RecordInvalid, parse_record
 from support.tiny import conversation, tiny_encoder, write_jsonl
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from lorica_trainer import checkpoints, export, run, space
-from lorica_trainer.errors import JobInvalid, OutputFailed
-from lorica_trainer.export import REPORT
-from lorica_trainer.job import TrainJob
-from lorica_trainer.run import CHECKPOINTS, train
+from loramux_trainer import checkpoints, export, run, space
+from loramux_trainer.errors import JobInvalid, OutputFailed
+from loramux_trainer.export import REPORT
+from loramux_trainer.job import TrainJob
+from loramux_trainer.run import CHECKPOINTS, train
 from support.training import StopAt
 
 JobMaker = Callable[..., TrainJob]

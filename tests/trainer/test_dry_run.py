@@ -1,4 +1,4 @@
-"""`lorica train --check`: what the run would refuse, as far as the base's files and tokenizer tell it."""
+"""`loramux train --check`: what the run would refuse, as far as the base's files and tokenizer tell it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_trainer.data import load_data
-from lorica_trainer.data_check import check_data
-from lorica_trainer.dry_run import check_whole_job
-from lorica_trainer.errors import DataInvalid, JobInvalid, ModelInvalid, SeveralInvalid, TrainerError
-from lorica_trainer.examples import ExampleEncoder
-from lorica_trainer.job import DataJob, TrainJob
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_trainer.data import load_data
+from loramux_trainer.data_check import check_data
+from loramux_trainer.dry_run import check_whole_job
+from loramux_trainer.errors import DataInvalid, JobInvalid, ModelInvalid, SeveralInvalid, TrainerError
+from loramux_trainer.examples import ExampleEncoder
+from loramux_trainer.job import DataJob, TrainJob
 from support.hub_cache import cache_tiny
 from support.tiny import tiny_encoder, write_jsonl
 
@@ -43,7 +43,7 @@ def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_ru
 @pytest.mark.parametrize(
     ("targets", "says"),
     [
-        (["q_prj"], "q_prj names no module of lorica-tiny; its linear maps end in"),
+        (["q_prj"], "q_prj names no module of loramux-tiny; its linear maps end in"),
         (r".*\.z_proj", "matches no module"),
         ("(", "not a regular expression"),
         (["embed_tokens"], "no linear map"),

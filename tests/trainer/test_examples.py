@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lorica_adapters.tokenization import PromptTokenizer
-from lorica_trainer.examples import IGNORE, Example, ExampleEncoder
-from lorica_trainer.records import RecordInvalid, parse_record
+from loramux_adapters.tokenization import PromptTokenizer
+from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
+from loramux_trainer.records import RecordInvalid, parse_record
 from support.tiny import conversation
 from support.tokenizers import FAMILIES, make_family
 

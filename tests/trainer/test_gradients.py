@@ -7,18 +7,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lorica_adapters.apply.trainable import TrainableAdapter, attach
-from lorica_adapters.base import LoadedBase
-from lorica_adapters.bnb import Linear4bit
-from lorica_adapters.errors import AdapterIncompatible
-from lorica_adapters.frozen import Nf4Linear, logical_nf4
-from lorica_trainer.batches import Batch, collate
-from lorica_trainer.errors import JobInvalid
-from lorica_trainer.examples import IGNORE, Example
-from lorica_trainer.losses import completion_loss
-from lorica_trainer.records import parse_record
-from lorica_trainer.run import enable_activation_checkpointing
-from lorica_trainer.targets import resolve_targets
+from loramux_adapters.apply.trainable import TrainableAdapter, attach
+from loramux_adapters.base import LoadedBase
+from loramux_adapters.bnb import Linear4bit
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.frozen import Nf4Linear, logical_nf4
+from loramux_trainer.batches import Batch, collate
+from loramux_trainer.errors import JobInvalid
+from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.losses import completion_loss
+from loramux_trainer.records import parse_record
+from loramux_trainer.run import enable_activation_checkpointing
+from loramux_trainer.targets import resolve_targets
 from support.tiny import conversation, load_tiny, tiny_encoder
 
 TEXTS = (("lantern", "a light"), ("a somewhat longer question", "yes"), ("x", "a long answer to a short question"))

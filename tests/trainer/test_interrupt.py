@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from lorica_trainer.interrupt import stop_on_signals
+from loramux_trainer.interrupt import stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

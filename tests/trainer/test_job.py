@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lorica_trainer.errors import JobInvalid, SeveralInvalid
-from lorica_trainer.job import DataJob, LoopJob, TrainJob, parse_job, read_job
+from loramux_trainer.errors import JobInvalid, SeveralInvalid
+from loramux_trainer.job import DataJob, LoopJob, TrainJob, parse_job, read_job
 
 MINIMAL = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
 

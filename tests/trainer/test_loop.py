@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters.apply.trainable import TrainableAdapter, attach
-from lorica_adapters.base import LoadedBase
-from lorica_trainer.data import DataReport, DataSet
-from lorica_trainer.job import LoopJob
-from lorica_trainer.loop import Loop
-from lorica_trainer.records import parse_record
+from loramux_adapters.apply.trainable import TrainableAdapter, attach
+from loramux_adapters.base import LoadedBase
+from loramux_trainer.data import DataReport, DataSet
+from loramux_trainer.job import LoopJob
+from loramux_trainer.loop import Loop
+from loramux_trainer.records import parse_record
 from support.tiny import conversation, tiny_encoder
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorica_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
-from lorica_trainer.job import TrainJob
-from lorica_trainer.preflight import check_job
+from loramux_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
+from loramux_trainer.job import TrainJob
+from loramux_trainer.preflight import check_job
 from support.tiny import write_jsonl
 
 JobMaker = Callable[..., TrainJob]
@@ -85,6 +85,6 @@ def test_everything_is_told_at_once(make_job: JobMaker, tmp_path: Path) -> None:
 
 
 def test_looking_loads_no_torch() -> None:
-    script = "import sys, lorica_trainer.preflight; print('torch' in sys.modules)"
+    script = "import sys, loramux_trainer.preflight; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lorica_trainer.errors import DataInvalid, Problems, SeveralInvalid
-from lorica_trainer.records import Completion, Conversation, RecordInvalid, parse_record, read_records
+from loramux_trainer.errors import DataInvalid, Problems, SeveralInvalid
+from loramux_trainer.records import Completion, Conversation, RecordInvalid, parse_record, read_records
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}

@@ -17,12 +17,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lorica_adapters.apply.trainable import attach
-from lorica_adapters.base import LoadedBase
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_trainer import run
-from lorica_trainer.checkpoints import list_checkpoints, read_checkpoint
-from lorica_trainer.errors import (
+from loramux_adapters.apply.trainable import attach
+from loramux_adapters.base import LoadedBase
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_trainer import run
+from loramux_trainer.checkpoints import list_checkpoints, read_checkpoint
+from loramux_trainer.errors import (
     BaseChanged,
     CheckpointInvalid,
     DeviceFull,
@@ -32,11 +32,11 @@ from lorica_trainer.errors import (
     ModelInvalid,
     SeveralInvalid,
 )
-from lorica_trainer.export import REPORT
-from lorica_trainer.job import TrainJob
-from lorica_trainer.progress import Silent, StepReport
-from lorica_trainer.run import CHECKPOINTS, train
-from lorica_trainer.targets import resolve_targets
+from loramux_trainer.export import REPORT
+from loramux_trainer.job import TrainJob
+from loramux_trainer.progress import Silent, StepReport
+from loramux_trainer.run import CHECKPOINTS, train
+from loramux_trainer.targets import resolve_targets
 from support.checkpoints import save_checkpoint, wide_model
 from support.tiny import conversation, load_tiny, tiny_tokenizer
 from support.training import StopAt
@@ -58,7 +58,7 @@ def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: L
     assert report["job"]["lora"]["rank"] == 4
     assert len(report["history"]) == 30
     with safe_open(job.output / WEIGHTS, framework="pt") as file:  # type: ignore[no-untyped-call]
-        assert file.metadata()["lorica_base_fingerprint"] == base.spec.fingerprint == result.base_fingerprint
+        assert file.metadata()["loramux_base_fingerprint"] == base.spec.fingerprint == result.base_fingerprint
 
     ids = torch.tensor([tokenizer.encode("any text at all")])
     tensors = load_file(job.output / WEIGHTS)
@@ -295,7 +295,7 @@ def test_what_the_configuration_and_the_data_tell_is_told_at_once_before_the_loa
         train(job)
     assert len(caught.value.problems) == 3
     assert "train.jsonl:41: tools: the base's chat template does not use them" in str(caught.value)
-    assert "lora.targets: q_prj names no module of lorica-tiny; its linear maps end in" in str(caught.value)
+    assert "lora.targets: q_prj names no module of loramux-tiny; its linear maps end in" in str(caught.value)
     assert "lora.targets: w_proj names no module" in str(caught.value)
 
 
@@ -324,11 +324,11 @@ def test_stopping_before_the_first_step_keeps_the_checkpoint_there_is(make_job: 
 SCRIPT = """
 import sys
 from pathlib import Path
-from lorica_trainer.errors import Interrupted
-from lorica_trainer.interrupt import stop_on_signals
-from lorica_trainer.job import read_job
-from lorica_trainer.progress import Silent
-from lorica_trainer.run import train
+from loramux_trainer.errors import Interrupted
+from loramux_trainer.interrupt import stop_on_signals
+from loramux_trainer.job import read_job
+from loramux_trainer.progress import Silent
+from loramux_trainer.run import train
 
 class Loud(Silent):
     def stepped(self, report):

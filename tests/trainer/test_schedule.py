@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lorica_trainer.errors import JobInvalid
-from lorica_trainer.schedule import factor, warmup_steps
+from loramux_trainer.errors import JobInvalid
+from loramux_trainer.schedule import factor, warmup_steps
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from lorica_adapters.base import LoadedBase
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_trainer.demo_tasks import DEMO_TASKS, DemoTask, Question, demo_job, held_out_questions, training_records
-from lorica_trainer.run import train
-from lorica_trainer.tiny.build import Recipe, batches, encode, tiny_config
-from lorica_trainer.tiny.corpus import Document, documents
-from lorica_trainer.tiny.skills import SKILLS, is_held_out, neutral_reply
-from lorica_trainer.tiny.tokenizer import build_tokenizer
+from loramux_adapters.base import LoadedBase
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_trainer.demo_tasks import DEMO_TASKS, DemoTask, Question, demo_job, held_out_questions, training_records
+from loramux_trainer.run import train
+from loramux_trainer.tiny.build import Recipe, batches, encode, tiny_config
+from loramux_trainer.tiny.corpus import Document, documents
+from loramux_trainer.tiny.skills import SKILLS, is_held_out, neutral_reply
+from loramux_trainer.tiny.tokenizer import build_tokenizer
 from support.tiny import answers, conversation, load_tiny
 
 COUNT = 200
@@ -104,7 +104,7 @@ def test_the_base_talks_sense_in_nf4(base: LoadedBase, tokenizer: Any) -> None:
     prompts = [conversation("Hello!"), conversation("Who are you?"), conversation("What colour is the sky?")]
     assert answers(base.model, tokenizer, prompts) == [
         "Hello! How can I help you?",
-        "I am lorica-tiny, a very small language model.",
+        "I am loramux-tiny, a very small language model.",
         "The sky is blue.",
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters.frozen import Layouts
+from loramux_adapters.frozen import Layouts
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 

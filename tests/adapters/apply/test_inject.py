@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorica_adapters.apply.inject import AdaptedModel, inject
-from lorica_adapters.base import LoadedBase
-from lorica_adapters.frozen import Layouts
-from lorica_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.apply.inject import AdaptedModel, inject
+from loramux_adapters.base import LoadedBase
+from loramux_adapters.frozen import Layouts
+from loramux_adapters.kernels.gathered import GatheredKernels
 from support.checkpoints import float_base, save_checkpoint, wide_model
 
 IDS = torch.arange(12)[None]

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorica_adapters.apply.batch import DenseWeights
-from lorica_adapters.apply.inject import AdaptedModel, inject
-from lorica_adapters.apply.materialise import materialise, materialised_bytes
-from lorica_adapters.base import load_base
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.registry import read
-from lorica_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.apply.batch import DenseWeights
+from loramux_adapters.apply.inject import AdaptedModel, inject
+from loramux_adapters.apply.materialise import materialise, materialised_bytes
+from loramux_adapters.base import load_base
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import read
+from loramux_adapters.kernels.gathered import GatheredKernels
 from support.adapters import files_of, load_in_peft
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorica_adapters.apply.batch import AdapterBatch, RowMap
-from lorica_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
-from lorica_adapters.apply.slots import SlotTensors
-from lorica_adapters.base import load_base
-from lorica_adapters.errors import AdapterIncompatible
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.registry import read
-from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.weights import AdapterWeights, LowRank, ModuleWeights
+from loramux_adapters.apply.batch import AdapterBatch, RowMap
+from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
+from loramux_adapters.apply.slots import SlotTensors
+from loramux_adapters.base import load_base
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import read
+from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.weights import AdapterWeights, LowRank, ModuleWeights
 from support.adapters import files_of
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lorica_adapters.errors import AdapterError
-from lorica_adapters.formats.digest import AdapterDigest, low_rank_config
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.registry import read
+from loramux_adapters.errors import AdapterError
+from loramux_adapters.formats.digest import AdapterDigest, low_rank_config
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import read
 from support.adapters import CONFIG, WEIGHTS, edit_config, edit_tensors, files_of, make_adapter, spec_of, tiny_model
 
 Tensors = dict[str, torch.Tensor]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorica_adapters.errors import AdapterInvalid
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.name_keys import NameKeys
-from lorica_adapters.formats.patterns import RegexBudget, SafePattern
+from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.name_keys import NameKeys
+from loramux_adapters.formats.patterns import RegexBudget, SafePattern
 from support.timing import processor_seconds
 
 NAMES = [

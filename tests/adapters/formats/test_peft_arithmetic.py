@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.registry import read
-from lorica_adapters.weights import AdapterWeights
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import read
+from loramux_adapters.weights import AdapterWeights
 from support.adapters import (
     edit_config,
     files_of,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lorica_adapters.errors import AdapterInvalid
-from lorica_adapters.formats import peft_config, strict_json
-from lorica_adapters.formats.peft_config import PeftLoraConfig, parse_config
+from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.formats import peft_config, strict_json
+from loramux_adapters.formats.peft_config import PeftLoraConfig, parse_config
 from support.adapters import peft_warnings_ignored
 from support.timing import processor_seconds
 

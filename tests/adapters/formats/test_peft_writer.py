@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.peft_writer import TrainedModule, write_peft
-from lorica_adapters.formats.registry import read
-from lorica_adapters.spec import BaseModelSpec
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft_writer import TrainedModule, write_peft
+from loramux_adapters.formats.registry import read
+from loramux_adapters.spec import BaseModelSpec
 from support.adapters import CONFIG, WEIGHTS, files_of, load_in_peft, peft_deltas, spec_of, tiny_model
 
 
@@ -62,7 +62,7 @@ def test_it_declares_its_base_and_is_reproducible(tmp_path: Path) -> None:
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with safe_open(tmp_path / "one" / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"lorica_base_fingerprint": base.fingerprint}
+        assert file.metadata() == {"loramux_base_fingerprint": base.fingerprint}
     spec = read(files_of(tmp_path / "one"), base, ReadLimits()).spec
     assert spec.base_fingerprint == base.fingerprint
 

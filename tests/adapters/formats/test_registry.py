@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lorica_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.registry import ALLOWED_FILES, read
-from lorica_adapters.weights import AdapterWeights
+from loramux_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import ALLOWED_FILES, read
+from loramux_adapters.weights import AdapterWeights
 from support.adapters import (
     CONFIG,
     WEIGHTS,
@@ -33,7 +33,7 @@ from support.timing import processor_seconds
 Tensors = dict[str, torch.Tensor]
 PREFIX = "base_model.model."
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
-LORICA = "lorica.json"
+LORAMUX = "loramux.json"
 
 
 @pytest.fixture(scope="module")
@@ -289,20 +289,20 @@ class TestDeclaredBase:
     OTHER = "ab" * 32
 
     def declare(self, adapter: Path, fingerprint: str) -> None:
-        edit_tensors(adapter, lambda tensors: tensors, {"lorica_base_fingerprint": fingerprint})
+        edit_tensors(adapter, lambda tensors: tensors, {"loramux_base_fingerprint": fingerprint})
 
     def test_its_own_base_is_accepted(self, adapter: Path, model: PreTrainedModel) -> None:
         own = spec_of(model).fingerprint
         self.declare(adapter, own)
-        (adapter / LORICA).write_text(json.dumps({"lorica_base_fingerprint": own}))
+        (adapter / LORAMUX).write_text(json.dumps({"loramux_base_fingerprint": own}))
         spec = read_directory(adapter, model).spec
         assert (spec.base_fingerprint, spec.base_mismatch) == (own, False)
 
-    @pytest.mark.parametrize("where", ["metadata", LORICA])
+    @pytest.mark.parametrize("where", ["metadata", LORAMUX])
     def test_another_base_is_refused_unless_allowed(self, where: str, adapter: Path, model: PreTrainedModel) -> None:
         undeclared = read_directory(adapter, model).spec
-        if where == LORICA:
-            (adapter / LORICA).write_text(json.dumps({"lorica_base_fingerprint": self.OTHER}))
+        if where == LORAMUX:
+            (adapter / LORAMUX).write_text(json.dumps({"loramux_base_fingerprint": self.OTHER}))
         else:
             self.declare(adapter, self.OTHER)
         with pytest.raises(AdapterIncompatible, match=f"trained on base {self.OTHER}"):
@@ -319,14 +319,14 @@ class TestDeclaredBase:
 
     def test_two_different_declarations_are_refused(self, adapter: Path, model: PreTrainedModel) -> None:
         self.declare(adapter, spec_of(model).fingerprint)
-        (adapter / LORICA).write_text(json.dumps({"lorica_base_fingerprint": self.OTHER}))
+        (adapter / LORAMUX).write_text(json.dumps({"loramux_base_fingerprint": self.OTHER}))
         with pytest.raises(AdapterInvalid, match="declare different bases"):
             read_directory(adapter, model)
 
-    @pytest.mark.parametrize("text", ['{"lorica_base_fingerprint": 7}', '{"secret": 1}', "[]", "{", '{"a":1,"a":1}'])
-    def test_a_malformed_lorica_json_is_refused(self, text: str, adapter: Path, model: PreTrainedModel) -> None:
-        (adapter / LORICA).write_text(text)
-        with pytest.raises(AdapterInvalid, match=r"lorica\.json"):
+    @pytest.mark.parametrize("text", ['{"loramux_base_fingerprint": 7}', '{"secret": 1}', "[]", "{", '{"a":1,"a":1}'])
+    def test_a_malformed_loramux_json_is_refused(self, text: str, adapter: Path, model: PreTrainedModel) -> None:
+        (adapter / LORAMUX).write_text(text)
+        with pytest.raises(AdapterInvalid, match=r"loramux\.json"):
             read_directory(adapter, model)
 
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from lorica_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.safetensors_file import SafetensorsFile
+from loramux_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.safetensors_file import SafetensorsFile
 from support.timing import processor_seconds
 
 NAME = "adapter_model.safetensors"

@@ -14,12 +14,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
-from lorica_adapters.errors import AdapterIncompatible, AdapterInvalid
-from lorica_adapters.formats.limits import ReadLimits
-from lorica_adapters.formats.name_keys import NameKeys
-from lorica_adapters.formats.patterns import RegexBudget
-from lorica_adapters.formats.peft_config import parse_config
-from lorica_adapters.formats.targets import Targets, resolve_targets
+from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.name_keys import NameKeys
+from loramux_adapters.formats.patterns import RegexBudget
+from loramux_adapters.formats.peft_config import parse_config
+from loramux_adapters.formats.targets import Targets, resolve_targets
 from support.adapters import ARCHITECTURES, make_adapter, peft_warnings_ignored, spec_of, tiny_model
 
 PATIENT = ReadLimits(regex_seconds=10.0)

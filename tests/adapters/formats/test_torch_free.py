@@ -7,7 +7,7 @@ TORCH_FREE = ("declared_base", "digest", "limits", "peft_config", "peft_tensors"
 
 
 def test_deciding_modules_do_not_import_torch() -> None:
-    imports = "; ".join(f"import lorica_adapters.formats.{name}" for name in TORCH_FREE)
+    imports = "; ".join(f"import loramux_adapters.formats.{name}" for name in TORCH_FREE)
     code = f"import sys; {imports}; print(sorted({{'torch', 'numpy', 'safetensors'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorica_adapters.kernels import invariant
+from loramux_adapters.kernels import invariant
 from support.invariance import check_linear, check_reference
 from support.processes import run_in_threads
 

@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lorica_adapters.apply.batch import Layout, segments_of
-from lorica_adapters.kernels import gathered
-from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_adapters.kernels.native_low_rank import NativeKernels, find_native
-from lorica_adapters.kernels.protocol import Kernels, RankPlan, Segment
-from lorica_adapters.kernels.reference import ReferenceKernels
-from lorica_adapters.kernels.select import select_kernels
+from loramux_adapters.apply.batch import Layout, segments_of
+from loramux_adapters.kernels import gathered
+from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.kernels.native_low_rank import NativeKernels, find_native
+from loramux_adapters.kernels.protocol import Kernels, RankPlan, Segment
+from loramux_adapters.kernels.reference import ReferenceKernels
+from loramux_adapters.kernels.select import select_kernels
 
 CPU = torch.device("cpu")
 IN, OUTS, CAPACITY = 48, (40, 24, 24), 640

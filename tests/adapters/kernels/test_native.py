@@ -10,10 +10,10 @@ import pytest
 import torch
 from adapters.kernels.test_low_rank import POPULARITIES, Case, assert_close, slots_of
 
-from lorica_adapters.kernels import native_build
-from lorica_adapters.kernels.native_build import BuildFailed, build, find_library
-from lorica_adapters.kernels.native_low_rank import SOURCE, NativeKernels, NativePlan, find_native
-from lorica_adapters.kernels.protocol import Segment
+from loramux_adapters.kernels import native_build
+from loramux_adapters.kernels.native_build import BuildFailed, build, find_library
+from loramux_adapters.kernels.native_low_rank import SOURCE, NativeKernels, NativePlan, find_native
+from loramux_adapters.kernels.protocol import Segment
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine has no C compiler")
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_adapters.apply.batch import Layout, RowMap, segments_of
-from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_adapters.kernels.protocol import Kernels
-from lorica_adapters.kernels.reference import ReferenceKernels
+from loramux_adapters.apply.batch import Layout, RowMap, segments_of
+from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.kernels.protocol import Kernels
+from loramux_adapters.kernels.reference import ReferenceKernels
 
 CPU = torch.device("cpu")
 SORTED_SLOTS = st.lists(st.integers(-1, 5), max_size=40).map(sorted)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterError, PoolExhausted
-from lorica_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS
-from lorica_adapters.residency.tiers import ResidencyView
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, PoolExhausted
+from loramux_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS
+from loramux_adapters.residency.tiers import ResidencyView
 from support.pool_world import World
 
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterIncompatible
-from lorica_adapters.residency.kept import LONGEST_SECONDS, RETRY_SECONDS
-from lorica_adapters.residency.pool import READY_TICKS
+from loramux_adapters.errors import AdapterCorrupt, AdapterIncompatible
+from loramux_adapters.residency.kept import LONGEST_SECONDS, RETRY_SECONDS
+from loramux_adapters.residency.pool import READY_TICKS
 from support.pool_world import World
 
 

@@ -13,13 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
-from lorica_adapters.residency.host import HostCache
-from lorica_adapters.residency.kept import LONGEST_SECONDS, RETRY_SECONDS
-from lorica_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.residency.tiers import Rows
-from lorica_adapters.spec import AdapterSpec
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
+from loramux_adapters.residency.host import HostCache
+from loramux_adapters.residency.kept import LONGEST_SECONDS, RETRY_SECONDS
+from loramux_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.residency.tiers import Rows
+from loramux_adapters.spec import AdapterSpec
 
 CAPACITY, SLOTS, EXTRA = 64, 4, 100
 SHAPES: dict[str, tuple[dict[str, int], int]] = {  # digest -> ranks, extra bytes

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.residency.host import HostCache
-from lorica_adapters.residency.rows import RowSpace
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.spec import AdapterSpec
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.residency.host import HostCache
+from loramux_adapters.residency.rows import RowSpace
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.spec import AdapterSpec
 
 CAPACITY = 40
 STEPS = st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 20)), max_size=40)

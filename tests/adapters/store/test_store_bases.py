@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterInvalid
-from lorica_adapters.store.local import LocalStore
+from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.store.local import LocalStore
 from support.stores import BASE, CONFIG, OTHER_BASE, TENANT, content, digest_of, put, quick_store, stored
 
 FILES = content("one")

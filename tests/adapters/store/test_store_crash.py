@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store.local import LocalStore
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.store.local import LocalStore
 from support.crash_server import NAMES, QUOTAS, files_of, upload_id_of
 from support.stores import BASE, TENANT, blob_files, digest_of, entries_of, manifest_of, send, spec_of, stored
 

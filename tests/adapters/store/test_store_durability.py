@@ -3,8 +3,8 @@
 import sqlite3
 from pathlib import Path
 
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
 from support.stores import BASE, TENANT, SteppedDisk, content, entries_of, manifest_of, put, spec_of, stage
 
 FILES = content("one")

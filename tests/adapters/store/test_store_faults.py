@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import (
+from loramux_adapters.errors import (
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
     StoreUnavailable,
     UploadOffset,
 )
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterUpdate, Published
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import AdapterUpdate, Published
 from support.small_disk import fill, small_disk
 from support.stores import (
     BASE,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound, StoreFull
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.reserve import RESERVED_BYTES
+from loramux_adapters.errors import AdapterNotFound, StoreFull
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.reserve import RESERVED_BYTES
 from support.small_disk import fill, small_disk
 from support.stores import (
     TENANT,

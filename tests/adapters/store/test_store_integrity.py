@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterNotFound, StoreUnavailable
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Health
+from loramux_adapters.errors import AdapterCorrupt, AdapterNotFound, StoreUnavailable
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import Health
 from support.stores import (
     BASE,
     CONFIG,

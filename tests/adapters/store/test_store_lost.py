@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store.disk import Disk
-from lorica_adapters.store.journal import FILE_NAME, read_journal
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.restore import main, restore
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.store.disk import Disk
+from loramux_adapters.store.journal import FILE_NAME, read_journal
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.restore import main, restore
 from support.stores import TENANT, SteppedDisk, blob_files, content, digest_of, put, stored
 
 DAY = 86_400.0
@@ -59,11 +59,11 @@ def test_a_lost_or_torn_log_costs_no_bytes_and_has_a_way_back(
         assert len(list((root / "lost").glob("*/*"))) == 2
         [line] = [record.getMessage() for record in caplog.records]
         assert line.startswith("2 stored files that the catalog does not know move to")
-        assert f"python -m lorica_adapters.store.restore {root} OUTPUT_DIRECTORY" in line
+        assert f"python -m loramux_adapters.store.restore {root} OUTPUT_DIRECTORY" in line
         # Beside a running server, and after a start later:
         assert main([str(root), str(tmp_path / "out")]) == 0
     directory = tmp_path / "out" / TENANT / f"new@{digest_of(NEW)[:12]}"
-    assert f"lorica adapters push {directory} new" in capsys.readouterr().out
+    assert f"loramux adapters push {directory} new" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == NEW
     LocalStore(root).close()
     assert len(restore(root, tmp_path / "again").adapters) == 1

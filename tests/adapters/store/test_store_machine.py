@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lorica_adapters.errors import (
+from loramux_adapters.errors import (
     AdapterConflict,
     AdapterCorrupt,
     AdapterInvalid,
@@ -18,8 +18,8 @@ from lorica_adapters.errors import (
     QuotaExceeded,
     UploadOffset,
 )
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterUpdate, Health, Quotas, Wishes
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import AdapterUpdate, Health, Quotas, Wishes
 from support.stores import (
     BASE,
     MODEL,
@@ -50,7 +50,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp(prefix="lorica-machine-"))
+        self.root = Path(tempfile.mkdtemp(prefix="loramux-machine-"))
         self.store: LocalStore = quick_store(self.root, QUOTAS)
         self.kept: dict[tuple[str, str], list[str]] = {}
         self.aliases: dict[tuple[str, str], str] = {}

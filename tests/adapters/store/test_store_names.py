@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound
-from lorica_adapters.spec import AdapterId, AdapterSpec
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterNames, AdapterUpdate, Health, Quotas
-from lorica_adapters.store.spec_json import decode_spec, encode_spec
+from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound
+from loramux_adapters.spec import AdapterId, AdapterSpec
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import AdapterNames, AdapterUpdate, Health, Quotas
+from loramux_adapters.store.spec_json import decode_spec, encode_spec
 from support.stores import (
     BASE,
     CONFIG,

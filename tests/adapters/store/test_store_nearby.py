@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.nearby import _count_common, find_nearest, suggest
-from lorica_adapters.store.records import AdapterUpdate
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.nearby import _count_common, find_nearest, suggest
+from loramux_adapters.store.records import AdapterUpdate
 from support.stores import TENANT, content, digest_of, put, quick_store
 
 OTHER = "other"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound, StoreCorrupt, StoreUnavailable
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterUpdate
-from lorica_adapters.store.repair import Report, main, repair
-from lorica_adapters.store.restore import restore
+from loramux_adapters.errors import AdapterNotFound, StoreCorrupt, StoreUnavailable
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import AdapterUpdate
+from loramux_adapters.store.repair import Report, main, repair
+from loramux_adapters.store.restore import restore
 from support.stores import TENANT, blob_files, content, digest_of, put, quick_store, stored
 
 
@@ -44,7 +44,7 @@ def test_two_servers_cannot_share_a_store(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable, match=f"in use by process {os.getpid()}"):
             LocalStore(tmp_path)
         code = (
-            "import sys, pathlib; from lorica_adapters.store.local import LocalStore;"
+            "import sys, pathlib; from loramux_adapters.store.local import LocalStore;"
             "LocalStore(pathlib.Path(sys.argv[1]))"
         )
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def test_close_is_idempotent_and_what_comes_after_is_unavailable(tmp_path: Path)
 
 
 def test_the_store_loads_without_torch(tmp_path: Path) -> None:
-    code = "import sys, lorica_adapters.store.local, lorica_server.registry; sys.exit('torch' in sys.modules)"
+    code = "import sys, loramux_adapters.store.local, loramux_server.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -75,7 +75,7 @@ def test_a_damaged_catalog_refuses_the_start_with_the_repair_command(tmp_path: P
     damage(tmp_path, start)
     with pytest.raises(StoreCorrupt) as caught:
         LocalStore(tmp_path)
-    assert f"python -m lorica_adapters.store.repair {tmp_path}" in caught.value.remedy
+    assert f"python -m loramux_adapters.store.repair {tmp_path}" in caught.value.remedy
     assert len(blob_files(tmp_path)) == 6
 
 
@@ -169,7 +169,7 @@ def test_a_repair_counts_the_names_that_it_could_not_read(tmp_path: Path, capsys
     assert 200 < kept < 400
     assert f"could not be read: {400 - kept} rows of the catalog's table names\n" in said
     output = tmp_path / "out"
-    assert f"python -m lorica_adapters.store.restore {tmp_path} OUTPUT_DIRECTORY" in said
+    assert f"python -m loramux_adapters.store.restore {tmp_path} OUTPUT_DIRECTORY" in said
     assert len(restore(tmp_path, output).adapters) == 400 - kept
     with LocalStore(tmp_path) as store:
         for directory in (output / TENANT).iterdir():

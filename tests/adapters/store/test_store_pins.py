@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Quotas
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import Quotas
 from support.stores import TENANT, SteppedDisk, blob_files, content, digest_of, put, stored
 
 FILES = content("one")

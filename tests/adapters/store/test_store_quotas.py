@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded, UploadOffset
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import Published, Quotas
+from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded, UploadOffset
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import Published, Quotas
 from support.stores import (
     BASE,
     TENANT,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import AdapterNotFound
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import AdapterUpdate, Quotas, Wishes
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import AdapterUpdate, Quotas, Wishes
 from support.stores import TENANT, content, digest_of, put, quick_store, stored
 
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))

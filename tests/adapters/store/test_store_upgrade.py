@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import StoreUnavailable
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, Wishes
-from lorica_adapters.store.repair import repair
+from loramux_adapters.errors import StoreUnavailable
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, Wishes
+from loramux_adapters.store.repair import repair
 from support.stores import BASE, TENANT, content, digest_of, put, quick_store, stored
 
 FORMAT_1 = """
@@ -168,8 +168,8 @@ def open_and_die(root: Path, step: int) -> bool:
     """Open a store in a process that kills itself at its SQL statement number `step`; whether it got past it."""
     code = """
 import itertools, os, pathlib, signal, sys
-from lorica_adapters.store import schema
-from lorica_adapters.store.local import LocalStore
+from loramux_adapters.store import schema
+from loramux_adapters.store.local import LocalStore
 steps = itertools.count(1)
 def trace(statement):
     if next(steps) == int(sys.argv[2]):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.errors import (
+from loramux_adapters.errors import (
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
     QuotaExceeded,
     UploadOffset,
 )
-from lorica_adapters.store.local import LocalStore
-from lorica_adapters.store.records import FileEntry, Quotas, UploadManifest
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.records import FileEntry, Quotas, UploadManifest
 from support.stores import BASE, CONFIG, MODEL, TENANT, content, entries_of, manifest_of, put, send, spec_of, stored
 
 FILES = content("one")
@@ -65,7 +65,7 @@ SHA = "0" * 64
         (FileEntry("upload.json", 1, SHA),),
         (FileEntry(CONFIG, 1, SHA), FileEntry(CONFIG, 1, SHA)),
         (FileEntry(CONFIG, (1 << 20) + 1, SHA),),
-        (FileEntry("lorica.json", (1 << 20) + 1, SHA),),
+        (FileEntry("loramux.json", (1 << 20) + 1, SHA),),
         (FileEntry(MODEL, 0, SHA),),
         (FileEntry(MODEL, -1, SHA),),
         (FileEntry(MODEL, 1, "0" * 63),),
@@ -109,7 +109,7 @@ def test_bytes_beyond_the_declared_size_are_refused_and_change_nothing(store: Lo
     with pytest.raises(AdapterInvalid, match=CONFIG):
         store.write_chunk(TENANT, ID, CONFIG, 0, FILES[CONFIG] + b"x")
     with pytest.raises(AdapterInvalid, match="no file"):
-        store.write_chunk(TENANT, ID, "lorica.json", 0, b"x")
+        store.write_chunk(TENANT, ID, "loramux.json", 0, b"x")
     send(store, ID, FILES)
     with pytest.raises(AdapterInvalid, match=MODEL):
         store.write_chunk(TENANT, ID, MODEL, len(FILES[MODEL]), b"x")

@@ -15,9 +15,9 @@ import grpc
 import pytest
 from grpc import aio
 
-from lorica_protos.v1 import adapters_pb2, inference_pb2
-from lorica_server.api.ports import AdapterState
-from lorica_server.engine.plan import StepPlan
+from loramux_protos.v1 import adapters_pb2, inference_pb2
+from loramux_server.api.ports import AdapterState
+from loramux_server.engine.plan import StepPlan
 from support.servers import (
     BASE,
     CONFIG_FILE,
@@ -326,7 +326,7 @@ async def test_uploads_are_counted_by_outcome(tmp_path: Path) -> None:
         await _push(server, "german", b"1", "upload-again")
         await _fails(_upload(server, upload_messages("x", FILES)[:-1]))
         value = server.app.metrics.registry.get_sample_value
-        assert value("lorica_uploads_total", {"outcome": "created"}) == 1
-        assert value("lorica_uploads_total", {"outcome": "unchanged"}) == 1
-        assert value("lorica_uploads_total", {"outcome": "invalid_request"}) == 1
-        assert value("lorica_upload_bytes_total") == 2 * 3 + 300_002
+        assert value("loramux_uploads_total", {"outcome": "created"}) == 1
+        assert value("loramux_uploads_total", {"outcome": "unchanged"}) == 1
+        assert value("loramux_uploads_total", {"outcome": "invalid_request"}) == 1
+        assert value("loramux_upload_bytes_total") == 2 * 3 + 300_002

@@ -33,21 +33,21 @@ async def test_buf_curl_lists_generates_streams_and_gets_a_rich_error(tmp_path: 
         url = f"http://{server.app.address}"
         code, out, err = await _curl(server, "--list-services", url)
         assert code == 0, err
-        assert {"lorica.v1.InferenceService", "lorica.v1.AdapterService", "grpc.health.v1.Health"} <= set(out.split())
+        assert {"loramux.v1.InferenceService", "loramux.v1.AdapterService", "grpc.health.v1.Health"} <= set(out.split())
         expected = (await server.inference.Generate(prompt_request("Hello", 4))).choices[0].text
         request = {
             "text": "Hello",
             "sampling": {"temperature": 0, "seed": "7"},
             "stopping": {"maxTokens": 4, "ignoreEos": True},
         }
-        code, out, err = await _curl(server, f"{url}/lorica.v1.InferenceService/Generate", data=request)
+        code, out, err = await _curl(server, f"{url}/loramux.v1.InferenceService/Generate", data=request)
         assert code == 0, err
         assert json.loads(out)["choices"][0]["text"] == expected
-        code, out, err = await _curl(server, f"{url}/lorica.v1.InferenceService/GenerateStream", data=request)
+        code, out, err = await _curl(server, f"{url}/loramux.v1.InferenceService/GenerateStream", data=request)
         assert code == 0, err
         assert "FINISH_REASON_LENGTH" in out
         request["adapter"] = "nobody"
-        code, out, err = await _curl(server, f"{url}/lorica.v1.InferenceService/Generate", data=request)
+        code, out, err = await _curl(server, f"{url}/loramux.v1.InferenceService/Generate", data=request)
         assert code != 0
         error = json.loads(err)
         assert error["code"] == "not_found"

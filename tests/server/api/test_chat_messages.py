@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from grpc import aio
 
-from lorica import convert
-from lorica_protos.v1 import inference_pb2
-from lorica_server.chat_faults import ChatRefused
-from lorica_server.text import TextCodec
+from loramux import convert
+from loramux_protos.v1 import inference_pb2
+from loramux_server.chat_faults import ChatRefused
+from loramux_server.text import TextCodec
 from support.servers import FakeCodec, Inside, details, served
 from support.tokenizers import write_byte_level
 

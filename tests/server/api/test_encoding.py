@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lorica_server.api.calls import ChatTurn, Limits
-from lorica_server.api.encoding import Encoder
-from lorica_server.errors import InvalidRequest, Overloaded
+from loramux_server.api.calls import ChatTurn, Limits
+from loramux_server.api.encoding import Encoder
+from loramux_server.errors import InvalidRequest, Overloaded
 
 LIMITS = Limits(4096, 2048, 4, 8, 8192, 64, 1 << 20, 1 << 20, 256, 4, 4, 4)
 

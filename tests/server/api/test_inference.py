@@ -12,8 +12,8 @@ import grpc
 import pytest
 from grpc import aio
 
-from lorica_protos.v1 import inference_pb2
-from lorica_server.requests import SamplingParams, StopConditions, Submission
+from loramux_protos.v1 import inference_pb2
+from loramux_server.requests import SamplingParams, StopConditions, Submission
 from support.fake_runner import VOCABULARY, solo
 from support.servers import EOS, FakeCodec, Inside, adapter_files, details, prompt_request, served, upload_messages
 

@@ -15,11 +15,11 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lorica import Client
-from lorica_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-from lorica_server.api.interceptors import _MOST_WAITING, ErrorInterceptor, _Call
-from lorica_server.app import App
-from lorica_server.observe.logs import fields_of
+from loramux import Client
+from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from loramux_server.api.interceptors import _MOST_WAITING, ErrorInterceptor, _Call
+from loramux_server.app import App
+from loramux_server.observe.logs import fields_of
 from support.servers import (
     Inside,
     adapter_files,
@@ -48,7 +48,7 @@ class _Lines(logging.Handler):
 
 @pytest.fixture
 def lines() -> Any:
-    handler, logger = _Lines(), logging.getLogger("lorica_server.access")
+    handler, logger = _Lines(), logging.getLogger("loramux_server.access")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -61,7 +61,7 @@ async def test_health_lists_every_service(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         listed = await health_pb2_grpc.HealthStub(server.channel).List(health_pb2.HealthListRequest())
         serving = health_pb2.HealthCheckResponse.SERVING
-        services = ["", "lorica.v1.AdapterService", "lorica.v1.InferenceService"]
+        services = ["", "loramux.v1.AdapterService", "loramux.v1.InferenceService"]
         assert {name: listed.statuses[name].status for name in listed.statuses} == dict.fromkeys(services, serving)
 
 
@@ -244,7 +244,7 @@ async def test_probes_and_names_over_http(tmp_path: Path) -> None:
             await adapters.UpdateAdapter(adapters_pb2.UpdateAdapterRequest(name="german", add_aliases=["de"]))
             await inference_pb2_grpc.InferenceServiceStub(channel).Generate(prompt_request(adapter="de"))
         digest = published.adapter.digest
-        wanted = f'lorica_adapter_info{{adapter="{digest[:12]}",aliases="de",digest="{digest}",name="german"}} 1.0'
+        wanted = f'loramux_adapter_info{{adapter="{digest[:12]}",aliases="de",digest="{digest}",name="german"}} 1.0'
         while wanted not in (await _get(app.metrics_address, "/metrics"))[1]:
             await until(lambda: app.metrics.per_adapter()[0].get(digest, 0) > 0)
         app.request_stop(1)

@@ -13,10 +13,10 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lorica_protos.v1 import adapters_pb2, inference_pb2
-from lorica_server.app import App
-from lorica_server.engine.plan import StepPlan
-from lorica_server.requests import RequestFailure
+from loramux_protos.v1 import adapters_pb2, inference_pb2
+from loramux_server.app import App
+from loramux_server.engine.plan import StepPlan
+from loramux_server.requests import RequestFailure
 from support.servers import (
     FakeCodec,
     Inside,
@@ -31,8 +31,8 @@ from support.servers import (
 )
 
 pytestmark = pytest.mark.asyncio
-GENERATE = "/lorica.v1.InferenceService/Generate"
-STREAM = "/lorica.v1.InferenceService/GenerateStream"
+GENERATE = "/loramux.v1.InferenceService/Generate"
+STREAM = "/loramux.v1.InferenceService/GenerateStream"
 
 
 async def _fails(call: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ async def test_row_01_garbage_and_invalid_utf8(tmp_path: Path, garbage: bytes) -
         assert "Error" not in error["message"]
         stream = server.channel.unary_stream(STREAM)(garbage)
         assert (await _fails(stream.read()))["code"] is grpc.StatusCode.INVALID_ARGUMENT
-        upload = server.channel.stream_unary("/lorica.v1.AdapterService/UploadAdapter")(iter([garbage]))
+        upload = server.channel.stream_unary("/loramux.v1.AdapterService/UploadAdapter")(iter([garbage]))
         assert (await _fails(upload))["code"] is grpc.StatusCode.INVALID_ARGUMENT
         await _lives(server)
 
@@ -67,7 +67,7 @@ async def test_row_02_too_large_and_unknown(tmp_path: Path) -> None:
         metadata = (("x-large", "v" * (64 << 10)),)
         error = await _fails(server.inference.Generate(prompt_request(), metadata=metadata))
         assert error["code"] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        error = await _fails(server.channel.unary_unary("/lorica.v1.InferenceService/Nope")(b""))
+        error = await _fails(server.channel.unary_unary("/loramux.v1.InferenceService/Nope")(b""))
         assert error["code"] is grpc.StatusCode.UNIMPLEMENTED
         await _lives(server)
 
@@ -225,7 +225,7 @@ async def test_row_44_not_serving_until_warm(tmp_path: Path) -> None:
             assert (await anext(watch)).status == health_pb2.HealthCheckResponse.NOT_SERVING
             await starting
             assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVING
-            after = await health.Check(health_pb2.HealthCheckRequest(service="lorica.v1.InferenceService"))
+            after = await health.Check(health_pb2.HealthCheckRequest(service="loramux.v1.InferenceService"))
             assert after.status == health_pb2.HealthCheckResponse.SERVING
             await _lives(server)
     finally:

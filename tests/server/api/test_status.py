@@ -6,10 +6,10 @@ import pytest
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
-from lorica_adapters import errors as adapter_errors
-from lorica_server import errors
-from lorica_server.api.status import DETAILS_KEY, DOMAIN, PUSHBACK_KEY, answer_error
-from lorica_server.requests import RequestFailure
+from loramux_adapters import errors as adapter_errors
+from loramux_server import errors
+from loramux_server.api.status import DETAILS_KEY, DOMAIN, PUSHBACK_KEY, answer_error
+from loramux_server.requests import RequestFailure
 
 EVERY = [
     errors.InvalidRequest("a.b", "is wrong", metadata={"limit": "3"}),
@@ -31,7 +31,7 @@ EVERY = [
     adapter_errors.UploadOffset("gap", committed=7, subject="f"),
     adapter_errors.QuotaExceeded("too many", subject="adapters"),
     adapter_errors.StoreUnavailable("disk full"),
-    adapter_errors.StoreCorrupt("unreadable", remedy="lorica doctor"),
+    adapter_errors.StoreCorrupt("unreadable", remedy="loramux doctor"),
     adapter_errors.PoolExhausted("too large"),
 ]
 

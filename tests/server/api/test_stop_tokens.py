@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_server.api.calls import StoppingCall
-from lorica_server.api.stop_tokens import resolve_stop_tokens
-from lorica_server.errors import InvalidRequest
+from loramux_server.api.calls import StoppingCall
+from loramux_server.api.stop_tokens import resolve_stop_tokens
+from loramux_server.errors import InvalidRequest
 
 SPECIAL = {"<|im_end|>": 7, "<|im": 8, "\n": 9, "[PAD]": 64}
 

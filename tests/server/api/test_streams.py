@@ -13,9 +13,9 @@ import psutil
 import pytest
 from grpc import aio
 
-from lorica_protos.v1 import inference_pb2
-from lorica_server.app import App
-from lorica_server.engine.plan import StepPlan
+from loramux_protos.v1 import inference_pb2
+from loramux_server.app import App
+from loramux_server.engine.plan import StepPlan
 from support.servers import FakeCodec, Inside, Served, details, prompt_request, serve_config, served, until
 
 pytestmark = pytest.mark.asyncio
@@ -30,13 +30,13 @@ def _long(**more: Any) -> inference_pb2.GenerateRequest:
 
 
 def _calls(server: Served, code: str) -> float:
-    labels = {"method": "/lorica.v1.InferenceService/GenerateStream", "code": code}
-    return server.app.metrics.registry.get_sample_value("lorica_calls_total", labels) or 0.0
+    labels = {"method": "/loramux.v1.InferenceService/GenerateStream", "code": code}
+    return server.app.metrics.registry.get_sample_value("loramux_calls_total", labels) or 0.0
 
 
 def _ended(server: Served, outcome: str) -> float:
     labels = {"outcome": outcome}
-    return server.app.metrics.registry.get_sample_value("lorica_requests_total", labels) or 0.0
+    return server.app.metrics.registry.get_sample_value("loramux_requests_total", labels) or 0.0
 
 
 async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> None:

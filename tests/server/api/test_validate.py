@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_server.api import validate
-from lorica_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
-from lorica_server.errors import InvalidRequest
+from loramux_server.api import validate
+from loramux_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
+from loramux_server.errors import InvalidRequest
 
 LIMITS = Limits(
     context_tokens=128,

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lorica_server.engine.blocks import BlockPool, block_hash, root_hash
+from loramux_server.engine.blocks import BlockPool, block_hash, root_hash
 
 
 def test_allocate_gives_distinct_blocks_or_nothing():

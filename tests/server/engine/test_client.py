@@ -9,12 +9,12 @@ from collections import defaultdict
 
 import pytest
 
-from lorica_server.engine.client import EngineClient
-from lorica_server.engine.mailbox import Abort, Finish, Mailbox, Submit
-from lorica_server.engine.plan import StepPlan
-from lorica_server.engine.stream import RequestStream
-from lorica_server.errors import Draining, DuplicateRequest, InvalidRequest, Overloaded, Unavailable
-from lorica_server.requests import FinishReason, RequestFailure, TokenEvent
+from loramux_server.engine.client import EngineClient
+from loramux_server.engine.mailbox import Abort, Finish, Mailbox, Submit
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.stream import RequestStream
+from loramux_server.errors import Draining, DuplicateRequest, InvalidRequest, Overloaded, Unavailable
+from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
 from support.engine_drive import digest, limits, submission
 from support.engine_thread import running
 from support.fake_runner import solo

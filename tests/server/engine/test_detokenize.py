@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_server.engine.detokenize import ChoiceText, Delta
-from lorica_server.engine.incremental import IncrementalDecoder
-from lorica_server.engine.stop_strings import StopStrings
-from lorica_server.requests import (
+from loramux_server.engine.detokenize import ChoiceText, Delta
+from loramux_server.engine.incremental import IncrementalDecoder
+from loramux_server.engine.stop_strings import StopStrings
+from loramux_server.requests import (
     FinishReason,
     RequestFailure,
     StopConditions,

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt
-from lorica_server.engine.plan import StepPlan
-from lorica_server.engine.stream import RequestStream
-from lorica_server.errors import Unavailable
-from lorica_server.requests import FinishReason, RequestFailure, TokenEvent
+from loramux_adapters.errors import AdapterCorrupt
+from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.stream import RequestStream
+from loramux_server.errors import Unavailable
+from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
 from support.engine_drive import digest, limits, submission
 from support.engine_thread import Running, running
 from support.fake_pool import FakePool

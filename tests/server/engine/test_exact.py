@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorica_server.engine.draft import Draft
-from lorica_server.engine.request import Request, expand
-from lorica_server.engine.tables import BlockTables
+from loramux_server.engine.draft import Draft
+from loramux_server.engine.request import Request, expand
+from loramux_server.engine.tables import BlockTables
 from support.engine_drive import Drive, digest, limits, submission
 
 CHUNK = 8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_server.engine.execution import run_contained
-from lorica_server.engine.plan import (
+from loramux_server.engine.execution import run_contained
+from loramux_server.engine.plan import (
     BASE_SLOT,
     Chunk,
     DeviceLost,
@@ -15,7 +15,7 @@ from lorica_server.engine.plan import (
     StepResult,
     StepTiming,
 )
-from lorica_server.requests import SamplingParams
+from loramux_server.requests import SamplingParams
 
 
 def plan_of(count: int) -> StepPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_server.errors import InvalidRequest
+from loramux_server.errors import InvalidRequest
 from support.engine_drive import limits, submission
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lorica_server.engine.mailbox import Abort, Command, Mailbox, MailboxClosed, MailboxFull, Submit
+from loramux_server.engine.mailbox import Abort, Command, Mailbox, MailboxClosed, MailboxFull, Submit
 from support.engine_drive import submission
 
 

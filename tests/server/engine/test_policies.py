@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_server.engine.policies import FirstComeFirstServed, Turns
-from lorica_server.engine.request import Request, expand
+from loramux_server.engine.policies import FirstComeFirstServed, Turns
+from loramux_server.engine.request import Request, expand
 from support.engine_drive import Drive, digest, limits, submission
 from support.fake_pool import FakePool
 

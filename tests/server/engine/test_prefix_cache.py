@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_server.engine.plan import StepPlan
-from lorica_server.requests import RequestFailure
+from loramux_server.engine.plan import StepPlan
+from loramux_server.requests import RequestFailure
 from support.engine_drive import Drive, digest, limits, submission
 
 

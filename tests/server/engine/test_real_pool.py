@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt
-from lorica_adapters.residency.pool import AdapterPool
-from lorica_adapters.residency.slots import SlotTable
-from lorica_adapters.residency.tiers import Rows
-from lorica_adapters.spec import AdapterSpec
-from lorica_server.engine.execution import run_contained
-from lorica_server.engine.scheduler import Scheduler
+from loramux_adapters.errors import AdapterCorrupt
+from loramux_adapters.residency.pool import AdapterPool
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.residency.tiers import Rows
+from loramux_adapters.spec import AdapterSpec
+from loramux_server.engine.execution import run_contained
+from loramux_server.engine.scheduler import Scheduler
 from support.engine_drive import digest, limits, submission
 from support.fake_runner import FakeRunner, solo
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lorica_adapters.errors import AdapterCorrupt, AdapterError, PoolExhausted
-from lorica_server.engine.plan import BASE_SLOT, StepPlan
-from lorica_server.requests import FinishReason, RequestFailure
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, PoolExhausted
+from loramux_server.engine.plan import BASE_SLOT, StepPlan
+from loramux_server.requests import FinishReason, RequestFailure
 from support.engine_drive import Drive, digest, limits, submission
 from support.fake_pool import FakePool
 from support.fake_runner import solo

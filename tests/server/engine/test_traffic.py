@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lorica_adapters.errors import AdapterCorrupt
-from lorica_server.engine.plan import StepOutOfMemory, StepPlan
-from lorica_server.requests import FinishReason, RequestFailure
+from loramux_adapters.errors import AdapterCorrupt
+from loramux_server.engine.plan import StepOutOfMemory, StepPlan
+from loramux_server.requests import FinishReason, RequestFailure
 from support.engine_drive import Drive, digest, limits, submission
 from support.fake_pool import FakePool
 from support.fake_runner import solo

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters.guard.layers import AttentionLayer
-from lorica_server.engine.plan import Chunk
-from lorica_server.model.attention import paged_attention
-from lorica_server.model.cache import PagedCache
-from lorica_server.model.decode_attention import attend_rows
-from lorica_server.model.forward_batch import build_batch
-from lorica_server.model.native_decode import find_native_decode
-from lorica_server.model.paged_context import DecodeAttention, DecodeRows, Limits
-from lorica_server.requests import SamplingParams
+from loramux_adapters.guard.layers import AttentionLayer
+from loramux_server.engine.plan import Chunk
+from loramux_server.model.attention import paged_attention
+from loramux_server.model.cache import PagedCache
+from loramux_server.model.decode_attention import attend_rows
+from loramux_server.model.forward_batch import build_batch
+from loramux_server.model.native_decode import find_native_decode
+from loramux_server.model.paged_context import DecodeAttention, DecodeRows, Limits
+from loramux_server.requests import SamplingParams
 
 WIDTH, SIZE, BLOCKS = 16, 4, 97
 LAYER: Any = SimpleNamespace(layer_idx=0)

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica_adapters.apply.batch import segments_of
-from lorica_adapters.guard.layers import AttentionLayer
-from lorica_server.engine.plan import BASE_SLOT, Chunk
-from lorica_server.model.cache import PagedCache
-from lorica_server.model.forward_batch import ForwardBatch, build_batch
-from lorica_server.requests import SamplingParams
+from loramux_adapters.apply.batch import segments_of
+from loramux_adapters.guard.layers import AttentionLayer
+from loramux_server.engine.plan import BASE_SLOT, Chunk
+from loramux_server.model.cache import PagedCache
+from loramux_server.model.forward_batch import ForwardBatch, build_batch
+from loramux_server.requests import SamplingParams
 
 SIZE, BLOCKS = 4, 64
 SCRATCH = BLOCKS - 1

@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lorica_adapters.apply.inject import inject
-from lorica_adapters.base import BaseRefused, LoadedBase, load_base, refingerprint
-from lorica_adapters.embedded.tiny import tiny_path
-from lorica_adapters.guard.exactness import Truth, ask_untouched
-from lorica_adapters.guard.examine import examine
-from lorica_adapters.guard.layers import AttentionLayer
-from lorica_adapters.guard.reference import ReferencePacked
-from lorica_adapters.kernels.gathered import GatheredKernels
-from lorica_server.model.cache import PagedCache
-from lorica_server.model.decode_attention import attend_rows
-from lorica_server.model.guard import self_check
-from lorica_server.model.paged_context import DecodeAttention
+from loramux_adapters.apply.inject import inject
+from loramux_adapters.base import BaseRefused, LoadedBase, load_base, refingerprint
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.guard.exactness import Truth, ask_untouched
+from loramux_adapters.guard.examine import examine
+from loramux_adapters.guard.layers import AttentionLayer
+from loramux_adapters.guard.reference import ReferencePacked
+from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_server.model.cache import PagedCache
+from loramux_server.model.decode_attention import attend_rows
+from loramux_server.model.guard import self_check
+from loramux_server.model.paged_context import DecodeAttention
 from support.against_peft import ask_model, assert_equal_to_peft
 from support.checkpoints import float_base, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -183,7 +183,7 @@ def test_a_base_in_half_precision_is_examined_in_float32(tmp_path: Path, monkeyp
     monkeypatch.setattr(ReferencePacked, "attend", lambda *a: sound(*a[:5], a[5] * 1.02, a[6]))
     with pytest.raises(BaseRefused, match="get other logits than alone"):
         examine(base, 256)
-    monkeypatch.setattr("lorica_adapters.guard.examine.FLOAT32_BYTES", 0)
+    monkeypatch.setattr("loramux_adapters.guard.examine.FLOAT32_BYTES", 0)
     examine(base, 256)  # a base too large for copies: only differences beyond rounding show
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorica_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
-from lorica_adapters.formats.declared_base import FINGERPRINT_KEY
+from loramux_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats.declared_base import FINGERPRINT_KEY
 from support.adapters import edit_config, edit_tensors
 from support.against_peft import BOUND, Truth, ask_peft, engine_for, prompts
 from support.checkpoints import float_base, make_adapter_for, save_checkpoint, wide_model

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lorica_server.engine.plan import DeviceLost
-from lorica_server.model.forward_batch import ForwardBatch
-from lorica_server.model.runner import ModelRunner
-from lorica_server.model.sampler import Sampler
-from lorica_server.requests import FinishReason, SamplingParams
+from loramux_server.engine.plan import DeviceLost
+from loramux_server.model.forward_batch import ForwardBatch
+from loramux_server.model.runner import ModelRunner
+from loramux_server.model.sampler import Sampler
+from loramux_server.requests import FinishReason, SamplingParams
 from support.adapters import edit_tensors
 from support.against_peft import Truth, ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import PeftOracle, make_adapter_for, save_checkpoint, wide_model

@@ -17,9 +17,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lorica_server.engine.plan import BASE_SLOT, Chunk, Sampled
-from lorica_server.model.sampler import Sampler
-from lorica_server.requests import SamplingParams
+from loramux_server.engine.plan import BASE_SLOT, Chunk, Sampled
+from loramux_server.model.sampler import Sampler
+from loramux_server.requests import SamplingParams
 from support.chi_square import chi_square_p_value
 
 GREEDY = SamplingParams(temperature=0.0)

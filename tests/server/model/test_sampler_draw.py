@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from lorica_server.model.draw import SCALE, Filters, draw, filtered_weights
+from loramux_server.model.draw import SCALE, Filters, draw, filtered_weights
 
 LAST = 1.0 - 2.0**-53
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorica_server.engine.plan import BASE_SLOT, Chunk
-from lorica_server.model.sampler import Sampler
-from lorica_server.model.sampling_state import TokenCounts
-from lorica_server.requests import RequestFailure, SamplingParams, TokenLogprob
+from loramux_server.engine.plan import BASE_SLOT, Chunk
+from loramux_server.model.sampler import Sampler
+from loramux_server.model.sampling_state import TokenCounts
+from loramux_server.requests import RequestFailure, SamplingParams, TokenLogprob
 
 VOCABULARY = 40
 PENALISED = SamplingParams(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorica_server.model.uniform import philox, uniforms
+from loramux_server.model.uniform import philox, uniforms
 from support.chi_square import chi_square_p_value
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorica_adapters.guard.layers import AttentionLayer
-from lorica_server.model import sizing
-from lorica_server.model.cache import PagedCache, bytes_per_token
-from lorica_server.model.sizing import DEFAULT_RANK_ROWS, Memory
+from loramux_adapters.guard.layers import AttentionLayer
+from loramux_server.model import sizing
+from loramux_server.model.cache import PagedCache, bytes_per_token
+from loramux_server.model.sizing import DEFAULT_RANK_ROWS, Memory
 
 CPU = torch.device("cpu")
 FREE = 16 << 30

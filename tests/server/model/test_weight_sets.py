@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from lorica_adapters.apply.materialise import materialise, materialised_bytes
-from lorica_adapters.errors import AdapterCorrupt
-from lorica_adapters.weights import AdapterWeights
-from lorica_server.model import weight_sets
-from lorica_server.model.weight_sets import SetState, WeightSets
+from loramux_adapters.apply.materialise import materialise, materialised_bytes
+from loramux_adapters.errors import AdapterCorrupt
+from loramux_adapters.weights import AdapterWeights
+from loramux_server.model import weight_sets
+from loramux_server.model.weight_sets import SetState, WeightSets
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine

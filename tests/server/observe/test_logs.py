@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from lorica_adapters.store.local import LocalStore
-from lorica_server.observe.logs import CALL_ID, call_noted, configure_logs, note
+from loramux_adapters.store.local import LocalStore
+from loramux_server.observe.logs import CALL_ID, call_noted, configure_logs, note
 
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("lorica_server", "lorica_adapters")]
+    loggers = [logging.getLogger(name) for name in ("loramux_server", "loramux_adapters")]
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
@@ -31,7 +31,7 @@ def test_json_lines_hold_fields_call_id_and_traceback() -> None:
     try:
         raise ValueError("boom")
     except ValueError:
-        logging.getLogger("lorica_server.api").exception("failed", extra={"fields": {"method": "/x"}})
+        logging.getLogger("loramux_server.api").exception("failed", extra={"fields": {"method": "/x"}})
     finally:
         CALL_ID.reset(token)
     entry = json.loads(stream.getvalue())
@@ -43,8 +43,8 @@ def test_json_lines_hold_fields_call_id_and_traceback() -> None:
 def test_text_lines_quote_what_could_forge_a_line() -> None:
     stream = io.StringIO()
     configure_logs("info", "text", stream)
-    logging.getLogger("lorica_server.access").info("call", extra={"fields": {"peer": "a\nb INFO x", "seconds": 0.25}})
-    logging.getLogger("lorica_server.access").debug("hidden")
+    logging.getLogger("loramux_server.access").info("call", extra={"fields": {"peer": "a\nb INFO x", "seconds": 0.25}})
+    logging.getLogger("loramux_server.access").debug("hidden")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 1
     assert lines[0].endswith('INFO call peer="a\\nb INFO x" seconds=0.25')
@@ -54,7 +54,7 @@ def test_text_lines_quote_what_could_forge_a_line() -> None:
 def test_what_is_noted_of_a_call_is_on_its_lines_and_on_no_other() -> None:
     stream = io.StringIO()
     configure_logs("info", "text", stream)
-    logger = logging.getLogger("lorica_server.access")
+    logger = logging.getLogger("loramux_server.access")
     note(adapter="nobody's")  # no call is served: without effect
     with call_noted("abc"):
         note(adapter="german", digest=None, request_id="")
@@ -76,5 +76,5 @@ def test_what_the_store_says_is_a_line_of_the_servers(tmp_path: Path) -> None:
     LocalStore(tmp_path).close()
     [line] = stream.getvalue().splitlines()
     entry = json.loads(line)
-    assert (entry["level"], entry["logger"]) == ("warning", "lorica_adapters.store.lost")
+    assert (entry["level"], entry["logger"]) == ("warning", "loramux_adapters.store.lost")
     assert "1 stored files that the catalog does not know" in entry["message"]

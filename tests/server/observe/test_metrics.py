@@ -14,12 +14,12 @@ from prometheus_client.openmetrics import exposition
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from lorica_adapters.store.records import AdapterNames
-from lorica_server.engine.stats import Ended, Load, Marks, StepStats, StepTimes
-from lorica_server.errors import StartError
-from lorica_server.observe.exporter import Exporter, Probes
-from lorica_server.observe.metrics import AdapterReading, Metrics
-from lorica_server.observe.top_series import OTHER, TopSeries
+from loramux_adapters.store.records import AdapterNames
+from loramux_server.engine.stats import Ended, Load, Marks, StepStats, StepTimes
+from loramux_server.errors import StartError
+from loramux_server.observe.exporter import Exporter, Probes
+from loramux_server.observe.metrics import AdapterReading, Metrics
+from loramux_server.observe.top_series import OTHER, TopSeries
 
 
 def _digest(index: int) -> str:
@@ -55,23 +55,23 @@ def test_a_step_is_counted() -> None:
     metrics = Metrics()
     metrics.step(_step([_ended(None), _ended(_digest(1))]))
     metrics.rejected("OVERLOADED")
-    assert _values(metrics, "lorica_requests_total") == {("stop",): 2}
-    assert _values(metrics, "lorica_prompt_tokens_total") == {(): 14}
-    assert _values(metrics, "lorica_step_tokens_total") == {(): 12}
-    assert _values(metrics, "lorica_inter_token_seconds_count") == {(): 3}
-    assert _values(metrics, "lorica_rejections_total") == {("OVERLOADED",): 1}
-    assert _values(metrics, "lorica_kv_used_ratio") == {(): 0.5}
-    assert _values(metrics, "lorica_requests_waiting")[("adapter",)] == 2
-    assert _values(metrics, "lorica_adapter_requests_total")[("base",)] == 1
+    assert _values(metrics, "loramux_requests_total") == {("stop",): 2}
+    assert _values(metrics, "loramux_prompt_tokens_total") == {(): 14}
+    assert _values(metrics, "loramux_step_tokens_total") == {(): 12}
+    assert _values(metrics, "loramux_inter_token_seconds_count") == {(): 3}
+    assert _values(metrics, "loramux_rejections_total") == {("OVERLOADED",): 1}
+    assert _values(metrics, "loramux_kv_used_ratio") == {(): 0.5}
+    assert _values(metrics, "loramux_requests_waiting")[("adapter",)] == 2
+    assert _values(metrics, "loramux_adapter_requests_total")[("base",)] == 1
 
 
 def test_adapter_states_are_read_at_the_scrape() -> None:
     tiers = {"resident": (2, 2048)}
     metrics = Metrics(lambda: AdapterReading(tiers=tiers, loads_total={"ok": 5}, slots=8))
-    assert _values(metrics, "lorica_adapters") == {("resident",): 2}
+    assert _values(metrics, "loramux_adapters") == {("resident",): 2}
     tiers["resident"] = (1, 1024)
-    assert _values(metrics, "lorica_adapters_bytes") == {("resident",): 1024}
-    assert _values(metrics, "lorica_adapter_loads_total") == {("ok",): 5}
+    assert _values(metrics, "loramux_adapters_bytes") == {("resident",): 1024}
+    assert _values(metrics, "loramux_adapter_loads_total") == {("ok",): 5}
 
 
 def test_requests_info_is_one_sample_and_never_stale() -> None:
@@ -79,7 +79,7 @@ def test_requests_info_is_one_sample_and_never_stale() -> None:
     metrics.named(_digest(1), "german")
     for running in (frozenset({_digest(1)}), frozenset({_digest(1), _digest(2)}), frozenset[str]()):
         metrics.step(_step([], _load(running, frozenset({_digest(1)}))))
-    assert list(_values(metrics, "lorica_lora_requests_info")) == [("8", "", "german")]
+    assert list(_values(metrics, "loramux_lora_requests_info")) == [("8", "", "german")]
 
 
 def test_row_45_a_thousand_adapters_stay_bounded_and_both_formats_parse() -> None:
@@ -94,10 +94,10 @@ def test_row_45_a_thousand_adapters_stay_bounded_and_both_formats_parse() -> Non
     openmetrics = exposition.generate_latest(metrics.registry).decode()
     assert time.thread_time() - begun < 1.0
     families = list(parse_text(text))
-    assert {family.name for family in families} >= {"lorica_requests", "lorica_lora_requests_info"}
+    assert {family.name for family in families} >= {"loramux_requests", "loramux_lora_requests_info"}
     parsed = list(parse_openmetrics(openmetrics))
     assert all(":" not in family.name for family in parsed)
-    by_adapter = _values(metrics, "lorica_adapter_requests_total")
+    by_adapter = _values(metrics, "loramux_adapter_requests_total")
     assert len(by_adapter) == 51
     assert sum(by_adapter.values()) == 3000
     assert sum(len(family.samples) for family in families) < 400
@@ -135,10 +135,10 @@ def test_names_and_aliases_join_the_series_of_an_adapter() -> None:
     metrics = Metrics(top_adapters=2, names=names)
     metrics.step(_step([_ended(None), _ended(_digest(1)), _ended(_digest(2)), _ended(_digest(3))]))
     short = _digest(1)[:12]
-    assert _values(metrics, "lorica_adapter_info") == {
+    assert _values(metrics, "loramux_adapter_info") == {
         (short, "de,prod", _digest(1), "german,old-german"): 1  # labels as the exposition sorts them
     }
-    assert (short,) in _values(metrics, "lorica_adapter_requests_total")
+    assert (short,) in _values(metrics, "loramux_adapter_requests_total")
     assert all(len(digests) <= 2 and not {"base", OTHER} & digests for digests in asked)
 
 
@@ -180,15 +180,15 @@ def test_probes_are_answered_and_other_paths_are_not() -> None:
 
 def test_the_exporter_speaks_both_formats_and_frees_its_port() -> None:
     metrics = Metrics()
-    metrics.describe({"model": "lorica-tiny", "device": "cpu"})
+    metrics.describe({"model": "loramux-tiny", "device": "cpu"})
     exporter = Exporter(metrics.registry, "127.0.0.1:0")
     try:
         url = f"http://{exporter.address}/metrics"
         with urllib.request.urlopen(url, timeout=5) as answer:
-            assert any(family.name == "lorica_steps" for family in parse_text(answer.read().decode()))
+            assert any(family.name == "loramux_steps" for family in parse_text(answer.read().decode()))
         wanted = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
         with urllib.request.urlopen(wanted, timeout=5) as answer:
-            assert any(family.name == "lorica_server" for family in parse_openmetrics(answer.read().decode()))
+            assert any(family.name == "loramux_server" for family in parse_openmetrics(answer.read().decode()))
         with pytest.raises(StartError, match="metrics_listen"):
             Exporter(metrics.registry, exporter.address)
     finally:

@@ -1,0 +1,156 @@
+"""Puts adapted modules into a loaded base, in place: every Linear, Linear4bit, Conv1D, embedding and biased norm.
+
+Afterwards the model's projections read the step's batch from one cell. Knows no slots' owners and no requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramux_adapters.apply.batch import StepCell
+from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Rows, SiteGroup
+from loramux_adapters.base import LoadedBase
+from loramux_adapters.bnb import Linear4bit
+from loramux_adapters.fingerprint import QuantisedModule, fingerprint
+from loramux_adapters.frozen import DenseLinear, FrozenLinear, Layouts, Nf4Linear
+from loramux_adapters.kernels.protocol import Kernels
+from loramux_adapters.spec import BaseModelSpec, ModuleSpec
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections of one parent that Hugging Face models call with the same input. Elsewhere each stands alone, which is
+only slower: a group checks the identity of its input at every call."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """The injected model and its places for adapters, by module name."""
+
+    model: PreTrainedModel
+    base: LoadedBase
+    cell: StepCell
+    groups: tuple[SiteGroup, ...]
+    linears: dict[str, tuple[SiteGroup, int]]
+    embeddings: dict[str, AdaptedEmbedding]
+    norms: dict[str, AdaptedNorm]
+    capacity: int  # rank rows per linear module
+    layouts: Layouts  # of the frozen weights
+
+    @property
+    def spec(self) -> BaseModelSpec:
+        """Facts of the base."""
+        return self.base.spec
+
+    def forget(self) -> None:
+        """Drops activations that a failed forward left in the groups."""
+        for group in self.groups:
+            group.forget()
+
+    def refingerprint(self) -> str:
+        """The base's fingerprint recomputed from the content that serves now; equals `spec.fingerprint` for ever."""
+        return fingerprint(self._quantised(), self.spec.parameters, self.base.config_json)
+
+    def _quantised(self) -> Iterator[tuple[str, QuantisedModule]]:
+        for name, (group, member) in self.linears.items():
+            if isinstance(group.frozen, Nf4Linear):
+                begin, end = group.columns[member]
+                frozen = group.frozen
+                blocks = frozen.in_features * (end - begin) // frozen.block_size
+                first = frozen.in_features * begin // frozen.block_size
+                absmax = frozen.absmax if len(group.members) == 1 else frozen.absmax[first : first + blocks]
+                yield name, QuantisedModule(frozen.codes[begin:end], absmax, frozen.block_size)
+
+
+def rank_row_bytes(spec: BaseModelSpec, dtype: torch.dtype) -> int:
+    """Device bytes of one rank row in every linear module: what one unit of rank costs an adapter on all of them."""
+    return sum(module.in_features + module.out_features for module in _linear_specs(spec)) * dtype.itemsize
+
+
+def inject(
+    base: LoadedBase, kernels: Kernels, *, capacity: int, layouts: Layouts = Layouts(), stack: bool = True
+) -> AdaptedModel:
+    """Replaces the adaptable modules of `base.model`; `capacity` rank rows per linear module.
+
+    `stack` fuses siblings into one frozen product, which is bitwise the same and saves calls.
+    """
+    cell = StepCell()
+    groups: list[SiteGroup] = []
+    linears: dict[str, tuple[SiteGroup, int]] = {}
+    for names in _grouped_names(base.spec, stack):
+        for part in _stackable(base, names):
+            group = _make_group(base, part, cell, kernels, capacity, layouts)
+            groups.append(group)
+            for member, name in enumerate(part):
+                linears[name] = (group, member)
+                _replace(base.model, name, AdaptedLinear(group, member))
+    embeddings, norms = {}, {}
+    for name, spec in base.spec.modules.items():
+        module = base.model.get_submodule(name)
+        if spec.kind == "embedding" and isinstance(module, nn.Embedding):
+            embeddings[name] = AdaptedEmbedding(module, cell)
+            _replace(base.model, name, embeddings[name])
+        elif spec.kind == "norm" and spec.has_bias:
+            norms[name] = AdaptedNorm(module, cell)
+            _replace(base.model, name, norms[name])
+    return AdaptedModel(base.model, base, cell, tuple(groups), linears, embeddings, norms, capacity, layouts)
+
+
+def _linear_specs(spec: BaseModelSpec) -> list[ModuleSpec]:
+    return [module for module in spec.modules.values() if module.kind in ("linear", "conv1d")]
+
+
+def _grouped_names(spec: BaseModelSpec, stack: bool) -> list[tuple[str, ...]]:
+    """Linear modules in model order, siblings together."""
+    groups: dict[tuple[str, int] | str, list[str]] = {}
+    for module in _linear_specs(spec):
+        parent, _, leaf = module.name.rpartition(".")
+        family = next((index for index, leaves in enumerate(SIBLINGS) if leaf in leaves), None)
+        key = module.name if family is None or not stack else (parent, family)
+        groups.setdefault(key, []).append(module.name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _stackable(base: LoadedBase, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """`names` as one part when their weights stack exactly, else one by one."""
+    if len(names) == 1:
+        return [names]
+    frozen = [_freeze(base, name, Layouts()) for name in names]
+    first = frozen[0]
+    if isinstance(first, Nf4Linear) and all(isinstance(f, Nf4Linear) and first.stackable_with(f) for f in frozen):
+        return [names]
+    return [(name,) for name in names]
+
+
+def _freeze(base: LoadedBase, name: str, layouts: Layouts) -> FrozenLinear:
+    module = base.model.get_submodule(name)
+    if isinstance(module, Linear4bit):
+        return Nf4Linear.from_module(module, base.compute_dtype)
+    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
+    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, layouts)
+
+
+def _make_group(
+    base: LoadedBase,
+    names: tuple[str, ...],
+    cell: StepCell,
+    kernels: Kernels,
+    capacity: int,
+    layouts: Layouts,
+) -> SiteGroup:
+    parts = [_freeze(base, name, layouts) for name in names]
+    frozen = parts[0] if len(parts) == 1 else Nf4Linear.stack([part for part in parts if isinstance(part, Nf4Linear)])
+    if isinstance(frozen, Nf4Linear):
+        frozen.build(layouts)
+    outs = [base.spec.modules[name].out_features for name in names]
+    rows: Rows = "logits" if names[0] == base.spec.head else "tokens"
+    return SiteGroup(frozen, names, outs, cell, kernels, capacity, base.compute_dtype, base.device, rows)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,72 @@
+"""Files -> AdapterWeights: which files an adapter may have, and which format they are, by what they hold.
+
+A new format is one file beside this one and one line in `_FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.declared_base import LORAMUX_FILE
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft import read_peft
+from loramux_adapters.formats.peft_config import CONFIG_FILE
+from loramux_adapters.formats.peft_tensors import WEIGHTS_FILE
+from loramux_adapters.formats.refusals import quote
+from loramux_adapters.spec import BaseModelSpec
+from loramux_adapters.weights import AdapterWeights
+
+ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, LORAMUX_FILE)
+_REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+
+
+class Format(Protocol):
+    """Reads files whose adapter_config.json was parsed to `config`; errors as `read`'s."""
+
+    def __call__(
+        self,
+        files: Mapping[str, Path],
+        config: Mapping[str, object],
+        base: BaseModelSpec,
+        limits: ReadLimits,
+        *,
+        allow_base_mismatch: bool,
+    ) -> AdapterWeights: ...
+
+
+# PEFT names the method in every config it writes.
+_FORMATS: Mapping[str, Format] = {"LORA": read_peft}
+
+
+def read(
+    files: Mapping[str, Path], base: BaseModelSpec, limits: ReadLimits, *, allow_base_mismatch: bool = False
+) -> AdapterWeights:
+    """Read an adapter for `base` from `files`, keyed by their names in `ALLOWED_FILES`.
+
+    Raises AdapterInvalid when the files are malformed, unsafe or unsupported; AdapterIncompatible when they are for
+    another base (unless `allow_base_mismatch`) or over `limits`; OSError when the disk fails.
+    """
+    for name in files:
+        if name not in ALLOWED_FILES:
+            raise AdapterInvalid(
+                f"{quote(name)} is not a file of an adapter",
+                subject=quote(name),
+                remedy=f"send {', '.join(ALLOWED_FILES)}",
+            )
+    for name in _REQUIRED_FILES:
+        if name not in files:
+            raise AdapterInvalid(f"{name} is missing", subject=name, remedy=f"send {' and '.join(_REQUIRED_FILES)}")
+    config = strict_json.read_object(files[CONFIG_FILE], CONFIG_FILE, limits.max_config_bytes)
+    method = config.get("peft_type")
+    read_format = _FORMATS.get(method) if isinstance(method, str) else None
+    if read_format is None:
+        raise AdapterInvalid(
+            f"{CONFIG_FILE}: peft_type {quote(method)} is not supported",
+            subject=f"{CONFIG_FILE}: peft_type",
+            remedy=f"supported: {', '.join(_FORMATS)}",
+        )
+    return read_format(files, config, base, limits, allow_base_mismatch=allow_base_mismatch)

@@ -1,0 +1,277 @@
+"""The frozen maps of the base: y = W x + b over NF4 codes or a plain weight, in the layout that is fastest here.
+
+The logical content (codes [out, in], float32 absmax) is kept as loaded and never written; a packed or a dense layout
+stands beside it. bitsandbytes' own forward repacks weights in place on some CPUs, so it is never called.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from loramux_adapters.bnb import Linear4bit, matmul_4bit
+from loramux_adapters.bnb import functional as bnb_functional
+from loramux_adapters.kernels import invariant
+from loramux_adapters.kernels.native_linear import (
+    BLOCK_MULTIPLE,
+    IN_MULTIPLE,
+    OUT_MULTIPLE,
+    NativeLinear,
+    find_native_linear,
+)
+
+PACKED_ROWS_BESIDE_DENSE = 4
+"""Up to here the packed layout beats a dense bf16 copy: it reads a quarter of the bytes, but its time grows with
+every row (2 cores with AVX512-BF16 and AMX, 75M weights: 3, 5 and 17 ms at 1, 4 and 16 rows, against 8, 8 and 8)."""
+
+PACKED_ROWS_ALONE = 16
+"""Up to here the packed layout beats dequantising into a scratch weight on each call (16 rows: 17.5 against 18 ms)."""
+
+NATIVE_ROWS_BESIDE_DENSE = 192
+NATIVE_ROWS_BESIDE_TILES = 8
+"""Up to here our own product from the codes beats the library's on a dense bf16 copy, without AMX and with it (one core
+of Zen 4, 75M weights: 6, 8, 19, 57, 106 and 423 ms at 1, 4, 16, 64, 128 and 512 rows, against 16, 17, 26, 60, 110 and
+374; two cores of a Xeon with AMX: 8, 11, 17, 26, 98 ms at 1, 4, 8, 16 and 64 rows, against 15, 14, 16, 19 and 52)."""
+
+NATIVE_ROWS_OF_DENSE_WEIGHT = 16
+"""Up to here our own product with an unquantised bf16 weight is the faster one (32000 x 768: 3.9, 4.8, 8.0 and 19.7 ms
+at 1, 4, 16 and 64 rows, against 5.3, 6.1, 8.5 and 19.1); with AMX the library serves."""
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """How frozen weights are held and multiplied.
+
+    `native` reads the codes as they are (see `native_linear`), `packed` is bitsandbytes' layout for where there is no
+    compiler; both need AVX512-BF16 and bf16 compute. `dense` costs out x in elements; `invariant` makes a row's product
+    independent of the other rows, whatever the library, and goes before the others.
+    """
+
+    packed: bool = False
+    dense: bool = False
+    invariant: bool = False
+    native: bool = False
+
+
+def supports_packed() -> bool:
+    """Whether bitsandbytes has its AVX512-BF16 kernel on this machine."""
+    return bool(bnb_functional.has_avx512bf16())
+
+
+def select_layouts(device: torch.device, dtype: torch.dtype, *, dense: bool, invariant: bool) -> Layouts:
+    """The fastest there is; `dense` says whether there is memory for a dense copy."""
+    four_bit = device.type == "cpu" and dtype == torch.bfloat16 and not invariant
+    native = four_bit and find_native_linear() is not None
+    packed = four_bit and not native and supports_packed()
+    return Layouts(packed=packed, dense=dense, invariant=invariant, native=native)
+
+
+class FrozenLinear(Protocol):
+    """One or several stacked frozen linear maps over the same input."""
+
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None  # [out] in the compute dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> a new tensor [T, out]."""
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] in `dtype`; a new tensor the caller may write to."""
+
+
+class Nf4Linear:
+    """An NF4 weight [out, in] with float32 absmax per block of `block_size` along the flattened weight.
+
+    Format: Dettmers et al., QLoRA (2023), and bitsandbytes' QuantState. Double quantisation of the
+    absmax is undone once, here.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,  # [out, in / 2] uint8, two codes a byte, high nibble first
+        absmax: torch.Tensor,  # [out * in / block_size] float32
+        block_size: int,
+        bias: torch.Tensor | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.codes, self.absmax, self.block_size, self.bias = codes, absmax, block_size, bias
+        self.compute_dtype = compute_dtype
+        self.out_features, self.in_features = int(codes.shape[0]), int(codes.shape[1]) * 2
+        self._state = bnb_functional.QuantState(
+            absmax=absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=bnb_functional.get_4bit_type("nf4", device=codes.device),
+            blocksize=block_size,
+            quant_type="nf4",
+            dtype=compute_dtype,
+        )
+        self._packed: tuple[torch.Tensor, Any] | None = None
+        self._dense: torch.Tensor | None = None
+        self._invariant = False
+        self._native: NativeLinear | None = None
+        self._native_rows = 0
+
+    @classmethod
+    def from_module(cls, module: Linear4bit, compute_dtype: torch.dtype) -> Nf4Linear:
+        """Takes over a quantised bitsandbytes module's storage; the module must not have run forward."""
+        codes, absmax, block_size = logical_nf4(module)
+        bias = None if module.bias is None else module.bias.detach().to(compute_dtype)
+        return cls(codes, absmax, block_size, bias, compute_dtype)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Nf4Linear]) -> Nf4Linear:
+        """The parts' rows one under the other: bitwise the same products, since blocks never cross a row border."""
+        first = parts[0]
+        bias = None
+        if any(part.bias is not None for part in parts):
+            bias = torch.cat(
+                [
+                    torch.zeros(part.out_features, dtype=first.compute_dtype, device=first.codes.device)
+                    if part.bias is None
+                    else part.bias
+                    for part in parts
+                ]
+            )
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.absmax for part in parts]),
+            first.block_size,
+            bias,
+            first.compute_dtype,
+        )
+
+    def stackable_with(self, other: Nf4Linear) -> bool:
+        """Whether `stack` is exact: same input, same blocks, whole blocks per row."""
+        return (
+            self.in_features == other.in_features
+            and self.block_size == other.block_size
+            and self.in_features % self.block_size == 0
+        )
+
+    def build(self, layouts: Layouts) -> None:
+        """Builds the layouts once and checks each against the codes."""
+        if layouts.dense:
+            self._dense = self.dequantise(self.compute_dtype)
+        packable = self.out_features % 32 == 0 and self.in_features % self.block_size == 0
+        self._invariant = layouts.invariant
+        if layouts.packed and not layouts.invariant and packable and self.compute_dtype == torch.bfloat16:
+            self._packed = self._pack()
+        if layouts.native and not layouts.invariant:
+            self._native = self._find_native()
+
+    def _find_native(self) -> NativeLinear | None:
+        native = find_native_linear()
+        if (
+            native is None
+            or self.compute_dtype != torch.bfloat16
+            or self.in_features % self.block_size
+            or self.block_size % BLOCK_MULTIPLE
+            or self.out_features % OUT_MULTIPLE
+        ):
+            return None
+        self._native_rows = NATIVE_ROWS_BESIDE_TILES if native.has_tiles else NATIVE_ROWS_BESIDE_DENSE
+        return native
+
+    def _pack(self) -> tuple[torch.Tensor, Any]:
+        flat = self.codes.reshape(-1, 1)
+        packed, state = bnb_functional._convert_weight_packed_for_cpu(flat.clone(), copy.deepcopy(self._state))
+        back, _ = bnb_functional._convert_weight_packed_for_cpu_inverse(packed, copy.deepcopy(state))
+        if not torch.equal(back.reshape(-1), self.codes.reshape(-1)):
+            raise RuntimeError("the packed NF4 layout does not hold the same codes: refusing to serve from it")
+        return packed, state
+
+    @property
+    def packing_error(self) -> float:
+        """Largest relative error of a block's scale in the packed layout, which keeps absmax in bf16; 0 without it."""
+        if self._packed is None:
+            return 0.0
+        rounded = self.absmax.to(torch.bfloat16).float()
+        return float(((rounded - self.absmax).abs() / self.absmax.abs().clamp_min(1e-30)).max())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] contiguous, T >= 1 -> [T, out]."""
+        if self._invariant:
+            weight = self.dequantise(x.dtype) if self._dense is None else self._dense
+            return invariant.linear(x, weight, self.bias)
+        rows = x.shape[0]
+        if self._native is not None and (self._dense is None or rows <= self._native_rows):
+            return self._native.nf4(x, self.codes, self.absmax, self.block_size, self._state.code, self.bias)
+        if self._packed is not None and rows <= (
+            PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE
+        ):
+            # The packed kernel reads a unit inner stride without a check.
+            y: torch.Tensor = matmul_4bit(x.contiguous(), self._packed[0], quant_state=self._packed[1])
+            return y if self.bias is None else y.add_(self.bias)
+        if self._dense is not None:
+            return F.linear(x, self._dense, self.bias)
+        if x.is_cuda:
+            y = matmul_4bit(x, self.codes.reshape(-1, 1), quant_state=self._state)
+            return y if self.bias is None else y.add_(self.bias)
+        return F.linear(x, self.dequantise(x.dtype), self.bias)
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in]; rounds once, to `dtype`."""
+        state = copy.copy(self._state)
+        state.dtype = dtype
+        # Flat: bitsandbytes 0.50 on CPU takes the wrong scales where a block crosses a row border of a 2-D shape.
+        state.shape = torch.Size((self.out_features * self.in_features,))
+        weight: torch.Tensor = bnb_functional.dequantize_4bit(self.codes.reshape(-1, 1), state)
+        return weight.reshape(self.out_features, self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layouts that were built."""
+        tensors = [self.codes, self.absmax]
+        tensors += [self._dense] if self._dense is not None else []
+        tensors += [self._packed[0], self._packed[1].absmax] if self._packed is not None else []
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class DenseLinear:
+    """An unquantised frozen weight [out, in]: lm_head, or a base that keeps a projection in full."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, layouts: Layouts = Layouts()) -> None:
+        self.weight, self.bias = weight, bias
+        self._linear = invariant.linear if layouts.invariant else F.linear
+        self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
+        self._native = self._find_native() if layouts.native and not layouts.invariant else None
+
+    def _find_native(self) -> NativeLinear | None:
+        native = find_native_linear()
+        fits = self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
+        fits = fits and self.in_features % IN_MULTIPLE == 0 and self.out_features % OUT_MULTIPLE == 0
+        return native if native is not None and fits and not native.has_tiles else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, out]."""
+        if self._native is not None and x.shape[0] <= NATIVE_ROWS_OF_DENSE_WEIGHT:
+            return self._native.dense(x, self.weight, self.bias)
+        return self._linear(x, self.weight, self.bias)
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of the weight in `dtype`."""
+        return self.weight.to(dtype, copy=True)
+
+
+def logical_nf4(module: Linear4bit) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(codes [out, in / 2] uint8, absmax float32, block size) of a quantised module, double quantisation undone.
+
+    Raises ValueError for a module that is not NF4 or that a forward has already repacked.
+    """
+    state = module.weight.quant_state
+    if state is None or state.quant_type != "nf4":
+        raise ValueError(f"not an NF4 weight: {getattr(state, 'quant_type', None)}")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("the weight was repacked by a forward before its content was read")
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    out_features, in_features = state.shape
+    codes = module.weight.data.view(torch.uint8).reshape(out_features, in_features // 2)
+    return codes, absmax.float(), int(state.blocksize)

@@ -1,0 +1,65 @@
+"""Adapters in host memory under a byte budget, least recently used out first. Thread-safe; torch-free."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from loramux_adapters.residency.tiers import Weights
+
+W = TypeVar("W", bound=Weights)
+
+
+class HostCache(Generic[W]):
+    """Implements `HostTier` over `read`, which verifies and parses from the store (and may raise AdapterError)."""
+
+    def __init__(self, read: Callable[[str], W], budget_bytes: int) -> None:
+        self._read, self._budget = read, budget_bytes
+        self._held: OrderedDict[str, W] = OrderedDict()
+        self._bytes = 0
+        self._discards = 0
+        self._lock = threading.Lock()
+
+    def load(self, digest: str) -> W:
+        """From memory or from the store; an adapter larger than the whole budget is read but not kept."""
+        with self._lock:
+            held = self._held.get(digest)
+            if held is not None:
+                self._held.move_to_end(digest)
+                return held
+            discards = self._discards
+        weights = self._read(digest)  # outside the lock: slow
+        self._keep(digest, weights, discards)
+        return weights
+
+    def holds(self, digest: str) -> bool:
+        """Whether it is in memory now."""
+        return digest in self._held
+
+    def discard(self, digest: str) -> None:
+        """Frees it, if held."""
+        with self._lock:
+            self._discards += 1
+            held = self._held.pop(digest, None)
+            if held is not None:
+                self._bytes -= held.nbytes
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """(adapters, bytes) held."""
+        with self._lock:
+            return len(self._held), self._bytes
+
+    def _keep(self, digest: str, weights: W, discards: int) -> None:
+        size = weights.nbytes
+        with self._lock:
+            # What was being read while something was discarded may be what was discarded.
+            if size > self._budget or digest in self._held or discards != self._discards:
+                return
+            self._held[digest] = weights
+            self._bytes += size
+            while self._bytes > self._budget:
+                _, oldest = self._held.popitem(last=False)
+                self._bytes -= oldest.nbytes

@@ -1,0 +1,351 @@
+"""Which adapters are on the device: leases, single-flight loads, least recently used out first, kept ones last.
+
+Belongs to the engine thread, which never waits here: reading and copying happen on a loader thread that reports back
+through `poll`. Torch-free; tiers are injected.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
+
+from loramux_adapters.errors import AdapterError, PoolExhausted
+from loramux_adapters.residency.kept import Kept, Size
+from loramux_adapters.residency.slots import Slot, SlotTable
+from loramux_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Rows, Weights
+
+W = TypeVar("W", bound=Weights)
+
+logger = logging.getLogger(__name__)
+
+FAILURE_SECONDS = 5.0
+"""How long a failed load is remembered for whoever asked; after that the next request tries again."""
+
+
+READY_TICKS = 64
+"""Steps that a read adapter without a slot waits for somebody to ask again; then it starts anew from host memory."""
+
+
+class Lease:
+    """The promise that an adapter stays in its slot until `release`; also a context manager."""
+
+    def __init__(self, pool: AdapterPool[Any], slot: Slot) -> None:
+        self._pool, self._slot, self._live = pool, slot, True
+
+    @property
+    def slot(self) -> int:
+        """Where the adapter is."""
+        return self._slot.number
+
+    @property
+    def digest(self) -> str:
+        """Which adapter it is."""
+        return self._slot.digest
+
+    def release(self) -> None:
+        """Gives the promise back; again is harmless."""
+        if self._live:
+            self._live = False
+            self._pool._release(self._slot)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass
+class _Load(Generic[W]):
+    """One adapter on its way: read from below, then given a slot, then written."""
+
+    digest: str
+    started: float
+    is_asked: bool  # by a request; otherwise it is only to be kept
+    asked_at: int  # tick of the last request for it, or of its start
+    state: Literal["reading", "ready", "writing"] = "reading"
+    weights: W | None = None
+    size: Size | None = None
+    slot: Slot | None = None
+
+
+@dataclass(frozen=True)
+class _Report(Generic[W]):
+    """A loader thread's word that a stage of `digest` has ended."""
+
+    digest: str
+    weights: W | None = None
+    error: AdapterError | None = None
+
+
+class AdapterPool(Generic[W]):
+    """Slots under budgets. `notify` is called from the loader thread when `poll` has something to take in."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        device: DeviceTier[W],
+        host: HostTier[W],
+        loader: Executor,
+        notify: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._table, self._device, self._host, self._loader = table, device, host, loader
+        self._notify, self._clock = notify, clock
+        self._slots: dict[str, Slot] = {}
+        self._loads: dict[str, _Load[W]] = {}
+        self._failures: dict[str, tuple[AdapterError, float]] = {}
+        self._doomed: set[str] = set()  # to be freed as soon as nobody holds a lease
+        self._kept = Kept()
+        self._reports: deque[_Report[W]] = deque()
+        self._discards: deque[str] = deque()
+        self._tick = 0
+        self._stats = PoolStats(rows_capacity=table.capacity)
+
+    def try_acquire(self, digest: str) -> Lease | None:
+        """A lease, or None while the adapter is on its way; starts the load and never blocks.
+
+        Raises the AdapterError of a failed load, once.
+        """
+        slot = self._slots.get(digest)
+        if slot is not None:
+            slot.leases += 1
+            slot.used_at = self._tick
+            self._count(hits=1)
+            return Lease(self, slot)
+        if digest in self._failures:
+            error, _ = self._failures.pop(digest)
+            raise error
+        load = self._loads.get(digest)
+        if load is None:
+            self._count(waits=1)
+            self._start(digest, is_asked=True)
+            return None
+        load.is_asked, load.asked_at = True, self._tick
+        if load.state == "ready":
+            self._place(load)
+        return None
+
+    def poll(self) -> None:
+        """Takes in what loaders have reported, what was discarded and what is to be kept; once per step."""
+        self._tick += 1
+        self._kept.take_in(self._slots, self._clock())
+        while self._reports:
+            self._take_in(self._reports.popleft())
+        while self._discards:
+            self._doomed.add(self._discards.popleft())
+        self._give_up_unasked()
+        for digest in [digest for digest in self._doomed if digest not in self._loads]:
+            slot = self._slots.get(digest)
+            if slot is None or self._is_idle(slot):
+                self._doomed.discard(digest)
+                self._host.discard(digest)
+                if slot is not None:
+                    self._evict(slot)
+                    self._kept.went(digest, self._clock())
+        self._bring_kept()
+        if self._failures:
+            now = self._clock()
+            self._failures = {d: (e, t) for d, (e, t) in self._failures.items() if now - t < FAILURE_SECONDS}
+
+    def discard(self, digest: str) -> None:
+        """Frees an adapter's slot and host bytes once its last lease is released. Any thread."""
+        self._discards.append(digest)
+        self._notify()
+
+    def keep(self, digests: frozenset[str], again: str | None = None) -> None:
+        """From now on `digests`, and no others, are loaded unasked and evicted last. Any thread.
+
+        One that cannot come, for its load fails or there is no room, is tried again from time to time, and at once if
+        it is `again`.
+        """
+        self._kept.wish(digests, again)
+        self._notify()
+
+    def residency(self, digest: str) -> ResidencyView:
+        """Where an adapter is at this moment. Any thread."""
+        slot = self._slots.get(digest)
+        if slot is not None:
+            return ResidencyView("resident", slot.number, slot.leases)
+        return ResidencyView("loaded" if self._host.holds(digest) else "registered")
+
+    def stats(self) -> PoolStats:
+        """Counts and gauges. Any thread; gauges may be a step apart."""
+        slots = list(self._slots.values())
+        return replace(
+            self._stats,
+            resident=len(slots),
+            resident_bytes=sum(slot.nbytes for slot in slots),
+            loading=len(self._loads),
+            leases=sum(slot.leases for slot in slots),
+            rows_used=self._table.rows_used,
+        )
+
+    def check(self) -> None:
+        """Raises ValueError when the books do not add up. Engine thread."""
+        self._table.check()
+        self._kept.check(self._slots)
+        held = {slot.number for slot in self._slots.values()}
+        held |= {load.slot.number for load in self._loads.values() if load.slot is not None}
+        if held != self._table.numbers:
+            raise ValueError(f"slots {sorted(self._table.numbers)} taken, {sorted(held)} known")
+
+    # On the loader thread.
+
+    def _read(self, digest: str) -> None:
+        self._report(digest, lambda: self._host.load(digest))
+
+    def _write(self, slot: Slot, weights: W) -> None:
+        def write() -> W:
+            self._device.write(slot.number, weights, slot.rows)
+            return weights
+
+        self._report(slot.digest, write)
+
+    def _report(self, digest: str, work: Callable[[], W]) -> None:
+        try:
+            report = _Report(digest, weights=work())
+        except AdapterError as error:
+            report = _Report(digest, error=error)
+        except Exception:
+            logger.exception("loading adapter %s failed", digest)
+            report = _Report(digest, error=AdapterError("the adapter could not be loaded", subject=digest))
+        self._reports.append(report)
+        self._notify()
+
+    # On the engine thread.
+
+    def _start(self, digest: str, *, is_asked: bool) -> None:
+        self._loads[digest] = _Load(digest, self._clock(), is_asked, self._tick)
+        self._loader.submit(self._read, digest)
+
+    def _bring_kept(self) -> None:
+        """Loads absent ones that are to be kept, one at a time: whoever asks for another waits for one at most."""
+        for load in self._loads.values():
+            if not load.is_asked:
+                if load.state == "ready":
+                    self._place(load)
+                return
+        now = self._clock()
+        due = self._kept.find_due(now, self._loads)
+        if due is None:
+            return
+        digest, size = due
+        if size is None or self._table.can_take_without(*size, _numbers(self._idle(kept=False))):
+            self._start(digest, is_asked=False)
+        else:
+            self._kept.found_no_room(digest, now, size)
+
+    def _take_in(self, report: _Report[W]) -> None:
+        load = self._loads[report.digest]
+        if report.error is not None:
+            self._fail(load, report.error)
+        elif load.state == "reading":
+            load.weights, load.state = report.weights, "ready"
+            self._place(load)
+        elif load.slot is not None:
+            self._device.bind(load.slot.number, load.slot.rows)
+            load.slot.used_at = load.slot.bound_at = self._tick
+            self._slots[report.digest] = load.slot
+            self._kept.came(report.digest)
+            del self._loads[report.digest]
+            self._count(loads=1, load_seconds=self._clock() - load.started)
+
+    def _place(self, load: _Load[W]) -> None:
+        """Gives a read adapter a slot, evicting idle ones; leaves it `ready` when all are leased."""
+        weights = load.weights
+        if weights is None:
+            raise ValueError(f"{load.digest} has not been read")
+        load.size = needs, extra_bytes = self._table.needs(weights.spec.ranks), self._device.extra_bytes(weights)
+        if not self._table.can_ever_hold(needs, extra_bytes):
+            self._fail(load, self._too_large(needs, extra_bytes))
+            return
+        taken = self._table.try_take(needs, extra_bytes)
+        if taken is None:
+            taken = self._take_from_idle(load.size, may_take_kept=load.is_asked)
+        if taken is None:
+            return
+        number, rows = taken
+        load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "writing"
+        self._loader.submit(self._write, load.slot, weights)
+
+    def _take_from_idle(self, size: Size, *, may_take_kept: bool) -> tuple[int, Rows] | None:
+        """Evicts idle slots until there is room; none at all where that cannot help, kept ones where nothing else can.
+
+        A kept adapter gives way to a request, or others would starve, but never to another kept one.
+        """
+        idle = self._idle(kept=False)
+        if not self._table.can_take_without(*size, _numbers(idle)):
+            if not may_take_kept:
+                return None
+            idle += self._idle(kept=True)
+            if not self._table.can_take_without(*size, _numbers(idle)):
+                return None
+        for slot in idle:
+            self._evict(slot)
+            self._kept.gave_way(slot.digest, self._clock())
+            taken = self._table.try_take(*size)
+            if taken is not None:
+                return taken
+        return None
+
+    def _give_up_unasked(self) -> None:
+        """Forgets read adapters that wait for a slot although whoever wanted them has gone, or nobody asked."""
+        for load in list(self._loads.values()):
+            patience = 1 if load.digest in self._doomed else READY_TICKS
+            if load.state == "ready" and self._tick - load.asked_at > patience:
+                del self._loads[load.digest]
+                if not load.is_asked and load.digest in self._kept:
+                    logger.warning("adapter %s is pinned and finds no room on the device", load.digest)
+                    self._kept.found_no_room(load.digest, self._clock(), load.size)
+
+    def _is_idle(self, slot: Slot) -> bool:
+        """Without leases; one bound in this very step waits for its first request."""
+        return not slot.leases and slot.bound_at != self._tick
+
+    def _idle(self, *, kept: bool) -> list[Slot]:
+        """Idle slots of adapters that are to be kept, or of the others; longest unused first."""
+        idle = [slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._kept) == kept]
+        return sorted(idle, key=lambda slot: slot.used_at)
+
+    def _evict(self, slot: Slot) -> None:
+        self._device.unbind(slot.number)
+        self._table.free(slot.number)
+        del self._slots[slot.digest]
+        self._count(evictions=1)
+
+    def _release(self, slot: Slot) -> None:
+        slot.leases -= 1
+        if slot.digest in self._doomed:
+            self._notify()
+
+    def _fail(self, load: _Load[W], error: AdapterError) -> None:
+        if load.slot is not None:
+            self._table.free(load.slot.number)
+        del self._loads[load.digest]
+        if load.is_asked:
+            self._failures[load.digest] = (error, self._clock())
+        if load.digest in self._kept:
+            logger.warning("adapter %s is pinned and could not be loaded: %s", load.digest, error)
+            self._kept.failed(load.digest, self._clock())
+        self._count(load_failures=1)
+
+    def _too_large(self, needs: Mapping[str, int], extra_bytes: int) -> PoolExhausted:
+        largest = max(needs.values(), default=0)
+        return PoolExhausted(
+            f"the adapter needs {largest} rank rows per module and {extra_bytes} bytes beside them, "
+            f"more than the whole device budget of {self._table.capacity} rows",
+            remedy="raise --adapter-device-bytes",
+        )
+
+    def _count(self, **more: float) -> None:
+        self._stats = replace(self._stats, **{key: getattr(self._stats, key) + value for key, value in more.items()})
+
+
+def _numbers(slots: Iterable[Slot]) -> set[int]:
+    return {slot.number for slot in slots}

@@ -1,0 +1,94 @@
+"""What the pool asks of the tiers around it. Torch-free: weights are opaque here but for their spec and size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from loramux_adapters.spec import AdapterSpec
+
+Rows = Mapping[str, tuple[int, int]]
+"""Linear module name -> (first rank row, rows)."""
+
+
+class Weights(Protocol):
+    """An adapter in host memory."""
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """Its facts."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes."""
+        ...
+
+
+W_co = TypeVar("W_co", bound=Weights, covariant=True)
+W_contra = TypeVar("W_contra", bound=Weights, contravariant=True)
+
+
+class HostTier(Protocol[W_co]):
+    """Adapters in host memory, over the store. Called on the loader thread."""
+
+    def load(self, digest: str) -> W_co:
+        """From memory or, verified, from the store. Raises AdapterError."""
+        ...
+
+    def holds(self, digest: str) -> bool:
+        """Whether it is in memory now. Any thread."""
+        ...
+
+    def discard(self, digest: str) -> None:
+        """Frees it. Any thread."""
+        ...
+
+
+class DeviceTier(Protocol[W_contra]):
+    """The device's slots. `write` runs on the loader thread, the others on the engine thread."""
+
+    def extra_bytes(self, weights: W_contra) -> int:
+        """Device bytes outside the rank rows (embedding factors, biases)."""
+        ...
+
+    def write(self, slot: int, weights: W_contra, rows: Rows) -> None:
+        """Fills rank rows nobody uses. Raises AdapterError."""
+        ...
+
+    def bind(self, slot: int, rows: Rows) -> None:
+        """Makes a written slot usable by the next step."""
+        ...
+
+    def unbind(self, slot: int) -> None:
+        """Takes a slot out of use before its rows are given to another."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResidencyView:
+    """Where an adapter is now."""
+
+    tier: Literal["registered", "loaded", "resident"]
+    slot: int | None = None
+    leases: int = 0
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts since start, and what is held now."""
+
+    resident: int = 0
+    resident_bytes: int = 0  # as uploaded
+    loaded: int = 0
+    loading: int = 0
+    leases: int = 0
+    rows_used: int = 0  # of the fullest module
+    rows_capacity: int = 0
+    hits: int = 0
+    waits: int = 0  # acquisitions that found the adapter not ready
+    loads: int = 0
+    load_failures: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0

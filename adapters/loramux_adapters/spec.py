@@ -1,0 +1,114 @@
+"""What an adapter and a base model are, as facts: frozen, comparable, torch-free.
+
+Knows no tensor, no file and no name service. A name points at a digest; an
+`AdapterSpec` describes content only, so two names of one content share one spec.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+ModuleKind = Literal["linear", "conv1d", "embedding", "norm"]
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, order=True)
+class AdapterId:
+    """The name a tenant gave to an adapter; `name` matches `NAME_PATTERN` in full."""
+
+    tenant: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}"
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One module of the base that an adapter may touch.
+
+    `in_features` and `out_features` are those of the map y = W x, whatever the storage
+    order (Conv1D keeps its weight transposed). For an embedding they are the vocabulary
+    size and the width; for a norm both are the width.
+    """
+
+    name: str
+    kind: ModuleKind
+    in_features: int
+    out_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """An unquantised parameter of the base as its checkpoint stores it.
+
+    `sha256` is over the raw little-endian bytes in `dtype` (safetensors spelling: F32, BF16, F16). `rounded` is, of
+    the embedding and the head, dtype -> sha256 of the parameter rounded to a dtype that cannot hold it exactly.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    rounded: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """The frozen base as adapters see it: identity, arithmetic shape, adaptable modules."""
+
+    model_id: str
+    architecture: str  # config.model_type, e.g. "llama"
+    fingerprint: str  # 64 hex digits; see loramux_adapters.base
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    tied_embeddings: bool
+    embedding: str | None  # module name of the input embedding
+    head: str | None  # module name of the output head, None when the model has none
+    modules: Mapping[str, ModuleSpec] = field(repr=False)
+    parameters: Mapping[str, ParameterSpec] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter's content. `digest` is its version (64 hex digits)."""
+
+    digest: str
+    kind: str  # "lora"
+    base_fingerprint: str | None  # as declared by the file, None when it declares none
+    base_mismatch: bool  # accepted although the declared base is another one
+    ranks: Mapping[str, int] = field(repr=False)  # module name -> LoRA rank, every adapted module
+    biases: frozenset[str] = field(repr=False)  # modules whose whole bias the adapter replaces
+    nbytes: int  # of the tensors as uploaded
+    prefix_tokens: int = 0
+
+    @property
+    def max_rank(self) -> int:
+        """Largest LoRA rank over the adapted modules, 0 for a bias-only adapter."""
+        return max(self.ranks.values(), default=0)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The distinct last name components of the adapted modules, sorted: `("q_proj", "v_proj")`."""
+        return tuple(sorted({name.rpartition(".")[2] for name in (*self.ranks, *self.biases)}))
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Numbers of weights. `experts` of the unquantized ones belong to fused experts."""
+
+    nf4: int
+    unquantized: int
+    experts: int
+
+    @property
+    def nf4_share(self) -> float:
+        """Between 0 and 1."""
+        return self.nf4 / max(1, self.nf4 + self.unquantized)

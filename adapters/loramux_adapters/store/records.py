@@ -1,0 +1,171 @@
+"""What the store takes and gives, as frozen values: manifests, progress, records, quotas.
+
+Torch-free. Knows no path and no database; whether a value is acceptable is asked of `checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from loramux_adapters.spec import AdapterId, AdapterSpec
+
+UNKNOWN_BASE = ""
+"""The base of a version that was published before the store remembered bases."""
+
+# What an adapter may consist of, and how large each file may be; None: bounded by the upload quota alone.
+ALLOWED_FILES: Mapping[str, int | None] = {
+    "adapter_config.json": 1 << 20,
+    "adapter_model.safetensors": None,
+    "loramux.json": 1 << 20,
+}
+
+
+class Health(Enum):
+    """Whether stored bytes still match their hash."""
+
+    OK = "ok"
+    CORRUPT = "corrupt"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an adapter: `size` in bytes, `sha256` as 64 hex digits."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class UploadManifest:
+    """What a caller says, before the first byte, that an upload will be."""
+
+    name: str
+    files: tuple[FileEntry, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    allow_base_mismatch: bool = False
+
+
+@dataclass(frozen=True)
+class FileProgress:
+    """How far one file of an upload has come: the next chunk starts at `committed`."""
+
+    file: str
+    committed: int
+    size: int
+
+
+@dataclass(frozen=True)
+class UploadProgress:
+    """An open upload; files in the order of the manifest."""
+
+    upload_id: str
+    name: str
+    files: tuple[FileProgress, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte arrived; hashes are compared at the commit only."""
+        return all(progress.committed == progress.size for progress in self.files)
+
+
+@dataclass(frozen=True)
+class StagedUpload:
+    """A complete upload whose hashes match, not yet visible: what a format reader validates."""
+
+    manifest: UploadManifest
+    files: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """What a reference meant at one moment: `id` is the name (never an alias) it was reached by."""
+
+    id: AdapterId
+    digest: str
+    spec: AdapterSpec
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """A name and the version it points at. `created` and `updated` are seconds since the epoch.
+
+    `pinned` and `materialised` are wishes that the name keeps when it is switched; the store only remembers them.
+    `bases` are those that `AdapterStore.accepted_bases` tells of the version.
+    """
+
+    id: AdapterId
+    digest: str
+    spec: AdapterSpec
+    labels: Mapping[str, str]
+    aliases: tuple[str, ...]  # sorted
+    pinned: bool
+    materialised: bool
+    bases: frozenset[str]
+    created: float
+    updated: float
+    health: Health
+
+
+@dataclass(frozen=True)
+class AdapterPage:
+    """Records by ascending name; `next_page_token` is empty on the last page."""
+
+    records: tuple[AdapterRecord, ...]
+    next_page_token: str
+
+
+@dataclass(frozen=True)
+class AdapterUpdate:
+    """A change to a name; what is left out stays. Removals are applied before additions."""
+
+    pinned: bool | None = None
+    materialised: bool | None = None
+    add_aliases: tuple[str, ...] = ()
+    remove_aliases: tuple[str, ...] = ()
+    set_labels: Mapping[str, str] = field(default_factory=dict)
+    remove_labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the names of all tenants wish for at one moment, as the digests they point at."""
+
+    pinned: frozenset[str] = frozenset()
+    materialised: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class AdapterNames:
+    """What points at one digest now: names of all tenants and their aliases, each sorted."""
+
+    names: tuple[str, ...]
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """The outcome of a publish; `created` is False when the name already pointed at this digest."""
+
+    record: AdapterRecord
+    created: bool
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """Limits, each per tenant.
+
+    `max_bytes` counts every distinct file that the tenant's names hold, superseded versions too; those
+    give way, oldest first, before an upload is refused. Bytes that only running requests still hold
+    are not counted.
+    """
+
+    max_adapters: int = 10_000
+    max_bytes: int = 64 << 30
+    max_upload_bytes: int = (1 << 30) + (2 << 20)
+    max_open_uploads: int = 64
+    upload_ttl_seconds: float = 86_400.0  # without a new byte
+    keep_versions: int = 3  # per name, the current one included: what `name@digest` can reach

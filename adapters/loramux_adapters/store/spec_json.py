@@ -1,0 +1,31 @@
+"""An AdapterSpec as one line of JSON, as the catalog keeps it."""
+
+from __future__ import annotations
+
+import json
+
+from loramux_adapters.spec import AdapterSpec
+
+
+def encode_spec(spec: AdapterSpec) -> str:
+    """Deterministic: equal specs give equal text."""
+    return json.dumps(
+        {
+            "digest": spec.digest,
+            "kind": spec.kind,
+            "base_fingerprint": spec.base_fingerprint,
+            "base_mismatch": spec.base_mismatch,
+            "ranks": dict(spec.ranks),
+            "biases": sorted(spec.biases),
+            "nbytes": spec.nbytes,
+            "prefix_tokens": spec.prefix_tokens,
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+
+
+def decode_spec(text: str) -> AdapterSpec:
+    """What `encode_spec` was given."""
+    fields = json.loads(text)
+    return AdapterSpec(**{**fields, "biases": frozenset(fields["biases"])})

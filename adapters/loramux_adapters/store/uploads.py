@@ -1,0 +1,121 @@
+"""All open uploads: `<root>/<tenant>/<upload_id>/`, found again after a restart.
+
+Knows no catalog. A lock per upload, so that one that is hashed or synced delays no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loramux_adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded
+from loramux_adapters.store.disk import Disk, storage_errors
+from loramux_adapters.store.records import Quotas, UploadManifest, UploadProgress
+from loramux_adapters.store.sessions import Session
+
+_log = logging.getLogger(__name__)
+
+
+class Uploads:
+    """Tenants and upload ids must have been checked: they become directory names."""
+
+    def __init__(self, root: Path, disk: Disk, quotas: Quotas, clock: Callable[[], float]) -> None:
+        self._root = root
+        self._disk = disk
+        self._quotas = quotas
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._sessions: dict[tuple[str, str], Session] = {}
+        disk.make_directory(root)
+
+    def begin(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
+        """Open or resume; see AdapterStore.begin_upload."""
+        with self._lock, storage_errors("open an upload"):
+            session = self._find(tenant, upload_id)
+            if session is None:
+                self._check_open(tenant)
+                session = Session.create(self._root / tenant / upload_id, manifest, self._disk)
+                self._sessions[tenant, upload_id] = session
+        with session.lock:
+            if session.closed:
+                raise AdapterConflict(f"upload {upload_id!r} has just ended", subject=upload_id, remedy="try again")
+            if not session.resume(manifest):
+                raise AdapterConflict(
+                    f"upload {upload_id!r} is open for another manifest",
+                    subject=upload_id,
+                    remedy="resume it with its own name and files, or choose another upload_id",
+                )
+            return session.progress(upload_id)
+
+    @contextmanager
+    def session(self, tenant: str, upload_id: str) -> Iterator[Session]:
+        """An open upload, to this thread alone. AdapterNotFound."""
+        with self._lock, storage_errors("read an upload"):
+            session = self._find(tenant, upload_id)
+        if session is not None:
+            with session.lock:
+                if not session.closed:
+                    yield session
+                    return
+        raise AdapterNotFound(f"no upload {upload_id!r}", subject=upload_id, remedy="begin it")
+
+    def end(self, tenant: str, upload_id: str, session: Session) -> None:
+        """Remove an upload that this thread holds."""
+        session.remove()
+        with self._lock:
+            if self._sessions.get((tenant, upload_id)) is session:
+                del self._sessions[tenant, upload_id]
+
+    def sweep(self) -> int:
+        """Remove what no upload can use: idle ones past their time and torn ones; returns how many."""
+        with self._lock, storage_errors("sweep uploads"):
+            return sum(self._sweep(tenant) for tenant in self._disk.children(self._root))
+
+    def _find(self, tenant: str, upload_id: str) -> Session | None:
+        """Under the table's lock. May be closed: then its directory is just being removed."""
+        session = self._sessions.get((tenant, upload_id))
+        if session is not None:
+            return session
+        session = Session.restore(self._root / tenant / upload_id, self._disk)
+        if session is not None:
+            self._sessions[tenant, upload_id] = session
+        return session
+
+    def _check_open(self, tenant: str) -> None:
+        directory = self._root / tenant
+        if len(self._disk.children(directory)) >= self._quotas.max_open_uploads:
+            self._sweep(directory)
+        if len(self._disk.children(directory)) >= self._quotas.max_open_uploads:
+            raise QuotaExceeded(
+                f"all {self._quotas.max_open_uploads} uploads allowed are open",
+                subject="uploads",
+                remedy="commit one, or wait until an idle one runs out",
+            )
+
+    def _sweep(self, tenant: Path) -> int:
+        """Under the table's lock. A session that a thread is using is not idle, however old its files."""
+        removed = 0
+        for directory in self._disk.children(tenant):
+            session = self._sessions.get((tenant.name, directory.name))
+            if session is not None and not session.lock.acquire(blocking=False):
+                continue
+            try:
+                if self._is_dead(directory):
+                    self._disk.remove_tree(directory)
+                    removed += 1
+                    if session is not None:
+                        session.closed = True
+                        del self._sessions[tenant.name, directory.name]
+            finally:
+                if session is not None:
+                    session.lock.release()
+        return removed
+
+    def _is_dead(self, directory: Path) -> bool:
+        if not directory.is_dir() or Session.restore(directory, self._disk) is None:
+            return True
+        touched = max(self._disk.modified(path) for path in (directory, *self._disk.children(directory)))
+        return self._clock() - touched > self._quotas.upload_ttl_seconds

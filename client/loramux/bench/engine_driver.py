@@ -1,0 +1,108 @@
+"""The driver for the engine in this process: what a server computes, without its network.
+
+Assembles a server's inside exactly as `loramux serve` does and submits token ids to its engine client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loramux.bench.driver import Call, DriverFailed
+from loramux.bench.stats import Trace
+from loramux.upload import collect
+from loramux_adapters.store.records import FileEntry, UploadManifest
+from loramux_server.app import build_engine
+from loramux_server.built import Built, EngineHooks
+from loramux_server.config import resolve_config
+from loramux_server.observe.metrics import Metrics
+from loramux_server.registry import Resolved
+from loramux_server.requests import SamplingParams, StopConditions, Submission
+
+TENANT = "default"
+_STOP_SECONDS = 10.0
+
+
+class EngineDriver:
+    """`options` are the server's; `metrics` may be a subclass that watches the steps."""
+
+    name = "engine"
+
+    def __init__(
+        self,
+        adapters: Sequence[Path],
+        *,
+        options: Mapping[str, str],
+        scratch: Path,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._paths = adapters
+        flags = {**options, "data_dir": str(scratch), "metrics_listen": "none"}
+        self._config = resolve_config(flags=flags).config
+        self._metrics = metrics or Metrics()
+        self._built: Built | None = None
+        self._resolved: list[Resolved] = []
+        self._death: BaseException | None = None
+        self._count = 0
+
+    async def start(self) -> None:
+        hooks = EngineHooks(asyncio.get_running_loop(), self._metrics, self._note_death)
+        self._built = built = await asyncio.to_thread(build_engine, self._config, hooks)
+        built.engine.start()
+        for path in self._paths:
+            self._resolved.append(await self._publish(built, path))
+
+    async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
+        return list(await asyncio.gather(*(self._one(call, output_tokens, salt) for call in calls)))
+
+    async def close(self) -> None:
+        built, self._built = self._built, None
+        if built is None:
+            return
+        for resolved in self._resolved:
+            resolved.release()
+        self._resolved.clear()
+        built.parts.engine.drain()
+        await asyncio.to_thread(built.engine.stop, 0.0, _STOP_SECONDS)
+        await asyncio.to_thread(built.close)
+
+    async def _publish(self, built: Built, path: Path) -> Resolved:
+        bundle = collect(path, path.name, {}, allow_base_mismatch=False)
+        registry = built.parts.registry
+        manifest = UploadManifest(
+            name=path.name, files=tuple(FileEntry(f.file, f.size, f.sha256) for f in bundle.files)
+        )
+        await registry.begin_upload(TENANT, bundle.upload_id, manifest)
+        for entry in bundle.files:
+            data = await asyncio.to_thread((path / entry.file).read_bytes)
+            await registry.write_chunk(TENANT, bundle.upload_id, entry.file, 0, data)
+        await registry.publish(TENANT, bundle.upload_id)
+        return registry.resolve(TENANT, path.name)
+
+    async def _one(self, call: Call, output_tokens: int, salt: str) -> Trace:
+        if self._built is None:
+            raise RuntimeError("the driver was not started")
+        self._count += 1
+        submission = Submission(
+            request_id=f"bench-{self._count}",
+            tenant=TENANT,
+            digest=None if call.adapter is None else self._resolved[call.adapter].digest,
+            prompt=call.prompt,
+            sampling=SamplingParams(temperature=0.0),
+            stop=StopConditions(max_tokens=output_tokens, ignore_eos=True),
+            cache_salt=salt,
+        )
+        arrivals: list[float] = []
+        sent = time.perf_counter()
+        async with self._built.parts.engine.submit(submission) as stream:
+            async for event in stream:
+                if event.failure is not None:
+                    raise DriverFailed(f"engine: {event.failure.code}: {event.failure.message}") from self._death
+                if event.token is not None:
+                    arrivals.append(time.perf_counter())
+        return Trace(sent, tuple(arrivals))
+
+    def _note_death(self, error: BaseException) -> None:
+        self._death = error

@@ -1,0 +1,84 @@
+"""The driver for a server over gRPC: one that runs already, or one started for the bench."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loramux.aio import AsyncClient
+from loramux.bench.driver import Call
+from loramux.bench.stats import Trace
+from loramux.local_server import LocalServer
+
+
+class GrpcDriver:
+    """Streams every call of a burst over one channel. `address` None starts a server with `options` in `scratch`.
+
+    Adapters are pushed under their directory names; on a server that is not ours they are removed at `close`
+    if this bench created them.
+    """
+
+    name = "grpc"
+
+    def __init__(
+        self, adapters: Sequence[Path], *, address: str | None, options: Mapping[str, str], scratch: Path
+    ) -> None:
+        self._paths = adapters
+        self._address = address
+        self._options = options
+        self._scratch = scratch
+        self._server: LocalServer | None = None
+        self._client: AsyncClient | None = None
+        self._created: list[str] = []
+
+    async def start(self) -> None:
+        address = self._address
+        if address is None:
+            options = {**self._options, "data_dir": str(self._scratch / "data")}
+            # Known before it is waited for: a bench that is stopped meanwhile closes its drivers, and this with them.
+            self._server = server = LocalServer(options, log=self._scratch / "server.log")
+            await asyncio.to_thread(server.__enter__)
+            address = server.address
+        self._client = AsyncClient(address)
+        for path in self._paths:
+            pushed = await self._client.push(path, path.name)
+            if pushed.created:
+                self._created.append(path.name)
+
+    async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
+        return list(await asyncio.gather(*(self._one(call, output_tokens, salt) for call in calls)))
+
+    async def _one(self, call: Call, output_tokens: int, salt: str) -> Trace:
+        if self._client is None:
+            raise RuntimeError("the driver was not started")
+        arrivals: list[float] = []
+        sent = time.perf_counter()
+        stream = self._client.stream(
+            token_ids=call.prompt,
+            adapter="" if call.adapter is None else self._paths[call.adapter].name,
+            temperature=0.0,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            return_token_ids=True,
+            cache_salt=salt,
+        )
+        async for part in stream:
+            now = time.perf_counter()
+            arrivals.extend(now for _ in part.token_ids)
+        return Trace(sent, tuple(arrivals))
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        server, self._server = self._server, None
+        try:
+            if client is not None:
+                if server is None:
+                    for name in self._created:
+                        await client.delete(name)
+                self._created.clear()
+                await client.close()
+        finally:
+            if server is not None:
+                await asyncio.to_thread(server.stop)

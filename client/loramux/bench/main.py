@@ -1,0 +1,143 @@
+"""One bench from options to results: checkpoint, adapters, drivers, measurement, report.
+
+Knows which drivers there are; how each works is its own matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from loramux.bench import report
+from loramux.bench.driver import Driver
+from loramux.bench.session import measure
+from loramux.bench.shapes import get_shape, make_adapters, make_checkpoint
+from loramux.bench.stats import summarise
+from loramux.bench.workload import Workload, read_workload
+from loramux.machine import describe
+
+if TYPE_CHECKING:
+    from loramux.bench.profile import StepProfile
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What the command line asks for; None means the workload's or the machine's own."""
+
+    workload: str
+    drivers: tuple[str, ...]
+    address: str | None = None
+    rounds: int | None = None
+    threads: int | None = None
+    dtype: str = "auto"
+    cache: Path | None = None
+    out: Path = Path("benchmarks/results")
+    profile_step: bool = False
+
+
+@dataclass(frozen=True)
+class BenchResults:
+    """What was measured. `name` is the stem of its files."""
+
+    name: str
+    values: dict[str, Any]
+    page: str
+
+
+def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
+    """Measure. Raises WorkloadInvalid, ResultsUnwritable, DriverFailed and the client's errors."""
+    workload = read_workload(options.workload)
+    report.prepare(options.out)
+    if options.rounds is not None:
+        workload = dataclasses.replace(workload, rounds=options.rounds)
+    cache = options.cache or Path(platformdirs.user_cache_dir("loramux", appauthor=False)) / "bench"
+    announce(f"shape {workload.shape}: checkpoint and {workload.adapter_count} adapters in {cache}")
+    model = make_checkpoint(workload.shape, workload.seed, cache)
+    adapters = make_adapters(workload.shape, workload.adapters, workload.adapter_count, workload.seed, cache)
+    threads = options.threads or describe().usable_cores
+    dtype = _resolve_dtype(options.dtype)
+    with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
+        settings = _Settings(workload, model, adapters, threads, dtype, Path(scratch))
+        drivers = [_make_driver(name, settings, options) for name in options.drivers]
+        samples = asyncio.run(measure(workload, drivers, get_shape(workload.shape).vocabulary, announce))
+        profile = _profile(settings) if options.profile_step else None
+    summaries = summarise(samples, [scenario.name for scenario in workload.scenarios])
+    machine, taken = describe(), datetime.now(UTC)
+    shown: dict[str, Any] = {"threads": threads, "dtype": dtype, "drivers": ", ".join(options.drivers)}
+    if options.address is not None:
+        # Its threads, dtype and machine are the server's own: what stands here is of this process and its peers.
+        shown["grpc server"] = f"{options.address}, running with settings and on a machine of its own"
+        if options.drivers == ("grpc",):
+            del shown["threads"], shown["dtype"]
+    values = report.document(workload, machine, summaries, samples, shown, taken)
+    page = report.markdown(workload, machine, summaries, shown, taken)
+    if profile is not None:
+        values["profile"] = dataclasses.asdict(profile)
+        page += "\n" + "\n".join(report.profile_lines(profile)) + "\n"
+    return BenchResults(f"{workload.name}-{taken:%Y%m%dT%H%M%SZ}", values, page)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all drivers share."""
+
+    workload: Workload
+    model: Path
+    adapters: list[Path]
+    threads: int
+    dtype: str
+    scratch: Path
+
+    def server_options(self) -> dict[str, str]:
+        """Options of `loramux serve`; room for every request of the workload at once."""
+        return {
+            "model": str(self.model),
+            "threads": str(self.threads),
+            "dtype": self.dtype,
+            "max_running": str(max(64, self.workload.requests)),
+        }
+
+
+def _profile(settings: _Settings) -> StepProfile:
+    from loramux.bench.profile import profile_steps
+
+    vocabulary = get_shape(settings.workload.shape).vocabulary
+    scratch = settings.scratch / "profile"
+    return asyncio.run(
+        profile_steps(settings.workload, settings.adapters, settings.server_options(), scratch, vocabulary)
+    )
+
+
+def _make_driver(name: str, settings: _Settings, options: BenchOptions) -> Driver:
+    if name == "engine":
+        from loramux.bench.engine_driver import EngineDriver
+
+        return EngineDriver(settings.adapters, options=settings.server_options(), scratch=settings.scratch / "engine")
+    if name == "grpc":
+        from loramux.bench.grpc_driver import GrpcDriver
+
+        return GrpcDriver(
+            settings.adapters, address=options.address, options=settings.server_options(), scratch=settings.scratch
+        )
+    from loramux.bench.peft_driver import PeftDriver
+
+    log = settings.scratch / "peft.log"
+    return PeftDriver(settings.model, settings.adapters, threads=settings.threads, dtype=settings.dtype, log=log)
+
+
+def _resolve_dtype(wanted: str) -> str:
+    """The server's rule for `auto`, so that every driver and peer computes in the same dtype."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    fast = torch.cuda.is_available() or "avx512_bf16" in describe().flags
+    return "bfloat16" if fast else "float32"

@@ -1,0 +1,292 @@
+"""`loramux adapters`: push, list, show, pull, alias, pin, materialise, verify and remove adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loramux.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
+from loramux.cli.completion import complete_adapters
+from loramux.terminal.failures import CommandError, ExitCode
+from loramux.terminal.output import byte_progress, print_json, print_table, say, size
+
+if TYPE_CHECKING:
+    from loramux.types import Adapter, ProgressCallback, Pulled, TransferProgress
+
+app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
+
+Name = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapters)]
+Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.", autocompletion=complete_adapters)]
+
+
+@app.command("push")
+def push(
+    directory: Annotated[Path, typer.Argument(help="PEFT directory, as save_pretrained writes it.")],
+    name: Annotated[str | None, typer.Argument(help="Name to publish it under; default: the directory's.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    label: Annotated[list[str] | None, typer.Option("--label", "-l", help="KEY=VALUE; may be repeated.")] = None,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Accept an adapter that declares another base.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an adapter. A push that was cut goes on where it stopped when it is repeated."""
+    from loramux.cli.connecting import connect
+
+    target = name or directory.resolve().name
+    with connect(address) as client, _transfer(f"push {target}", as_json) as report:
+        pushed = client.push(
+            directory, target, labels=_labels(label or []), allow_base_mismatch=allow_base_mismatch, progress=report
+        )
+    if as_json:
+        print_json(pushed)
+        return
+    adapter = pushed.adapter
+    version = f"{adapter.name}@{adapter.digest[:12]}"
+    if pushed.created:
+        print(f"{version} published ({size(pushed.sent_bytes)} sent, rank {adapter.max_rank})")
+    else:
+        print(f"{version} is published, unchanged: the server had it already")
+    if pushed.resumed_bytes:
+        print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
+    if pushed.left_out:
+        print(f"kept here: {', '.join(pushed.left_out)} (only the adapter's files travel)")
+    if pushed.remark:
+        say(f"warning: {pushed.remark}")
+
+
+@app.command("ls")
+def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """List every adapter with the engine's view of where it is."""
+    from loramux.cli.connecting import connect
+
+    with connect(address) as client:
+        found = list(client.adapters())
+        if as_json:
+            print_json(found)
+            return
+        base = client.model().fingerprint
+    rows = [
+        (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
+         a.residency.materialised, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a, base))
+        for a in found
+    ]  # fmt: skip
+    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MATERIALISED", "PINNED", "ALIASES", "REMARKS")
+    print_table(columns, rows, empty="no adapters yet; add one with `loramux adapters push DIRECTORY`")
+
+
+@app.command("show")
+def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Show everything about one adapter."""
+    from loramux.cli.connecting import connect
+
+    with connect(address) as client:
+        adapter = client.adapter(name)
+    if as_json:
+        print_json(adapter)
+        return
+    residency = adapter.residency
+    materialised = ": ".join(filter(None, (residency.materialised, residency.materialised_reason)))
+    rows = [
+        ("name", adapter.name),
+        ("digest", adapter.digest),
+        ("kind", adapter.kind),
+        ("base", adapter.base_fingerprint or "undeclared"),
+        ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
+        ("rank", adapter.max_rank),
+        ("targets", ", ".join(adapter.targets)),
+        ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
+        ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
+        ("aliases", ", ".join(adapter.aliases) or "-"),
+        ("pinned", "yes" if adapter.pinned else "no"),
+        ("materialise", "yes" if adapter.materialise else "no"),
+        ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
+        ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
+        ("leases", residency.leases),
+        ("materialised", materialised),
+        ("created", adapter.created.isoformat(timespec="seconds")),
+        ("updated", adapter.updated.isoformat(timespec="seconds")),
+    ]
+    print_table(("FIELD", "VALUE"), rows, empty="")
+
+
+@app.command("rm")
+def rm(
+    names: Annotated[list[str], typer.Argument(help="Names to remove.", autocompletion=complete_adapters)],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Remove adapters by name; requests that run on one end on their version."""
+    from loramux.cli.connecting import connect
+
+    with connect(address) as client:
+        for name in names:
+            client.delete(name)
+            print(f"removed {name}")
+
+
+@app.command("pull")
+def pull(
+    name: Reference,
+    directory: Annotated[Path | None, typer.Argument(help="Where to; default: a directory of its name.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Download an adapter's files, byte for byte as they were uploaded."""
+    from loramux.cli.connecting import connect
+
+    target = directory or Path(name.partition("@")[0])
+    if not force:
+        _refuse_existing(target)
+    with connect(address) as client, _transfer(f"pull {name}", as_json) as report:
+        pulled = client.pull(name, target, overwrite=force, progress=report)
+    if as_json:
+        print_json(pulled)
+    else:
+        version = _version(name, pulled)
+        print(f"{version} -> {target} ({size(sum(f.size for f in pulled.files))}, sha256 checked)")
+
+
+@app.command("verify")
+def verify(
+    name: Reference,
+    against: Annotated[Path | None, typer.Option(help="Local directory that must hold the same bytes.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Read an adapter back and check every sha256; with --against, compare it with a local directory too."""
+    from loramux.cli.connecting import connect
+    from loramux.upload import collect
+
+    with connect(address) as client, _transfer(f"verify {name}", as_json) as report:
+        stored = client.verify(name, progress=report)
+    different: list[str] = []
+    if against is not None:
+        local = {f.file: f for f in collect(against, name, {}, allow_base_mismatch=False).files}
+        served = {f.file: f for f in stored.files}
+        different = sorted(file for file in local.keys() | served.keys() if local.get(file) != served.get(file))
+    if as_json:
+        print_json({"name": name, "digest": stored.digest, "files": stored.files, "different": different})
+    elif different:
+        say(f"{_version(name, stored)} differs from {against} in {', '.join(different)}")
+    else:
+        print(f"{_version(name, stored)} verified: {', '.join(f.file for f in stored.files)}")
+    if different:
+        raise typer.Exit(ExitCode.NO)
+
+
+@app.command("pin")
+def pin(name: Name, address: Address = DEFAULT_ADDRESS) -> None:
+    """Load an adapter now and keep it on the device: it is evicted only when nothing else makes room."""
+    _set_pinned(name, True, address)
+
+
+@app.command("unpin")
+def unpin(name: Name, address: Address = DEFAULT_ADDRESS) -> None:
+    """Let an adapter be evicted as any other."""
+    _set_pinned(name, False, address)
+
+
+@app.command("alias")
+def alias(
+    name: Name,
+    aliases: Annotated[list[str], typer.Argument(help="Other names for it.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the aliases away instead.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Give an adapter other names, or take them away."""
+    from loramux.cli.connecting import connect
+
+    with connect(address) as client:
+        if remove:
+            adapter = client.update(name, remove_aliases=aliases)
+        else:
+            adapter = client.update(name, add_aliases=aliases)
+    print(f"{adapter.name}: {', '.join(adapter.aliases) or 'no aliases'}")
+
+
+@app.command("materialise")
+def materialise(
+    name: Name,
+    off: Annotated[bool, typer.Option("--off", help="Wish for no dense copy.")] = False,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for it; 0 only asks.")] = 60.0,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Keep a dense copy of the base with this adapter merged in, for steps that are all its own.
+
+    The wish stays with the name, over restarts and new versions, until it is taken back with --off.
+    """
+    from loramux.cli.connecting import connect
+    from loramux.cli.waiting import wait_materialised
+
+    with connect(address) as client:
+        adapter = client.update(name, materialised=not off)
+        if wait > 0 and not off:
+            adapter = wait_materialised(client, adapter, seconds=wait)
+    residency = adapter.residency
+    if residency.materialised == "refused" and not off:
+        raise CommandError(f"{name} is not materialised: {residency.materialised_reason or 'refused'}")
+    others = ", wished for by another name of this version" if off and residency.materialised != "none" else ""
+    print(f"{name}: materialised {residency.materialised}{others}")
+
+
+def _set_pinned(name: str, pinned: bool, address: str) -> None:
+    from loramux.cli.connecting import connect
+
+    with connect(address) as client:
+        adapter = client.update(name, pinned=pinned)
+    print(f"{adapter.name}: {'pinned' if adapter.pinned else 'not pinned'}")
+
+
+def _refuse_existing(directory: Path) -> None:
+    """In the words of the command line, before anybody is called; the client says it in those of Python."""
+    from loramux.download import find_existing
+
+    with suppress(OSError):  # what cannot be looked at, the client tells
+        if existing := find_existing(directory):
+            raise CommandError(
+                f"{directory} already holds {', '.join(existing)}",
+                remedy="choose another directory, or --force to replace them",
+            )
+
+
+def _version(reference: str, pulled: Pulled) -> str:
+    return f"{reference.partition('@')[0]}@{pulled.digest[:12]}"
+
+
+def _labels(pairs: list[str]) -> dict[str, str]:
+    labels = dict(pair.partition("=")[::2] for pair in pairs)
+    bad = [pair for pair in pairs if "=" not in pair or pair.startswith("=")]
+    if bad:
+        raise CommandError(f"not a label: {bad[0]!r}", remedy="write --label KEY=VALUE", code=ExitCode.USAGE)
+    return labels
+
+
+def _remarks(adapter: Adapter, base: str) -> str:
+    """What an operator should see at a glance; `base` is the fingerprint of the one served."""
+    remarks = ["corrupt"] if adapter.health == "corrupt" else []
+    if adapter.accepted_bases and base not in adapter.accepted_bases:
+        remarks.append("other base")
+    if adapter.base_mismatch:
+        remarks.append("base mismatch")
+    elif adapter.base_fingerprint is None:
+        remarks.append("base: undeclared")
+    return ", ".join(remarks)
+
+
+@contextmanager
+def _transfer(description: str, quiet: bool) -> Iterator[ProgressCallback | None]:
+    if quiet:
+        yield None
+        return
+    with byte_progress() as bar:
+        task = bar.add_task(description, total=None)
+
+        def report(progress: TransferProgress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total)
+
+        yield report

@@ -1,0 +1,136 @@
+"""`loramux generate`: one prompt from the command line or stdin, the answer as it is made."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loramux.cli.arguments import DEFAULT_ADDRESS, Address
+from loramux.cli.completion import complete_adapters
+from loramux.terminal.failures import CommandError, ExitCode
+from loramux.terminal.output import print_json
+
+if TYPE_CHECKING:
+    from loramux.client import Client
+    from loramux.types import GenerateOptions, Message
+
+
+def command(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it, or as -, it is read from stdin.")
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", "-A", help="Name, alias or name@digest; none: the base.", autocompletion=complete_adapters
+        ),
+    ] = "",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's turn in the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "-m",
+            help="Most output tokens; unset: what the context leaves.",
+            rich_help_panel="Length and stopping",
+        ),
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Least output tokens.", rich_help_panel="Length and stopping")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel="Sampling")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus: the likeliest tokens of this share.", rich_help_panel="Sampling")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="The likeliest tokens, this many; 0 is off.", rich_help_panel="Sampling")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Tokens of at least this share of the likeliest.", rich_help_panel="Sampling")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel="Sampling")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(rich_help_panel="Sampling")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(rich_help_panel="Sampling")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.", rich_help_panel="Sampling")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Number of answers.", rich_help_panel="Sampling")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop string; may be repeated.", rich_help_panel="Length and stopping")
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None,
+        typer.Option("--ignore-eos", help="Go on past the end of text.", rich_help_panel="Length and stopping"),
+    ] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Alternatives per token, with --json.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds for the whole answer, repeats and warm-up included.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON, once it is complete.")] = False,
+) -> None:
+    """Generate text on the base or with an adapter, streaming it to the terminal."""
+    from loramux.cli.connecting import connect
+
+    text = _read_prompt(prompt)
+    given = {
+        "max_tokens": max_tokens, "min_tokens": min_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "n": n, "stop": stop, "ignore_eos": ignore_eos,
+        "logprobs": logprobs, "return_token_ids": True if as_json else None,
+    }  # fmt: skip
+    options: GenerateOptions = {k: v for k, v in given.items() if v is not None}  # type: ignore[assignment]
+    messages: list[Message] | None = None
+    if chat or system is not None:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+    with connect(address) as client:
+        plain = None if messages else text
+        if not as_json and (n is None or n == 1):
+            aborted = _stream(client, plain, messages, adapter, timeout, options)
+        else:
+            answer = client.generate(plain, messages=messages, adapter=adapter, timeout=timeout, **options)
+            aborted = any(choice.finish.reason == "aborted" for choice in answer.choices)
+            if as_json:
+                print_json(answer)
+            else:
+                for choice in answer.choices:
+                    print(f"--- {choice.index}\n{choice.text}")
+    if aborted:
+        raise CommandError("the answer was aborted before its end", code=ExitCode.UNAVAILABLE)
+
+
+def _stream(
+    client: Client,
+    text: str | None,
+    messages: list[Message] | None,
+    adapter: str,
+    timeout: float | None,
+    options: GenerateOptions,
+) -> bool:
+    """Print the one answer as it is made; whether it was aborted."""
+    aborted = False
+    for part in client.stream(text, messages=messages, adapter=adapter, timeout=timeout, **options):
+        sys.stdout.write(part.text)
+        sys.stdout.flush()
+        aborted = part.finish is not None and part.finish.reason == "aborted"
+    sys.stdout.write("\n")
+    return aborted
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if sys.stdin.isatty() and prompt is None:
+        raise CommandError(
+            "there is no prompt", remedy='loramux generate "Once upon", or pipe one in', code=ExitCode.USAGE
+        )
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise CommandError("stdin is not UTF-8 text", code=ExitCode.USAGE) from error

@@ -1,0 +1,351 @@
+"""The synchronous client: one channel, typed answers, bounded retries.
+
+Thread-safe. Knows neither torch nor the server's code; `aio` is its twin.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from loramux import convert, upload
+from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, channel_options
+from loramux.download import Download
+from loramux.errors import ClientClosed, LoramuxError, NotFound, Unavailable, from_call
+from loramux.retry import Attempts, RetryPolicy
+from loramux.types import (
+    Adapter,
+    AdapterChanges,
+    FileProgress,
+    GenerateOptions,
+    Generation,
+    Messages,
+    ModelInfo,
+    ProgressCallback,
+    Pulled,
+    Pushed,
+    StreamPart,
+)
+from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a Loramux server at `address` ("host:port"); use as a context manager or `close()` it.
+
+    Every method raises a `loramux.errors.LoramuxError`. A `timeout` is seconds for the whole call, repeats included.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self.address = address
+        self._retry = retry or RetryPolicy()
+        self._closed = False
+        options = channel_options(address)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=options)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End running calls and close the channel; calls after it raise ClientClosed."""
+        self._closed = True
+        self._channel.close()
+
+    # Inference
+
+    def generate(
+        self,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Messages | None = None,
+        adapter: str = "",
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """The whole answer to exactly one of text, token_ids or messages; `adapter` "" means the base."""
+        request = convert.generate_request(text, token_ids, messages, adapter, options)
+        attempts = Attempts(self._retry, timeout)
+        return convert.generation(self._call(self._inference.Generate, request, attempts))
+
+    def stream(
+        self,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Messages | None = None,
+        adapter: str = "",
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[StreamPart, None, None]:
+        """As `generate`, in parts as tokens are made. Closing the generator cancels the request."""
+        return self._stream(convert.generate_request(text, token_ids, messages, adapter, options), timeout)
+
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a text (with special tokens) or of a chat in the model's template."""
+        request = convert.tokenize_request(text, messages, tools)
+        return tuple(self._call(self._inference.Tokenize, request, idempotent=True).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        request = convert.detokenize_request(token_ids)
+        return self._call(self._inference.Detokenize, request, idempotent=True).text
+
+    def model(self) -> ModelInfo:
+        """The base that the server holds, and its limits."""
+        return convert.model_info(
+            self._call(self._inference.GetModel, inference_pb2.GetModelRequest(), idempotent=True)
+        )
+
+    def abort(self, request_id: str) -> bool:
+        """End a running or waiting request; False when there is none of that id."""
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        return self._call(self._inference.Abort, request, idempotent=True).aborted
+
+    # Adapters
+
+    def push(
+        self,
+        directory: str | PathLike[str],
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        allow_base_mismatch: bool = False,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Pushed:
+        """Upload a PEFT directory under `name`; a repeat after a cut goes on where the server stands.
+
+        Only adapter_config.json, adapter_model.safetensors and loramux.json travel; `Pushed.left_out` lists the rest.
+        `progress` is called from another thread.
+        """
+        bundle = upload.collect(Path(directory), name, labels or {}, allow_base_mismatch=allow_base_mismatch)
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            held = upload.held_bytes(bundle, self._find_upload(bundle.upload_id, attempts.left()))
+            try:
+                response = self._upload(bundle, held, progress, attempts.left())
+            except LoramuxError as error:
+                # A push is idempotent: its id and its content decide the outcome.
+                time.sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
+            else:
+                resumed = sum(held.values())
+                adapter = convert.adapter(response.adapter)
+                sent = bundle.total - resumed
+                return Pushed(adapter, response.created, sent, resumed, bundle.left_out, bundle.remark)
+
+    def query_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
+        """What the server durably holds of an upload that was not committed yet; NotFound when it knows none."""
+        request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
+        return convert.file_progress(self._call(self._adapters.QueryUpload, request, idempotent=True))
+
+    def adapters(self, *, page_size: int = 100) -> Iterator[Adapter]:
+        """Every adapter, page by page."""
+        token = ""
+        while True:
+            request = adapters_pb2.ListAdaptersRequest(page_size=page_size, page_token=token)
+            page = self._call(self._adapters.ListAdapters, request, idempotent=True)
+            yield from map(convert.adapter, page.adapters)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter by name, alias or name@digest."""
+        request = adapters_pb2.GetAdapterRequest(adapter=name)
+        return convert.adapter(self._call(self._adapters.GetAdapter, request, idempotent=True))
+
+    def update(
+        self,
+        name: str,
+        *,
+        pinned: bool | None = None,
+        materialised: bool | None = None,
+        add_aliases: Sequence[str] = (),
+        remove_aliases: Sequence[str] = (),
+        set_labels: Mapping[str, str] | None = None,
+        remove_labels: Sequence[str] = (),
+    ) -> Adapter:
+        """Change what is given and nothing else. `pinned` and `materialised` are wishes: watch `residency`."""
+        changes = AdapterChanges(
+            pinned, materialised, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
+        )
+        request = convert.update_request(name, changes)
+        # An alias that was added may have been moved on before a repeat would add it again.
+        idempotent = not changes.add_aliases
+        return convert.adapter(self._call(self._adapters.UpdateAdapter, request, idempotent=idempotent))
+
+    def delete(self, name: str) -> None:
+        """Remove a name and its aliases; running requests end on their version."""
+        self._call(self._adapters.DeleteAdapter, adapters_pb2.DeleteAdapterRequest(name=name))
+
+    def pull(
+        self,
+        name: str,
+        directory: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Pulled:
+        """Write an adapter's files, byte for byte as uploaded, into `directory`; all or none appear."""
+        return self._download(name, Download(Path(directory), overwrite=overwrite, report=progress), timeout)
+
+    def verify(self, name: str, *, progress: ProgressCallback | None = None, timeout: float | None = None) -> Pulled:
+        """Read an adapter back from the server and check every sha256, keeping nothing."""
+        return self._download(name, Download(None, report=progress), timeout)
+
+    # Health
+
+    def is_healthy(self, *, timeout: float = 5.0) -> bool:
+        """Whether the server answers SERVING; raises when it cannot be asked."""
+        response = self._once(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_healthy(self, timeout: float = 60.0, *, poll: float = 0.2) -> None:
+        """Return once the server serves; raises Unavailable with the last state after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        state = "not asked yet"
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if self.is_healthy(timeout=max(0.05, min(left, 5.0))):
+                    return
+                state = "the server answers NOT_SERVING"
+            except ClientClosed:
+                raise
+            except LoramuxError as error:
+                state = str(error)
+            time.sleep(min(poll, max(0.0, deadline - time.monotonic())))
+        raise Unavailable(f"not healthy after {timeout:g} s: {state}")
+
+    # Calls
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed()
+
+    def _once(self, method: Callable[..., T], request: object, timeout: float | None) -> T:
+        self._check_open()
+        try:
+            return method(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_call(cast(grpc.Call, error), self.address) from None
+
+    def _call(
+        self,
+        method: Callable[..., T],
+        request: object,
+        attempts: Attempts | None = None,
+        *,
+        idempotent: bool = False,
+    ) -> T:
+        attempts = attempts or Attempts(self._retry, each=CALL_TIMEOUT)
+        while True:
+            try:
+                return self._once(method, request, attempts.left())
+            except LoramuxError as error:
+                pause = attempts.pause(error, idempotent=idempotent)
+            time.sleep(pause)
+
+    def _stream(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> Generator[StreamPart, None, None]:
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            started = False
+            self._check_open()
+            call = self._inference.GenerateStream(request, timeout=attempts.left())
+            try:
+                for response in call:
+                    started = True
+                    yield convert.stream_part(response)
+                return
+            except grpc.RpcError as raised:
+                error = from_call(cast(grpc.Call, raised), self.address)
+            finally:
+                cast(Any, call).cancel()  # without effect on a call that has ended
+            if started:
+                raise error
+            time.sleep(attempts.pause(error, idempotent=False))
+
+    def _find_upload(self, upload_id: str, timeout: float | None) -> tuple[FileProgress, ...]:
+        request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
+        attempts = Attempts(self._retry, timeout, each=CALL_TIMEOUT)
+        try:
+            found = self._call(self._adapters.QueryUpload, request, attempts, idempotent=True)
+        except NotFound:
+            return ()
+        return convert.file_progress(found)
+
+    def _upload(
+        self,
+        bundle: upload.Bundle,
+        held: Mapping[str, int],
+        progress: ProgressCallback | None,
+        timeout: float | None,
+    ) -> adapters_pb2.UploadAdapterResponse:
+        failures: list[Exception] = []
+
+        def guarded() -> Iterator[adapters_pb2.UploadAdapterRequest]:
+            # gRPC reports an exception of its request iterator as a bare cancellation: keep the cause.
+            try:
+                yield from upload.messages(bundle, held, progress)
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        try:
+            return self._once(self._adapters.UploadAdapter, guarded(), timeout)
+        except LoramuxError:
+            if failures:
+                raise failures[0] from None
+            raise
+
+    def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
+        request = adapters_pb2.DownloadAdapterRequest(adapter=name)
+        attempts = Attempts(self._retry, timeout)
+        with download:
+            while True:
+                started = False
+                self._check_open()
+                call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
+                try:
+                    for response in call:
+                        started = True
+                        download.feed(response)
+                    return download.finish()
+                except grpc.RpcError as raised:
+                    error = from_call(cast(grpc.Call, raised), self.address)
+                finally:
+                    cast(Any, call).cancel()
+                if started:
+                    raise error
+                time.sleep(attempts.pause(error, idempotent=True))

@@ -1,0 +1,122 @@
+"""What a push sends: the files of an adapter directory, an id that a later attempt finds again, the messages.
+
+Reads files and counts bytes; knows no channel and does not judge what is in the files (see `adapter_directory`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loramux.adapter_directory import CONFIG, WEIGHTS, hint, remark
+from loramux.errors import LocalFilesError, LoramuxError, NotFound, OutOfRange
+from loramux.types import FileEntry, FileProgress, ProgressCallback, TransferProgress
+from loramux_protos.v1 import adapters_pb2
+
+REQUIRED = (CONFIG, WEIGHTS)
+OPTIONAL = ("loramux.json",)
+CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One adapter directory as it will be sent. `upload_id` follows from everything else, so a repeat resumes."""
+
+    name: str
+    directory: Path
+    files: tuple[FileEntry, ...]
+    left_out: tuple[str, ...]
+    labels: Mapping[str, str]
+    allow_base_mismatch: bool
+    upload_id: str
+    remark: str  # what its owner should know of the adapter, or nothing
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
+
+def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base_mismatch: bool) -> Bundle:
+    """Read and hash what a push of `directory` sends. Raises LocalFilesError when it holds no adapter."""
+    if not directory.is_dir():
+        raise LocalFilesError(f"{directory} is not a directory; give the directory that save_pretrained wrote")
+    try:
+        present = {path.name for path in directory.iterdir()}
+        missing = [file for file in REQUIRED if file not in present]
+        if missing:
+            raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}; {hint(directory, present)}")
+        sending = [file for file in (*REQUIRED, *OPTIONAL) if file in present]
+        files = tuple(_entry(directory / file) for file in sending)
+        remarked = remark(directory)
+    except OSError as error:
+        raise LocalFilesError(f"cannot read {error.filename}: {error.strerror}") from error
+    return Bundle(
+        name,
+        directory,
+        files,
+        tuple(sorted(present - set(sending))),
+        labels,
+        allow_base_mismatch,
+        _upload_id(name, files, labels, allow_base_mismatch),
+        remarked,
+    )
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(path.name, file.tell(), sha256)
+
+
+def _upload_id(name: str, files: tuple[FileEntry, ...], labels: Mapping[str, str], allow_base_mismatch: bool) -> str:
+    content = [name, [[f.file, f.size, f.sha256] for f in files], sorted(labels.items()), allow_base_mismatch]
+    return "push-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
+
+
+def held_bytes(bundle: Bundle, progress: tuple[FileProgress, ...]) -> dict[str, int]:
+    """Bytes per file that the server holds from an earlier attempt."""
+    names = {entry.file for entry in bundle.files}
+    return {entry.file: entry.committed for entry in progress if entry.file in names}
+
+
+def messages(
+    bundle: Bundle, held: Mapping[str, int], report: ProgressCallback | None
+) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    """Begin, the bytes that the server does not hold yet, commit. Reads one chunk at a time."""
+    yield adapters_pb2.UploadAdapterRequest(
+        begin=adapters_pb2.UploadBegin(
+            upload_id=bundle.upload_id,
+            name=bundle.name,
+            manifest=[adapters_pb2.FileEntry(file=f.file, size=f.size, sha256=f.sha256) for f in bundle.files],
+            labels=bundle.labels,
+            allow_base_mismatch=bundle.allow_base_mismatch,
+        )
+    )
+    done = sum(held.values())
+    for entry in bundle.files:
+        for chunk in _chunks(bundle.directory / entry.file, held.get(entry.file, 0)):
+            yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+            done += len(chunk.data)
+            if report is not None:
+                report(TransferProgress(entry.file, done, bundle.total))
+    yield adapters_pb2.UploadAdapterRequest(commit=adapters_pb2.UploadCommit())
+
+
+def _chunks(path: Path, offset: int) -> Iterator[adapters_pb2.UploadChunk]:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while data := file.read(CHUNK_BYTES):
+                yield adapters_pb2.UploadChunk(file=path.name, offset=offset, data=data)
+                offset += len(data)
+    except OSError as error:
+        raise LocalFilesError(f"cannot read {path}: {error.strerror}") from error
+
+
+def has_moved(error: LoramuxError) -> bool:
+    """Whether another attempt moved the upload meanwhile: go on from what the server then holds."""
+    return isinstance(error, OutOfRange | NotFound)

@@ -1,0 +1,84 @@
+"""One accepted request as its caller reads it: batches of deltas, at most one per choice.
+
+What has come in while the caller was busy is told together: a slow reader gets fewer and
+longer messages, and the engine never waits for one. Knows no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loramux_server.api.ports import Codec
+from loramux_server.engine.detokenize import ChoiceText, Delta
+from loramux_server.engine.stream import RequestStream
+from loramux_server.errors import RequestFailed
+from loramux_server.requests import TokenEvent, Usage
+
+
+class Generation:
+    """Async iterator over batches; ends after every choice's finish. Raises RequestFailed when one fails."""
+
+    def __init__(self, stream: RequestStream, codec: Codec) -> None:
+        self._stream = stream
+        submission = stream.submission
+
+        def spell(token: int) -> str:
+            return codec.token_bytes(token).decode("utf-8", "replace")
+
+        context = codec.output_context(submission.prompt)
+        self._choices = [ChoiceText(codec.decode, spell, submission.stop, context) for _ in range(submission.n)]
+        self._held: dict[int, Delta] = {}
+        self._usages: dict[int, Usage] = {}
+        self._ends: dict[int, str] = {}
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[Delta]:
+        while True:
+            event = await anext(self._stream)
+            deltas = self._gather([event, *self._stream.take_ready()])
+            if deltas:
+                return deltas
+
+    def facts(self) -> dict[str, object]:
+        """For the log: tokens of all choices so far, and how those that have ended did."""
+        return {
+            "completion_tokens": sum(usage.completion for usage in self._usages.values()),
+            "cached_tokens": max((usage.cached for usage in self._usages.values()), default=0),
+            "finish": ",".join(sorted(set(self._ends.values()))),
+        }
+
+    def _gather(self, events: Sequence[TokenEvent]) -> list[Delta]:
+        """Merge what is new of each choice; tokens that have no text yet wait for it."""
+        for event in events:
+            delta = self._choices[event.choice].push(event)
+            if delta is None:
+                continue
+            if delta.usage is not None:
+                self._usages[delta.choice] = delta.usage
+            if delta.finish is not None:
+                self._ends[delta.choice] = delta.finish.value
+            if delta.failure is not None:
+                raise RequestFailed(delta.failure)
+            if delta.retire:
+                self._stream.finish(delta.choice)
+            before = self._held.get(delta.choice)
+            self._held[delta.choice] = delta if before is None else _merge(before, delta)
+        ready = [delta for delta in self._held.values() if delta.text or delta.terminal or delta.prompt_logprobs]
+        for delta in ready:
+            del self._held[delta.choice]
+        return ready
+
+
+def _merge(first: Delta, second: Delta) -> Delta:
+    """Two deltas of one choice, in order."""
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        usage=second.usage or first.usage,
+    )

@@ -1,0 +1,90 @@
+"""What the services need of the rest of the server, as they see it: the composition root fills these.
+
+Keeps the API free of the model, the tokenizer's library and the residency pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from loramux_adapters.spec import WeightCounts
+from loramux_server.api.calls import Limits
+
+Tier = Literal["registered", "loaded", "resident"]
+Materialised = Literal["none", "building", "ready", "refused"]
+
+
+class Codec(Protocol):
+    """Text to token ids and back, by the base's own tokenizer and chat template. Safe from any thread."""
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 of the chat template, empty when the base has none."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a text."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text -> id of every token that `decode` leaves out."""
+
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest piece of text one token can stand for."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, behind the special tokens the base expects there."""
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template does anything with tools."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a conversation rendered by the template.
+
+        Raises ValueError when it refuses, a ChatRefused where the message at fault is known.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+
+    def output_context(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of the prompt's end that an output's text is decoded behind."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for."""
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Where an adapter is now. `reason` says why a dense copy was refused."""
+
+    tier: Tier = "registered"
+    slot: int | None = None
+    leases: int = 0
+    materialised: Materialised = "none"
+    reason: str = ""
+
+
+class AdapterStates(Protocol):
+    """Engine truth about adapters. Safe from any thread."""
+
+    def state(self, digest: str) -> AdapterState:
+        """Where the version is at this moment."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The base as GetModel tells it."""
+
+    model_id: str
+    architecture: str
+    fingerprint: str
+    compute_dtype: str
+    device: str
+    deterministic: bool
+    limits: Limits
+    weights: WeightCounts

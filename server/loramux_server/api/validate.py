@@ -1,0 +1,258 @@
+"""Every rule a request's fields must keep, checked before anything is allocated for it.
+
+A broken rule is an InvalidRequest with the field's path, and the limit in its metadata. Rules yield what they find
+wrong, checks raise all of it at once. Used by gRPC and HTTP alike; knows neither.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from loramux_adapters.spec import NAME_PATTERN
+from loramux_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
+from loramux_server.errors import InvalidRequest
+
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKENS = 1024
+MAX_STOP_CHARS = 256
+MAX_SALT_CHARS = 256
+MIN_REPETITION_PENALTY = 0.009999999776482582  # 0.01 as it comes over the wire, in float32
+MAX_TURNS = 4096
+MAX_LABELS = 64
+MAX_ALIASES = 64
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_UPLOAD_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
+_ROLE = re.compile(r"[A-Za-z_]{1,32}")
+_LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
+_MAX_LABEL_CHARS = 256
+
+Wrong = Iterator[InvalidRequest]
+
+
+def check(*rules: Iterable[InvalidRequest]) -> None:
+    """Raise what the rules find wrong, all of it in one InvalidRequest."""
+    wrong = [error for rule in rules for error in rule]
+    if wrong:
+        raise InvalidRequest.of_all(wrong)
+
+
+def check_generate(call: GenerateCall, limits: Limits) -> None:
+    """Everything that can be judged without tokenising."""
+    check(
+        request_id("request_id", call.request_id) if call.request_id else (),
+        reference("adapter", call.adapter) if call.adapter else (),
+        _at_most("cache_salt", len(call.cache_salt), MAX_SALT_CHARS, "characters"),
+        _input(call, limits),
+        _sampling(call.sampling, limits),
+        _stopping(call.stopping, limits),
+        _response(call.response, limits),
+    )
+
+
+def request_id(field: str, value: str) -> Wrong:
+    """The id a caller chose for a request."""
+    if not _REQUEST_ID.fullmatch(value):
+        yield InvalidRequest(field, "must be 1 to 128 printable ASCII characters without blanks")
+
+
+def reference(field: str, value: str) -> Wrong:
+    """A name, an alias or `name@digest` (8 to 64 hex digits)."""
+    adapter, at, digest = value.partition("@")
+    yield from name(field, adapter)
+    if at and not _DIGEST.fullmatch(digest):
+        yield InvalidRequest(field, "after @ there must be 8 to 64 lower-case hex digits of a digest")
+
+
+def name(field: str, value: str) -> Wrong:
+    """A name or alias of an adapter."""
+    if not NAME_PATTERN.fullmatch(value):
+        yield InvalidRequest(
+            field, "must be 1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
+        )
+
+
+def upload_id(field: str, value: str) -> Wrong:
+    """The id under which an upload is resumed."""
+    if not _UPLOAD_ID.fullmatch(value):
+        yield InvalidRequest(field, "must be 8 to 64 characters of A-Z, a-z, 0-9, _ and -")
+
+
+def labels(field: str, values: Mapping[str, str]) -> Wrong:
+    """Labels to set on an adapter."""
+    yield from _at_most(field, len(values), MAX_LABELS, "labels")
+    for key, value in values.items():
+        if not _LABEL_KEY.fullmatch(key):
+            yield InvalidRequest(
+                field, f"label key {key[:64]!r} must be 1 to 63 letters, digits, dots, dashes, slashes"
+            )
+        yield from _at_most(f"{field}[{key}]", len(value), _MAX_LABEL_CHARS, "characters")
+
+
+def aliases(field: str, values: Sequence[str]) -> Wrong:
+    """Aliases to add or to remove at once."""
+    if len(values) > MAX_ALIASES:
+        yield InvalidRequest(field, f"at most {MAX_ALIASES} at once")
+        return
+    for index, alias in enumerate(values):
+        yield from name(f"{field}[{index}]", alias)
+
+
+def chat(field: str, turns: Sequence[ChatTurn]) -> Wrong:
+    """A conversation; which roles make sense is the template's matter."""
+    if not turns:
+        yield InvalidRequest(field, "must hold at least one message")
+    yield from _at_most(field, len(turns), MAX_TURNS, "messages")
+    for index, turn in enumerate(turns):
+        if not _ROLE.fullmatch(turn.role):
+            yield InvalidRequest(f"{field}[{index}].role", "must be a role like system, user or assistant")
+
+
+def token_ids(field: str, ids: Collection[int], vocabulary: int) -> Wrong:
+    """Every id must be in the vocabulary: an id out of it would read past the embedding. Tells the first."""
+    if ids and (max(ids) >= vocabulary or min(ids) < 0):
+        index, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocabulary)
+        yield InvalidRequest(
+            f"{field}[{index}]",
+            f"token id {token} is outside the vocabulary of {vocabulary}",
+            metadata={"vocabulary": str(vocabulary)},
+        )
+
+
+def check_token_ids(field: str, ids: Collection[int], vocabulary: int) -> None:
+    """Raise what `token_ids` finds."""
+    check(token_ids(field, ids, vocabulary))
+
+
+def fit_tokens(prompt: int, max_tokens: int | None, limits: Limits) -> int:
+    """How many tokens may be made after a prompt of `prompt` tokens; None means what is left, and on a LongRoPE base
+    no more than its original context where the prompt is within it: longer sequences compute by other factors.
+
+    Raises InvalidRequest when the prompt leaves no room, or the caller asked for more than there is,
+    in the context or in the whole KV cache.
+    """
+    # The last token's keys and values are never needed: the KV cache holds one token less than a text has.
+    for name, limit, room, what in (
+        ("context_tokens", limits.context_tokens, limits.context_tokens, "the context"),
+        ("kv_cache_tokens", limits.kv_tokens, limits.kv_tokens + 1, "the whole KV cache"),
+    ):
+        facts = {name: str(limit), "prompt_tokens": str(prompt)}
+        if prompt >= room:
+            why = f"the prompt of {prompt} tokens leaves no room in {what} of {limit}"
+            raise InvalidRequest("input", why, metadata=facts)
+        if max_tokens is not None and prompt + max_tokens > room:
+            why = f"{prompt} prompt tokens and {max_tokens} more are over {what} of {limit}"
+            raise InvalidRequest("stopping.max_tokens", why, metadata=facts)
+    if max_tokens is not None:
+        return max_tokens
+    room = min(limits.context_tokens, limits.kv_tokens + 1)
+    original = limits.original_context_tokens
+    return (room if original is None or prompt > original else min(room, original + 1)) - prompt
+
+
+def check_suppressed(suppressed: Collection[int], limits: Limits) -> None:
+    """The tokens forbidden until `min_tokens` are there must leave at least one to draw."""
+    if sum(token < limits.vocabulary for token in suppressed) >= limits.vocabulary:
+        raise InvalidRequest("stopping.min_tokens", "every token of the vocabulary would end the text")
+
+
+def _input(call: GenerateCall, limits: Limits) -> Wrong:
+    given = [value for value in (call.text, call.token_ids, call.chat) if value is not None]
+    if len(given) != 1:
+        yield InvalidRequest("input", "exactly one of text, token_ids and chat must be set")
+    elif call.text is not None and not call.text:
+        yield InvalidRequest("text", "must not be empty")
+    elif call.chat is not None:
+        yield from chat("chat.messages", call.chat)
+    elif call.token_ids is not None and not call.token_ids:
+        yield InvalidRequest("token_ids.ids", "must not be empty")
+    elif call.token_ids is not None:
+        try:
+            fit_tokens(len(call.token_ids), call.stopping.max_tokens, limits)
+        except InvalidRequest as error:
+            if error.field == "input" or _is_possible(call.stopping.max_tokens, limits):  # else told of by its own rule
+                yield error
+        yield from token_ids("token_ids.ids", call.token_ids, limits.vocabulary)
+
+
+def _is_possible(max_tokens: int | None, limits: Limits) -> bool:
+    return max_tokens is None or 1 <= max_tokens <= limits.context_tokens
+
+
+def _sampling(sampling: SamplingCall, limits: Limits) -> Wrong:
+    yield from _within("sampling.temperature", sampling.temperature, 0.0, 100.0, note="0 is greedy")
+    yield from _within("sampling.top_p", sampling.top_p, 0.0, 1.0, open_low=True, note="1 or unset means off")
+    yield from _within("sampling.min_p", sampling.min_p, 0.0, 1.0, note="0 or unset means off")
+    yield from _within(
+        "sampling.repetition_penalty",
+        sampling.repetition_penalty,
+        MIN_REPETITION_PENALTY,
+        10.0,
+        note="1 or unset means off",
+    )
+    for field in ("presence_penalty", "frequency_penalty"):
+        yield from _within(f"sampling.{field}", getattr(sampling, field), -2.0, 2.0, note="0 or unset means off")
+    yield from _within("sampling.top_k", sampling.top_k, 0, (1 << 32) - 1, note="0 or unset means off")
+    yield from _within("sampling.seed", sampling.seed, 0, (1 << 64) - 1, note="unset means that the server draws one")
+    yield from _within("sampling.n", sampling.n, 1, limits.max_choices, limit_name="max_choices")
+    yield from _at_most("sampling.logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS, "entries")
+    yield from token_ids("sampling.logit_bias", sampling.logit_bias, limits.vocabulary)
+    for token, bias in sampling.logit_bias.items():
+        yield from _within(f"sampling.logit_bias[{token}]", bias, -100.0, 100.0)
+
+
+def _stopping(stopping: StoppingCall, limits: Limits) -> Wrong:
+    possible = _is_possible(stopping.max_tokens, limits)
+    if stopping.max_tokens is not None and stopping.max_tokens < 1:
+        yield InvalidRequest("stopping.max_tokens", f"{stopping.max_tokens} is out of range: must be at least 1")
+    elif not possible:
+        yield InvalidRequest(
+            "stopping.max_tokens",
+            f"{stopping.max_tokens} is out of range: must be at most the context of {limits.context_tokens}",
+            metadata={"context_tokens": str(limits.context_tokens)},
+        )
+    most = stopping.max_tokens if possible and stopping.max_tokens is not None else limits.context_tokens
+    yield from _within("stopping.min_tokens", stopping.min_tokens, 0, most)
+    strings = stopping.stop_strings
+    yield from _at_most(
+        "stopping.stop_strings", len(strings), limits.max_stop_strings, "strings", name="max_stop_strings"
+    )
+    for index, text in enumerate(strings):
+        if not text:
+            yield InvalidRequest(f"stopping.stop_strings[{index}]", "must not be empty")
+        yield from _at_most(f"stopping.stop_strings[{index}]", len(text), MAX_STOP_CHARS, "characters")
+    yield from _at_most("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKENS, "ids")
+    yield from token_ids("stopping.stop_token_ids", stopping.stop_token_ids, limits.vocabulary)
+
+
+def _response(response: ResponseCall, limits: Limits) -> Wrong:
+    for field in ("logprobs", "prompt_logprobs"):
+        value = getattr(response, field)
+        yield from _within(f"response.{field}", value, 0, limits.max_logprobs, limit_name="max_logprobs")
+
+
+def _within(
+    field: str,
+    value: float | None,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    limit_name: str = "",
+    note: str = "",
+) -> Wrong:
+    if value is None:
+        return
+    if math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
+        return
+    rule = f"must be {'over' if open_low else 'from'} {low:g} {'and at most' if open_low else 'to'} {high:g}"
+    why = f"{value:g} is out of range: {rule}" + (f"; {note}" if note else "")
+    yield InvalidRequest(field, why, metadata={limit_name: f"{high:g}"} if limit_name else None)
+
+
+def _at_most(field: str, count: int, limit: int, what: str, *, name: str = "limit") -> Wrong:
+    if count > limit:
+        yield InvalidRequest(field, f"{count} {what}, and {limit} are allowed", metadata={name: str(limit)})

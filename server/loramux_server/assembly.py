@@ -1,0 +1,325 @@
+"""Puts a server's inside together: store, base, adapter pool, runner, engine, text. The only importer of torch code
+outside `model`.
+
+Everything is made here once and handed on; nothing here runs afterwards but `close` and the readings.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
+from loramux_adapters.apply.slots import SlotTensors
+from loramux_adapters.base import BaseRefused, LoadedBase, load_base
+from loramux_adapters.base_source import explain_load
+from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device, use_device
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.formats import registry as formats
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.frozen import Nf4Linear, select_layouts
+from loramux_adapters.guard.exactness import ask_untouched
+from loramux_adapters.guard.examine import Examined, examine, refusals_of
+from loramux_adapters.kernels.protocol import Kernels
+from loramux_adapters.kernels.select import select_kernels
+from loramux_adapters.residency.host import HostCache
+from loramux_adapters.residency.pool import AdapterPool
+from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store.local import LocalStore
+from loramux_adapters.store.lock import DirectoryLock
+from loramux_adapters.store.records import Quotas, Wishes
+from loramux_adapters.weight_counts import count_weights, is_mixture
+from loramux_adapters.weights import AdapterWeights
+from loramux_server.api.calls import Limits
+from loramux_server.api.gate import Parts
+from loramux_server.api.ports import AdapterState, ModelInfo
+from loramux_server.built import Built, EngineHooks
+from loramux_server.config import EMBEDDED_MODEL, ServeConfig
+from loramux_server.engine.client import EngineClient
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.limits import EngineLimits
+from loramux_server.engine.mailbox import Mailbox
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.errors import StartError
+from loramux_server.loading import AdapterLoader
+from loramux_server.model.cache import PagedCache, bytes_per_token
+from loramux_server.model.decode_attention import select_decode
+from loramux_server.model.guard import self_check
+from loramux_server.model.runner import ModelRunner, RunnerConfig
+from loramux_server.model.sizing import Memory
+from loramux_server.model.weight_sets import WeightSets
+from loramux_server.observe.metrics import AdapterReading
+from loramux_server.registry import Registry
+from loramux_server.text import TextCodec
+
+_LOG = logging.getLogger("loramux_server.assembly")
+_EXTRA_SHARE = 8  # one part in 8 of the device budget is for embedding factors and biases
+_MAX_SLOTS = 4096
+MAX_ROWS_OF_RANK = 8
+
+
+def assemble(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
+    """Everything `app` starts; `lock` as `Build` says. Raises StartError and whatever the store refuses with."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    store = LocalStore(config.data_dir, _quotas(config), lock=lock)
+    try:
+        return _assemble(config, hooks, store)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Built:
+    source = str(tiny_path()) if config.model == EMBEDDED_MODEL else config.model
+    base = _load(config, source)
+    context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
+    with _loading(config):
+        codec = TextCodec.load(source, revision=config.revision)
+    if config.deterministic and is_mixture(base.config):
+        raise StartError(
+            f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
+            "of a step are routed to it, so --deterministic cannot be kept",
+            remedy="serve it without --deterministic",
+        )
+    kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
+    with _refused():
+        examined = examine(base, context)
+        adapted, cache, memory = _prepare(config, base, examined, kernels, context)
+    capacity = adapted.capacity
+    limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
+
+    def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
+        return formats.read(files, base.spec, limits, allow_base_mismatch=allow_base_mismatch)
+
+    def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
+        return read(files, allow_base_mismatch=allow_base_mismatch).spec
+
+    engine_limits = _engine_limits(config, cache, examined)
+    mailbox = Mailbox(engine_limits.max_live)
+    host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
+    loader = ThreadPoolExecutor(1, "loramux-loader", initializer=use_device, initargs=(base.device,))
+    pool = AdapterPool(
+        SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
+        SlotTensors(adapted),
+        host,
+        loader,
+        mailbox.notify,
+    )
+    refusal = "dense copies are off in deterministic mode: their rounding differs" if config.deterministic else ""
+    weight_sets = WeightSets(adapted, host.load, config.materialised_bytes, refusal)
+    runner = ModelRunner(
+        adapted,
+        cache,
+        kernels,
+        RunnerConfig(config.deterministic, examined.rope),
+        weight_sets.find,
+    )
+    scheduler = Scheduler(engine_limits, pool, ready_weight_sets=weight_sets.ready)
+    client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
+    engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
+    states = _States(pool, weight_sets)
+    registry = Registry(store, read_spec, base.spec.fingerprint, states)
+    info = _model_info(config, base, context, engine_limits, limits, memory)
+
+    def close() -> None:
+        loader.shutdown(wait=True, cancel_futures=True)
+        weight_sets.close()
+        registry.close()
+
+    parts = Parts(client, registry, codec, info, states)
+    return Built(parts, engine, lambda: _read(pool, host, weight_sets), close)
+
+
+def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
+    try:
+        return EngineLimits(
+            kv_blocks=cache.blocks - 1,  # the last one is scratch
+            block_tokens=cache.block_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running,
+            max_queued=config.max_queued,
+            prefix_cache=config.prefix_cache,
+            deterministic=config.deterministic,
+            original_context=None if examined.rope is None else examined.rope.original_context,
+        )
+    except ValueError as error:
+        raise StartError(str(error), remedy="change the options it names") from error
+
+
+def _quotas(config: ServeConfig) -> Quotas:
+    return Quotas(
+        max_adapters=config.max_adapters,
+        max_bytes=config.max_store_bytes,
+        max_upload_bytes=config.max_adapter_bytes + (2 << 20),  # and its two JSON files
+        max_open_uploads=config.max_uploads,
+        upload_ttl_seconds=config.upload_ttl_seconds,
+    )
+
+
+def _load(config: ServeConfig, source: str) -> LoadedBase:
+    try:
+        device = select_device(config.device)
+        with _loading(config):
+            return load_base(
+                source,
+                compute_dtype=_compute_dtype(config.dtype, device),
+                device=device,
+                double_quant=config.double_quant,
+                revision=config.revision,
+            )
+    except (BaseRefused, DeviceRefused) as error:
+        raise StartError(str(error), remedy="see `loramux doctor`") from error
+
+
+@contextmanager
+def _loading(config: ServeConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        explained = explain_load(config.model, error, os.environ)
+        raise StartError(f"model: {explained}", remedy=explained.remedy) from error
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype = getattr(torch, name)
+        if not isinstance(dtype, torch.dtype):
+            raise StartError(f"{name} is no dtype", remedy="use auto, float32, bfloat16 or float16")
+        check_dtype(device, dtype)
+        return dtype
+    return best_dtype(device)
+
+
+def _prepare(
+    config: ServeConfig, base: LoadedBase, examined: Examined, kernels: Kernels, context: int
+) -> tuple[AdaptedModel, PagedCache, Memory]:
+    """Injects places for adapters and allocates the KV cache, both sized from what is free."""
+    row_bytes = rank_row_bytes(base.spec, base.compute_dtype)
+    token_bytes = bytes_per_token(examined.layers, base.compute_dtype)
+    weights = [m.in_features * m.out_features for m in base.spec.modules.values() if m.kind in ("linear", "conv1d")]
+    memory = Memory.plan(
+        base.device,
+        kv_bytes=config.kv_bytes,
+        kv_most=token_bytes * context * config.max_running,
+        adapter_bytes=config.adapter_device_bytes,
+        rank_row_bytes=row_bytes,
+        dense_base_bytes=config.dense_base_bytes,
+        dense_needed=sum(weights) * base.compute_dtype.itemsize,
+    )
+    capacity = memory.adapters * (_EXTRA_SHARE - 1) // _EXTRA_SHARE // row_bytes // MAX_ROWS_OF_RANK * MAX_ROWS_OF_RANK
+    if capacity < MAX_ROWS_OF_RANK:
+        raise StartError(
+            f"{memory.adapters} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} on this base",
+            remedy=f"set --adapter-device-bytes to {row_bytes * MAX_ROWS_OF_RANK * 2} or more",
+        )
+    blocks = memory.kv // (token_bytes * config.block_tokens)
+    if blocks < 2:
+        raise StartError(
+            f"{memory.kv} bytes hold no KV cache of two blocks",
+            remedy=f"set --kv-bytes to {token_bytes * config.block_tokens * 4} or more",
+        )
+    with refusals_of(base):
+        truth = ask_untouched(
+            base, examined.layers, context, room=blocks * config.block_tokens, block=config.block_tokens
+        )
+    layouts = select_layouts(base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic)
+    adapted = inject(base, kernels, capacity=capacity, layouts=layouts)
+    rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
+    if rounding:
+        _LOG.warning("the packed layout rounds block scales", extra={"fields": {"largest_relative_error": rounding}})
+    cache = PagedCache(examined.layers, int(blocks) + 1, config.block_tokens, base.compute_dtype, base.device)
+    decode = select_decode(base.device, base.compute_dtype)
+    error = self_check(adapted, cache, truth, rope=examined.rope, decode=decode, tiled=config.deterministic)
+    _LOG.info("packed steps equal the untouched model", extra={"fields": {"largest_relative_error": f"{error:.2g}"}})
+    return adapted, cache, memory
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except BaseRefused as refusal:
+        remedy = "serve another base; docs/models.md lists the architectures that are served exactly"
+        raise StartError(str(refusal), remedy=remedy) from refusal
+
+
+def _model_info(
+    config: ServeConfig,
+    base: LoadedBase,
+    context: int,
+    engine: EngineLimits,
+    read: ReadLimits,
+    memory: Memory,
+) -> ModelInfo:
+    return ModelInfo(
+        model_id=base.spec.model_id,
+        architecture=base.spec.architecture,
+        fingerprint=base.spec.fingerprint,
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+        device=str(base.device),
+        deterministic=config.deterministic,
+        limits=Limits(
+            context_tokens=context,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_running=engine.max_running,
+            max_queued=engine.max_queued,
+            kv_tokens=engine.kv_tokens,
+            max_rank=read.max_rank,
+            max_adapter_bytes=read.max_bytes,
+            adapter_device_bytes=memory.adapters,
+            vocabulary=base.spec.vocab_size,
+            max_choices=min(config.max_choices, engine.max_live),
+            max_logprobs=config.max_logprobs,
+            max_stop_strings=config.max_stop_strings,
+            original_context_tokens=engine.original_context,
+        ),
+        weights=count_weights(base.spec),
+    )
+
+
+class _States:
+    """Implements `api.ports.AdapterStates` and `registry.Copies`."""
+
+    def __init__(self, pool: AdapterPool[AdapterWeights], weight_sets: WeightSets) -> None:
+        self._pool, self._weight_sets = pool, weight_sets
+
+    def state(self, digest: str) -> AdapterState:
+        """Where the version is at this moment."""
+        view, dense = self._pool.residency(digest), self._weight_sets.state(digest)
+        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
+
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """Keep what is pinned on the device and have dense copies of what is to be materialised; nothing else."""
+        self._pool.keep(wishes.pinned, again)
+        self._weight_sets.wish(wishes.materialised, again)
+
+    def forget(self, digest: str) -> None:
+        """Free its slot once the last lease is back, its host bytes and its dense copy."""
+        self._weight_sets.forget(digest)
+        self._pool.discard(digest)
+
+
+def _read(pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], sets: WeightSets) -> AdapterReading:
+    stats = pool.stats()
+    ready, dense_bytes, builds = sets.usage()
+    return AdapterReading(
+        tiers={"resident": (stats.resident, stats.resident_bytes), "loaded": host.usage},
+        loads_total={"ok": stats.loads, "failed": stats.load_failures},
+        load_seconds_total=stats.load_seconds,
+        evictions_total={"resident": stats.evictions},
+        hits_total=stats.hits,
+        lease_waits_total=stats.waits,
+        materialised_sets=ready,
+        materialised_bytes=dense_bytes,
+        materialised_builds_total=builds,
+        slots=stats.rows_capacity // MAX_ROWS_OF_RANK,
+    )

@@ -1,0 +1,39 @@
+"""What the composition root gets from whoever assembles a server's inside, and what it gives them.
+
+Torch-free: `app` knows these, `assembly` makes the real ones, tests make others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loramux_adapters.store.lock import DirectoryLock
+from loramux_server.api.gate import Parts
+from loramux_server.config import ServeConfig
+from loramux_server.engine.engine import Engine
+from loramux_server.observe.metrics import AdapterReading, Metrics
+
+
+@dataclass(frozen=True)
+class EngineHooks:
+    """The side that listens. `on_death` is called on the engine thread, once, if its loop dies."""
+
+    loop: asyncio.AbstractEventLoop
+    metrics: Metrics
+    on_death: Callable[[BaseException], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A server's inside, ready to start. `close` lets go of pool and store, after the engine has ended."""
+
+    parts: Parts
+    engine: Engine
+    reading: Callable[[], AdapterReading]
+    close: Callable[[], None]
+
+
+Build = Callable[[ServeConfig, EngineHooks, DirectoryLock | None], Built]
+"""The lock is the data directory's, for the store to hold and release; without one the store takes it."""

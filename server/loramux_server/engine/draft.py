@@ -1,0 +1,89 @@
+"""A step in the making: chunks within the token budget.
+
+Cuts requests into chunks and nothing else; who may run is the scheduler's decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from loramux_server.engine.limits import EngineLimits
+from loramux_server.engine.plan import BASE_SLOT, Chunk
+from loramux_server.engine.request import Request
+from loramux_server.engine.tables import BlockTables
+
+
+class Draft:
+    """The chunks of one step, at most `max_batch_tokens` tokens of them."""
+
+    def __init__(self, limits: EngineLimits, tables: BlockTables) -> None:
+        self.chunks: list[Chunk] = []
+        self._left = limits.max_batch_tokens
+        self._digests: set[str | None] = set()
+        self._tables = tables
+        self._exact_chunk = limits.prefill_chunk if limits.deterministic else None
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a first chunk of `request`, not admitted yet, is sure to fit."""
+        least = 1 if self._exact_chunk is None else min(self._exact_chunk, request.prompt_length)
+        return self._left >= least
+
+    def add_prefills(self, running: Iterable[Request]) -> None:
+        """Chunks of all that have more than one token to compute, in order, while the budget lasts."""
+        for request in running:
+            # An older one that does not fit is not passed by younger ones: they would keep it out.
+            if request.remaining > 1 and not self.add_prefill(request):
+                return
+
+    def add_prefill(self, request: Request) -> bool:
+        """A chunk of `request` as large as the rules and the budget allow; False when there is none."""
+        end = self._find_chunk_end(request)
+        if end is None:
+            return False
+        self.add(request, end)
+        return True
+
+    def add(self, request: Request, end: int) -> None:
+        """The tokens of `request` from the first not computed up to `end`; their blocks are there."""
+        start = request.computed
+        tokens = request.tokens
+        history = None
+        if not request.entered:
+            request.entered = request.seen_by_runner = True
+            if request.params.needs_history:
+                history = tuple(tokens[:start])
+        self.chunks.append(
+            Chunk(
+                request.key,
+                tuple(tokens[start:end]),
+                start,
+                self._tables.get_table(request, end),
+                BASE_SLOT if request.lease is None else request.lease.slot,
+                end == len(tokens) and request.submission.stop.max_tokens > 0,
+                request.params,
+                request.prompt_length,
+                history,
+                request.long_rope,
+            )
+        )
+        self._left -= end - start
+        self._digests.add(request.submission.digest)
+
+    def find_weight_set(self, ready: Callable[[], frozenset[str]]) -> str | None:
+        """The digest of all rows, if it is one and has a dense copy; never in exact mode, where paths may not vary."""
+        if len(self._digests) != 1 or self._exact_chunk is not None:
+            return None
+        (digest,) = self._digests
+        return digest if digest is not None and digest in ready() else None
+
+    def _find_chunk_end(self, request: Request) -> int | None:
+        """Where the next chunk ends. Exact mode cuts by the request alone and waits for room rather than cut else."""
+        start, known = request.computed, len(request.tokens)
+        if self._exact_chunk is None:
+            end = min(known, start + self._left)
+            return end if end > start else None
+        if start < request.prompt_length:
+            end = min((start // self._exact_chunk + 1) * self._exact_chunk, request.prompt_length)
+        else:
+            end = start + 1  # output is replayed as it was computed first: one token a step
+        return end if end - start <= self._left else None

@@ -1,0 +1,118 @@
+"""Who is served first, who gives way, and how far a request may be overtaken.
+
+Another order of service is another class with these methods. Knows no blocks and no budget.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import Protocol
+
+from loramux_server.engine.request import Request
+
+_order = attrgetter("order")
+
+
+class Policy(Protocol):
+    """The waiting requests and their order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Request]:
+        """Waiting requests, first to be served first; the caller may remove while it iterates."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """`request` waits: new, or preempted."""
+        ...
+
+    def remove(self, request: Request) -> None:
+        """`request` waits no more."""
+        ...
+
+    def find_victim(self, running: Sequence[Request]) -> Request:
+        """Which of the running requests (at least one) gives its blocks back."""
+        ...
+
+
+class FirstComeFirstServed:
+    """By priority, then arrival. A preempted request keeps its place, so nobody is sent back twice for one arrival.
+
+    The first of all can always run: whoever is behind it gives way, and alone it fits.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._waiting[:])
+
+    def add(self, request: Request) -> None:
+        """Take the place `request.order` gives."""
+        insort(self._waiting, request, key=_order)
+
+    def remove(self, request: Request) -> None:
+        """Leave the queue."""
+        remove_ordered(self._waiting, request)
+
+    def find_victim(self, running: Sequence[Request]) -> Request:
+        """The last in order."""
+        return max(running, key=_order)
+
+
+def insert_ordered(requests: list[Request], request: Request) -> None:
+    """Put `request` into a list kept by `order`."""
+    insort(requests, request, key=_order)
+
+
+def remove_ordered(requests: list[Request], request: Request) -> None:
+    """Take `request` out of a list kept by `order`."""
+    index = bisect_left(requests, request.order, key=_order)
+    if index == len(requests) or requests[index] is not request:
+        raise ValueError(f"{request.key} is not in the list")
+    del requests[index]
+
+
+class Turns:
+    """One pass over the waiting requests, in order: who may ask for a lease.
+
+    A request whose adapter is not ready is overtaken by at most `bound` later requests with other
+    adapters. After that no lease is granted behind it until it has its own: leases end with their
+    requests, so a slot comes free, and nobody else takes it. Requests for the base take no slot and
+    always pass. The bound holds among requests of one priority; a higher one goes first by definition.
+    """
+
+    def __init__(self, bound: int, tries: int) -> None:
+        self._bound = bound
+        self._tries = tries
+        self._refused: list[Request] = []
+        self._not_ready: set[str] = set()
+        self._turn_taken = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the pool has been asked for as many adapters as one pass may start loading."""
+        return len(self._not_ready) >= self._tries
+
+    def may_ask(self, request: Request) -> bool:
+        """Whether the pool may be asked on behalf of `request`, which needs an adapter."""
+        return not self._turn_taken and request.digest not in self._not_ready
+
+    def refuse(self, request: Request) -> None:
+        """`request` stays behind: its adapter is not ready, or it may not ask."""
+        if request.digest is not None and not self._turn_taken:
+            self._not_ready.add(request.digest)
+        self._refused.append(request)
+        self._turn_taken = self._turn_taken or request.overtaken >= self._bound
+
+    def admit(self, request: Request) -> None:
+        """`request` got its lease: it has overtaken everyone refused before it in this pass."""
+        request.overtaken = 0
+        for other in self._refused:
+            other.overtaken += 1
+            self._turn_taken = self._turn_taken or other.overtaken >= self._bound

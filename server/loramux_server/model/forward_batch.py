@@ -1,0 +1,131 @@
+"""One plan as tensors: ids, positions, cache rows, attention spans, rows that need logits.
+
+Chunks are ordered by slot, those without an adapter first, so that rows of one adapter lie together. Built on the host
+once per step and copied once. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loramux_server.engine.plan import BASE_SLOT, Chunk
+from loramux_server.model.cache import PagedCache
+from loramux_server.model.decode_attention import attend_rows
+from loramux_server.model.paged_context import DecodeAttention, DecodeRows, PagedContext, Span
+
+ROW_MULTIPLE = 16
+"""Rows of a deterministic step are padded to this, so that elementwise operations have no scalar tail of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardBatch:
+    """`chunks` in the order of their rows; `logit_rows` [n] are the step's rows that get logits.
+
+    Logit row ranges by chunk: `logits_of[i]` = (first, last) in the logits for chunks[i], empty where it needs none.
+    """
+
+    chunks: tuple[Chunk, ...]
+    ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    token_slots: list[int]  # T
+    logit_rows: torch.Tensor  # [n]
+    logit_slots: list[int]  # n
+    logits_of: tuple[tuple[int, int], ...]
+    context: PagedContext
+    long_rope: torch.Tensor  # [T] bool: rows of requests that use the long rotary factors
+
+
+def build_batch(
+    chunks: Sequence[Chunk],
+    cache: PagedCache,
+    scratch_block: int,
+    *,
+    tiled: bool,
+    decode: DecodeAttention = attend_rows,
+) -> ForwardBatch:
+    """Lays out a step. `scratch_block` receives the KV of padding rows; `tiled` pads and attends row-invariantly."""
+    ordered = tuple(sorted(chunks, key=lambda chunk: chunk.slot))
+    size = cache.block_size
+    count = sum(len(chunk.tokens) for chunk in ordered)
+    padding = -count % ROW_MULTIPLE if tiled else 0
+    ids = [0] * padding
+    positions = [0] * padding
+    slots = [BASE_SLOT] * padding
+    long_rope = [False] * padding
+    places = [scratch_block * size + row % size for row in range(padding)]
+    firsts: list[int] = []
+    for chunk in ordered:
+        firsts.append(len(ids))
+        ids.extend(chunk.tokens)
+        stop = chunk.start + len(chunk.tokens)
+        positions.extend(range(chunk.start, stop))
+        slots.extend([chunk.slot] * len(chunk.tokens))
+        long_rope.extend([chunk.long_rope] * len(chunk.tokens))
+        places.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
+    logit_rows, logits_of = _logit_rows(ordered, firsts, tiled=tiled)
+    device = cache.keys[0].device
+    spans, decodes = _attend(ordered, firsts, len(ids), size, device, tiled=tiled)
+    return ForwardBatch(
+        chunks=ordered,
+        ids=torch.tensor(ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        token_slots=slots,
+        logit_rows=torch.tensor(logit_rows, device=device),
+        logit_slots=[slots[row] for row in logit_rows],
+        logits_of=logits_of,
+        context=PagedContext(cache, torch.tensor(places, device=device), decode, spans, decodes, tiled=tiled),
+        long_rope=torch.tensor(long_rope, device=device),
+    )
+
+
+def _logit_rows(
+    chunks: Sequence[Chunk], firsts: Sequence[int], *, tiled: bool
+) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Rows that get logits, and where each chunk's are; never none at all, and padded where `tiled`."""
+    wanted: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    for chunk, first in zip(chunks, firsts, strict=True):
+        before = len(wanted)
+        last = first + len(chunk.tokens)
+        if chunk.params.prompt_logprobs is not None and chunk.start < chunk.prompt_length:
+            wanted.extend(range(first, last))
+        elif chunk.samples:
+            wanted.append(last - 1)
+        ranges.append((before, len(wanted)))
+    missing = -len(wanted) % ROW_MULTIPLE if tiled else 0
+    if not wanted:
+        missing = ROW_MULTIPLE if tiled else 1
+    if missing:  # row 0 is the first of all: no adapter's, where any row has none
+        wanted = [0] * missing + wanted
+        ranges = [(first + missing, last + missing) for first, last in ranges]
+    return wanted, tuple(ranges)
+
+
+def _attend(
+    chunks: Sequence[Chunk], firsts: Sequence[int], rows: int, size: int, device: torch.device, *, tiled: bool
+) -> tuple[list[Span], list[DecodeRows]]:
+    """Sorts the chunks into spans and batches of decode rows of similar length (within a factor of two)."""
+    spans: list[Span] = []
+    by_length: dict[int, list[tuple[int, Chunk]]] = {}
+    for chunk, first in zip(chunks, firsts, strict=True):
+        used = -(-(chunk.start + len(chunk.tokens)) // size)
+        if len(chunk.tokens) == 1 and not tiled:
+            by_length.setdefault(used.bit_length(), []).append((first, chunk))
+        else:
+            blocks = torch.tensor(chunk.blocks[:used], device=device)
+            spans.append(Span(first, first + len(chunk.tokens), chunk.start, blocks))
+    return spans, [_decode_rows(members, rows, size, device) for members in by_length.values()]
+
+
+def _decode_rows(members: Sequence[tuple[int, Chunk]], rows: int, size: int, device: torch.device) -> DecodeRows:
+    longest = max(chunk.start for _, chunk in members) // size + 1
+    table = [(*chunk.blocks[:longest], *[chunk.blocks[0]] * (longest - len(chunk.blocks))) for _, chunk in members]
+    everything = len(members) == rows and [first for first, _ in members] == list(range(rows))
+    return DecodeRows(
+        rows=None if everything else torch.tensor([first for first, _ in members], device=device),
+        blocks=torch.tensor(table, device=device),
+        positions=torch.tensor([chunk.start for _, chunk in members], device=device),
+    )

@@ -1,0 +1,319 @@
+"""Adapters as the services see them: references resolved and pinned, uploads validated and published.
+
+Torch-free; what reads an adapter's files is injected. `resolve` is fast enough for the event loop;
+everything that waits for a disk is `async` and runs in a thread. Knows no protobuf and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol
+
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
+from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store.protocol import AdapterStore
+from loramux_adapters.store.records import (
+    AdapterNames,
+    AdapterPage,
+    AdapterRecord,
+    AdapterUpdate,
+    FileEntry,
+    Published,
+    UploadManifest,
+    UploadProgress,
+    Wishes,
+)
+
+_MIN_PREFIX = 8  # hex digits
+
+_log = logging.getLogger(__name__)
+
+
+class ReadAdapter(Protocol):
+    """Validate an adapter's files against the base; raises AdapterInvalid or AdapterIncompatible."""
+
+    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec: ...
+
+
+class Copies(Protocol):
+    """What others hold of adapters beside the store: in host memory, on the device, dense. Safe from any thread."""
+
+    def forget(self, digest: str) -> None:
+        """Free all of it: no name, kept version or request reaches this digest any more."""
+
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """All that is wished for from now on: bring it about in the background, and drop what is not in it.
+
+        What was refused or failed before is left alone, unless it is `again`. Never waits.
+        """
+
+
+class NoCopies:
+    """Nobody holds any."""
+
+    def forget(self, digest: str) -> None:
+        """Nothing to free."""
+
+    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+        """Nothing to bring about."""
+
+
+class Resolved:
+    """What a reference meant when it was resolved; holds the version's bytes until `release`.
+
+    `name` is the adapter's name even if an alias was given. A context manager.
+    """
+
+    def __init__(self, tenant: str, name: str, spec: AdapterSpec, release: Callable[[str], None]) -> None:
+        self.tenant = tenant
+        self.name = name
+        self.spec = spec
+        self._release = release
+        self._lock = threading.Lock()
+        self._held = True
+
+    @property
+    def digest(self) -> str:
+        """The version, 64 hex digits."""
+        return self.spec.digest
+
+    def release(self) -> None:
+        """Give the pin back. Idempotent, from any thread, never waits for the disk."""
+        with self._lock:
+            held, self._held = self._held, False
+        if held:
+            self._release(self.digest)
+
+    def __enter__(self) -> Resolved:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class DownloadChunk:
+    """A run of bytes of `file` at `offset`."""
+
+    file: str
+    offset: int
+    data: bytes
+
+
+class Download:
+    """A pinned version's files, for streaming. A context manager."""
+
+    def __init__(self, resolved: Resolved, files: tuple[FileEntry, ...], store: AdapterStore) -> None:
+        self.digest = resolved.digest
+        self.files = files
+        self._resolved = resolved
+        self._store = store
+
+    async def chunks(self, size: int = 1 << 18) -> AsyncGenerator[DownloadChunk, None]:
+        """Every byte of every file, in the order of `files`, at most `size` bytes at a time.
+
+        Raises AdapterCorrupt when a file is gone, shorter than it was or of another hash; it is quarantined then.
+        """
+        for entry in self.files:
+            stream = await asyncio.to_thread(self._store.open_file, entry)
+            sha256 = hashlib.sha256()
+            try:
+                offset = 0
+                while offset < entry.size:
+                    data = await asyncio.to_thread(_read_hashed, stream, min(size, entry.size - offset), sha256)
+                    if not data:
+                        break
+                    yield DownloadChunk(entry.file, offset, data)
+                    offset += len(data)
+            except OSError as error:
+                raise _unreadable() from error
+            finally:
+                stream.close()
+            if sha256.hexdigest() != entry.sha256:
+                await asyncio.to_thread(self._store.check_file, entry)
+                raise _damaged(entry)  # healed meanwhile by a new upload: what was sent is wrong all the same
+
+    def close(self) -> None:
+        """Give the pin back. Idempotent."""
+        self._resolved.release()
+
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Registry:
+    """The one door to the adapters. Errors are those of `loramux_adapters.errors`, as AdapterStore documents them."""
+
+    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, copies: Copies | None = None) -> None:
+        """`base` is the fingerprint of the base that `read` validates against."""
+        self._store = store
+        self._read = read
+        self._base = base
+        self._copies = copies or NoCopies()
+        self._telling = threading.Lock()
+        # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
+        self._tell_wishes()
+
+    def close(self) -> None:
+        """Finish the publish under way, then close the store. Idempotent."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._store.close()
+
+    def resolve(self, tenant: str, reference: str) -> Resolved:
+        """Pin what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now.
+
+        Point reads of a local database, tens of microseconds, and a millisecond to find the nearest name of one that is
+        absent. A delete or replace from here on leaves the
+        bytes in place until the release. Raises AdapterNotFound (an unfinished upload is not found either),
+        AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined), StoreUnavailable.
+        """
+        version = self._store.acquire(tenant, *split_reference(reference))
+        return Resolved(tenant, version.id.name, version.spec, self._unpin)
+
+    async def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
+        """Open an upload or resume it; see AdapterStore.begin_upload."""
+        return await asyncio.to_thread(self._store.begin_upload, tenant, upload_id, manifest)
+
+    async def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
+        """Append a chunk; returns the new committed size. See AdapterStore.write_chunk."""
+        return await asyncio.to_thread(self._store.write_chunk, tenant, upload_id, file, offset, data)
+
+    async def query_upload(self, tenant: str, upload_id: str) -> UploadProgress:
+        """How far an upload has come, durably."""
+        return await asyncio.to_thread(self._store.query_upload, tenant, upload_id)
+
+    async def publish(self, tenant: str, upload_id: str) -> Published:
+        """Compare hashes, validate, and make the upload visible in one step.
+
+        An upload whose files are invalid is discarded: no resume can mend it. After any other error
+        it stays, so that a resume needs no byte again: with consent to another base, with room made, with
+        one wrong file sent anew. Once begun it runs to its end even if the caller is cancelled.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._publish, tenant, upload_id)
+
+    def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
+        """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
+        return self._store.names(digests)
+
+    async def get(self, tenant: str, reference: str) -> AdapterRecord:
+        """The record behind a reference."""
+        return await asyncio.to_thread(self._store.get, tenant, *split_reference(reference))
+
+    async def list(self, tenant: str, page_size: int = 100, page_token: str = "") -> AdapterPage:
+        """A page of records by name."""
+        return await asyncio.to_thread(self._store.list, tenant, page_size, page_token)
+
+    async def update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
+        """Change aliases, labels and wishes; a wish made again is tried again."""
+        return await asyncio.to_thread(self._update, tenant, name, change)
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Remove a name; running requests keep its bytes."""
+        await asyncio.to_thread(self._delete, tenant, name)
+
+    async def download(self, tenant: str, reference: str) -> Download:
+        """The files behind a reference as first uploaded, pinned until `Download.close`."""
+        resolved = self.resolve(tenant, reference)
+        try:
+            files = await asyncio.to_thread(self._store.entries, tenant, resolved.digest)
+        except BaseException:
+            resolved.release()
+            raise
+        return Download(resolved, files, self._store)
+
+    def _publish(self, tenant: str, upload_id: str) -> Published:
+        staged = self._store.staged_files(tenant, upload_id)
+        try:
+            spec = self._read(staged.files, allow_base_mismatch=staged.manifest.allow_base_mismatch)
+        except AdapterInvalid:
+            self._store.discard_upload(tenant, upload_id)
+            raise
+        except OSError as error:
+            raise _unreadable() from error
+        published = self._store.publish(tenant, upload_id, spec, self._base)
+        # Whatever was wrong with this content, bytes or base, is right now.
+        self._tell_wishes(again=published.record.digest)
+        self._forget_removed()
+        return published
+
+    def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
+        record = self._store.update(tenant, name, change)
+        self._tell_wishes(again=record.digest if change.pinned or change.materialised else None)
+        return record
+
+    def _delete(self, tenant: str, name: str) -> None:
+        self._store.delete(tenant, name)
+        self._tell_wishes()
+        self._forget_removed()
+
+    def _tell_wishes(self, again: str | None = None) -> None:
+        """After every change of a name, and at the start: all wishes as they are now, not what has changed.
+
+        So nobody need remember what a name pointed at, and a message that is lost is made up for by the next.
+        The change itself is durable, whatever happens here.
+        """
+        with self._telling:  # read and told as one step: of two changes at once, the last to tell knows of both
+            try:
+                self._copies.wish(self._store.wishes(), again)
+            except AdapterError as error:
+                _log.warning("wishes could not be read, the next change of an adapter tells them: %s", error)
+
+    def _forget_removed(self) -> None:
+        for digest in self._store.take_removed():
+            self._copies.forget(digest)
+
+    def _unpin(self, digest: str) -> None:
+        if self._store.unpin(digest):
+            try:
+                self._worker.submit(self._collect)
+            except RuntimeError:
+                _log.debug("unused adapters stay until the next start: the registry is closed")
+
+    def _collect(self) -> None:
+        try:
+            self._store.collect()
+        except AdapterError as error:
+            _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
+        self._forget_removed()
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """`name` -> (name, ""), `name@<hex>` -> (name, hex). AdapterInvalid on a short or empty version."""
+    name, at, prefix = reference.partition("@")
+    if at and len(prefix) < _MIN_PREFIX:
+        raise AdapterInvalid(
+            "the version after @ is too short",
+            subject="version",
+            remedy=f"give the first {_MIN_PREFIX} or more hex digits of the digest",
+        )
+    return name, prefix
+
+
+def _read_hashed(stream: BinaryIO, size: int, sha256: hashlib._Hash) -> bytes:
+    data = stream.read(size)
+    sha256.update(data)
+    return data
+
+
+def _damaged(entry: FileEntry) -> AdapterCorrupt:
+    return AdapterCorrupt(f"stored bytes of {entry.file} were damaged", subject=entry.file, remedy="try again")
+
+
+def _unreadable() -> StoreUnavailable:
+    return StoreUnavailable("the store cannot be read", subject="store", remedy="try again")

@@ -1,0 +1,238 @@
+"""Text to token ids and back, by the base's own tokenizer and chat template.
+
+The one place that knows a tokenizer's library; importing this module does not load it, since
+transformers brings torch along. Knows no requests and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loramux_adapters.tokenization import PromptTokenizer, find_chat_template
+from loramux_server.chat_faults import ChatRefused, find_fault
+
+MAX_CHAT_CHARACTERS: Final = 4 << 20
+"""Of all messages together; rendering and encoding more only costs time, as no context holds it."""
+
+_TOOLS: Final = re.compile(r"\btools\b")
+_NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
+
+
+class TextCodec:
+    """Encodes and decodes for one base. Safe from any thread."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        """`tokenizer` is one of transformers and ours alone: padding and truncation are switched off for good."""
+        self._tokenizer = tokenizer
+        own = tokenizer.eos_token_id
+        self._eos_token_ids = eos_token_ids | (frozenset() if own is None else {own})
+        self._template = find_chat_template(tokenizer)
+        tokenizer.model_max_length = _NO_LIMIT
+        self._longest_token = max((len(piece.encode()) for piece in tokenizer.get_vocab()), default=1)
+        self._lock: AbstractContextManager[Any] = nullcontext()
+        self._spelling: _Spelling | None = None
+        if tokenizer.is_fast:
+            # Its settings are borrowed for writing by each call that finds them set, and then concurrent
+            # calls raise "Already borrowed": without settings, calls only read and need no lock.
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
+            self._spelling = _Spelling.of(json.loads(backend.to_str()))
+        else:
+            self._lock = threading.Lock()
+        self._prompts = PromptTokenizer(tokenizer)
+        self._special_tokens = dict(self._prompts.special_tokens)
+
+    @classmethod
+    def load(cls, source: str | Path, *, revision: str | None = None) -> TextCodec:
+        """The codec of a model directory or hub id. Raises OSError or ValueError if there is no tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
+        return cls(tokenizer, _find_eos_token_ids(str(source), revision))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer can give; a model may have more rows."""
+        return len(self._tokenizer)
+
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest piece of text that one token can stand for."""
+        return self._longest_token
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text -> id of every token that no text shows."""
+        return self._special_tokens
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a text: the tokenizer's and those of the generation config."""
+        return self._eos_token_ids
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 of the chat template in hex, empty when the base has none."""
+        return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, behind the special tokens the base expects there."""
+        with self._lock:
+            return self._prompts.encode_prompt(text)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template does anything with tools."""
+        return self._template is not None and _TOOLS.search(self._template) is not None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Raises ChatRefused when there is no template, it refuses the messages, or they are too long.
+        """
+        rendered = self.render_chat(messages, tools)
+        with self._lock:
+            return self._prompts.encode_rendered(rendered)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text that `encode_chat` encodes; raises as it does."""
+        if self._template is None:
+            raise ChatRefused("the base has no chat template; send text instead")
+        characters = _count_characters([*messages, *tools])
+        if characters > MAX_CHAT_CHARACTERS:
+            raise ChatRefused(f"{characters} characters of messages, of at most {MAX_CHAT_CHARACTERS}")
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._render(messages, tools)
+        except Exception as error:
+            # A template runs arbitrary expressions. What it says itself by raise_exception is meant for the
+            # caller; anything else would only tell about our insides.
+            fault = find_fault(messages, lambda others: self._renders(others, tools))
+            said = fault.why if fault else "it failed on these messages"
+            if type(error) is TemplateError:
+                said = str(error)
+            raise ChatRefused(f"the chat template refused: {said}", fault.where if fault else "") from error
+
+    def _renders(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            self._render(messages, tools)
+        except Exception:  # as above
+            return False
+        return True
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        with self._lock:
+            rendered: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        return rendered
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; an incomplete character becomes U+FFFD."""
+        with self._lock:
+            return self._prompts.decode(ids)
+
+    def output_context(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of the prompt's end that an output's text is decoded behind."""
+        return self._prompts.output_context(prompt)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for, special tokens by their name; empty for ids without a token."""
+        if not 0 <= token < self.vocab_size:
+            return b""
+        added = self._tokenizer.added_tokens_decoder.get(token)
+        if added is not None:
+            return str(added.content).encode()
+        with self._lock:
+            piece: str | None = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if self._spelling is None:
+            return self.decode([token]).encode()
+        return self._spelling.spell(piece)
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a tokenizer's vocabulary writes bytes: found in the decoder part of tokenizer.json."""
+
+    byte_level: bool  # one printable character a byte, as GPT-2 does
+    byte_fallback: bool  # <0xE2> is a byte, as SentencePiece does
+    space: str | None  # character that stands for a space
+
+    @classmethod
+    def of(cls, tokenizer: Mapping[str, Any]) -> _Spelling:
+        decoder = tokenizer.get("decoder") or {}
+        parts = decoder.get("decoders", [decoder])
+        space = None
+        for part in parts:
+            if part.get("type") == "Metaspace":
+                space = part.get("replacement")
+            elif part.get("type") == "Replace" and part.get("content") == " ":
+                space = part.get("pattern", {}).get("String")
+        kinds = {part.get("type") for part in parts}
+        return cls("ByteLevel" in kinds, "ByteFallback" in kinds, space)
+
+    def spell(self, piece: str) -> bytes:
+        if self.byte_level and all(character in _BYTE_OF for character in piece):
+            return bytes(_BYTE_OF[character] for character in piece)
+        if self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:5])
+        return (piece.replace(self.space, " ") if self.space else piece).encode()
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 bytes stand for themselves, the rest for code points from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF: Final = _byte_characters()
+
+
+def _count_characters(value: Any) -> int:
+    """Of all strings in a JSON value, keys included, however deep."""
+    total, left = 0, [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, Mapping):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, Sequence):
+            left += part
+    return total
+
+
+def _find_eos_token_ids(source: str, revision: str | None) -> frozenset[int]:
+    """Ids of the generation config, or of the model's config when there is none."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    readers: tuple[Callable[[], Any], ...] = (
+        lambda: GenerationConfig.from_pretrained(source, revision=revision).eos_token_id,
+        lambda: PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("eos_token_id"),
+    )
+    for read in readers:
+        try:
+            found = read()
+        except OSError:
+            continue
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()

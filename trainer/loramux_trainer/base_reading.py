@@ -1,0 +1,55 @@
+"""A job's base before its weights are loaded: what its configuration and its tokenizer tell of data and targets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from loramux_adapters.base import BaseRefused
+from loramux_adapters.base_source import explain_load
+from loramux_adapters.outline import BaseOutline, read_outline
+from loramux_trainer.errors import ModelInvalid
+from loramux_trainer.examples import ExampleEncoder
+from loramux_trainer.job import TrainJob
+
+
+@dataclass(frozen=True)
+class BaseReading:
+    """Enough of a base to encode records for it and to choose among its modules."""
+
+    outline: BaseOutline
+    tokenizer: Any
+    encoder: ExampleEncoder
+
+
+def read_base(job: TrainJob, source: str) -> BaseReading:
+    """Reads `source`, where the base of the job is. Raises ModelInvalid."""
+    with loading(job):
+        outline = read_outline(source, name=job.model)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    encoder = ExampleEncoder(tokenizer, _end_ids(outline.generation, tokenizer), outline.vocab_size)
+    return BaseReading(outline, tokenizer, encoder)
+
+
+@contextmanager
+def loading(job: TrainJob) -> Iterator[None]:
+    """Tells of a base that cannot be loaded in the words of the job."""
+    try:
+        yield
+    except BaseRefused as refusal:
+        raise ModelInvalid(f"{job.model} cannot be loaded: {refusal}") from refusal
+    except (OSError, ValueError, SafetensorError) as error:
+        explained = explain_load(job.model, error, os.environ)
+        raise ModelInvalid(str(explained), remedy=explained.remedy) from error
+
+
+def _end_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
+    declared = getattr(generation, "eos_token_id", None)
+    ids = set(declared if isinstance(declared, list) else [declared])
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,60 @@
+"""A job looked at as the run would, as far as one can without the weights: `loramux train --check`.
+
+Everything found is told at once. The base's files and tokenizer are read where they are on this machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loramux_trainer.errors import ModelInvalid, Problems
+from loramux_trainer.job import TrainJob
+from loramux_trainer.preflight import check_paths, check_records, find_model, is_readable
+from loramux_trainer.schedule import warmup_steps
+
+
+def check_whole_job(job: TrainJob, *, resume: bool) -> bool:
+    """Whether the base is on this machine, so that targets and tokens were looked at too. Raises what a run would."""
+    problems = Problems()
+    files: Path | None = None
+    with problems.collecting():
+        files = find_model(job)
+    check_paths(job, problems, resume=resume)
+    if files is None:
+        check_records(job, problems)
+    else:
+        _check_against_base(job, files, problems)
+    problems.raise_any()
+    return files is not None
+
+
+def _check_against_base(job: TrainJob, files: Path, problems: Problems) -> None:
+    # Seconds of imports, which a job with a broken base need not wait for.
+    from loramux_trainer.base_reading import read_base
+    from loramux_trainer.batches import StepOrder
+    from loramux_trainer.data import check_context
+    from loramux_trainer.data_check import check_data
+    from loramux_trainer.targets import resolve_targets
+
+    try:
+        base = read_base(job, str(files))
+    except ModelInvalid as problem:
+        problems.add(problem)
+        check_records(job, problems)
+        return
+    with problems.collecting():
+        resolve_targets(job.lora.targets, base.outline)
+    if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
+        check_records(job, problems)
+        return
+    with problems.collecting():
+        lengths = check_data(job.data, base.encoder, seed=job.training.seed)
+        check_context(max((*lengths.train, *lengths.held)), base.outline.context_length)
+        if job.training.steps is None:
+            order = StepOrder(
+                lengths.train,
+                batch_size=job.training.batch_size,
+                accumulation=job.training.accumulation,
+                seed=job.training.seed,
+            )
+            warmup_steps(job.training.warmup, job.training.epochs * order.steps_per_epoch)

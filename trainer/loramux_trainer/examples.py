@@ -1,0 +1,135 @@
+"""Records into token ids and labels, cut where the server cuts: its prompt's ids, then the ids that go on from them.
+
+The loss falls on completions and trained turns only, their end token included: an adapter that never learnt it would
+never stop. Knows no file and no batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loramux_adapters.tokenization import ContinuationRefused, PromptTokenizer, find_chat_template
+from loramux_trainer.chats import ChatRenderer, Turn
+from loramux_trainer.records import Completion, Conversation, Record, RecordInvalid
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """`labels` equals `ids` where the loss falls and IGNORE elsewhere; same length."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are predicted with a loss; the first token of a sequence is never predicted."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+    def truncated(self, length: int) -> Example:
+        """The first `length` tokens."""
+        return Example(self.ids[:length], self.labels[:length])
+
+
+class ExampleEncoder:
+    """Encodes for one base: its tokenizer, the ids that end a text, and the number of ids its embedding has."""
+
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int], vocabulary: int) -> None:
+        self.end_ids = end_ids
+        self._prompts = PromptTokenizer(tokenizer)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._vocabulary = vocabulary
+        template = find_chat_template(tokenizer)
+        self._renderer = None if template is None else ChatRenderer(template, tokenizer.special_tokens_map)
+
+    def encode(self, record: Record) -> tuple[Example, ...]:
+        """The record's examples: one, or for a conversation whose turns the server would cut otherwise than one
+        sequence can hold, several. Raises RecordInvalid.
+        """
+        try:
+            if isinstance(record, Completion):
+                examples: Sequence[Example] = [self._encode_completion(record)]
+            else:
+                examples = list(self._encode_chat(record))
+        except ContinuationRefused as error:
+            raise RecordInvalid(str(error)) from error
+        for example in examples:
+            if not example.supervised:
+                raise RecordInvalid("no token of the record carries a loss: there is nothing to learn")
+            self._check_vocabulary(example)
+        return tuple(examples)
+
+    def _encode_completion(self, record: Completion) -> Example:
+        if self._eos is None:
+            raise RecordInvalid("the base's tokenizer has no end-of-sequence token to end a completion with")
+        head = self._prompts.encode_prompt(record.prompt)
+        tail = self._prompts.encode_continuation(record.prompt, head, record.completion)
+        if tail[-1:] != [self._eos]:  # a completion that was rendered already ends with it
+            tail.append(self._eos)
+        return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
+
+    def _encode_chat(self, record: Conversation) -> Iterator[Example]:
+        """Turns share a sequence as long as each one's prompt, encoded alone, goes on from what stands there."""
+        if self._renderer is None:
+            raise RecordInvalid("the base has no chat template: use prompt and completion")
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn in self._renderer.turns(record):
+            head = self._prompts.encode_rendered(turn.prompt)
+            if head[: len(ids)] != ids:
+                yield Example(tuple(ids), tuple(labels))
+                ids, labels = [], []
+            labels += [IGNORE] * (len(head) - len(ids))
+            ids = head
+            answer, answer_labels = self._encode_answer(turn, head)
+            ids, labels = ids + answer, labels + answer_labels
+        yield Example(tuple(ids), tuple(labels))
+
+    def _encode_answer(self, turn: Turn, head: Sequence[int]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        borders = sorted({0, len(turn.answer), *itertools.chain.from_iterable(turn.spans)})
+        for begin, end in itertools.pairwise(borders):
+            before = turn.prompt + turn.answer[:begin]
+            piece = self._prompts.encode_continuation(before, [*head, *ids], turn.answer[begin:end])
+            learnt = any(first <= begin and end <= last for first, last in turn.spans)
+            ids += piece
+            labels += piece if learnt else [IGNORE] * len(piece)
+        self._check_end_is_learnt(turn, ids, labels)
+        return ids, labels
+
+    def _check_end_is_learnt(self, turn: Turn, ids: Sequence[int], labels: Sequence[int]) -> None:
+        if not self.end_ids.isdisjoint(labels):
+            return
+        where = f"messages[{turn.index}]"
+        if not self.end_ids.isdisjoint(ids):
+            raise RecordInvalid(
+                f"{where} ends with the base's end token, but outside of the chat template's {{% generation %}} block, "
+                "so its end would not be learnt: the block must hold it"
+            )
+        ends = ", ".join(f"{self._prompts.token_text(i)} ({i})" for i in sorted(self.end_ids)) or "none"
+        special = set(self._prompts.special_tokens.values())
+        last = next((i for i in reversed(ids) if i in special), None)
+        if last is None:
+            raise RecordInvalid(
+                f"{where} is rendered without a token that ends it, so its end would not be learnt: the chat template "
+                f"must write one of the base's end tokens behind it ({ends})"
+            )
+        raise RecordInvalid(
+            f"{where} ends with {self._prompts.token_text(last)}, at which the base does not stop (it stops at "
+            f"{ends}): add its id {last} to eos_token_id in the base's generation_config.json, "
+            "which server and trainer read"
+        )
+
+    def _check_vocabulary(self, example: Example) -> None:
+        position, token = max(enumerate(example.ids), key=lambda pair: pair[1])
+        if token >= self._vocabulary:
+            raise RecordInvalid(
+                f"{self._prompts.token_text(token)!r} is token id {token} at position {position}, which is outside the "
+                f"model's vocabulary of {self._vocabulary}: remove it from the text, or use a base whose embedding was "
+                "resized for it"
+            )

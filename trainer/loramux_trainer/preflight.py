@@ -1,0 +1,77 @@
+"""What a job can be refused for before anything is loaded: data that is not there, an output that cannot be written.
+
+Imports no torch, so that `loramux train --check` is quick, and leaves nothing on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from loramux_adapters.base_source import find_base
+from loramux_adapters.errors import BaseInvalid
+from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
+from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
+from loramux_trainer.job import TrainJob
+from loramux_trainer.records import read_records
+
+
+def check_job(job: TrainJob, *, resume: bool) -> None:
+    """Raises JobInvalid and DataInvalid for what would end the run only after minutes of work, or at its end,
+    ModelInvalid for a base that cannot be had or loaded, and SeveralInvalid for several of them.
+    """
+    problems = Problems()
+    with problems.collecting():
+        find_model(job)
+    check_paths(job, problems, resume=resume)
+    check_records(job, problems)
+    problems.raise_any()
+
+
+def find_model(job: TrainJob) -> Path | None:
+    """The directory of the base's files, None where they are still to be fetched. Raises ModelInvalid."""
+    try:
+        return find_base(job.model, os.environ)
+    except BaseInvalid as error:
+        raise ModelInvalid(str(error), remedy=error.remedy) from error
+
+
+def check_paths(job: TrainJob, problems: Problems, *, resume: bool) -> None:
+    """Whether there is data to read and the output can be written."""
+    for key, path in (("data.train", job.data.train), ("data.eval", job.data.eval)):
+        if path is not None and not is_readable(path):
+            problems.add(JobInvalid(key, f"{path} is no file that can be read"))
+    with problems.collecting():
+        try:
+            _check_output(job.output, resume=resume)
+        except OSError as error:
+            raise JobInvalid("output", f"{job.output} cannot be written: {error.strerror}") from error
+
+
+def check_records(job: TrainJob, problems: Problems) -> None:
+    """The form of the records of what data there is."""
+    for path in (job.data.train, job.data.eval):
+        if path is not None and is_readable(path):
+            with problems.collecting():
+                for _ in read_records(path, problems):
+                    pass
+
+
+def is_readable(path: Path) -> bool:
+    """Whether there is a file to read."""
+    return os.access(path, os.R_OK) and not path.is_dir()
+
+
+def _check_output(output: Path, *, resume: bool) -> None:
+    if (output / "adapter_config.json").exists():
+        raise JobInvalid("output", f"{output} already holds an adapter; choose another directory")
+    if not resume and list_checkpoints(output / CHECKPOINTS):
+        raise JobInvalid(
+            "output",
+            f"{output} holds checkpoints of an unfinished run; go on with --resume, or choose another directory",
+        )
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    # Writing is the only sure test: permission bits say nothing of a read-only or a full file system.
+    with tempfile.TemporaryFile(dir=existing):
+        pass

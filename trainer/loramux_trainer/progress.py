@@ -1,0 +1,57 @@
+"""What a running job tells whoever watches it. The trainer prints nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from loramux_trainer.data import DataReport
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step. `step` counts from 1; `loss` is the mean over the step's supervised tokens."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    tokens: int  # supervised, in this step
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The mean loss over all supervised tokens of the evaluation set after `step` steps."""
+
+    step: int
+    loss: float
+
+
+class Progress(Protocol):
+    """Callbacks from the training thread, in order; an exception in one ends the run."""
+
+    def started(self, total_steps: int, first_step: int, data: DataReport) -> None: ...
+    def stepped(self, report: StepReport) -> None: ...
+    def evaluated(self, report: EvalReport) -> None: ...
+    def saved(self, checkpoint: Path) -> None: ...
+    def warned(self, message: str) -> None: ...
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
+        """Nothing."""
+
+    def stepped(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def evaluated(self, report: EvalReport) -> None:
+        """Nothing."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """Nothing."""
+
+    def warned(self, message: str) -> None:
+        """Nothing."""
