@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import BaseInvalid
 from loramux_adapters.formats.refusals import looks_like, quote
 
@@ -60,7 +61,7 @@ def _check_config(directory: Path, names: frozenset[str]) -> None:
 def _refuse_no_config(names: frozenset[str]) -> None:
     if gguf := _first(names, ".gguf"):
         raise _gguf(gguf)
-    if "adapter_config.json" in names:
+    if CONFIG_FILE in names:
         raise BaseInvalid(
             "it holds an adapter (adapter_config.json), not a base model",
             remedy="give the base that adapter_config.json names in base_model_name_or_path, and push the adapter",

@@ -17,7 +17,7 @@ from loramux.types import FileEntry, FileProgress, ProgressCallback, TransferPro
 from loramux_protos.v1 import adapters_pb2
 
 REQUIRED = (CONFIG, WEIGHTS)
-OPTIONAL = ("loramux.json",)
+OPTIONAL = ("loramux.json", "lorica.json")  # the second as the project was called before
 CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
 
 

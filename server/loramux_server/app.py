@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.spec import WeightCounts
+from loramux_adapters.store.former_directory import move_former
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import AdapterNames
 from loramux_adapters.threads import SPINS, limit_spinning
@@ -28,7 +29,7 @@ from loramux_server.api.gate import Gate, Parts
 from loramux_server.api.grpc_server import GrpcOptions, GrpcServer
 from loramux_server.api.inference_service import InferenceService
 from loramux_server.built import Build, Built, EngineHooks
-from loramux_server.config import ServeConfig
+from loramux_server.config import ServeConfig, default_data_dir
 from loramux_server.errors import StartError
 from loramux_server.observe.exporter import Exporter, Probes
 from loramux_server.observe.logs import configure_logs
@@ -230,6 +231,8 @@ def serve(config: ServeConfig) -> NoReturn:
     configure_logs(config.log_level, config.log_format)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
+    if config.data_dir == default_data_dir() and (former := move_former(config.data_dir)):
+        print(f"moved {former} to {config.data_dir}: the project was renamed", flush=True)
     check_start(config)
     lock = DirectoryLock(config.data_dir)  # before a base is loaded that could not be served then
     try:

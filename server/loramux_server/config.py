@@ -17,6 +17,7 @@ import platformdirs
 import yaml
 
 from loramux_adapters.formats.limits import MAX_RANK
+from loramux_adapters.former_name import renamed_variables
 from loramux_server.errors import ConfigInvalid
 from loramux_server.options import Kind, Option, is_unix, parse
 
@@ -43,7 +44,8 @@ def _option(
     return field(default=default, metadata={"option": option})
 
 
-def _data_dir() -> Path:
+def default_data_dir() -> Path:
+    """Where the store is if nobody says otherwise."""
     return Path(platformdirs.user_data_dir("loramux", appauthor=False))
 
 
@@ -86,7 +88,7 @@ class AdapterConfig(EngineConfig):
     """Where adapters rest and how many may be where."""
 
     data_dir: Path = field(
-        default_factory=_data_dir, metadata={"option": Option("path", "directory of the adapter store")}
+        default_factory=default_data_dir, metadata={"option": Option("path", "directory of the adapter store")}
     )
     adapter_device_bytes: int | None = _option(
         None, "bytes", "device memory of adapter slots; unset: sized at start", low=1 << 12, optional=True
@@ -211,6 +213,9 @@ def resolve_config(
     for name, raw in (flags or {}).items():
         if raw is not None:
             take(name, raw, f"flag --{name.replace('_', '-')}")
+    variables = (FILE_VARIABLE, *(ENV_PREFIX + name.upper() for name in known))
+    for old, new in renamed_variables(environ, variables).items():
+        wrong.append(ConfigInvalid(f"env {old} is not read any more", remedy=f"set {new}"))
     if wrong:
         raise ConfigInvalid.of_all(wrong)
     config = ServeConfig(**values)

@@ -362,6 +362,5 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert explain(CommandError("x", remedy="y")).remedy == "y"
     missing = explain(ModuleNotFoundError("No module named 'torch'", name="torch"))
     assert missing is not None
-    assert "pip install 'loramux[" in missing.remedy
     assert "pip install '.[" in missing.remedy
     assert explain(ModuleNotFoundError("x", name="elsewhere")) is None

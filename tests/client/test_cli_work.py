@@ -79,7 +79,7 @@ def test_bench_leaves_an_absent_peft_out(tmp_path: Path, monkeypatch: pytest.Mon
     result = invoke("bench", "--out", str(tmp_path))
     assert result.exit_code == 0
     assert seen == [("engine",)]
-    assert "pip install 'loramux[bench]'" in result.stderr.splitlines()[0]
+    assert "pip install '.[bench]'" in result.stderr.splitlines()[0]
     assert (tmp_path / "name.md").read_text() == "page"
     assert invoke("bench", "--driver", "peft").exit_code == ExitCode.USAGE
 

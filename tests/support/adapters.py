@@ -22,11 +22,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramux_adapters.adapter_files import CONFIG_FILE, MAX_FILE_BYTES, WEIGHTS_FILE
 from loramux_adapters.fingerprint import rounded_hashes
-from loramux_adapters.formats.registry import ALLOWED_FILES
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec, ParameterSpec
 
-CONFIG, WEIGHTS = ALLOWED_FILES[:2]
+CONFIG, WEIGHTS = CONFIG_FILE, WEIGHTS_FILE
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2")
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -132,7 +132,7 @@ def make_adapter(model: PreTrainedModel, directory: Path, *, seed: int = 0, **op
 
 def files_of(directory: Path) -> dict[str, Path]:
     """The files of a PEFT directory as the registry takes them."""
-    return {name: directory / name for name in ALLOWED_FILES if (directory / name).exists()}
+    return {name: directory / name for name in MAX_FILE_BYTES if (directory / name).exists()}
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

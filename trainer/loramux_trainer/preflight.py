@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.base_source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
@@ -64,7 +65,7 @@ def is_readable(path: Path) -> bool:
 
 
 def _check_output(output: Path, *, resume: bool) -> None:
-    if (output / "adapter_config.json").exists():
+    if (output / CONFIG_FILE).exists():
         raise JobInvalid("output", f"{output} already holds an adapter; choose another directory")
     if not resume and list_checkpoints(output / CHECKPOINTS):
         raise JobInvalid(

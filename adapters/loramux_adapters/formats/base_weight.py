@@ -10,8 +10,8 @@ import hashlib
 
 import torch
 
+from loramux_adapters.adapter_files import WEIGHTS_FILE
 from loramux_adapters.errors import AdapterInvalid
-from loramux_adapters.formats.peft_tensors import WEIGHTS_FILE
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_file import TORCH_DTYPES
 from loramux_adapters.formats.safetensors_header import TensorEntry

@@ -1,42 +1,44 @@
 """The base an adapter says it was trained on, and what follows when that is another one.
 
-Plain PEFT directories declare none. Torch-free. Declared in the safetensors metadata or in loramux.json.
+Plain PEFT directories declare none. Torch-free. Declared in the safetensors metadata or in loramux.json
+(lorica.json, as the project was called before).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loramux_adapters import former_name
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import DIGEST_PATTERN, BaseModelSpec
 
-LORAMUX_FILE = "loramux.json"
 FINGERPRINT_KEY = "loramux_base_fingerprint"
+_KEYS = (FINGERPRINT_KEY, former_name.FINGERPRINT_KEY)
 
 
 def declared_fingerprint(
-    metadata: Mapping[str, str], metadata_subject: str, loramux: Mapping[str, object]
+    metadata: Mapping[str, str], metadata_subject: str, declarations: Mapping[str, Mapping[str, object]]
 ) -> str | None:
-    """The declared fingerprint, None when neither place holds one. Raises AdapterInvalid when it is malformed."""
-    unknown = sorted(set(loramux) - {FINGERPRINT_KEY})
-    if unknown:
-        raise _invalid(f"{LORAMUX_FILE}: {quote(unknown[0])} is not a known key", LORAMUX_FILE)
-    declared = {
-        subject: value
-        for subject, value in (
-            (f"{metadata_subject}: __metadata__", metadata.get(FINGERPRINT_KEY)),
-            (LORAMUX_FILE, loramux.get(FINGERPRINT_KEY)),
-        )
-        if value is not None
-    }
-    for subject, value in declared.items():
+    """The declared fingerprint, None when no place holds one: the weights' `metadata`, or `declarations`, the contents
+    of those of DECLARATION_FILES that are there.
+
+    Raises AdapterInvalid when one is malformed or two differ.
+    """
+    declared: dict[tuple[str, str], object] = {}
+    for subject, content in ((f"{metadata_subject}: __metadata__", metadata), *declarations.items()):
+        declared |= {(subject, key): content[key] for key in _KEYS if content.get(key) is not None}
+    for subject, content in declarations.items():
+        unknown = sorted(set(content) - set(_KEYS))
+        if unknown:
+            raise _invalid(f"{subject}: {quote(unknown[0])} is not a known key", subject)
+    for (subject, key), value in declared.items():
         if not isinstance(value, str) or not DIGEST_PATTERN.fullmatch(value):
-            raise _invalid(f"{subject}: {FINGERPRINT_KEY} {quote(value)} is not 64 hex digits", subject)
-    fingerprints = {str(value) for value in declared.values()}
-    if len(fingerprints) > 1:
-        raise _invalid(f"{LORAMUX_FILE} and {metadata_subject} declare different bases", LORAMUX_FILE)
-    return next(iter(fingerprints), None)
+            raise _invalid(f"{subject}: {key} {quote(value)} is not 64 hex digits", subject)
+    if len(set(declared.values())) > 1:
+        subjects = list(dict.fromkeys(subject for subject, _ in declared))
+        raise _invalid(f"{' and '.join(subjects)} declare different bases", subjects[-1])
+    return next((str(value) for value in declared.values()), None)
 
 
 def is_other_base(declared: str | None, base: BaseModelSpec, *, allow: bool) -> bool:

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
+from loramux_adapters.adapter_files import CONFIG_FILE, DECLARATION_FILES, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.base_weight import check_is_base_weight
-from loramux_adapters.formats.declared_base import LORAMUX_FILE, declared_fingerprint, is_other_base
+from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base
 from loramux_adapters.formats.digest import AdapterDigest, low_rank_config
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft_config import CONFIG_FILE, parse_config
-from loramux_adapters.formats.peft_tensors import WEIGHTS_FILE, Part, PlacedTensor, place_tensors
+from loramux_adapters.formats.peft_config import parse_config
+from loramux_adapters.formats.peft_tensors import Part, PlacedTensor, place_tensors
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_file import SafetensorsFile
 from loramux_adapters.formats.targets import Targets, resolve_targets
@@ -41,12 +42,14 @@ def read_peft(
     """
     lora = parse_config(config)
     targets = resolve_targets(lora, base, limits)
-    loramux: Mapping[str, object] = {}
-    if LORAMUX_FILE in files:
-        loramux = strict_json.read_object(files[LORAMUX_FILE], LORAMUX_FILE, limits.max_config_bytes)
+    declarations = {
+        name: strict_json.read_object(files[name], name, limits.max_config_bytes)
+        for name in DECLARATION_FILES
+        if name in files
+    }
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits) as file:
         placed = place_tensors(file.header.tensors.values(), targets.modules, lora.bias, base, limits)
-        declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, loramux)
+        declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         mismatch = is_other_base(declared, base, allow=allow_base_mismatch)
         modules, digest = _read_tensors(file, placed, targets, base)
     spec = AdapterSpec(

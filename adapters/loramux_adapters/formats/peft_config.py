@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats.refusals import quote
-
-CONFIG_FILE = "adapter_config.json"
 
 APPLIED = frozenset(
     {

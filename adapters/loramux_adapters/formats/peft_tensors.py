@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from loramux_adapters.adapter_files import WEIGHTS_FILE
 from loramux_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_header import TensorEntry
 from loramux_adapters.formats.targets import Target
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 Part = Literal["a", "b", "bias", "base_weight"]
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.formats.declared_base import FINGERPRINT_KEY
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft_config import CONFIG_FILE, parse_config
-from loramux_adapters.formats.peft_tensors import EMBEDDING_SUFFIXES, LINEAR_SUFFIXES, PREFIX, WEIGHTS_FILE
+from loramux_adapters.formats.peft_config import parse_config
+from loramux_adapters.formats.peft_tensors import EMBEDDING_SUFFIXES, LINEAR_SUFFIXES, PREFIX
 from loramux_adapters.formats.targets import Target, resolve_targets
 from loramux_adapters.spec import BaseModelSpec
 

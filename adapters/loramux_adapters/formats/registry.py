@@ -9,19 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from loramux_adapters.adapter_files import CONFIG_FILE, MAX_FILE_BYTES, REQUIRED_FILES
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
-from loramux_adapters.formats.declared_base import LORAMUX_FILE
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft import read_peft
-from loramux_adapters.formats.peft_config import CONFIG_FILE
-from loramux_adapters.formats.peft_tensors import WEIGHTS_FILE
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
-
-ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, LORAMUX_FILE)
-_REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 class Format(Protocol):
@@ -45,21 +40,21 @@ _FORMATS: Mapping[str, Format] = {"LORA": read_peft}
 def read(
     files: Mapping[str, Path], base: BaseModelSpec, limits: ReadLimits, *, allow_base_mismatch: bool = False
 ) -> AdapterWeights:
-    """Read an adapter for `base` from `files`, keyed by their names in `ALLOWED_FILES`.
+    """Read an adapter for `base` from `files`, keyed by their names in MAX_FILE_BYTES.
 
     Raises AdapterInvalid when the files are malformed, unsafe or unsupported; AdapterIncompatible when they are for
     another base (unless `allow_base_mismatch`) or over `limits`; OSError when the disk fails.
     """
     for name in files:
-        if name not in ALLOWED_FILES:
+        if name not in MAX_FILE_BYTES:
             raise AdapterInvalid(
                 f"{quote(name)} is not a file of an adapter",
                 subject=quote(name),
-                remedy=f"send {', '.join(ALLOWED_FILES)}",
+                remedy=f"send {', '.join(MAX_FILE_BYTES)}",
             )
-    for name in _REQUIRED_FILES:
+    for name in REQUIRED_FILES:
         if name not in files:
-            raise AdapterInvalid(f"{name} is missing", subject=name, remedy=f"send {' and '.join(_REQUIRED_FILES)}")
+            raise AdapterInvalid(f"{name} is missing", subject=name, remedy=f"send {' and '.join(REQUIRED_FILES)}")
     config = strict_json.read_object(files[CONFIG_FILE], CONFIG_FILE, limits.max_config_bytes)
     method = config.get("peft_type")
     read_format = _FORMATS.get(method) if isinstance(method, str) else None

@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.name_keys import NameKeys
 from loramux_adapters.formats.patterns import RegexBudget, SafePattern
-from loramux_adapters.formats.peft_config import CONFIG_FILE, Names, PeftLoraConfig
+from loramux_adapters.formats.peft_config import Names, PeftLoraConfig
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import BaseModelSpec
 

@@ -10,9 +10,10 @@ import binascii
 import re
 from collections.abc import Mapping
 
+from loramux_adapters.adapter_files import MAX_FILE_BYTES
 from loramux_adapters.errors import AdapterInvalid, QuotaExceeded
 from loramux_adapters.spec import DIGEST_PATTERN, NAME_PATTERN
-from loramux_adapters.store.records import ALLOWED_FILES, FileEntry, Quotas, UploadManifest
+from loramux_adapters.store.records import FileEntry, Quotas, UploadManifest
 
 UPLOAD_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{8,64}")
 PREFIX_PATTERN = re.compile(r"[0-9a-f]{8,64}")
@@ -113,13 +114,13 @@ def check_manifest(manifest: UploadManifest, quotas: Quotas) -> None:
 
 
 def _check_entry(entry: FileEntry) -> None:
-    if entry.file not in ALLOWED_FILES:
+    if entry.file not in MAX_FILE_BYTES:
         raise AdapterInvalid(
             f"file {_shown(entry.file)} does not belong to an adapter",
             subject="manifest",
-            remedy=f"send only {', '.join(ALLOWED_FILES)}",
+            remedy=f"send only {', '.join(MAX_FILE_BYTES)}",
         )
-    limit = ALLOWED_FILES[entry.file]
+    limit = MAX_FILE_BYTES[entry.file]
     if entry.size < 1 or (limit is not None and entry.size > limit):
         raise AdapterInvalid(
             f"{entry.file} has {entry.size} bytes",

@@ -15,13 +15,6 @@ from loramux_adapters.spec import AdapterId, AdapterSpec
 UNKNOWN_BASE = ""
 """The base of a version that was published before the store remembered bases."""
 
-# What an adapter may consist of, and how large each file may be; None: bounded by the upload quota alone.
-ALLOWED_FILES: Mapping[str, int | None] = {
-    "adapter_config.json": 1 << 20,
-    "adapter_model.safetensors": None,
-    "loramux.json": 1 << 20,
-}
-
 
 class Health(Enum):
     """Whether stored bytes still match their hash."""

@@ -5,6 +5,7 @@ Importing this loads neither torch nor gRPC; commands import what they need when
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -12,8 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from loramux.cli import adapters, bench, config, demo, doctor, generate, health, serve, status, train
-from loramux.terminal.failures import ExitCode, explain
+from loramux.terminal.failures import CommandError, ExitCode, explain
 from loramux.terminal.output import tell_failure
+from loramux_adapters.former_name import renamed_variables
 from loramux_adapters.threads import limit_spinning
 
 
@@ -57,6 +59,8 @@ def _root(
 ) -> None:
     """One frozen 4-bit base model, many LoRA adapters, one batch."""
     limit_spinning()  # before any command loads torch
+    for former, present in renamed_variables(os.environ, ("LORAMUX_ADDRESS",)).items():
+        raise CommandError(f"env {former} is not read any more", remedy=f"set {present}", code=ExitCode.USAGE)
 
 
 app.command("serve")(serve.command)

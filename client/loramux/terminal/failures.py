@@ -49,8 +49,8 @@ _EXTRA_OF_HOUSE = {"loramux.bench": "bench", "loramux.demo": "serve,train", "lor
 
 
 def install_hint(extra: str) -> str:
-    """How to install what an extra brings, for an installed package and for a clone."""
-    return f"install the extra `{extra}`: pip install 'loramux[{extra}]' or, in a clone, pip install '.[{extra}]'"
+    """How to install what an extra brings."""
+    return f"install the extra `{extra}` from a clone of the project: pip install '.[{extra}]'"
 
 
 def explain(error: BaseException) -> Failure | None:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from loramux_server.api.former_service import FormerService
 from loramux_server.api.gate import Gate, Parts
 from loramux_server.api.health import HealthServicer
 from loramux_server.api.interceptors import ErrorInterceptor, Observe
@@ -71,6 +72,7 @@ class GrpcServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers((FormerService(),))
         self.address = options.address
 
     async def start(self) -> None:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from loramux_adapters.adapter_files import REQUIRED_FILES
 from loramux_adapters.errors import AdapterError, AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.registry import ALLOWED_FILES, read
+from loramux_adapters.formats.registry import read
 from loramux_adapters.weights import AdapterWeights
 from support.adapters import (
     CONFIG,
@@ -56,7 +57,7 @@ def test_only_an_adapters_own_files_are_taken(adapter: Path, model: PreTrainedMo
             read(files_of(adapter) | {name: adapter / CONFIG}, spec_of(model), ReadLimits())
 
 
-@pytest.mark.parametrize("name", ALLOWED_FILES[:2])
+@pytest.mark.parametrize("name", REQUIRED_FILES)
 def test_config_and_weights_are_required(name: str, adapter: Path, model: PreTrainedModel) -> None:
     (adapter / name).unlink()
     with pytest.raises(AdapterInvalid, match=f"{name} is missing"):
@@ -320,6 +321,25 @@ class TestDeclaredBase:
     def test_two_different_declarations_are_refused(self, adapter: Path, model: PreTrainedModel) -> None:
         self.declare(adapter, spec_of(model).fingerprint)
         (adapter / LORAMUX).write_text(json.dumps({"loramux_base_fingerprint": self.OTHER}))
+        with pytest.raises(AdapterInvalid, match="declare different bases"):
+            read_directory(adapter, model)
+
+    @pytest.mark.parametrize("file", ["loramux.json", "lorica.json"])
+    @pytest.mark.parametrize("key", ["loramux_base_fingerprint", "lorica_base_fingerprint"])
+    def test_declarations_of_the_former_name_are_read(
+        self, file: str, key: str, adapter: Path, model: PreTrainedModel
+    ) -> None:
+        (adapter / file).write_text(json.dumps({key: self.OTHER}))
+        with pytest.raises(AdapterIncompatible, match=f"trained on base {self.OTHER}"):
+            read_directory(adapter, model)
+        (adapter / file).write_text("{}")
+        edit_tensors(adapter, lambda tensors: tensors, {key: self.OTHER})
+        with pytest.raises(AdapterIncompatible, match=f"trained on base {self.OTHER}"):
+            read_directory(adapter, model)
+
+    def test_the_former_name_may_not_contradict_the_present_one(self, adapter: Path, model: PreTrainedModel) -> None:
+        (adapter / "lorica.json").write_text(json.dumps({"lorica_base_fingerprint": self.OTHER}))
+        (adapter / LORAMUX).write_text(json.dumps({"loramux_base_fingerprint": spec_of(model).fingerprint}))
         with pytest.raises(AdapterInvalid, match="declare different bases"):
             read_directory(adapter, model)
 
