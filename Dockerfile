@@ -44,7 +44,7 @@ WORKDIR /home/loramux
 VOLUME ["/data"]
 # gRPC; Prometheus metrics.
 EXPOSE 50051 9464
-# A large base takes minutes to load and quantise: failures within the start period do not count.
+# A large base takes minutes to load and quantize: failures within the start period do not count.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["loramux", "health"]
 ENTRYPOINT ["loramux"]
 CMD ["serve"]

@@ -1,6 +1,6 @@
 """The one door to the base model: load it in NF4, guard it, fingerprint it. Server and trainer share it.
 
-Quantises from the checkpoint's own dtype and fingerprints before any cast, so that identity does not depend on where
+Quantizes from the checkpoint's own dtype and fingerprints before any cast, so that identity does not depend on where
 the base runs. Knows nothing of adapters or requests.
 """
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
 
 from loramux_adapters.bnb import Linear4bit
-from loramux_adapters.fingerprint import QuantisedModule, fingerprint, parameter_spec, rounded_hashes
+from loramux_adapters.fingerprint import QuantizedModule, fingerprint, parameter_spec, rounded_hashes
 from loramux_adapters.frozen import logical_nf4
 from loramux_adapters.quantize import exact_quantizer
 from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
@@ -52,12 +52,12 @@ def load_base(
 ) -> LoadedBase:
     """Loads a Hugging Face causal LM (hub id or directory) with NF4 linears (bitsandbytes through transformers).
 
-    `double_quant` quantises the block scales too (0.4 bit a weight less, another fingerprint); checkpoints that are
+    `double_quant` quantizes the block scales too (0.4 bit a weight less, another fingerprint); checkpoints that are
     already NF4 keep their own. Raises BaseRefused, and OSError when the source cannot be read.
     """
     source, device = str(source), torch.device(device)
     config_json, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    refuse_foreign_quantisation(config_json)
+    refuse_foreign_quantization(config_json)
     options: dict[str, Any] = {}
     if not config_json.get("quantization_config"):  # what a checkpoint says of itself must not be given as None
         options["quantization_config"] = BitsAndBytesConfig(
@@ -118,31 +118,31 @@ def switch_off_repacking(model: nn.Module) -> None:
 def refingerprint(base: LoadedBase) -> str:
     """The fingerprint recomputed from the NF4 content the model holds now.
 
-    Unquantised parameters enter as recorded at load: they were cast to the compute dtype since. To be called on a
+    Unquantized parameters enter as recorded at load: they were cast to the compute dtype since. To be called on a
     model whose Linear4bit modules are still in place (the trainer's case).
     """
-    return fingerprint(quantised_modules(base.model), base.spec.parameters, base.config_json)
+    return fingerprint(quantized_modules(base.model), base.spec.parameters, base.config_json)
 
 
-def quantised_modules(model: nn.Module) -> Iterator[tuple[str, QuantisedModule]]:
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:
     """Every NF4 module's logical content, by name."""
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            yield name, QuantisedModule(*logical_nf4(module))
+            yield name, QuantizedModule(*logical_nf4(module))
 
 
-def refuse_foreign_quantisation(config_json: dict[str, Any]) -> None:
-    """Raises BaseRefused for weights that are quantised already, but not as this package reads them."""
+def refuse_foreign_quantization(config_json: dict[str, Any]) -> None:
+    """Raises BaseRefused for weights that are quantized already, but not as this package reads them."""
     declared = config_json.get("quantization_config")
     if not declared:
         return
     if not isinstance(declared, dict):
-        raise BaseRefused("quantization_config in config.json is not an object: give an unquantised checkpoint")
+        raise BaseRefused("quantization_config in config.json is not an object: give an unquantized checkpoint")
     if not declared.get("load_in_4bit") or declared.get("bnb_4bit_quant_type") != "nf4":
         method = declared.get("quant_method", "unknown")
         raise BaseRefused(
-            f"the checkpoint is quantised by {method}, not as bitsandbytes NF4: give the unquantised checkpoint "
-            "(it is quantised at load) or one saved with load_in_4bit and bnb_4bit_quant_type nf4"
+            f"the checkpoint is quantized by {method}, not as bitsandbytes NF4: give the unquantized checkpoint "
+            "(it is quantized at load) or one saved with load_in_4bit and bnb_4bit_quant_type nf4"
         )
 
 
@@ -165,7 +165,7 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
     return BaseModelSpec(
         model_id=model_id(source),
         architecture=model.config.model_type,
-        fingerprint=fingerprint(quantised_modules(model), parameters, config_json),
+        fingerprint=fingerprint(quantized_modules(model), parameters, config_json),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -235,12 +235,12 @@ def _module_spec(name: str, module: nn.Module, *, is_embedding: bool) -> ModuleS
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts every floating parameter but the NF4 weights; buffers (rotary frequencies) keep their float32."""
-    quantised = {id(m.weight) for m in model.modules() if isinstance(m, Linear4bit)}
+    quantized = {id(m.weight) for m in model.modules() if isinstance(m, Linear4bit)}
     for parameter in model.parameters():
-        if id(parameter) not in quantised and parameter.is_floating_point():
+        if id(parameter) not in quantized and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            # The backward pass dequantises to the state's own dtype: the checkpoint's, until here.
+            # The backward pass dequantizes to the state's own dtype: the checkpoint's, until here.
             module.weight.quant_state.dtype = dtype

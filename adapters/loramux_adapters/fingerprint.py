@@ -31,8 +31,8 @@ CONFIG_NOT_ARITHMETIC = frozenset(
 """Keys of config.json that name things, steer training or I/O, or repeat what the weights already say."""
 
 
-class QuantisedModule(NamedTuple):
-    """One NF4 weight: codes [out, in / 2] uint8, absmax float32 after undoing double quantisation."""
+class QuantizedModule(NamedTuple):
+    """One NF4 weight: codes [out, in / 2] uint8, absmax float32 after undoing double quantization."""
 
     codes: torch.Tensor
     absmax: torch.Tensor
@@ -67,14 +67,14 @@ def rounded_hashes(tensor: torch.Tensor) -> dict[str, str]:
 
 
 def fingerprint(
-    quantised: Iterable[tuple[str, QuantisedModule]],
+    quantized: Iterable[tuple[str, QuantizedModule]],
     parameters: Mapping[str, ParameterSpec],
     config: Mapping[str, Any],
 ) -> str:
-    """64 hex digits over NF4 modules (in any order), unquantised parameters and the arithmetic keys of config.json."""
+    """64 hex digits over NF4 modules (in any order), unquantized parameters and the arithmetic keys of config.json."""
     total = hashlib.sha256(b"lorica-base-v1\n")
     lines = []
-    for name, module in quantised:
+    for name, module in quantized:
         digest = hashlib.sha256()
         for tensor in (module.codes, module.absmax):
             digest.update(raw_bytes(tensor))

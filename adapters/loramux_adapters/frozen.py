@@ -30,7 +30,7 @@ PACKED_ROWS_BESIDE_DENSE = 4
 every row (2 cores with AVX512-BF16 and AMX, 75M weights: 3, 5 and 17 ms at 1, 4 and 16 rows, against 8, 8 and 8)."""
 
 PACKED_ROWS_ALONE = 16
-"""Up to here the packed layout beats dequantising into a scratch weight on each call (16 rows: 17.5 against 18 ms)."""
+"""Up to here the packed layout beats dequantizing into a scratch weight on each call (16 rows: 17.5 against 18 ms)."""
 
 NATIVE_ROWS_BESIDE_DENSE = 192
 NATIVE_ROWS_BESIDE_TILES = 8
@@ -39,7 +39,7 @@ of Zen 4, 75M weights: 6, 8, 19, 57, 106 and 423 ms at 1, 4, 16, 64, 128 and 512
 374; two cores of a Xeon with AMX: 8, 11, 17, 26, 98 ms at 1, 4, 8, 16 and 64 rows, against 15, 14, 16, 19 and 52)."""
 
 NATIVE_ROWS_OF_DENSE_WEIGHT = 16
-"""Up to here our own product with an unquantised bf16 weight is the faster one (32000 x 768: 3.9, 4.8, 8.0 and 19.7 ms
+"""Up to here our own product with an unquantized bf16 weight is the faster one (32000 x 768: 3.9, 4.8, 8.0 and 19.7 ms
 at 1, 4, 16 and 64 rows, against 5.3, 6.1, 8.5 and 19.1); with AMX the library serves."""
 
 
@@ -81,14 +81,14 @@ class FrozenLinear(Protocol):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> a new tensor [T, out]."""
 
-    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`; a new tensor the caller may write to."""
 
 
 class Nf4Linear:
     """An NF4 weight [out, in] with float32 absmax per block of `block_size` along the flattened weight.
 
-    Format: Dettmers et al., QLoRA (2023), and bitsandbytes' QuantState. Double quantisation of the
+    Format: Dettmers et al., QLoRA (2023), and bitsandbytes' QuantState. Double quantization of the
     absmax is undone once, here.
     """
 
@@ -119,7 +119,7 @@ class Nf4Linear:
 
     @classmethod
     def from_module(cls, module: Linear4bit, compute_dtype: torch.dtype) -> Nf4Linear:
-        """Takes over a quantised bitsandbytes module's storage; the module must not have run forward."""
+        """Takes over a quantized bitsandbytes module's storage; the module must not have run forward."""
         codes, absmax, block_size = logical_nf4(module)
         bias = None if module.bias is None else module.bias.detach().to(compute_dtype)
         return cls(codes, absmax, block_size, bias, compute_dtype)
@@ -157,7 +157,7 @@ class Nf4Linear:
     def build(self, layouts: Layouts) -> None:
         """Builds the layouts once and checks each against the codes."""
         if layouts.dense:
-            self._dense = self.dequantise(self.compute_dtype)
+            self._dense = self.dequantize(self.compute_dtype)
         packable = self.out_features % 32 == 0 and self.in_features % self.block_size == 0
         self._invariant = layouts.invariant
         if layouts.packed and not layouts.invariant and packable and self.compute_dtype == torch.bfloat16:
@@ -197,7 +197,7 @@ class Nf4Linear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] contiguous, T >= 1 -> [T, out]."""
         if self._invariant:
-            weight = self.dequantise(x.dtype) if self._dense is None else self._dense
+            weight = self.dequantize(x.dtype) if self._dense is None else self._dense
             return invariant.linear(x, weight, self.bias)
         rows = x.shape[0]
         if self._native is not None and (self._dense is None or rows <= self._native_rows):
@@ -213,9 +213,9 @@ class Nf4Linear:
         if x.is_cuda:
             y = matmul_4bit(x, self.codes.reshape(-1, 1), quant_state=self._state)
             return y if self.bias is None else y.add_(self.bias)
-        return F.linear(x, self.dequantise(x.dtype), self.bias)
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
 
-    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]; rounds once, to `dtype`."""
         state = copy.copy(self._state)
         state.dtype = dtype
@@ -234,7 +234,7 @@ class Nf4Linear:
 
 
 class DenseLinear:
-    """An unquantised frozen weight [out, in]: lm_head, or a base that keeps a projection in full."""
+    """An unquantized frozen weight [out, in]: lm_head, or a base that keeps a projection in full."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, layouts: Layouts = Layouts()) -> None:
         self.weight, self.bias = weight, bias
@@ -254,13 +254,13 @@ class DenseLinear:
             return self._native.dense(x, self.weight, self.bias)
         return self._linear(x, self.weight, self.bias)
 
-    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the weight in `dtype`."""
         return self.weight.to(dtype, copy=True)
 
 
 def logical_nf4(module: Linear4bit) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(codes [out, in / 2] uint8, absmax float32, block size) of a quantised module, double quantisation undone.
+    """(codes [out, in / 2] uint8, absmax float32, block size) of a quantized module, double quantization undone.
 
     Raises ValueError for a module that is not NF4 or that a forward has already repacked.
     """

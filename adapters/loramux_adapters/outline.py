@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from loramux_adapters.base import context_length, model_id, module_specs, refuse_foreign_quantisation
+from loramux_adapters.base import context_length, model_id, module_specs, refuse_foreign_quantization
 from loramux_adapters.spec import ModuleSpec
 
 
@@ -36,7 +36,7 @@ def read_outline(source: str | Path, *, name: str | None = None) -> BaseOutline:
     """
     source = str(source)
     config_json, _ = PretrainedConfig.get_config_dict(source)
-    refuse_foreign_quantisation(config_json)
+    refuse_foreign_quantization(config_json)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

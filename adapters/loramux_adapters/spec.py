@@ -46,7 +46,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """An unquantised parameter of the base as its checkpoint stores it.
+    """An unquantized parameter of the base as its checkpoint stores it.
 
     `sha256` is over the raw little-endian bytes in `dtype` (safetensors spelling: F32, BF16, F16). `rounded` is, of
     the embedding and the head, dtype -> sha256 of the parameter rounded to a dtype that cannot hold it exactly.

@@ -58,7 +58,7 @@ class BaseConfig:
     dtype: str = _option("auto", "text", "compute dtype", choices=("auto", "float32", "bfloat16", "float16"))
     device: str = _option("auto", "device", "auto, cpu, cuda or cuda:N")
     deterministic: bool = _option(False, "flag", "batch-invariant arithmetic: slower, bit-equal to solo runs")
-    double_quant: bool = _option(False, "flag", "quantise the NF4 scales as well")
+    double_quant: bool = _option(False, "flag", "quantize the NF4 scales as well")
     threads: int | None = _option(None, "count", "CPU threads of a step; unset: all", low=1, high=1024, optional=True)
 
 

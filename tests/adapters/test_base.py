@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
+from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
 from loramux_adapters.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
@@ -121,13 +121,13 @@ def test_every_ignorable_key_is_ignored_and_no_other() -> None:
 
 
 def test_the_order_of_modules_does_not_matter(base: LoadedBase) -> None:
-    modules = list(quantised_modules(base.model))
+    modules = list(quantized_modules(base.model))
     given = fingerprint(modules[::-1], dict(reversed(base.spec.parameters.items())), base.config_json)
     assert given == base.spec.fingerprint
     assert fingerprint(modules[1:], base.spec.parameters, base.config_json) != given
 
 
-def test_double_quantisation_is_another_base(checkpoint: Path, base: LoadedBase) -> None:
+def test_double_quantization_is_another_base(checkpoint: Path, base: LoadedBase) -> None:
     double = load_base(checkpoint, compute_dtype=torch.float32, double_quant=True)
     assert double.spec.fingerprint != base.spec.fingerprint
     assert refingerprint(double) == double.spec.fingerprint
@@ -139,7 +139,7 @@ def test_a_checkpoint_saved_in_nf4_is_the_same_base(
     checkpoint: Path, tmp_path: Path, stored: torch.dtype, double: bool
 ) -> None:
     plain = save_checkpoint(wide_model("llama").to(stored), tmp_path / "plain")
-    quantised = AutoModelForCausalLM.from_pretrained(
+    quantized = AutoModelForCausalLM.from_pretrained(
         str(plain),
         dtype="auto",
         quantization_config=BitsAndBytesConfig(
@@ -147,7 +147,7 @@ def test_a_checkpoint_saved_in_nf4_is_the_same_base(
         ),
     )
     with peft_warnings_ignored():
-        quantised.save_pretrained(str(tmp_path / "nf4"))
+        quantized.save_pretrained(str(tmp_path / "nf4"))
     expected = load_base(plain, compute_dtype=torch.bfloat16, double_quant=double)
     loaded = load_base(tmp_path / "nf4", compute_dtype=torch.float32)
     assert loaded.spec.fingerprint == expected.spec.fingerprint
@@ -161,11 +161,11 @@ def test_a_checkpoint_saved_in_nf4_is_the_same_base(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_forward_never_repacks_the_weights(checkpoint: Path, dtype: torch.dtype) -> None:
     base = load_base(checkpoint, compute_dtype=dtype)
-    before = {name: bytes(module.codes.numpy().data) for name, module in quantised_modules(base.model)}
+    before = {name: bytes(module.codes.numpy().data) for name, module in quantized_modules(base.model)}
     assert len(before) == 14
     with torch.no_grad():
         base.model.eval()(torch.arange(40)[None])
-    assert {name: bytes(module.codes.numpy().data) for name, module in quantised_modules(base.model)} == before
+    assert {name: bytes(module.codes.numpy().data) for name, module in quantized_modules(base.model)} == before
     assert refingerprint(base) == base.spec.fingerprint
 
 
@@ -209,7 +209,7 @@ def test_the_model_cannot_be_trained_by_mistake(base: LoadedBase) -> None:
     ],
     ids=["gptq", "awq", "int8", "fp4", "unsaid", "malformed"],
 )
-def test_foreign_quantisation_is_refused_before_reading_weights(
+def test_foreign_quantization_is_refused_before_reading_weights(
     checkpoint: Path, tmp_path: Path, declared: object, reason: str
 ) -> None:
     path = tmp_path / "foreign"

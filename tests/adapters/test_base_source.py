@@ -76,7 +76,7 @@ def test_the_hub_is_told_in_our_words_and_nobody_is_told_to_set_what_is_set(
     assert "\n" not in str(explained)
 
 
-def test_what_transformers_says_offline_is_recognised() -> None:
+def test_what_transformers_says_offline_is_recognized() -> None:
     with pytest.raises(OSError, match="connect") as caught:
         AutoConfig.from_pretrained("org/name-that-nobody-cached")
     explained = explain_load("org/name", caught.value, {"HF_HUB_OFFLINE": "1"})

@@ -1,4 +1,4 @@
-"""Frozen NF4 maps: the logical content is what was quantised, every layout multiplies by it, none changes it."""
+"""Frozen NF4 maps: the logical content is what was quantized, every layout multiplies by it, none changes it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ needs_packed = pytest.mark.skipif(not supports_packed(), reason="no AVX512-BF16 
 SHAPES = [(128, 192), (192, 128), (256, 64), (64, 48), (96, 40)]  # (in, out): packable, and not
 
 
-def quantised(
+def quantized(
     in_features: int, out_features: int, dtype: torch.dtype = torch.float32, *, bias: bool = True, double: bool = False
 ) -> Linear4bit:
-    """A random linear map as transformers would quantise it from a checkpoint of `dtype`."""
+    """A random linear map as transformers would quantize it from a checkpoint of `dtype`."""
     torch.manual_seed(in_features * 1000 + out_features)
     source = nn.Linear(in_features, out_features, bias=bias).to(dtype)
     module = LinearNF4(in_features, out_features, bias=bias, compress_statistics=double)
@@ -37,13 +37,13 @@ def by_hand(module: Linear4bit) -> torch.Tensor:
     return (entries.view(-1, block) * absmax[:, None]).view(codes.shape[0], -1)
 
 
-@pytest.mark.parametrize("double", [False, True], ids=["single", "double quantised"])
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double quantized"])
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
-def test_dequantise_is_the_format_bit_for_bit(in_features: int, out_features: int, double: bool) -> None:
-    module = quantised(in_features, out_features, double=double)
+def test_dequantize_is_the_format_bit_for_bit(in_features: int, out_features: int, double: bool) -> None:
+    module = quantized(in_features, out_features, double=double)
     frozen = Nf4Linear.from_module(module, torch.float32)
-    assert torch.equal(frozen.dequantise(torch.float32), by_hand(module))
-    assert torch.equal(frozen.dequantise(torch.bfloat16), by_hand(module).to(torch.bfloat16))
+    assert torch.equal(frozen.dequantize(torch.float32), by_hand(module))
+    assert torch.equal(frozen.dequantize(torch.bfloat16), by_hand(module).to(torch.bfloat16))
     assert frozen.absmax.dtype == torch.float32
 
 
@@ -53,13 +53,13 @@ def test_dequantise_is_the_format_bit_for_bit(in_features: int, out_features: in
 def test_float32_is_the_dense_product_bit_for_bit(
     in_features: int, out_features: int, rows: int, layouts: Layouts
 ) -> None:
-    module = quantised(in_features, out_features)
+    module = quantized(in_features, out_features)
     frozen = Nf4Linear.from_module(module, torch.float32)
     frozen.build(layouts)
     x = torch.randn(rows, in_features)
     expected = F.linear(x, by_hand(module), module.bias)
     assert torch.equal(frozen.forward(x), expected)
-    if in_features % 64 == 0:  # elsewhere bitsandbytes 0.50 dequantises wrongly on CPU
+    if in_features % 64 == 0:  # elsewhere bitsandbytes 0.50 dequantizes wrongly on CPU
         assert torch.equal(module(x), expected)
 
 
@@ -67,7 +67,7 @@ def test_float32_is_the_dense_product_bit_for_bit(
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=["from float32", "from bfloat16"])
 def test_packed_layout_holds_the_same_map(source: torch.dtype, rows: int) -> None:
-    module = quantised(256, 192, source)
+    module = quantized(256, 192, source)
     before = logical_nf4(module)
     frozen = Nf4Linear.from_module(module, torch.bfloat16)
     frozen.build(Layouts(packed=True))
@@ -83,7 +83,7 @@ def test_packed_layout_holds_the_same_map(source: torch.dtype, rows: int) -> Non
 
 @needs_packed
 def test_packed_layout_reads_any_stride() -> None:
-    frozen = Nf4Linear.from_module(quantised(256, 192), torch.bfloat16)
+    frozen = Nf4Linear.from_module(quantized(256, 192), torch.bfloat16)
     frozen.build(Layouts(packed=True))
     x = torch.randn(256, 4).bfloat16().T
     assert torch.equal(frozen.forward(x), frozen.forward(x.contiguous()))
@@ -92,7 +92,7 @@ def test_packed_layout_reads_any_stride() -> None:
 @needs_packed
 def test_maps_that_cannot_be_packed_stay_unpacked_and_right() -> None:
     for in_features, out_features in ((128, 48), (96, 64)):
-        module = quantised(in_features, out_features)
+        module = quantized(in_features, out_features)
         frozen = Nf4Linear.from_module(module, torch.bfloat16)
         frozen.build(Layouts(packed=True))
         assert frozen._packed is None
@@ -102,17 +102,17 @@ def test_maps_that_cannot_be_packed_stay_unpacked_and_right() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dequantise_is_the_same_under_every_layout(dtype: torch.dtype) -> None:
-    expected = Nf4Linear.from_module(quantised(256, 192), dtype).dequantise(torch.float32)
+def test_dequantize_is_the_same_under_every_layout(dtype: torch.dtype) -> None:
+    expected = Nf4Linear.from_module(quantized(256, 192), dtype).dequantize(torch.float32)
     every = [Layouts(packed=supports_packed()), Layouts(dense=True), Layouts(invariant=True), Layouts(native=True)]
     every.append(Layouts(True, True, True, True))
     for layouts in every:
-        frozen = Nf4Linear.from_module(quantised(256, 192), dtype)
+        frozen = Nf4Linear.from_module(quantized(256, 192), dtype)
         frozen.build(layouts)
         frozen.forward(torch.randn(2, 256).to(dtype))
-        assert torch.equal(frozen.dequantise(torch.float32), expected)
-        frozen.dequantise(torch.float32).zero_()  # the caller's own
-        assert torch.equal(frozen.dequantise(torch.float32), expected)
+        assert torch.equal(frozen.dequantize(torch.float32), expected)
+        frozen.dequantize(torch.float32).zero_()  # the caller's own
+        assert torch.equal(frozen.dequantize(torch.float32), expected)
 
 
 @pytest.mark.parametrize("layouts", [Layouts(), Layouts(dense=True), Layouts(packed=supports_packed()),
@@ -120,12 +120,12 @@ def test_dequantise_is_the_same_under_every_layout(dtype: torch.dtype) -> None:
                          ids=["codes", "dense", "packed", "native"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_stack_is_its_parts_bit_for_bit(dtype: torch.dtype, layouts: Layouts) -> None:
-    modules = [quantised(128, 128), quantised(128, 64, bias=False), quantised(128, 96)]
+    modules = [quantized(128, 128), quantized(128, 64, bias=False), quantized(128, 96)]
     parts = [Nf4Linear.from_module(module, dtype) for module in modules]
     stack = Nf4Linear.stack(parts)
     assert all(parts[0].stackable_with(part) for part in parts)
     assert torch.equal(stack.codes, torch.cat([part.codes for part in parts]))
-    assert torch.equal(stack.dequantise(torch.float32), torch.cat([by_hand(module) for module in modules]))
+    assert torch.equal(stack.dequantize(torch.float32), torch.cat([by_hand(module) for module in modules]))
     for frozen in (*parts, stack):
         frozen.build(layouts)
     for rows in (1, 4, 20):
@@ -142,11 +142,11 @@ needs_native = pytest.mark.skipif(NATIVE is None, reason="no C compiler, or no A
 @pytest.mark.parametrize(("in_features", "out_features"), [(128, 192), (64, 4), (192, 100), (2048, 64)])
 def test_the_native_product_decodes_bit_for_bit(in_features: int, out_features: int, bias: bool) -> None:
     """A row of the identity picks a column of the weight: no sum rounds."""
-    frozen = Nf4Linear.from_module(quantised(in_features, out_features, bias=bias), torch.bfloat16)
+    frozen = Nf4Linear.from_module(quantized(in_features, out_features, bias=bias), torch.bfloat16)
     frozen.build(Layouts(native=True))
     assert frozen._native is not None
     picked = frozen.forward(torch.eye(in_features).bfloat16()).T
-    expected = frozen.dequantise(torch.bfloat16).float()
+    expected = frozen.dequantize(torch.bfloat16).float()
     if frozen.bias is not None:
         expected += frozen.bias.float()[:, None]
     assert torch.equal(picked, expected.bfloat16())
@@ -156,7 +156,7 @@ def test_the_native_product_decodes_bit_for_bit(in_features: int, out_features: 
 @pytest.mark.parametrize("dense", [False, True], ids=["codes", "beside dense"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 33, 300])
 def test_the_native_product_is_the_same_map(rows: int, dense: bool) -> None:
-    module = quantised(256, 192)
+    module = quantized(256, 192)
     frozen = Nf4Linear.from_module(module, torch.bfloat16)
     frozen.build(Layouts(native=True, dense=dense))
     wide = torch.randn(rows, 512).bfloat16()
@@ -167,7 +167,7 @@ def test_the_native_product_is_the_same_map(rows: int, dense: bool) -> None:
 
 @needs_native
 def test_a_native_row_is_the_same_in_any_company() -> None:
-    nf4 = Nf4Linear.from_module(quantised(256, 192), torch.bfloat16)
+    nf4 = Nf4Linear.from_module(quantized(256, 192), torch.bfloat16)
     nf4.build(Layouts(native=True))
     dense = DenseLinear(torch.randn(320, 256).bfloat16(), None, Layouts(native=True))
     x = torch.randn(15, 256).bfloat16()
@@ -179,7 +179,7 @@ def test_a_native_row_is_the_same_in_any_company() -> None:
 
 @needs_native
 def test_a_nan_stays_in_its_row() -> None:
-    frozen = Nf4Linear.from_module(quantised(128, 64), torch.bfloat16)
+    frozen = Nf4Linear.from_module(quantized(128, 64), torch.bfloat16)
     frozen.build(Layouts(native=True))
     x = torch.randn(6, 128).bfloat16()
     sound = frozen.forward(x)
@@ -195,7 +195,7 @@ def test_a_nan_stays_in_its_row() -> None:
     (96, 64, torch.bfloat16), (128, 66, torch.bfloat16), (128, 64, torch.float32),
 ])  # fmt: skip
 def test_maps_the_native_product_does_not_take(in_features: int, out_features: int, dtype: torch.dtype) -> None:
-    module = quantised(in_features, out_features)
+    module = quantized(in_features, out_features)
     frozen = Nf4Linear.from_module(module, dtype)
     frozen.build(Layouts(native=True))
     assert frozen._native is None
@@ -204,7 +204,7 @@ def test_maps_the_native_product_does_not_take(in_features: int, out_features: i
 
 
 @needs_native
-def test_an_unquantised_weight_natively() -> None:
+def test_an_unquantized_weight_natively() -> None:
     weight, bias = torch.randn(100, 64).bfloat16(), torch.randn(100).bfloat16()
     frozen = DenseLinear(weight, bias, Layouts(native=True))
     for rows in (1, 5, 16, 40):
@@ -226,14 +226,14 @@ def test_the_fastest_layouts_of_a_device() -> None:
 
 
 def test_rows_that_share_blocks_do_not_stack() -> None:
-    narrow, wide = (Nf4Linear.from_module(quantised(*shape), torch.float32) for shape in ((96, 64), (128, 64)))
+    narrow, wide = (Nf4Linear.from_module(quantized(*shape), torch.float32) for shape in ((96, 64), (128, 64)))
     assert not narrow.stackable_with(narrow)  # 96 = one block and a half
     assert not wide.stackable_with(narrow)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_invariant_layout_gives_a_row_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
-    nf4 = Nf4Linear.from_module(quantised(256, 192), dtype)
+    nf4 = Nf4Linear.from_module(quantized(256, 192), dtype)
     nf4.build(Layouts(packed=True, invariant=True))
     dense = DenseLinear(torch.randn(320, 256).to(dtype), None, Layouts(invariant=True))
     x = torch.randn(45, 256).to(dtype)
@@ -246,7 +246,7 @@ def test_invariant_layout_gives_a_row_the_same_bits_in_any_company(dtype: torch.
 def test_every_forward_gives_a_tensor_of_its_own() -> None:
     x = torch.randn(2, 128)
     for layouts in (Layouts(), Layouts(dense=True), Layouts(invariant=True)):
-        frozen = Nf4Linear.from_module(quantised(128, 64), torch.float32)
+        frozen = Nf4Linear.from_module(quantized(128, 64), torch.float32)
         frozen.build(layouts)
         expected = frozen.forward(x).clone()
         frozen.forward(x).add_(7)
@@ -256,13 +256,13 @@ def test_every_forward_gives_a_tensor_of_its_own() -> None:
 def test_dense_linear_copies_its_weight_out() -> None:
     weight = torch.randn(8, 16)
     frozen = DenseLinear(weight, None)
-    frozen.dequantise(torch.float32).zero_()
-    assert torch.equal(frozen.dequantise(torch.float32), weight)
+    frozen.dequantize(torch.float32).zero_()
+    assert torch.equal(frozen.dequantize(torch.float32), weight)
     assert weight.abs().sum() > 0
 
 
 def test_nbytes_counts_every_layout() -> None:
-    frozen = Nf4Linear.from_module(quantised(128, 64), torch.bfloat16)
+    frozen = Nf4Linear.from_module(quantized(128, 64), torch.bfloat16)
     bare = 128 * 64 // 2 + 128 * 64 // 64 * 4
     assert frozen.nbytes == bare
     frozen.build(Layouts(dense=True))
@@ -276,7 +276,7 @@ def test_other_formats_are_refused() -> None:
 
 @needs_packed
 def test_a_weight_that_a_forward_has_repacked_is_refused() -> None:
-    module = quantised(128, 64).eval()
+    module = quantized(128, 64).eval()
     module.support_avx512bf16_for_cpu = True
     module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
     with torch.no_grad():

@@ -34,9 +34,9 @@ def test_end_tokens_come_from_the_generation_config_or_else_from_the_config(tmp_
     assert read_outline(base).generation.eos_token_id == 7
 
 
-def test_foreign_quantisation_is_refused_as_a_load_refuses_it(tmp_path: Path) -> None:
+def test_foreign_quantization_is_refused_as_a_load_refuses_it(tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_path(), tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(BaseRefused, match="quantised by gptq"):
+    with pytest.raises(BaseRefused, match="quantized by gptq"):
         read_outline(base)

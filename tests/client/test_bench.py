@@ -23,7 +23,7 @@ from loramux.bench.peft_driver import PeftDriver
 from loramux.bench.profile import UNSEEN, StepProfile, find_group, group_operations, median_parts, with_unseen
 from loramux.bench.session import measure, round_order
 from loramux.bench.shapes import get_shape, make_adapters, make_checkpoint
-from loramux.bench.stats import Sample, Trace, percentile, sample, summarise
+from loramux.bench.stats import Sample, Trace, percentile, sample, summarize
 from loramux.bench.workload import AdapterPlan, Scenario, WorkloadInvalid, parse_workload, read_workload, shipped
 from loramux.machine import describe
 from loramux_adapters.kernels.native_low_rank import find_native
@@ -126,7 +126,7 @@ def test_ratios_are_taken_inside_a_round() -> None:
     samples = [_sample("a", "k", n, 50.0 * f) for n, f in enumerate((1, 2, 1))]
     samples += [_sample("a", "base", n, 100.0 * f) for n, f in enumerate((1, 2, 1))]
     samples += [_sample("b", "k", 0, 10.0)]
-    base, mixed, alone = summarise(samples, ["base", "k"])
+    base, mixed, alone = summarize(samples, ["base", "k"])
     assert (base.driver, base.scenario, base.ratio) == ("a", "base", 1.0)
     assert (mixed.rate, mixed.rate_low, mixed.rate_high, mixed.ratio) == (50.0, 50.0, 100.0, 0.5)
     assert (mixed.first_token_p50, mixed.first_token_p95) == (0.1, 0.2)
@@ -214,7 +214,7 @@ def test_every_scenario_comes_first_in_some_round() -> None:
 def test_the_report_holds_the_numbers_and_the_machine(tmp_path: Path) -> None:
     workload = parse_workload(TEXT)
     samples = [_sample("a", "base", 1, 100.0), _sample("a", "k=2", 1, 80.0)]
-    summaries = summarise(samples, ["base", "k=2"])
+    summaries = summarize(samples, ["base", "k=2"])
     machine, taken = describe(), datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
     values = report.document(workload, machine, summaries, samples, {"threads": 2}, taken)
     page = report.markdown(workload, machine, summaries, {"threads": 2}, taken)

@@ -27,7 +27,7 @@ def _outcome(base: float, adapter: float, name: str = "a") -> TaskOutcome:
     return TaskOutcome(name, "title", "[bold]in", "You wrote: in", "out " * 20, 1.0, accuracy)
 
 
-def test_neighbours_use_different_adapters() -> None:
+def test_neighbors_use_different_adapters() -> None:
     groups = [[Ask(name, f"{name}{i}", "") for i in range(2)] for name in "xyz"]
     mixed = interleave(groups, 8)
     assert [ask.prompt for ask in mixed] == ["x0", "y0", "z0", "x1", "y1", "z1", "x0", "y0"]

@@ -119,6 +119,6 @@ def test_others_are_served_while_the_hostile_are_refused(
 ) -> None:
     alone = ask(client, "small", 200)
     with ThreadPoolExecutor(1) as pool:
-        neighbour = pool.submit(ask, client, "small", 200)
+        neighbor = pool.submit(ask, client, "small", 200)
         refuse_all(replace(case, quick=False) for case in (*hostile.lying_headers(), *hostile.configs()))
-        neighbour.result(60).check_equals(alone)
+        neighbor.result(60).check_equals(alone)

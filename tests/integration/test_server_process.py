@@ -105,7 +105,7 @@ def test_row_07_fields_are_refused_by_path_before_anything_is_allocated(server: 
     assert is_idle(server)
 
 
-def test_row_08_ids_out_of_the_vocabulary_and_their_neighbours(client: Client, adapter_dirs: dict[str, Path]) -> None:
+def test_row_08_ids_out_of_the_vocabulary_and_their_neighbors(client: Client, adapter_dirs: dict[str, Path]) -> None:
     vocabulary = client.model().limits.vocabulary
     bad: list[tuple[str, dict[str, Any]]] = [
         ("token_ids.ids[1]", {"token_ids": [1, vocabulary]}),
@@ -212,7 +212,7 @@ def test_what_was_pushed_comes_back_and_is_listed(
 
 
 def test_a_refusal_is_as_fast_as_it_is_cheap(server: LocalServer, client: Client) -> None:
-    """Of the slowest kind, a prompt over the context: it is tokenised first."""
+    """Of the slowest kind, a prompt over the context: it is tokenized first."""
     used = cpu_seconds(server.pid)
     for _ in range(5):
         with pytest.raises(LoramuxError):

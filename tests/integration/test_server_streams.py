@@ -65,13 +65,13 @@ def test_row_18_a_cancelled_stream_frees_everything_and_touches_nobody(
     server: LocalServer, client: Client, pool: ThreadPoolExecutor
 ) -> None:
     alone = ask(client, "small", 150)
-    neighbour = pool.submit(ask, client, "small", 150)
+    neighbor = pool.submit(ask, client, "small", 150)
     streams = [client.stream(PROMPT, adapter="large", max_tokens=LONG, **GREEDY) for _ in range(3)]
     for stream in streams:
         next(stream)
     for stream in streams:
         stream.close()  # type: ignore[attr-defined]  # a generator: closing it cancels the call
-    neighbour.result(30).check_equals(alone)
+    neighbor.result(30).check_equals(alone)
     _check_freed(server, client)
 
 
@@ -182,7 +182,7 @@ def test_row_38_hot_loads_leave_every_other_stream_as_it_was(
         future.result().check_equals(alone[name])
     assert metric(server, "loramux_adapter_loads_total")[("ok",)] >= loads + len(pushed)
     for name, answer in pushed:
-        ask(client, name, 4).check_equals(answer)  # what a neighbour of others was is what it is alone
+        ask(client, name, 4).check_equals(answer)  # what a neighbor of others was is what it is alone
         client.delete(name)
     until_idle(server)
 

@@ -1,6 +1,6 @@
 """Tiny random models of every architecture we serve, their BaseModelSpec, and adapters that PEFT itself made.
 
-No quantisation: what is tested with these is names, shapes and arithmetic of adapters.
+No quantization: what is tested with these is names, shapes and arithmetic of adapters.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def tiny_model(architecture: str, *, seed: int = 0, **overrides: Any) -> PreTrai
 
 
 def spec_of(model: PreTrainedModel) -> BaseModelSpec:
-    """The BaseModelSpec of an unquantised model, with a fingerprint over all of its parameters."""
+    """The BaseModelSpec of an unquantized model, with a fingerprint over all of its parameters."""
     names = {module: name for name, module in model.named_modules()}
     parameters = {name: _parameter_spec(tensor) for name, tensor in model.named_parameters()}
     config = model.config
@@ -105,11 +105,11 @@ def wrap(model: PreTrainedModel, *, seed: int = 0, **options: Any) -> PeftModel:
     with peft_warnings_ignored(), torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(**({"task_type": "CAUSAL_LM"} | options)))
-        randomise(wrapped)
+        randomize(wrapped)
     return wrapped
 
 
-def randomise(wrapped: PeftModel) -> None:
+def randomize(wrapped: PeftModel) -> None:
     """Give every trainable tensor of `wrapped` random values, so that no delta is zero."""
     with torch.no_grad():
         for parameter in wrapped.parameters():

@@ -10,15 +10,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from loramux_adapters.base import LoadedBase, load_base
-from support.adapters import peft_warnings_ignored, randomise, save, tiny_model, wrap
+from support.adapters import peft_warnings_ignored, randomize, save, tiny_model, wrap
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 320, "max_position_embeddings": 256}
 WIDE_GPT2 = {"n_embd": 128, "n_head": 4, "vocab_size": 320, "n_positions": 256}
-"""Two blocks and more per row, so that quantisation and stacking show their faults; k and v are 64 wide."""
+"""Two blocks and more per row, so that quantization and stacking show their faults; k and v are 64 wide."""
 
 
 def wide_model(architecture: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model wide enough to be quantised in several blocks, its logits spread enough to have clear maxima."""
+    """A random model wide enough to be quantized in several blocks, its logits spread enough to have clear maxima."""
     sizes = WIDE_GPT2 if architecture == "gpt2" else WIDE
     model = tiny_model(architecture, seed=seed, **(sizes | overrides))
     with torch.no_grad():
@@ -76,5 +76,5 @@ class PeftOracle:
 
 
 __all__ = [
-    "WIDE", "PeftOracle", "float_base", "make_adapter_for", "randomise", "save_checkpoint", "wide_model",
+    "WIDE", "PeftOracle", "float_base", "make_adapter_for", "randomize", "save_checkpoint", "wide_model",
 ]  # fmt: skip

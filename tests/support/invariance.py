@@ -13,7 +13,7 @@ COUNTS = (1, 2, 7, 8, 31, 32, 33, 70)
 
 
 def check_linear(dtype: torch.dtype) -> None:
-    """A row's result is the same bits at every place and among any neighbours."""
+    """A row's result is the same bits at every place and among any neighbors."""
     for in_features, out_features in SHAPES:
         generator = torch.Generator().manual_seed(in_features)
         weight = torch.randn(out_features, in_features, generator=generator).to(dtype)

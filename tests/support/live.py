@@ -20,12 +20,12 @@ from loramux.types import GenerateOptions
 PROMPT = "The capital of"
 GREEDY: GenerateOptions = {"temperature": 0.0, "seed": 1, "ignore_eos": True}
 LOGPROB_TOLERANCE = 1e-4
-"""What neighbours may change of a log-probability in float32; tokens they may not change."""
+"""What neighbors may change of a log-probability in float32; tokens they may not change."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer: what must not depend on neighbours."""
+    """One greedy answer: what must not depend on neighbors."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]

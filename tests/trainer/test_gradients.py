@@ -80,13 +80,13 @@ def test_loss_and_gradients_equal_peft(base: LoadedBase, adapter: TrainableAdapt
         torch.testing.assert_close(b, layer.lora_B["default"].weight.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_are_those_on_the_dequantised_weights(batch: Batch) -> None:
+def test_gradients_are_those_on_the_dequantized_weights(batch: Batch) -> None:
     """The backward pass multiplies by the weights that the forward pass multiplied by, whatever dtype they came in."""
     results = []
-    for dequantised in (False, True):
+    for dequantized in (False, True):
         base = load_tiny()
-        if dequantised:
-            _dequantise(base.model)
+        if dequantized:
+            _dequantize(base.model)
         torch.manual_seed(5)
         with _attached(base) as adapter:
             completion_loss(base.model, batch).backward()  # type: ignore[no-untyped-call]
@@ -95,11 +95,11 @@ def test_gradients_are_those_on_the_dequantised_weights(batch: Batch) -> None:
         torch.testing.assert_close(ours, exact, atol=1e-5 * float(exact.abs().max()), rtol=0)
 
 
-def _dequantise(model: torch.nn.Module) -> None:
+def _dequantize(model: torch.nn.Module) -> None:
     for name, module in [pair for pair in model.named_modules() if isinstance(pair[1], Linear4bit)]:
         plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
         frozen = Nf4Linear(*logical_nf4(module), None, torch.float32)
-        plain.weight = torch.nn.Parameter(frozen.dequantise(torch.float32), requires_grad=False)
+        plain.weight = torch.nn.Parameter(frozen.dequantize(torch.float32), requires_grad=False)
         if module.bias is not None:
             plain.bias = module.bias
         model.set_submodule(name, plain)

@@ -101,7 +101,7 @@ def test_demo_questions_are_disjoint_from_training(task: DemoTask) -> None:
 
 
 def test_the_base_talks_sense_in_nf4(base: LoadedBase, tokenizer: Any) -> None:
-    prompts = [conversation("Hello!"), conversation("Who are you?"), conversation("What colour is the sky?")]
+    prompts = [conversation("Hello!"), conversation("Who are you?"), conversation("What color is the sky?")]
     assert answers(base.model, tokenizer, prompts) == [
         "Hello! How can I help you?",
         "I am loramux-tiny, a very small language model.",

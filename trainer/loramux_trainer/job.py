@@ -63,7 +63,7 @@ class LoraJob:
 
 @dataclass(frozen=True)
 class LoopJob:
-    """The optimisation. `steps` overrides `epochs`; `warmup` below 1 is a share of all steps, else steps."""
+    """The optimization. `steps` overrides `epochs`; `warmup` below 1 is a share of all steps, else steps."""
 
     learning_rate: float = field(default=2e-4, metadata=Bounds(above=0.0, high=1.0).metadata)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,6 +1,6 @@
 """The training loop: forward, backward, clip, step, for one adapter on one frozen base.
 
-Its whole state is adapter, optimiser, random generators and a step number, so that a resumed run repeats the
+Its whole state is adapter, optimizer, random generators and a step number, so that a resumed run repeats the
 uninterrupted one bit for bit. Knows no file.
 """
 
@@ -58,7 +58,7 @@ class Loop:
         self.step = 0
 
     def take_step(self) -> StepReport:
-        """One optimiser step over its micro-batches. Raises Diverged before a non-finite number reaches the weights."""
+        """One optimizer step over its micro-batches. Raises Diverged before a non-finite number reaches the weights."""
         batches = [self._collate([self._data.train[i] for i in rows]) for rows in self._order.micro_batches(self.step)]
         tokens = sum(batch.supervised for batch in batches)
         total = 0.0

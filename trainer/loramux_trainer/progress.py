@@ -11,7 +11,7 @@ from loramux_trainer.data import DataReport
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step. `step` counts from 1; `loss` is the mean over the step's supervised tokens."""
+    """One optimizer step. `step` counts from 1; `loss` is the mean over the step's supervised tokens."""
 
     step: int
     loss: float

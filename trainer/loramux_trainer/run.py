@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loramux_adapters.apply.trainable import attach
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantised_modules, refingerprint
+from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.guard.examine import examine
@@ -297,7 +297,7 @@ def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
     """bitsandbytes 0.50 on a CPU takes wrong scales where a block crosses a row: training would not see what serves."""
     if base.device.type != "cpu":
         return
-    for name, module in quantised_modules(base.model):
+    for name, module in quantized_modules(base.model):
         in_features = module.codes.shape[1] * 2
         if in_features % module.block_size:
             raise ModelInvalid(

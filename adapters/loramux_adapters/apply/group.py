@@ -177,7 +177,7 @@ class AdaptedEmbedding(nn.Module):
 
 
 class AdaptedNorm(nn.Module):
-    """A normalisation whose bias adapters may replace."""
+    """A normalization whose bias adapters may replace."""
 
     def __init__(self, frozen: nn.Module, cell: StepCell) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Rows, SiteGroup
 from loramux_adapters.base import LoadedBase
 from loramux_adapters.bnb import Linear4bit
-from loramux_adapters.fingerprint import QuantisedModule, fingerprint
+from loramux_adapters.fingerprint import QuantizedModule, fingerprint
 from loramux_adapters.frozen import DenseLinear, FrozenLinear, Layouts, Nf4Linear
 from loramux_adapters.kernels.protocol import Kernels
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -53,9 +53,9 @@ class AdaptedModel:
 
     def refingerprint(self) -> str:
         """The base's fingerprint recomputed from the content that serves now; equals `spec.fingerprint` for ever."""
-        return fingerprint(self._quantised(), self.spec.parameters, self.base.config_json)
+        return fingerprint(self._quantized(), self.spec.parameters, self.base.config_json)
 
-    def _quantised(self) -> Iterator[tuple[str, QuantisedModule]]:
+    def _quantized(self) -> Iterator[tuple[str, QuantizedModule]]:
         for name, (group, member) in self.linears.items():
             if isinstance(group.frozen, Nf4Linear):
                 begin, end = group.columns[member]
@@ -63,7 +63,7 @@ class AdaptedModel:
                 blocks = frozen.in_features * (end - begin) // frozen.block_size
                 first = frozen.in_features * begin // frozen.block_size
                 absmax = frozen.absmax if len(group.members) == 1 else frozen.absmax[first : first + blocks]
-                yield name, QuantisedModule(frozen.codes[begin:end], absmax, frozen.block_size)
+                yield name, QuantizedModule(frozen.codes[begin:end], absmax, frozen.block_size)
 
 
 def rank_row_bytes(spec: BaseModelSpec, dtype: torch.dtype) -> int:

@@ -27,7 +27,7 @@ def materialise(adapted: AdaptedModel, weights: AdapterWeights) -> DenseWeights:
     layouts = Layouts(native=adapted.layouts.native)
     dense: dict[str, DenseLinear] = {}
     for group in _groups(adapted, weights):
-        weight = group.frozen.dequantise(torch.float32)
+        weight = group.frozen.dequantize(torch.float32)
         bias = None if group.frozen.bias is None else group.frozen.bias.float()
         for name, (begin, end) in zip(group.members, group.columns, strict=True):
             module = weights.modules.get(name)

@@ -1,7 +1,7 @@
 """An adapter's identity: sha256 over its tensors as uploaded and the arithmetic its config asks for.
 
 Torch-free. Every field is preceded by its length, so that no two contents share one byte stream.
-How a config was spelt is not in it: key order, list order, defaults, and keys that change no number.
+How a config was spelled is not in it: key order, list order, defaults, and keys that change no number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AdapterDigest:
         self._field(data)
 
     def finish(self, config: Mapping[str, Any]) -> str:
-        """64 hex digits, over the tensors so far and the normalised arithmetic `config`."""
+        """64 hex digits, over the tensors so far and the normalized arithmetic `config`."""
         self._field(b"config")
         self._field(json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
         return self._hash.hexdigest()
@@ -49,9 +49,9 @@ class AdapterDigest:
 
 
 def low_rank_config(scales: Mapping[str, float]) -> dict[str, Any]:
-    """The normalised config of a low-rank adapter: the factor on B A, per module.
+    """The normalized config of a low-rank adapter: the factor on B A, per module.
 
     Ranks, targets and biases are in the tensors' names and shapes already. Two spellings of one scale
-    (alpha 16 over rank 8; rank-stabilised 4 over sqrt 4) are one arithmetic and one digest.
+    (alpha 16 over rank 8; rank-stabilized 4 over sqrt 4) are one arithmetic and one digest.
     """
     return {"kind": "lora", "scales": {module: scale.hex() for module, scale in scales.items()}}

@@ -42,7 +42,7 @@ REFUSED = {
 """Options that change the arithmetic and are not read: config key -> what the message calls them."""
 
 # fan_in_fan_out is here because PEFT stores A [r, in] and B [out, r] either way, and corrects the flag itself.
-# The configs of initialisations only say how training began: init_lora_weights tells whether the base was moved.
+# The configs of initializations only say how training began: init_lora_weights tells whether the base was moved.
 IGNORABLE = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
@@ -151,7 +151,7 @@ def _check_task(value: object) -> None:
 
 
 def _check_init(value: object) -> None:
-    """Initialisations that subtract from the base leave an adapter that is wrong on the base itself."""
+    """Initializations that subtract from the base leave an adapter that is wrong on the base itself."""
     if value is None or isinstance(value, bool):
         return
     name = value.lower() if isinstance(value, str) else ""
@@ -162,7 +162,7 @@ def _check_init(value: object) -> None:
             "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     if name not in _UNMOVED_INITS:
-        raise _bad("init_lora_weights", f"{quote(value)} is not a known initialisation", "train with a known one")
+        raise _bad("init_lora_weights", f"{quote(value)} is not a known initialization", "train with a known one")
 
 
 def _rank(key: str, value: object) -> int:

@@ -2,7 +2,7 @@
 
 Libraries choose another blocking for another number of rows: on one CPU float32 differed at 8 rows, on another from 40
 rows on with two threads. So rows are always multiplied in tiles of one fixed shape; within it, a row's place and its
-neighbours do not matter (measured for float32 and bfloat16; a test guards it).
+neighbors do not matter (measured for float32 and bfloat16; a test guards it).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 /* y = x W^T + bias for few rows of x on a CPU, W in NF4 or bfloat16: a frozen weight is read once, in the bits it rests in.
  *
- * NF4 is decoded, a few output rows at a time, to the very bfloat16 values that dequantising gives, and sums are in
+ * NF4 is decoded, a few output rows at a time, to the very bfloat16 values that dequantizing gives, and sums are in
  * float32. A row's result depends on nothing but the row. Compiled for the machine it runs on, see native_build.py.
  */
 #include <omp.h>

@@ -1,7 +1,7 @@
 """Products of few rows with a frozen weight on a CPU by native_linear.c: NF4 is read in its four bits.
 
 Needs AVX512-BF16. A row's result does not depend on the other rows, and decoded weights are bit for bit those that
-dequantising gives.
+dequantizing gives.
 """
 
 from __future__ import annotations

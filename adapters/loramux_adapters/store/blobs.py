@@ -16,7 +16,7 @@ _TEMPORARY = ".tmp"
 
 
 class Blobs:
-    """Content-addressed files. The caller serialises `install`, `remove` and `sweep`; all raise OSError."""
+    """Content-addressed files. The caller serializes `install`, `remove` and `sweep`; all raise OSError."""
 
     def __init__(self, root: Path, disk: Disk) -> None:
         self._root = root

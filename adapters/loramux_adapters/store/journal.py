@@ -28,7 +28,7 @@ class Publication:
 
 
 class Journal:
-    """The caller serialises `append` and `shorten`; all raise OSError."""
+    """The caller serializes `append` and `shorten`; all raise OSError."""
 
     def __init__(self, root: Path, disk: Disk) -> None:
         self._path = root / FILE_NAME

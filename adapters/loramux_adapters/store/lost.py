@@ -21,7 +21,7 @@ _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class Lost:
-    """The caller serialises the calls."""
+    """The caller serializes the calls."""
 
     def __init__(self, root: Path, disk: Disk, clock: Callable[[], float]) -> None:
         self._root = root / DIRECTORY

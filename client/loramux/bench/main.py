@@ -20,7 +20,7 @@ from loramux.bench import report
 from loramux.bench.driver import Driver
 from loramux.bench.session import measure
 from loramux.bench.shapes import get_shape, make_adapters, make_checkpoint
-from loramux.bench.stats import summarise
+from loramux.bench.stats import summarize
 from loramux.bench.workload import Workload, read_workload
 from loramux.machine import describe
 
@@ -69,7 +69,7 @@ def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
         drivers = [_make_driver(name, settings, options) for name in options.drivers]
         samples = asyncio.run(measure(workload, drivers, get_shape(workload.shape).vocabulary, announce))
         profile = _profile(settings) if options.profile_step else None
-    summaries = summarise(samples, [scenario.name for scenario in workload.scenarios])
+    summaries = summarize(samples, [scenario.name for scenario in workload.scenarios])
     machine, taken = describe(), datetime.now(UTC)
     shown: dict[str, Any] = {"threads": threads, "dtype": dtype, "drivers": ", ".join(options.drivers)}
     if options.address is not None:

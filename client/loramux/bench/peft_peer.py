@@ -34,10 +34,10 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 def load(setup: dict[str, Any]) -> Any:
     """The NF4 base with every adapter of the set-up line; adapter i is named `a<i>`."""
     dtype = getattr(torch, setup["dtype"])
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        setup["model"], quantization_config=quantisation, dtype=dtype, device_map={"": device}
+        setup["model"], quantization_config=quantization, dtype=dtype, device_map={"": device}
     )
     for number, path in enumerate(setup["adapters"]):
         if number == 0:

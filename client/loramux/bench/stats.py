@@ -78,7 +78,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
-def summarise(samples: Sequence[Sample], scenarios: Sequence[str]) -> list[Summary]:
+def summarize(samples: Sequence[Sample], scenarios: Sequence[str]) -> list[Summary]:
     """One summary per driver and scenario, drivers in order of appearance; ratios to the first scenario."""
     summaries = []
     for driver in dict.fromkeys(entry.driver for entry in samples):

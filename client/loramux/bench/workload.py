@@ -66,7 +66,7 @@ class Workload:
         )
 
     def assignment(self, scenario: Scenario) -> tuple[int | None, ...]:
-        """Adapter number of each request, None for the base: neighbours differ."""
+        """Adapter number of each request, None for the base: neighbors differ."""
         if scenario.distinct == 0:
             return (None,) * self.requests
         return tuple(i % scenario.distinct for i in range(self.requests))

@@ -28,9 +28,9 @@ def command(flags: dict[str, Any], config: ConfigFile = None, as_json: AsJson = 
     if as_json:
         print_json({"ok": not failed, "findings": findings, "machine": describe()})
     else:
-        colours = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
+        colors = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
         rows = [
-            (Text(f.state, style=colours[f.state]), f.check, Text(f.detail + (f"\n-> {f.remedy}" if f.remedy else "")))
+            (Text(f.state, style=colors[f.state]), f.check, Text(f.detail + (f"\n-> {f.remedy}" if f.remedy else "")))
             for f in findings
         ]
         print_table(("", "CHECK", "FOUND"), rows, empty="")

@@ -28,7 +28,7 @@ def task_table(tasks: tuple[TaskOutcome, ...]) -> Table:
 
 def burst_lines(burst: BurstOutcome) -> list[str]:
     """What the mixed burst cost."""
-    on = f"{burst.adapters} adapters, neighbours on different ones" if burst.adapters > 1 else "one adapter"
+    on = f"{burst.adapters} adapters, neighbors on different ones" if burst.adapters > 1 else "one adapter"
     return [
         f"mixed burst: {burst.requests} requests at once on {on}",
         f"  {burst.mixed_rate:,.0f} output tokens/s; the same prompts on the base only {burst.base_rate:,.0f}: "

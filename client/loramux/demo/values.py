@@ -51,7 +51,7 @@ class TaskOutcome:
 
 @dataclass(frozen=True)
 class BurstOutcome:
-    """One burst of `requests` at once, neighbours on different adapters, against the same prompts on the base.
+    """One burst of `requests` at once, neighbors on different adapters, against the same prompts on the base.
 
     Rates are output tokens per second, medians over `rounds` in which the two alternate.
     """
@@ -85,7 +85,7 @@ class DemoOutcome:
 
 
 def interleave(groups: list[list[Ask]], count: int) -> list[Ask]:
-    """`count` questions taken from the groups in turn, so that neighbours use different adapters.
+    """`count` questions taken from the groups in turn, so that neighbors use different adapters.
 
     Each group gives its questions in order and starts again when it has no more.
     """

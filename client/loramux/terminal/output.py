@@ -73,7 +73,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """`text` with its control characters spelt out: what others wrote must not steer the reader's terminal."""
+    """`text` with its control characters spelled out: what others wrote must not steer the reader's terminal."""
     return "".join(
         character.encode("unicode_escape").decode()
         if unicodedata.category(character) == "Cc" and character not in keep

@@ -1,6 +1,6 @@
 """A caller's text to token ids: judged by its length first, and off the event loop where that takes time.
 
-Tokenising runs before anything is admitted, so it must not be a way to hold up others: what cannot fit the context is
+Tokenizing runs before anything is admitted, so it must not be a way to hold up others: what cannot fit the context is
 refused unread, and long texts have threads of their own and a bounded queue, apart from the store's.
 """
 
@@ -18,7 +18,7 @@ from loramux_server.errors import InvalidRequest, Overloaded
 
 T = TypeVar("T")
 
-_LONG_TEXT = 8192  # characters; more are tokenised off the event loop
+_LONG_TEXT = 8192  # characters; more are tokenized off the event loop
 _THREADS = 2
 _MAX_WAITING = 64
 _RETRY_SECONDS = 1.0

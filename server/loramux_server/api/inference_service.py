@@ -1,6 +1,6 @@
 """InferenceService: one call from its fields to its last message.
 
-Validate, resolve and pin the adapter, tokenise, submit, then tell what the engine tells.
+Validate, resolve and pin the adapter, tokenize, submit, then tell what the engine tells.
 Knows the order of these; each of them is another module's matter.
 """
 

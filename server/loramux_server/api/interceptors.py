@@ -1,7 +1,7 @@
 """The one interceptor: every call is timed, logged, and ends in a status of the error table.
 
-Wraps the request deserialiser, because grpc.aio answers malformed protobuf with UNKNOWN
-before any handler runs, and the behaviour, because it tells clients the exceptions of handlers.
+Wraps the request deserializer, because grpc.aio answers malformed protobuf with UNKNOWN
+before any handler runs, and the behavior, because it tells clients the exceptions of handlers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Observe = Callable[[str, str, float], None]
 
 @dataclass(frozen=True)
 class Malformed:
-    """Stands for a request that could not be decoded, until the behaviour's wrapper refuses it."""
+    """Stands for a request that could not be decoded, until the behavior's wrapper refuses it."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ class ErrorInterceptor(aio.ServerInterceptor):
 
 
 class _Wrapped(_Handler):
-    """A handler of the same shape whose deserialiser and behaviour never raise to grpc."""
+    """A handler of the same shape whose deserializer and behavior never raise to grpc."""
 
     def __init__(
         self, handler: Any, method: str, end: Callable[[_Call], None], stall_seconds: float, calls: RunningCalls
@@ -110,7 +110,7 @@ class _Wrapped(_Handler):
         self.unary_stream = handler.unary_stream and self._wrap(handler.unary_stream, method, end)
         self.stream_stream = handler.stream_stream and self._wrap(handler.stream_stream, method, end)
 
-    def _wrap(self, behaviour: Any, method: str, end: Callable[[_Call], None]) -> Any:
+    def _wrap(self, behavior: Any, method: str, end: Callable[[_Call], None]) -> Any:
         run = self._run_stream if self.response_streaming else self._run_unary
 
         async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
@@ -119,13 +119,13 @@ class _Wrapped(_Handler):
             with call_noted(uuid.uuid4().hex) as call_id:
                 note_caller(context.invocation_metadata())
                 try:
-                    return await run(behaviour, self._checked(request), context)
+                    return await run(behavior, self._checked(request), context)
                 except asyncio.CancelledError:
                     if not self._calls.take_told():
                         call.code = "CANCELLED"
                         raise
                     await _refuse(Draining(), call, call_id, context)
-                except aio.AbortError:  # a foreign behaviour (health, reflection) chose its own status
+                except aio.AbortError:  # a foreign behavior (health, reflection) chose its own status
                     call.code = str(getattr(context.code(), "name", context.code()))
                     raise
                 except Exception as error:
@@ -143,13 +143,13 @@ class _Wrapped(_Handler):
         return request
 
     @staticmethod
-    async def _run_unary(behaviour: Any, request: Any, context: Any) -> Any:
-        answer: Awaitable[Any] = behaviour(request, context)
+    async def _run_unary(behavior: Any, request: Any, context: Any) -> Any:
+        answer: Awaitable[Any] = behavior(request, context)
         return await answer
 
-    async def _run_stream(self, behaviour: Any, request: Any, context: Any) -> None:
+    async def _run_stream(self, behavior: Any, request: Any, context: Any) -> None:
         """A write blocks after about 4 MB that nobody reads; unbounded, it would hold its request for ever."""
-        answer = behaviour(request, context)
+        answer = behavior(request, context)
         if not hasattr(answer, "__aiter__"):  # health's Watch writes to the context itself
             await answer
             return
@@ -175,13 +175,13 @@ async def _refuse(error: Exception, call: _Call, call_id: str, context: Any) -> 
             await context.abort(answer.code, answer.message, answer.trailers)
 
 
-def _tolerant(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    if deserialise is None:
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
         return None
 
     def tolerant(data: bytes) -> Any:
         try:
-            return deserialise(data)
+            return deserialize(data)
         except Exception:
             return Malformed()
 

@@ -41,7 +41,7 @@ def check(*rules: Iterable[InvalidRequest]) -> None:
 
 
 def check_generate(call: GenerateCall, limits: Limits) -> None:
-    """Everything that can be judged without tokenising."""
+    """Everything that can be judged without tokenizing."""
     check(
         request_id("request_id", call.request_id) if call.request_id else (),
         reference("adapter", call.adapter) if call.adapter else (),

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens and of the likeliest others, as plain values.
 
 Natural logarithms. Ties go to the lower id, so an answer does not depend on how many alternatives
-a neighbour asked for. Knows nothing of requests.
+a neighbor asked for. Knows nothing of requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A materialised adapter is what PEFT's own merge gives on the dequantised base, per kind of adapter."""
+"""A materialised adapter is what PEFT's own merge gives on the dequantized base, per kind of adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dense_twin(checkpoint: Path, adapted: AdaptedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, (group, member) in adapted.linears.items():
             begin, end = group.columns[member]
-            weight = group.frozen.dequantise(torch.float32)[begin:end]
+            weight = group.frozen.dequantize(torch.float32)[begin:end]
             site = twin.get_submodule(name)
             site.weight.copy_(weight.T if isinstance(site, Conv1D) else weight)
     return twin

@@ -15,7 +15,7 @@ from support.adapters import (
     load_in_peft,
     make_adapter,
     peft_deltas,
-    randomise,
+    randomize,
     save,
     spec_of,
     tiny_model,
@@ -172,7 +172,7 @@ def test_pissa_converted_to_lora_is_read(tmp_path: Path) -> None:
     wrapped.peft_config["default"].init_lora_weights = True
     save(wrapped, tmp_path / "initial")
     wrapped.peft_config["default"].init_lora_weights = "pissa"
-    randomise(wrapped)
+    randomize(wrapped)
     converted = save(wrapped, tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     weights = read_directory(converted, model)
     assert weights.spec.max_rank == 4

@@ -151,12 +151,12 @@ def test_auto_map_is_never_read() -> None:
 
 
 @pytest.mark.parametrize("value", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
-def test_initialisations_that_leave_the_base_alone_are_read(value: Any) -> None:
+def test_initializations_that_leave_the_base_alone_are_read(value: Any) -> None:
     assert parse_config(MINIMAL | {"init_lora_weights": value}) == parse_config(MINIMAL)
 
 
 @pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
-def test_initialisations_that_move_the_base_are_refused_with_the_conversion(value: str) -> None:
+def test_initializations_that_move_the_base_are_refused_with_the_conversion(value: str) -> None:
     with pytest.raises(AdapterInvalid, match="moved the base weights") as refusal:
         parse_config(MINIMAL | {"init_lora_weights": value})
     assert "path_initial_model_for_weight_conversion" in refusal.value.remedy
@@ -170,8 +170,8 @@ def test_initialisations_that_move_the_base_are_refused_with_the_conversion(valu
         ({"peft_type": ["LORA"]}, "peft_type"),
         ({"task_type": "CHATTING"}, "is not a task of PEFT's"),
         ({"task_type": ["CAUSAL_LM"]}, "is not a task of PEFT's"),
-        ({"init_lora_weights": "future"}, "not a known initialisation"),
-        ({"init_lora_weights": 1}, "not a known initialisation"),
+        ({"init_lora_weights": "future"}, "not a known initialization"),
+        ({"init_lora_weights": 1}, "not a known initialization"),
         ({"r": 0}, "r: 0 is not a rank"),
         ({"r": -4}, "r: -4 is not a rank"),
         ({"r": 10**9}, "r: 1000000000 is not a rank"),

@@ -14,7 +14,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 @DTYPES
-def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_its_neighbors(dtype: torch.dtype) -> None:
     check_linear(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Text is judged by its length before it is tokenised, and long texts wait in a bounded queue of their own."""
+"""Text is judged by its length before it is tokenized, and long texts wait in a bounded queue of their own."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ async def test_unary_and_stream_give_the_solo_tokens(tmp_path: Path) -> None:
         assert messages[-1].finish.usage.completion_tokens == 30
 
 
-async def test_neighbours_with_adapters_give_their_own_solo_tokens(tmp_path: Path) -> None:
+async def test_neighbors_with_adapters_give_their_own_solo_tokens(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         digests: dict[str, str | None] = {"": None}
         for index, name in enumerate(("a", "b", "c")):

@@ -133,14 +133,14 @@ async def test_row_07_08_fields_are_refused_by_path(tmp_path: Path, path: str, c
         assert server.inside.is_idle
 
 
-async def test_row_08_neighbours_of_a_bad_token_id_are_equal(tmp_path: Path) -> None:
+async def test_row_08_neighbors_of_a_bad_token_id_are_equal(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         alone = await server.inference.Generate(prompt_request(max_tokens=30))
-        neighbour = asyncio.ensure_future(server.inference.Generate(prompt_request(max_tokens=30)))
+        neighbor = asyncio.ensure_future(server.inference.Generate(prompt_request(max_tokens=30)))
         bad = inference_pb2.GenerateRequest(token_ids={"ids": [1, 4_000_000_000]})
         error = await _fails(server.inference.Generate(bad))
         assert error["BadRequest"].field_violations[0].field == "token_ids.ids[1]"
-        assert (await neighbour).choices[0].text == alone.choices[0].text
+        assert (await neighbor).choices[0].text == alone.choices[0].text
 
 
 async def test_row_09_prompts(tmp_path: Path) -> None:

@@ -59,12 +59,12 @@ async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> Non
 async def test_row_18_a_cancelled_stream_is_aborted_and_freed(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(before_step=_slow(0.005))) as server:
         alone = await server.inference.Generate(_long())
-        neighbour = asyncio.ensure_future(server.inference.Generate(_long()))
+        neighbor = asyncio.ensure_future(server.inference.Generate(_long()))
         stream = server.inference.GenerateStream(_long())
         await stream.read()
         stream.cancel()
         await until(lambda: _ended(server, "aborted") == 1)
-        assert (await neighbour).choices[0].text == alone.choices[0].text
+        assert (await neighbor).choices[0].text == alone.choices[0].text
         await until(lambda: server.inside.is_idle)
 
 

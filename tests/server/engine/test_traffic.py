@@ -1,6 +1,6 @@
 """Mixed traffic at random: submissions, aborts, deadlines, failures, slow loads, more adapters than slots, tiny KV.
 
-Whatever happens to its neighbours, a request's tokens are the beginning of its solo run, all of it
+Whatever happens to its neighbors, a request's tokens are the beginning of its solo run, all of it
 if it ended by itself; each choice ends once; blocks and leases come back; nobody is overtaken for ever.
 """
 

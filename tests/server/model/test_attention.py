@@ -183,13 +183,13 @@ def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
     query, key = torch.randn(1, heads, length, WIDTH), torch.randn(1, kv_heads, length, WIDTH)
     value = torch.randn(1, kv_heads, length, WIDTH)
 
-    def run(cuts: list[int], blocks: tuple[int, ...], neighbour: int) -> torch.Tensor:
+    def run(cuts: list[int], blocks: tuple[int, ...], neighbor: int) -> torch.Tensor:
         cache = PagedCache([AttentionLayer(kv_heads, WIDTH, WIDTH)], 64, SIZE, torch.float32, torch.device("cpu"))
         rows = []
         for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
             chunks = [Chunk("mine", (0,) * (stop - start), start, blocks, 1, True, SamplingParams(), 1)]
-            if neighbour:
-                chunks.append(Chunk("other", (0,) * neighbour, 0, tuple(range(56, 63)), 0, True, SamplingParams(), 1))
+            if neighbor:
+                chunks.append(Chunk("other", (0,) * neighbor, 0, tuple(range(56, 63)), 0, True, SamplingParams(), 1))
             batch = build_batch(chunks, cache, 63, tiled=True)
             total, mine = len(batch.ids), slice(len(batch.ids) - (stop - start), None)
             padded = [torch.randn(1, t.shape[1], total, WIDTH) for t in (query, key, value)]
@@ -200,13 +200,13 @@ def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
         return torch.cat(rows)
 
     whole = run([], tuple(range(23)), 0)
-    for cuts, blocks, neighbour in (
+    for cuts, blocks, neighbor in (
         ([1], tuple(range(30, 53)), 3),
         ([16, 64], tuple(range(23)), 21),
         ([7, 8, 9, 50], tuple(reversed(range(23))), 1),
         (list(range(70, 90)), tuple(range(23)), 5),
     ):
-        assert torch.equal(run(cuts, blocks, neighbour), whole), cuts
+        assert torch.equal(run(cuts, blocks, neighbor), whole), cuts
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -182,15 +182,15 @@ def test_out_of_memory_is_retried_in_halves(
 ) -> None:
     engine = world.engine()
     monkeypatch.setattr(ModelRunner, "_forward", failing_above(2, error, ModelRunner._forward))
-    penalised = SamplingParams(temperature=0.0, repetition_penalty=1.3, prompt_logprobs=0)
+    penalized = SamplingParams(temperature=0.0, repetition_penalty=1.3, prompt_logprobs=0)
     tickets = submit(engine, world.truths)
-    mine = engine.submit("a", prompts(4)[3], 6, sampling=penalised)
+    mine = engine.submit("a", prompts(4)[3], 6, sampling=penalized)
     engine.run()
     for ticket, truth in zip(tickets, world.truths, strict=True):
         assert engine.tokens(ticket) == truth.tokens
     monkeypatch.undo()
     calm = world.engine()
-    again = calm.submit("a", prompts(4)[3], 6, sampling=penalised)
+    again = calm.submit("a", prompts(4)[3], 6, sampling=penalized)
     calm.run()
     assert calm.tokens(again) == engine.tokens(mine)
 

@@ -236,7 +236,7 @@ def test_logprobs_are_those_of_the_adjusted_logits_before_temperature() -> None:
     assert [v for _, v in sampled.logprob.top] == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
-def test_alternatives_break_ties_by_id_whatever_the_neighbours_ask_for() -> None:
+def test_alternatives_break_ties_by_id_whatever_the_neighbors_ask_for() -> None:
     row = torch.zeros(300)
     row[[250, 20]] = 1.0
     row[5] = float("-inf")

@@ -15,7 +15,7 @@ from loramux_server.model.sampling_state import TokenCounts
 from loramux_server.requests import RequestFailure, SamplingParams, TokenLogprob
 
 VOCABULARY = 40
-PENALISED = SamplingParams(
+PENALIZED = SamplingParams(
     temperature=0.0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.25, logprobs=VOCABULARY
 )
 
@@ -25,7 +25,7 @@ def chunk(
     start: int,
     prompt_length: int,
     history: tuple[int, ...] | None = None,
-    params: SamplingParams = PENALISED,
+    params: SamplingParams = PENALIZED,
     request_id: str = "r#0",
 ) -> Chunk:
     return Chunk(request_id, tokens, start, (0,), BASE_SLOT, True, params, prompt_length, history)

@@ -141,7 +141,7 @@ def test_alone_equals_in_company_bit_for_bit_when_deterministic(world: World) ->
         assert torch.equal(alone.logits(own), together.logits(ticket)), (name, row)
 
 
-def test_prefix_hits_and_cancelled_neighbours_change_nothing(world: World) -> None:
+def test_prefix_hits_and_cancelled_neighbors_change_nothing(world: World) -> None:
     engine = engine_of(world)
     first = submit_all(engine)
     engine.run()
