@@ -6,7 +6,7 @@ Imports nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 DECLARATION_FILE = "lorica.json"
 FINGERPRINT_KEY = "lorica_base_fingerprint"
@@ -15,10 +15,12 @@ DIRECTORY = "lorica"
 _PREFIX = "LORICA_"
 
 
-def renamed_variables(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
-    """Old name -> present one, of the variables in `environ` that would be `known` ones by their present names.
+def renamed_variables(environ: Mapping[str, str], present: Mapping[str, str]) -> dict[str, str]:
+    """Old name -> present one, of the variables that `environ` holds.
 
-    Others of the old prefix are left alone: Kubernetes sets some beside a service that is called lorica.
+    `present` maps what a variable is or was called, behind the present prefix, to what it is called. Others of the old
+    prefix are left alone: Kubernetes sets some beside a service that is called lorica.
     """
-    present = {_PREFIX + name.partition("_")[2]: name for name in known}
-    return {old: new for old, new in present.items() if old in environ}
+    former = {_PREFIX + name.partition("_")[2]: new for name, new in present.items()}
+    former |= {name: new for name, new in present.items() if name != new}
+    return {old: new for old, new in former.items() if old in environ}

@@ -195,15 +195,15 @@ class AsyncClient:
         name: str,
         *,
         pinned: bool | None = None,
-        materialised: bool | None = None,
+        merge: bool | None = None,
         add_aliases: Sequence[str] = (),
         remove_aliases: Sequence[str] = (),
         set_labels: Mapping[str, str] | None = None,
         remove_labels: Sequence[str] = (),
     ) -> Adapter:
-        """Change what is given and nothing else. `pinned` and `materialised` are wishes: watch `residency`."""
+        """Change what is given and nothing else. `pinned` and `merge` are desired state: watch `residency`."""
         changes = AdapterChanges(
-            pinned, materialised, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
+            pinned, merge, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
         )
         request = convert.update_request(name, changes)
         # An alias that was added may have been moved on before a repeat would add it again.

@@ -121,8 +121,8 @@ def update_request(name: str, changes: types.AdapterChanges) -> adapters_pb2.Upd
     )
     if changes.pinned is not None:
         request.pinned = changes.pinned
-    if changes.materialised is not None:
-        request.materialised = changes.materialised
+    if changes.merge is not None:
+        request.merge = changes.merge
     return request
 
 
@@ -226,20 +226,20 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         updated=message.updated.ToDatetime(tzinfo=UTC),
         health="corrupt" if health == "corrupt" else "ok",
         residency=_residency(message.residency),
-        materialise=message.materialise,
+        merge=message.merge,
         accepted_bases=tuple(message.accepted_bases),
     )
 
 
 def _residency(message: adapters_pb2.Residency) -> types.Residency:
     tier = _word(adapters_pb2.Tier, message.tier, "TIER_")
-    state = _word(adapters_pb2.MaterialisedState, message.materialised, "MATERIALISED_STATE_")
+    state = _word(adapters_pb2.MergedState, message.merged, "MERGED_STATE_")
     return types.Residency(
         tier=cast(types.Tier, tier) if tier in get_args(types.Tier) else "registered",
         slot=message.slot if message.HasField("slot") else None,
         leases=message.leases,
-        materialised=cast(types.MaterialisedState, state) if state in get_args(types.MaterialisedState) else "none",
-        materialised_reason=message.materialised_reason,
+        merged=cast(types.MergedState, state) if state in get_args(types.MergedState) else "none",
+        merged_reason=message.merged_reason,
     )
 
 

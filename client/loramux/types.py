@@ -14,7 +14,7 @@ from typing import Literal, Required, TypedDict
 
 FinishReason = Literal["stop", "length", "aborted"]
 Tier = Literal["registered", "loaded", "resident"]
-MaterialisedState = Literal["none", "building", "ready", "refused"]
+MergedState = Literal["none", "building", "ready", "refused"]
 AdapterHealth = Literal["ok", "corrupt"]
 
 
@@ -202,13 +202,13 @@ class Residency:
     tier: Tier
     slot: int | None
     leases: int
-    materialised: MaterialisedState
-    materialised_reason: str
+    merged: MergedState
+    merged_reason: str
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One name and the version (`digest`) it points at. `pinned` and `materialise` are wishes of the name."""
+    """One name and the version (`digest`) it points at. `pinned` and `merge` are desired state of the name."""
 
     name: str
     digest: str
@@ -225,7 +225,7 @@ class Adapter:
     updated: datetime
     health: AdapterHealth
     residency: Residency
-    materialise: bool
+    merge: bool
     accepted_bases: tuple[str, ...]  # fingerprints; empty: not known
 
 
@@ -288,7 +288,7 @@ class AdapterChanges:
     """What `update` shall change; only what is set."""
 
     pinned: bool | None = None
-    materialised: bool | None = None
+    merge: bool | None = None
     add_aliases: tuple[str, ...] = ()
     remove_aliases: tuple[str, ...] = ()
     set_labels: Mapping[str, str] = field(default_factory=dict)

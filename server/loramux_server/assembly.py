@@ -35,7 +35,7 @@ from loramux_adapters.residency.slots import SlotTable
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
-from loramux_adapters.store.records import Quotas, Wishes
+from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_adapters.weight_counts import count_weights, is_mixture
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.api.calls import Limits
@@ -53,9 +53,9 @@ from loramux_server.loading import AdapterLoader
 from loramux_server.model.cache import PagedCache, bytes_per_token
 from loramux_server.model.decode_attention import select_decode
 from loramux_server.model.guard import self_check
+from loramux_server.model.merged_weights import MergedWeightsCache
 from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.sizing import Memory
-from loramux_server.model.weight_sets import WeightSets
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import Registry
 from loramux_server.text import TextCodec
@@ -114,29 +114,29 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
         loader,
         mailbox.notify,
     )
-    refusal = "dense copies are off in deterministic mode: their rounding differs" if config.deterministic else ""
-    weight_sets = WeightSets(adapted, host.load, config.materialised_bytes, refusal)
+    refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
+    merged_weights = MergedWeightsCache(adapted, host.load, config.merged_bytes, refusal)
     runner = ModelRunner(
         adapted,
         cache,
         kernels,
         RunnerConfig(config.deterministic, examined.rope),
-        weight_sets.find,
+        merged_weights.find,
     )
-    scheduler = Scheduler(engine_limits, pool, ready_weight_sets=weight_sets.ready)
+    scheduler = Scheduler(engine_limits, pool, ready_merged=merged_weights.ready)
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
-    states = _States(pool, weight_sets)
+    states = _States(pool, merged_weights)
     registry = Registry(store, read_spec, base.spec.fingerprint, states)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:
         loader.shutdown(wait=True, cancel_futures=True)
-        weight_sets.close()
+        merged_weights.close()
         registry.close()
 
     parts = Parts(client, registry, codec, info, states)
-    return Built(parts, engine, lambda: _read(pool, host, weight_sets), close)
+    return Built(parts, engine, lambda: _read(pool, host, merged_weights), close)
 
 
 def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
@@ -289,28 +289,30 @@ def _model_info(
 class _States:
     """Implements `api.ports.AdapterStates` and `registry.Copies`."""
 
-    def __init__(self, pool: AdapterPool[AdapterWeights], weight_sets: WeightSets) -> None:
-        self._pool, self._weight_sets = pool, weight_sets
+    def __init__(self, pool: AdapterPool[AdapterWeights], merged_weights: MergedWeightsCache) -> None:
+        self._pool, self._merged_weights = pool, merged_weights
 
     def state(self, digest: str) -> AdapterState:
         """Where the version is at this moment."""
-        view, dense = self._pool.residency(digest), self._weight_sets.state(digest)
+        view, dense = self._pool.residency(digest), self._merged_weights.state(digest)
         return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
 
-    def wish(self, wishes: Wishes, again: str | None = None) -> None:
-        """Keep what is pinned on the device and have dense copies of what is to be materialised; nothing else."""
-        self._pool.keep(wishes.pinned, again)
-        self._weight_sets.wish(wishes.materialised, again)
+    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
+        """Keep what is pinned on the device and have merged weights of what is to be merged; nothing else."""
+        self._pool.pin(desired.pinned, retry)
+        self._merged_weights.reconcile(desired.merged, retry)
 
     def forget(self, digest: str) -> None:
-        """Free its slot once the last lease is back, its host bytes and its dense copy."""
-        self._weight_sets.forget(digest)
+        """Free its slot once the last lease is back, its host bytes and its merged weights."""
+        self._merged_weights.forget(digest)
         self._pool.discard(digest)
 
 
-def _read(pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], sets: WeightSets) -> AdapterReading:
+def _read(
+    pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], merged: MergedWeightsCache
+) -> AdapterReading:
     stats = pool.stats()
-    ready, dense_bytes, builds = sets.usage()
+    ready, dense_bytes, builds = merged.usage()
     return AdapterReading(
         tiers={"resident": (stats.resident, stats.resident_bytes), "loaded": host.usage},
         loads_total={"ok": stats.loads, "failed": stats.load_failures},
@@ -318,8 +320,8 @@ def _read(pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], se
         evictions_total={"resident": stats.evictions},
         hits_total=stats.hits,
         lease_waits_total=stats.waits,
-        materialised_sets=ready,
-        materialised_bytes=dense_bytes,
-        materialised_builds_total=builds,
+        merged_adapters=ready,
+        merged_bytes=dense_bytes,
+        merges_total=builds,
         slots=stats.rows_capacity // MAX_ROWS_OF_RANK,
     )

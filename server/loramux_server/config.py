@@ -8,7 +8,7 @@ what must be looked at on the machine (ports, paths, devices) is `preflight`'s m
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ EMBEDDED_MODEL = "loramux-tiny"
 
 MIB = 1 << 20
 GIB = 1 << 30
+RENAMED_OPTIONS = {"materialised_bytes": "merged_bytes"}
+"""Options as they were called before: refused with the present name."""
+
 ENV_PREFIX = "LORAMUX_"
 FILE_VARIABLE = "LORAMUX_CONFIG"
 
@@ -94,7 +97,7 @@ class AdapterConfig(EngineConfig):
         None, "bytes", "device memory of adapter slots; unset: sized at start", low=1 << 12, optional=True
     )
     adapter_host_bytes: int = _option(1 * GIB, "bytes", "host memory of loaded adapters", low=1 << 12)
-    materialised_bytes: int = _option(512 * MIB, "bytes", "memory of dense copies of hot adapters", low=0)
+    merged_bytes: int = _option(512 * MIB, "bytes", "memory of merged weights of hot adapters", low=0)
     max_rank: int = _option(MAX_RANK, "count", "largest LoRA rank accepted", low=1, high=4096)
     max_adapter_bytes: int = _option(1 * GIB, "bytes", "largest adapter accepted", low=1 << 10)
     max_adapters: int = _option(10_000, "count", "adapters a tenant may keep", low=1)
@@ -192,6 +195,9 @@ def resolve_config(
     wrong: list[ConfigInvalid] = []
 
     def take(name: str, raw: object, origin: str, nearest: str = "") -> None:
+        if name in RENAMED_OPTIONS:
+            wrong.append(ConfigInvalid(f"{origin}: {name} is called {RENAMED_OPTIONS[name]} now", remedy="rename it"))
+            return
         if name not in known:
             prefix = f"{nearest}: " if nearest else ""
             wrong.append(ConfigInvalid(f"{prefix}unknown option {name!r}", remedy=_did_you_mean(str(name), known)))
@@ -213,8 +219,7 @@ def resolve_config(
     for name, raw in (flags or {}).items():
         if raw is not None:
             take(name, raw, f"flag --{name.replace('_', '-')}")
-    variables = (FILE_VARIABLE, *(ENV_PREFIX + name.upper() for name in known))
-    for old, new in renamed_variables(environ, variables).items():
+    for old, new in renamed_variables(environ, _variables(known)).items():
         wrong.append(ConfigInvalid(f"env {old} is not read any more", remedy=f"set {new}"))
     if wrong:
         raise ConfigInvalid.of_all(wrong)
@@ -222,6 +227,14 @@ def resolve_config(
     if wrong := list(_wrong_together(config)):
         raise ConfigInvalid.of_all(wrong)
     return ResolvedConfig(config, origins)
+
+
+def _variables(known: Iterable[str]) -> dict[str, str]:
+    """What each variable is or was called, behind the present prefix -> what it is called."""
+    present = {name: name for name in known} | RENAMED_OPTIONS
+    return {FILE_VARIABLE: FILE_VARIABLE} | {
+        ENV_PREFIX + name.upper(): ENV_PREFIX + new.upper() for name, new in present.items()
+    }
 
 
 def _read_file(path: Path) -> dict[str, object]:

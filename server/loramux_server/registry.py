@@ -25,11 +25,11 @@ from loramux_adapters.store.records import (
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
+    DesiredState,
     FileEntry,
     Published,
     UploadManifest,
     UploadProgress,
-    Wishes,
 )
 
 _MIN_PREFIX = 8  # hex digits
@@ -43,26 +43,26 @@ class ReadAdapter(Protocol):
     def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec: ...
 
 
-class Copies(Protocol):
+class AdapterCaches(Protocol):
     """What others hold of adapters beside the store: in host memory, on the device, dense. Safe from any thread."""
 
     def forget(self, digest: str) -> None:
         """Free all of it: no name, kept version or request reaches this digest any more."""
 
-    def wish(self, wishes: Wishes, again: str | None = None) -> None:
-        """All that is wished for from now on: bring it about in the background, and drop what is not in it.
+    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
+        """The desired state from now on: bring it about in the background, and drop what is not in it.
 
         What was refused or failed before is left alone, unless it is `again`. Never waits.
         """
 
 
-class NoCopies:
+class NoCaches:
     """Nobody holds any."""
 
     def forget(self, digest: str) -> None:
         """Nothing to free."""
 
-    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
         """Nothing to bring about."""
 
 
@@ -159,16 +159,16 @@ class Download:
 class Registry:
     """The one door to the adapters. Errors are those of `loramux_adapters.errors`, as AdapterStore documents them."""
 
-    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, copies: Copies | None = None) -> None:
+    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, caches: AdapterCaches | None = None) -> None:
         """`base` is the fingerprint of the base that `read` validates against."""
         self._store = store
         self._read = read
         self._base = base
-        self._copies = copies or NoCopies()
+        self._caches = caches or NoCaches()
         self._telling = threading.Lock()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
-        self._tell_wishes()
+        self._reconcile()
 
     def close(self) -> None:
         """Finish the publish under way, then close the store. Idempotent."""
@@ -220,7 +220,7 @@ class Registry:
         return await asyncio.to_thread(self._store.list, tenant, page_size, page_token)
 
     async def update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
-        """Change aliases, labels and wishes; a wish made again is tried again."""
+        """Change aliases, labels and desired state; what is set again is tried again."""
         return await asyncio.to_thread(self._update, tenant, name, change)
 
     async def delete(self, tenant: str, name: str) -> None:
@@ -248,35 +248,37 @@ class Registry:
             raise _unreadable() from error
         published = self._store.publish(tenant, upload_id, spec, self._base)
         # Whatever was wrong with this content, bytes or base, is right now.
-        self._tell_wishes(again=published.record.digest)
+        self._reconcile(retry=published.record.digest)
         self._forget_removed()
         return published
 
     def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
         record = self._store.update(tenant, name, change)
-        self._tell_wishes(again=record.digest if change.pinned or change.materialised else None)
+        self._reconcile(retry=record.digest if change.pinned or change.merge else None)
         return record
 
     def _delete(self, tenant: str, name: str) -> None:
         self._store.delete(tenant, name)
-        self._tell_wishes()
+        self._reconcile()
         self._forget_removed()
 
-    def _tell_wishes(self, again: str | None = None) -> None:
-        """After every change of a name, and at the start: all wishes as they are now, not what has changed.
+    def _reconcile(self, retry: str | None = None) -> None:
+        """After every change of a name, and at the start: the whole desired state as it is now, not what has changed.
 
         So nobody need remember what a name pointed at, and a message that is lost is made up for by the next.
         The change itself is durable, whatever happens here.
         """
         with self._telling:  # read and told as one step: of two changes at once, the last to tell knows of both
             try:
-                self._copies.wish(self._store.wishes(), again)
+                self._caches.reconcile(self._store.desired_state(), retry)
             except AdapterError as error:
-                _log.warning("wishes could not be read, the next change of an adapter tells them: %s", error)
+                _log.warning(
+                    "the desired state could not be read, the next change of an adapter reads it again: %s", error
+                )
 
     def _forget_removed(self) -> None:
         for digest in self._store.take_removed():
-            self._copies.forget(digest)
+            self._caches.forget(digest)
 
     def _unpin(self, digest: str) -> None:
         if self._store.unpin(digest):

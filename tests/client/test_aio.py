@@ -66,7 +66,7 @@ async def test_push_resume_pull_and_manage(fake: FakeServer, adapter_dir: Path, 
         ).read_bytes()
         assert pulled.digest == (await client.verify("bot")).digest == DIGEST
         assert [adapter.name async for adapter in client.adapters(page_size=1)] == ["bot"]
-        assert (await client.update("bot", materialised=True)).residency.materialised == "ready"
+        assert (await client.update("bot", merge=True)).residency.merged == "ready"
         assert (await client.adapter("bot")).name == "bot"
         await client.delete("bot")
         with pytest.raises(errors.NotFound):

@@ -1,4 +1,4 @@
-"""`loramux adapters`: what an operator sees of wishes, and of adapters that another base was served with."""
+"""`loramux adapters`: what an operator sees of desired state, and of adapters that another base was served with."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def test_ls_remarks_what_was_accepted_for_other_bases_only(fake: FakeServer) -> 
 
 
 @pytest.mark.parametrize(("bases", "shown"), [([BASE], BASE), ([], "not known")])
-def test_show_tells_bases_and_wishes(fake: FakeServer, bases: list[str], shown: str) -> None:
+def test_show_tells_bases_and_desired_state(fake: FakeServer, bases: list[str], shown: str) -> None:
     adapter = add(fake, "bot", accepted_bases=bases, pinned=True)
     rows = dict(line.split(maxsplit=1) for line in adapters(fake, "show", "bot").splitlines() if " " in line)
     assert rows["accepted"] == f"for  {shown}"
-    assert (rows["pinned"], rows["materialise"], rows["materialised"]) == ("yes", "no", "none")
-    adapter.materialise = True
-    assert json.loads(adapters(fake, "show", "bot", "--json"))["materialise"] is True
+    assert (rows["pinned"], rows["merge"], rows["merged"]) == ("yes", "no", "none")
+    adapter.merge = True
+    assert json.loads(adapters(fake, "show", "bot", "--json"))["merge"] is True
 
 
-def test_taking_a_wish_back_waits_for_nothing(fake: FakeServer) -> None:
+def test_taking_a_desired_state_back_waits_for_nothing(fake: FakeServer) -> None:
     """The copy may stay for the sake of another name of the same version, which is nothing to wait for."""
     add(fake, "bot")
-    assert "materialised ready" in adapters(fake, "materialise", "bot")
-    assert adapters(fake, "materialise", "bot", "--off") == "bot: materialised none\n"
+    assert "merged weights ready" in adapters(fake, "merge", "bot")
+    assert adapters(fake, "merge", "bot", "--off") == "bot: merged none\n"
     fake.state.keeps_sets = True
-    adapters(fake, "materialise", "bot")
-    said = adapters(fake, "materialise", "bot", "--off")
-    assert said == "bot: materialised ready, wished for by another name of this version\n"
+    adapters(fake, "merge", "bot")
+    said = adapters(fake, "merge", "bot", "--off")
+    assert said == "bot: merged weights ready, desired by another name of this version\n"

@@ -293,8 +293,8 @@ def test_update_changes_what_is_given(client: Client, adapter_dir: Path) -> None
     client.push(adapter_dir, "bot")
     changed = client.update("bot", add_aliases=["prod"], set_labels={"a": "b"}, pinned=True)
     assert (changed.aliases, dict(changed.labels), changed.pinned) == (("prod",), {"a": "b"}, True)
-    again = client.update("bot", remove_aliases=["prod"], materialised=True)
-    assert (again.aliases, again.pinned, again.residency.materialised) == ((), True, "ready")
+    again = client.update("bot", remove_aliases=["prod"], merge=True)
+    assert (again.aliases, again.pinned, again.residency.merged) == ((), True, "ready")
     client.delete("bot")
     with pytest.raises(errors.NotFound):
         client.delete("bot")

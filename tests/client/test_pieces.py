@@ -109,9 +109,9 @@ def test_pings_are_as_far_apart_as_the_server_allows() -> None:
 
 def test_words_of_a_newer_server_are_not_a_crash() -> None:
     message = adapters_pb2.Adapter(name="a", health=77)  # type: ignore[arg-type]
-    message.residency.tier, message.residency.materialised = 78, 79  # type: ignore[assignment]
+    message.residency.tier, message.residency.merged = 78, 79  # type: ignore[assignment]
     adapter = convert.adapter(message)
-    assert (adapter.health, adapter.residency.tier, adapter.residency.materialised) == ("ok", "registered", "none")
+    assert (adapter.health, adapter.residency.tier, adapter.residency.merged) == ("ok", "registered", "none")
     response = inference_pb2.GenerateStreamResponse()
     response.finish.reason = 99  # type: ignore[assignment]
     with pytest.raises(TransferError, match="reason this client does not know: '99'"):

@@ -79,10 +79,10 @@ def test_an_adapters_life(server: LocalServer, adapter: Path, tmp_path: Path) ->
     listed = json.loads(loramux("adapters", "ls", "--json").stdout)
     assert [(entry["name"], entry["aliases"], entry["max_rank"]) for entry in listed] == [("noisy", ["prod"], 4)]
 
-    materialised = loramux("adapters", "materialise", "noisy")
-    assert "materialised ready" in materialised.stdout, materialised.output
+    merged = loramux("adapters", "merge", "noisy")
+    assert "merged ready" in merged.stdout, merged.output
     assert generate("--adapter", "noisy") == with_adapter
-    assert "materialised none" in loramux("adapters", "materialise", "noisy", "--off").stdout
+    assert "merged none" in loramux("adapters", "merge", "noisy", "--off").stdout
 
     assert loramux("adapters", "verify", "noisy", "--against", str(adapter)).exit_code == 0
     assert loramux("adapters", "pull", "prod", str(tmp_path / "back")).exit_code == 0

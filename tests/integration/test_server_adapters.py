@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from loramux import Client
 from loramux.local_server import LocalServer
-from loramux.types import MaterialisedState
+from loramux.types import MergedState
 from support.live import ask, cpu_seconds, metric, scrape, until, until_idle
 
 OPENMETRICS = "application/openmetrics-text"
@@ -22,17 +22,17 @@ OTHER = 1  # series for all the rest
 
 
 def _held(server: LocalServer) -> tuple[float, float, float]:
-    """Adapters in slots, adapters in host memory, dense copies."""
+    """Adapters in slots, adapters in host memory, merged weights."""
     tiers = metric(server, "loramux_adapters")
-    return tiers[("resident",)], tiers[("loaded",)], metric(server, "loramux_materialised_sets")[()]
+    return tiers[("resident",)], tiers[("loaded",)], metric(server, "loramux_merged_adapters")[()]
 
 
-def _materialise(client: Client, name: str) -> None:
-    def state() -> MaterialisedState:
-        return client.adapter(name).residency.materialised
+def _merge(client: Client, name: str) -> None:
+    def state() -> MergedState:
+        return client.adapter(name).residency.merged
 
-    client.update(name, materialised=True)
-    until(lambda: state() == "ready", f"{name} materialised", 30)
+    client.update(name, merge=True)
+    until(lambda: state() == "ready", f"{name} merged", 30)
 
 
 def _timed_scrape(server: LocalServer, accept: str, parse: Callable[[str], object]) -> tuple[dict[str, Metric], float]:
@@ -91,11 +91,11 @@ def test_row_40_a_deleted_adapter_leaves_slot_host_memory_and_dense_copy(
     until(lambda: client.adapter("large").residency.tier == "registered", "what was held of it is freed")
     before = _held(server)  # without it
     ask(client, "large", 8).check_equals(alone)
-    _materialise(client, "large")
+    _merge(client, "large")
     ask(client, "large", 8).check_equals(alone)
     assert _held(server) == (before[0] + 1, before[1] + 1, before[2] + 1)
     client.delete("large")
-    until(lambda: _held(server) == before, "slot, host memory and dense copy are freed")
+    until(lambda: _held(server) == before, "slot, host memory and merged weights are freed")
     client.push(adapter_dirs["large"], "large")
     ask(client, "large", 8).check_equals(alone)
 
@@ -109,18 +109,18 @@ def test_row_37_a_dense_copy_follows_the_switch_of_its_name_and_nobody_notices(
     digest = client.adapter("switching").digest
     client.delete("mlp")  # now this is the only name of that version
     sets = _held(server)[2]
-    _materialise(client, "switching")
+    _merge(client, "switching")
     assert _held(server)[2] == sets + 1
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, client, "switching", 200)
         until(lambda: client.adapter("switching").residency.leases == 1, "it runs")
         client.push(adapter_dirs["small"], "switching")
         kept = f"switching@{digest[:12]}"
-        assert client.adapter(kept).residency.materialised == "none"  # no name points at it any more
-        until(lambda: client.adapter("switching").residency.materialised == "ready", "the new version has one", 30)
+        assert client.adapter(kept).residency.merged == "none"  # no name points at it any more
+        until(lambda: client.adapter("switching").residency.merged == "ready", "the new version has one", 30)
         assert _held(server)[2] == sets + 1
         running.result(60).check_equals(old)
-    ask(client, kept, 24).check_begins(old)  # served without a dense copy
+    ask(client, kept, 24).check_begins(old)  # served without merged weights
     ask(client, "switching", 24).check_equals(new)
     client.delete("switching")
     assert _held(server)[2] == sets

@@ -46,6 +46,32 @@ def test_the_former_name_of_the_embedded_base_leads_to_the_present_one() -> None
     assert "did you mean loramux-tiny?" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "present"),
+    [
+        (["serve", "--materialised-bytes", "1"], "--merged-bytes"),
+        (["config", "show", "--materialised-bytes=1"], "--merged-bytes"),
+        (["adapters", "materialise", "shout"], "adapters merge"),
+    ],
+)
+def test_renamed_flags_and_commands_are_refused_with_the_present_name(arguments: list[str], present: str) -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert result.exit_code == ExitCode.USAGE
+    assert f"is called {present} now" in result.stderr.replace("`", "")
+
+
+def test_a_renamed_option_of_a_file_is_refused_with_the_present_name(tmp_path: Path) -> None:
+    file = tmp_path / "loramux.yaml"
+    file.write_text("materialised_bytes: 0\n")
+    with pytest.raises(ConfigInvalid, match="materialised_bytes is called merged_bytes now"):
+        resolve_config(file=file)
+    for variable in ("LORICA_MATERIALISED_BYTES", "LORAMUX_MATERIALISED_BYTES"):
+        with pytest.raises(ConfigInvalid) as caught:
+            resolve_config(environ={variable: "0"})
+        assert variable in str(caught.value)
+        assert caught.value.remedy == "set LORAMUX_MERGED_BYTES"
+
+
 def _former_store(tmp_path: Path) -> Path:
     LocalStore(tmp_path / "lorica").close()
     return tmp_path / "lorica"

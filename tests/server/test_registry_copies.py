@@ -1,4 +1,4 @@
-"""What the registry tells those who hold copies of adapters: all wishes after each change of a name, what is gone."""
+"""What the registry tells the caches of adapters: the desired state after each change of a name, and what is gone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
-from loramux_adapters.store.records import AdapterUpdate, Quotas, Wishes
+from loramux_adapters.store.records import AdapterUpdate, DesiredState, Quotas
 from loramux_server.registry import Registry
 from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_spec
 
@@ -23,17 +23,17 @@ class Copies:
 
     def __init__(self) -> None:
         self.forgotten: list[str] = []
-        self.wishes: list[Wishes] = []
-        self.again: list[str | None] = []
+        self.desired: list[DesiredState] = []
+        self.retries: list[str | None] = []
 
     def forget(self, digest: str) -> None:
-        assert self.wishes
-        assert digest not in self.wishes[-1].pinned | self.wishes[-1].materialised  # or it would come back
+        assert self.desired
+        assert digest not in self.desired[-1].pinned | self.desired[-1].merged  # or it would come back
         self.forgotten.append(digest)
 
-    def wish(self, wishes: Wishes, again: str | None = None) -> None:
-        self.wishes.append(wishes)
-        self.again.append(again)
+    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
+        self.desired.append(desired)
+        self.retries.append(retry)
 
 
 @pytest.fixture
@@ -57,83 +57,85 @@ async def push(registry: Registry, name: str, seed: str) -> None:
     await registry.publish(TENANT, upload_id)
 
 
-def wishes(pinned: str = "", materialised: str = "") -> Wishes:
-    return Wishes(frozenset({pinned} - {""}), frozenset({materialised} - {""}))
+def desired(pinned: str = "", merged: str = "") -> DesiredState:
+    return DesiredState(frozenset({pinned} - {""}), frozenset({merged} - {""}))
 
 
-WISH = AdapterUpdate(pinned=True, materialised=True)
+BOTH = AdapterUpdate(pinned=True, merge=True)
 
 
-async def test_every_change_of_a_name_tells_all_wishes(registry: Registry, copies: Copies) -> None:
+async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Registry, copies: Copies) -> None:
     await push(registry, "a", "one")
     await push(registry, "b", "two")
-    await registry.update(TENANT, "a", AdapterUpdate(materialised=True))
+    await registry.update(TENANT, "a", AdapterUpdate(merge=True))
     await registry.update(TENANT, "b", AdapterUpdate(pinned=True))
     await registry.update(TENANT, "b", AdapterUpdate(add_aliases=("c",)))
-    await registry.update(TENANT, "a", AdapterUpdate(materialised=False))
+    await registry.update(TENANT, "a", AdapterUpdate(merge=False))
     await registry.delete(TENANT, "b")
-    assert copies.wishes == [
-        wishes(),  # at the start
-        wishes(),
-        wishes(),
-        wishes(materialised=ONE),
-        wishes(TWO, ONE),
-        wishes(TWO, ONE),
-        wishes(TWO),
-        wishes(),
+    assert copies.desired == [
+        desired(),  # at the start
+        desired(),
+        desired(),
+        desired(merged=ONE),
+        desired(TWO, ONE),
+        desired(TWO, ONE),
+        desired(TWO),
+        desired(),
     ]
 
 
 async def test_only_what_asks_again_is_tried_again(registry: Registry, copies: Copies) -> None:
     await push(registry, "a", "one")
-    await registry.update(TENANT, "a", WISH)
+    await registry.update(TENANT, "a", BOTH)
     await registry.update(TENANT, "a", AdapterUpdate(set_labels={"k": "v"}, pinned=False))
     await push(registry, "b", "two")
     await push(registry, "a", "one")  # what was wrong with it may be right now
     await registry.delete(TENANT, "b")
-    assert copies.again == [None, ONE, ONE, None, TWO, ONE, None]
+    assert copies.retries == [None, ONE, ONE, None, TWO, ONE, None]
 
 
-async def test_a_restart_tells_the_wishes_at_once(tmp_path: Path) -> None:
+async def test_a_restart_tells_the_desired_state_at_once(tmp_path: Path) -> None:
     registry = Registry(quick_store(tmp_path), read_spec, BASE)
     await push(registry, "a", "one")
-    await registry.update(TENANT, "a", WISH)
+    await registry.update(TENANT, "a", BOTH)
     registry.close()
     copies = Copies()
     Registry(quick_store(tmp_path), read_spec, BASE, copies).close()
-    assert copies.wishes == [wishes(ONE, ONE)]
+    assert copies.desired == [desired(ONE, ONE)]
 
 
-async def test_a_wish_follows_its_name_and_what_it_left_is_forgotten_later(registry: Registry, copies: Copies) -> None:
+async def test_desired_state_follows_its_name_and_what_it_left_is_forgotten_later(
+    registry: Registry, copies: Copies
+) -> None:
     await push(registry, "a", "one")
-    await registry.update(TENANT, "a", WISH)
+    await registry.update(TENANT, "a", BOTH)
     await push(registry, "a", "two")
-    assert (copies.wishes[-1], copies.forgotten) == (wishes(TWO, TWO), [])  # name@digest reaches it still
+    assert (copies.desired[-1], copies.forgotten) == (desired(TWO, TWO), [])  # name@digest reaches it still
     await push(registry, "a", "three")
-    assert (copies.wishes[-1], copies.forgotten) == (wishes(THREE, THREE), [ONE])
+    assert (copies.desired[-1], copies.forgotten) == (desired(THREE, THREE), [ONE])
 
 
 async def test_a_delete_lets_everything_go(registry: Registry, copies: Copies) -> None:
     await push(registry, "a", "one")
-    await registry.update(TENANT, "a", WISH)
+    await registry.update(TENANT, "a", BOTH)
     await registry.delete(TENANT, "a")
-    assert (copies.wishes[-1], copies.forgotten) == (wishes(), [ONE])
+    assert (copies.desired[-1], copies.forgotten) == (desired(), [ONE])
 
 
 async def test_a_delete_of_nothing_tells_nothing(registry: Registry, copies: Copies) -> None:
     with pytest.raises(AdapterNotFound):
         await registry.delete(TENANT, "a")
-    assert (copies.wishes, copies.forgotten) == ([wishes()], [])
+    assert (copies.desired, copies.forgotten) == ([desired()], [])
 
 
-async def test_what_another_name_wishes_for_stays(registry: Registry, copies: Copies) -> None:
+async def test_what_another_name_desired_state_for_stays(registry: Registry, copies: Copies) -> None:
     for name in ("a", "b"):
         await push(registry, name, "one")
-        await registry.update(TENANT, name, WISH)
+        await registry.update(TENANT, name, BOTH)
     await registry.delete(TENANT, "a")
-    assert (copies.wishes[-1], copies.forgotten) == (wishes(ONE, ONE), [])
+    assert (copies.desired[-1], copies.forgotten) == (desired(ONE, ONE), [])
     await registry.delete(TENANT, "b")
-    assert (copies.wishes[-1], copies.forgotten) == (wishes(), [ONE])
+    assert (copies.desired[-1], copies.forgotten) == (desired(), [ONE])
 
 
 async def test_a_running_request_holds_it_until_its_end(registry: Registry, copies: Copies) -> None:
@@ -147,19 +149,19 @@ async def test_a_running_request_holds_it_until_its_end(registry: Registry, copi
     assert copies.forgotten == [ONE]
 
 
-async def test_wishes_that_cannot_be_read_do_not_fail_a_change_that_is_durable(
+async def test_desired_state_that_cannot_be_read_do_not_fail_a_change_that_is_durable(
     registry: Registry, copies: Copies, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail() -> Wishes:
+    def fail() -> DesiredState:
         raise StoreUnavailable("the store's catalog is locked")
 
     await push(registry, "a", "one")
-    monkeypatch.setattr(registry._store, "wishes", fail)
-    assert (await registry.update(TENANT, "a", WISH)).materialised
-    assert "wishes could not be read" in caplog.text
+    monkeypatch.setattr(registry._store, "desired_state", fail)
+    assert (await registry.update(TENANT, "a", BOTH)).merge
+    assert "the desired state could not be read" in caplog.text
     monkeypatch.undo()
     await registry.update(TENANT, "a", AdapterUpdate(add_aliases=("b",)))
-    assert copies.wishes[-1] == wishes(ONE, ONE)
+    assert copies.desired[-1] == desired(ONE, ONE)
 
 
 async def test_of_changes_at_once_the_last_told_knows_of_all(
@@ -169,15 +171,15 @@ async def test_of_changes_at_once_the_last_told_knows_of_all(
     names = [f"n{index}" for index in range(6)]
     for name in names:
         await push(registry, name, name)
-    read, delays = registry._store.wishes, iter(range(len(names), 0, -1))
+    read, delays = registry._store.desired_state, iter(range(len(names), 0, -1))
 
-    def read_slowly() -> Wishes:
+    def read_slowly() -> DesiredState:
         found = read()
         time.sleep(next(delays) * 0.01)  # whoever reads later is sooner done
         return found
 
-    monkeypatch.setattr(registry._store, "wishes", read_slowly)
+    monkeypatch.setattr(registry._store, "desired_state", read_slowly)
     await asyncio.gather(*(registry.update(TENANT, name, AdapterUpdate(pinned=True)) for name in names))
-    counts = [len(told.pinned) for told in copies.wishes]
+    counts = [len(told.pinned) for told in copies.desired]
     assert counts == sorted(counts)
     assert counts[-1] == len(names)

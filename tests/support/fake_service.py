@@ -66,7 +66,7 @@ class State:
     faults: Faults = field(default_factory=Faults)
     uploads: dict[str, Upload] = field(default_factory=dict)
     adapters: dict[str, adapters_pb2.Adapter] = field(default_factory=dict)
-    keeps_sets: bool = False  # another name wishes for every dense copy too
+    keeps_sets: bool = False  # another name desires every merge too
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     requests: list[inference_pb2.GenerateRequest] = field(default_factory=list)
     calls: int = 0
@@ -262,7 +262,7 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
         adapter.size_bytes = sum(upload.sizes.values())
         adapter.health = adapters_pb2.ADAPTER_HEALTH_OK
         adapter.residency.tier = adapters_pb2.TIER_REGISTERED
-        adapter.residency.materialised = adapters_pb2.MATERIALISED_STATE_NONE
+        adapter.residency.merged = adapters_pb2.MERGED_STATE_NONE
         self._state.uploads = {key: value for key, value in self._state.uploads.items() if value is not upload}
         return adapters_pb2.UploadAdapterResponse(adapter=adapter, created=created)
 
@@ -303,12 +303,10 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
         adapter = self._state.adapters[request.name]
         if request.HasField("pinned"):
             adapter.pinned = request.pinned
-        if request.HasField("materialised"):
-            adapter.materialise = request.materialised
-            is_ready = request.materialised or self._state.keeps_sets
-            adapter.residency.materialised = (
-                adapters_pb2.MATERIALISED_STATE_READY if is_ready else adapters_pb2.MATERIALISED_STATE_NONE
-            )
+        if request.HasField("merge"):
+            adapter.merge = request.merge
+            is_ready = request.merge or self._state.keeps_sets
+            adapter.residency.merged = adapters_pb2.MERGED_STATE_READY if is_ready else adapters_pb2.MERGED_STATE_NONE
         aliases = {*adapter.aliases, *request.add_aliases} - set(request.remove_aliases)
         del adapter.aliases[:]
         adapter.aliases.extend(sorted(aliases))

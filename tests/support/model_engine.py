@@ -30,8 +30,8 @@ from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.forward_batch import ForwardBatch
+from loramux_server.model.merged_weights import MergedWeightsCache
 from loramux_server.model.runner import ModelRunner, RunnerConfig
-from loramux_server.model.weight_sets import WeightSets
 from loramux_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
 from support.adapters import files_of
 
@@ -107,11 +107,11 @@ class ModelEngine:
             Inline(),
             lambda: None,
         )
-        self.weight_sets = WeightSets(self.adapted, self.weights.__getitem__, dense_bytes)
+        self.merged_weights = MergedWeightsCache(self.adapted, self.weights.__getitem__, dense_bytes)
         self.runner = RecordingRunner(
-            self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope), self.weight_sets.find
+            self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope), self.merged_weights.find
         )
-        self.scheduler = Scheduler(self.limits, self.pool, ready_weight_sets=self.weight_sets.ready)
+        self.scheduler = Scheduler(self.limits, self.pool, ready_merged=self.merged_weights.ready)
         self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
         self.plans: list[StepPlan] = []
         self._tickets = 0

@@ -22,7 +22,7 @@ from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.spec import AdapterSpec, WeightCounts
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
-from loramux_adapters.store.records import Quotas, Wishes
+from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from loramux_server.api.calls import Limits
 from loramux_server.api.gate import Parts
@@ -81,23 +81,23 @@ class FakeCodec:
 
 
 class FakeStates:
-    """Where adapters are: as a test says, or else as is wished for, at once. Also the registry's `Copies`."""
+    """Where adapters are: as a test says, or else as is desired, at once. Also the registry's `Copies`."""
 
     def __init__(self) -> None:
         self.known: dict[str, AdapterState] = {}
-        self.wishes = Wishes()
+        self.desired = DesiredState()
 
     def state(self, digest: str) -> AdapterState:
         """What a test knows better goes first."""
-        wished = AdapterState(
-            "resident" if digest in self.wishes.pinned else "registered",
-            materialised="ready" if digest in self.wishes.materialised else "none",
+        desired = AdapterState(
+            "resident" if digest in self.desired.pinned else "registered",
+            merged="ready" if digest in self.desired.merged else "none",
         )
-        return self.known.get(digest, wished)
+        return self.known.get(digest, desired)
 
-    def wish(self, wishes: Wishes, again: str | None = None) -> None:
+    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
         """See `registry.Copies`."""
-        self.wishes = wishes
+        self.desired = desired
 
     def forget(self, digest: str) -> None:
         """See `registry.Copies`."""

@@ -80,8 +80,8 @@ def segments_of(slots: Sequence[int]) -> tuple[SlotSegment, ...]:
     return tuple(segments)
 
 
-class DenseWeights(NamedTuple):
-    """A materialised adapter: replacement weights by group, see `loramux_adapters.apply.materialise`."""
+class MergedWeights(NamedTuple):
+    """A merged adapter: replacement weights by group, see `loramux_adapters.apply.merge`."""
 
     digest: str
     weights: Mapping[str, DenseLinear]  # by group key
@@ -90,7 +90,7 @@ class DenseWeights(NamedTuple):
 class AdapterBatch:
     """One step: `tokens` maps every row of the forward, `logits` the rows the head sees."""
 
-    def __init__(self, tokens: RowMap, logits: RowMap, dense: DenseWeights | None = None) -> None:
+    def __init__(self, tokens: RowMap, logits: RowMap, dense: MergedWeights | None = None) -> None:
         self.tokens, self.logits, self.dense = tokens, logits, dense
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from loramux_adapters.errors import AdapterError, PoolExhausted
-from loramux_adapters.residency.kept import Kept, Size
+from loramux_adapters.residency.pinned_set import PinnedSet, Size
 from loramux_adapters.residency.slots import Slot, SlotTable
 from loramux_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Rows, Weights
 
@@ -101,7 +101,7 @@ class AdapterPool(Generic[W]):
         self._loads: dict[str, _Load[W]] = {}
         self._failures: dict[str, tuple[AdapterError, float]] = {}
         self._doomed: set[str] = set()  # to be freed as soon as nobody holds a lease
-        self._kept = Kept()
+        self._pinned = PinnedSet()
         self._reports: deque[_Report[W]] = deque()
         self._discards: deque[str] = deque()
         self._tick = 0
@@ -134,7 +134,7 @@ class AdapterPool(Generic[W]):
     def poll(self) -> None:
         """Takes in what loaders have reported, what was discarded and what is to be kept; once per step."""
         self._tick += 1
-        self._kept.take_in(self._slots, self._clock())
+        self._pinned.take_in(self._slots, self._clock())
         while self._reports:
             self._take_in(self._reports.popleft())
         while self._discards:
@@ -147,7 +147,7 @@ class AdapterPool(Generic[W]):
                 self._host.discard(digest)
                 if slot is not None:
                     self._evict(slot)
-                    self._kept.went(digest, self._clock())
+                    self._pinned.went(digest, self._clock())
         self._bring_kept()
         if self._failures:
             now = self._clock()
@@ -158,13 +158,13 @@ class AdapterPool(Generic[W]):
         self._discards.append(digest)
         self._notify()
 
-    def keep(self, digests: frozenset[str], again: str | None = None) -> None:
+    def pin(self, digests: frozenset[str], retry: str | None = None) -> None:
         """From now on `digests`, and no others, are loaded unasked and evicted last. Any thread.
 
         One that cannot come, for its load fails or there is no room, is tried again from time to time, and at once if
-        it is `again`.
+        it is `retry`.
         """
-        self._kept.wish(digests, again)
+        self._pinned.reconcile(digests, retry)
         self._notify()
 
     def residency(self, digest: str) -> ResidencyView:
@@ -189,7 +189,7 @@ class AdapterPool(Generic[W]):
     def check(self) -> None:
         """Raises ValueError when the books do not add up. Engine thread."""
         self._table.check()
-        self._kept.check(self._slots)
+        self._pinned.check(self._slots)
         held = {slot.number for slot in self._slots.values()}
         held |= {load.slot.number for load in self._loads.values() if load.slot is not None}
         if held != self._table.numbers:
@@ -232,14 +232,14 @@ class AdapterPool(Generic[W]):
                     self._place(load)
                 return
         now = self._clock()
-        due = self._kept.find_due(now, self._loads)
+        due = self._pinned.find_due(now, self._loads)
         if due is None:
             return
         digest, size = due
         if size is None or self._table.can_take_without(*size, _numbers(self._idle(kept=False))):
             self._start(digest, is_asked=False)
         else:
-            self._kept.found_no_room(digest, now, size)
+            self._pinned.found_no_room(digest, now, size)
 
     def _take_in(self, report: _Report[W]) -> None:
         load = self._loads[report.digest]
@@ -252,7 +252,7 @@ class AdapterPool(Generic[W]):
             self._device.bind(load.slot.number, load.slot.rows)
             load.slot.used_at = load.slot.bound_at = self._tick
             self._slots[report.digest] = load.slot
-            self._kept.came(report.digest)
+            self._pinned.came(report.digest)
             del self._loads[report.digest]
             self._count(loads=1, load_seconds=self._clock() - load.started)
 
@@ -288,7 +288,7 @@ class AdapterPool(Generic[W]):
                 return None
         for slot in idle:
             self._evict(slot)
-            self._kept.gave_way(slot.digest, self._clock())
+            self._pinned.gave_way(slot.digest, self._clock())
             taken = self._table.try_take(*size)
             if taken is not None:
                 return taken
@@ -300,9 +300,9 @@ class AdapterPool(Generic[W]):
             patience = 1 if load.digest in self._doomed else READY_TICKS
             if load.state == "ready" and self._tick - load.asked_at > patience:
                 del self._loads[load.digest]
-                if not load.is_asked and load.digest in self._kept:
+                if not load.is_asked and load.digest in self._pinned:
                     logger.warning("adapter %s is pinned and finds no room on the device", load.digest)
-                    self._kept.found_no_room(load.digest, self._clock(), load.size)
+                    self._pinned.found_no_room(load.digest, self._clock(), load.size)
 
     def _is_idle(self, slot: Slot) -> bool:
         """Without leases; one bound in this very step waits for its first request."""
@@ -310,7 +310,7 @@ class AdapterPool(Generic[W]):
 
     def _idle(self, *, kept: bool) -> list[Slot]:
         """Idle slots of adapters that are to be kept, or of the others; longest unused first."""
-        idle = [slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._kept) == kept]
+        idle = [slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._pinned) == kept]
         return sorted(idle, key=lambda slot: slot.used_at)
 
     def _evict(self, slot: Slot) -> None:
@@ -330,9 +330,9 @@ class AdapterPool(Generic[W]):
         del self._loads[load.digest]
         if load.is_asked:
             self._failures[load.digest] = (error, self._clock())
-        if load.digest in self._kept:
+        if load.digest in self._pinned:
             logger.warning("adapter %s is pinned and could not be loaded: %s", load.digest, error)
-            self._kept.failed(load.digest, self._clock())
+            self._pinned.failed(load.digest, self._clock())
         self._count(load_failures=1)
 
     def _too_large(self, needs: Mapping[str, int], extra_bytes: int) -> PoolExhausted:

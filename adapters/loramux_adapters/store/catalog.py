@@ -19,7 +19,7 @@ from loramux_adapters.spec import AdapterId, AdapterSpec
 from loramux_adapters.store import schema
 from loramux_adapters.store.journal import Publication
 from loramux_adapters.store.nearby import suggest
-from loramux_adapters.store.records import AdapterNames, AdapterRecord, FileEntry, Health, Wishes
+from loramux_adapters.store.records import AdapterNames, AdapterRecord, DesiredState, FileEntry, Health
 from loramux_adapters.store.spec_json import decode_spec
 
 Connect = Callable[[Path, float], sqlite3.Connection]
@@ -127,15 +127,15 @@ class Catalog:
             )
         )
 
-    def wishes(self) -> Wishes:
-        """What names wish for the digests they point at."""
+    def desired_state(self) -> DesiredState:
+        """The desired state of names, for the digests they point at."""
         rows = self._read(
             """SELECT v.digest, n.pinned, n.materialised FROM names n JOIN versions v ON v.id = n.version
             WHERE n.pinned OR n.materialised"""
         )
-        return Wishes(
+        return DesiredState(
             pinned=frozenset(digest for digest, pinned, _ in rows if pinned),
-            materialised=frozenset(digest for digest, _, materialised in rows if materialised),
+            merged=frozenset(digest for digest, _, merge in rows if merge),
         )
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
@@ -228,7 +228,7 @@ class Catalog:
             return self._reader.execute(sql, values).fetchall()
 
     def _record(self, tenant: str, row: Row) -> AdapterRecord:
-        name, digest, spec, corrupt, labels, pinned, materialised, created, updated, aliases, bases = row
+        name, digest, spec, corrupt, labels, pinned, merge, created, updated, aliases, bases = row
         return AdapterRecord(
             id=AdapterId(tenant, name),
             digest=digest,
@@ -236,7 +236,7 @@ class Catalog:
             labels=json.loads(labels),
             aliases=tuple(sorted(aliases.split(","))) if aliases else (),
             pinned=bool(pinned),
-            materialised=bool(materialised),
+            merge=bool(merge),
             bases=frozenset(bases.split(",")),
             created=created,
             updated=updated,

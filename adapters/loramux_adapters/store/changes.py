@@ -170,7 +170,7 @@ def update(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate
     tx.execute(
         """UPDATE names SET pinned = coalesce(?, pinned), materialised = coalesce(?, materialised), updated = ?
         WHERE tenant = ? AND name = ?""",
-        (change.pinned, change.materialised, now, tenant, name),
+        (change.pinned, change.merge, now, tenant, name),
     )
 
 

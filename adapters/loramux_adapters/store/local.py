@@ -39,6 +39,7 @@ from loramux_adapters.store.records import (
     AdapterRecord,
     AdapterUpdate,
     AdapterVersion,
+    DesiredState,
     FileEntry,
     Health,
     Published,
@@ -46,7 +47,6 @@ from loramux_adapters.store.records import (
     StagedUpload,
     UploadManifest,
     UploadProgress,
-    Wishes,
 )
 from loramux_adapters.store.reserve import Reserve
 from loramux_adapters.store.uploads import Uploads
@@ -234,8 +234,8 @@ class LocalStore:
         with self._catalog.transaction() as tx:
             changes.delete(tx, tenant, name)
 
-    def wishes(self) -> Wishes:
-        return self._catalog.wishes()
+    def desired_state(self) -> DesiredState:
+        return self._catalog.desired_state()
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         return self._catalog.names(digests)

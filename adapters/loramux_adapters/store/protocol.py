@@ -17,12 +17,12 @@ from loramux_adapters.store.records import (
     AdapterRecord,
     AdapterUpdate,
     AdapterVersion,
+    DesiredState,
     FileEntry,
     Published,
     StagedUpload,
     UploadManifest,
     UploadProgress,
-    Wishes,
 )
 
 
@@ -67,7 +67,7 @@ class AdapterStore(Protocol):
         `base` is the fingerprint of the base that `spec` was validated against. The same digest again is
         idempotent: the first bytes stay, unless they are corrupt, in which case the new ones replace them; the
         base is added to those it is accepted for. Labels of the manifest, if any, replace those of the name; its
-        wishes stay.
+        desired state stays.
         Raises AdapterNotFound, QuotaExceeded, AdapterConflict (the name has become an alias, or `staged_files`
         was not called on this upload); after any error the upload is still there and nothing is visible.
         """
@@ -98,8 +98,8 @@ class AdapterStore(Protocol):
         What others keep of them may go: whoever asks for one again must upload it again.
         """
 
-    def wishes(self) -> Wishes:
-        """What the names of all tenants wish for now; versions that are only kept have no wish. Fast."""
+    def desired_state(self) -> DesiredState:
+        """The desired state of the names of all tenants; versions that are only kept have none. Fast."""
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` (some hundreds at most) now; those without a name are left out. Fast."""

@@ -86,7 +86,7 @@ class AdapterVersion:
 class AdapterRecord:
     """A name and the version it points at. `created` and `updated` are seconds since the epoch.
 
-    `pinned` and `materialised` are wishes that the name keeps when it is switched; the store only remembers them.
+    `pinned` and `merge` are desired state that the name keeps when it is switched; the store only remembers them.
     `bases` are those that `AdapterStore.accepted_bases` tells of the version.
     """
 
@@ -96,7 +96,7 @@ class AdapterRecord:
     labels: Mapping[str, str]
     aliases: tuple[str, ...]  # sorted
     pinned: bool
-    materialised: bool
+    merge: bool
     bases: frozenset[str]
     created: float
     updated: float
@@ -116,7 +116,7 @@ class AdapterUpdate:
     """A change to a name; what is left out stays. Removals are applied before additions."""
 
     pinned: bool | None = None
-    materialised: bool | None = None
+    merge: bool | None = None
     add_aliases: tuple[str, ...] = ()
     remove_aliases: tuple[str, ...] = ()
     set_labels: Mapping[str, str] = field(default_factory=dict)
@@ -124,11 +124,11 @@ class AdapterUpdate:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the names of all tenants wish for at one moment, as the digests they point at."""
+class DesiredState:
+    """The desired state of the names of all tenants at one moment, as the digests they point at."""
 
     pinned: frozenset[str] = frozenset()
-    materialised: frozenset[str] = frozenset()
+    merged: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`loramux adapters`: push, list, show, pull, alias, pin, materialise, verify and remove adapters."""
+"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify and remove adapters."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
         base = client.model().fingerprint
     rows = [
         (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
-         a.residency.materialised, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a, base))
+         a.residency.merged, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a, base))
         for a in found
     ]  # fmt: skip
-    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MATERIALISED", "PINNED", "ALIASES", "REMARKS")
+    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "PINNED", "ALIASES", "REMARKS")
     print_table(columns, rows, empty="no adapters yet; add one with `loramux adapters push DIRECTORY`")
 
 
@@ -90,7 +90,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         print_json(adapter)
         return
     residency = adapter.residency
-    materialised = ": ".join(filter(None, (residency.materialised, residency.materialised_reason)))
+    merged = ": ".join(filter(None, (residency.merged, residency.merged_reason)))
     rows = [
         ("name", adapter.name),
         ("digest", adapter.digest),
@@ -103,11 +103,11 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
         ("aliases", ", ".join(adapter.aliases) or "-"),
         ("pinned", "yes" if adapter.pinned else "no"),
-        ("materialise", "yes" if adapter.materialise else "no"),
+        ("merge", "yes" if adapter.merge else "no"),
         ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
         ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
         ("leases", residency.leases),
-        ("materialised", materialised),
+        ("merged", merged),
         ("created", adapter.created.isoformat(timespec="seconds")),
         ("updated", adapter.updated.isoformat(timespec="seconds")),
     ]
@@ -209,29 +209,29 @@ def alias(
     print(f"{adapter.name}: {', '.join(adapter.aliases) or 'no aliases'}")
 
 
-@app.command("materialise")
-def materialise(
+@app.command("merge")
+def merge(
     name: Name,
-    off: Annotated[bool, typer.Option("--off", help="Wish for no dense copy.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Drop the merged weights.")] = False,
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for it; 0 only asks.")] = 60.0,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Keep a dense copy of the base with this adapter merged in, for steps that are all its own.
+    """Merge this adapter into weights of its own, for steps that are all its own.
 
-    The wish stays with the name, over restarts and new versions, until it is taken back with --off.
+    This stays with the name, over restarts and new versions, until it is taken back with --off.
     """
     from loramux.cli.connecting import connect
-    from loramux.cli.waiting import wait_materialised
+    from loramux.cli.waiting import wait_merged
 
     with connect(address) as client:
-        adapter = client.update(name, materialised=not off)
+        adapter = client.update(name, merge=not off)
         if wait > 0 and not off:
-            adapter = wait_materialised(client, adapter, seconds=wait)
+            adapter = wait_merged(client, adapter, seconds=wait)
     residency = adapter.residency
-    if residency.materialised == "refused" and not off:
-        raise CommandError(f"{name} is not materialised: {residency.materialised_reason or 'refused'}")
-    others = ", wished for by another name of this version" if off and residency.materialised != "none" else ""
-    print(f"{name}: materialised {residency.materialised}{others}")
+    if residency.merged == "refused" and not off:
+        raise CommandError(f"{name} is not merged: {residency.merged_reason or 'refused'}")
+    others = ", desired by another name of this version" if off and residency.merged != "none" else ""
+    print(f"{name}: merged weights {residency.merged}{others}")
 
 
 def _set_pinned(name: str, pinned: bool, address: str) -> None:

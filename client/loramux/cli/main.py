@@ -13,14 +13,21 @@ import typer
 from typer.core import TyperGroup
 
 from loramux.cli import adapters, bench, config, demo, doctor, generate, health, serve, status, train
+from loramux.cli.renamed import refuse_renamed
 from loramux.terminal.failures import CommandError, ExitCode, explain
 from loramux.terminal.output import tell_failure
 from loramux_adapters.former_name import renamed_variables
 from loramux_adapters.threads import limit_spinning
 
+_ADDRESS = "LORAMUX_ADDRESS"
+
 
 class _Group(TyperGroup):
     """Tells expected failures in words and turns them into exit codes; a bug keeps its traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        refuse_renamed(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -59,7 +66,7 @@ def _root(
 ) -> None:
     """One frozen 4-bit base model, many LoRA adapters, one batch."""
     limit_spinning()  # before any command loads torch
-    for former, present in renamed_variables(os.environ, ("LORAMUX_ADDRESS",)).items():
+    for former, present in renamed_variables(os.environ, {_ADDRESS: _ADDRESS}).items():
         raise CommandError(f"env {former} is not read any more", remedy=f"set {present}", code=ExitCode.USAGE)
 
 

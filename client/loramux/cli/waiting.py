@@ -1,4 +1,4 @@
-"""Waiting for a wish to come true: the server materialises in the background."""
+"""Waiting for the desired state: the server merges in the background."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from loramux.types import Adapter
 
 
-def wait_materialised(client: Client, adapter: Adapter, *, seconds: float, poll: float = 0.1) -> Adapter:
-    """The adapter once its dense copy is ready or refused. Raises DeadlineExceeded."""
+def wait_merged(client: Client, adapter: Adapter, *, seconds: float, poll: float = 0.1) -> Adapter:
+    """The adapter once its merged weights are ready or refused. Raises DeadlineExceeded."""
     deadline = time.monotonic() + seconds
-    while adapter.residency.materialised not in ("ready", "refused"):
+    while adapter.residency.merged not in ("ready", "refused"):
         if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"{adapter.name} is still {adapter.residency.materialised} after {seconds:g} s")
+            raise DeadlineExceeded(f"{adapter.name} is still {adapter.residency.merged} after {seconds:g} s")
         time.sleep(poll)
         adapter = client.adapter(adapter.name)
     return adapter

@@ -46,26 +46,26 @@ TIER_RESIDENT: Tier.ValueType  # 3
 """On the device."""
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
-class _MaterialisedState:
+class _MergedState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _MaterialisedStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MaterialisedState.ValueType], _builtins.type):
+class _MergedStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MergedState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    MATERIALISED_STATE_UNSPECIFIED: _MaterialisedState.ValueType  # 0
-    MATERIALISED_STATE_NONE: _MaterialisedState.ValueType  # 1
-    MATERIALISED_STATE_BUILDING: _MaterialisedState.ValueType  # 2
-    MATERIALISED_STATE_READY: _MaterialisedState.ValueType  # 3
-    MATERIALISED_STATE_REFUSED: _MaterialisedState.ValueType  # 4
+    MERGED_STATE_UNSPECIFIED: _MergedState.ValueType  # 0
+    MERGED_STATE_NONE: _MergedState.ValueType  # 1
+    MERGED_STATE_BUILDING: _MergedState.ValueType  # 2
+    MERGED_STATE_READY: _MergedState.ValueType  # 3
+    MERGED_STATE_REFUSED: _MergedState.ValueType  # 4
 
-class MaterialisedState(_MaterialisedState, metaclass=_MaterialisedStateEnumTypeWrapper): ...
+class MergedState(_MergedState, metaclass=_MergedStateEnumTypeWrapper): ...
 
-MATERIALISED_STATE_UNSPECIFIED: MaterialisedState.ValueType  # 0
-MATERIALISED_STATE_NONE: MaterialisedState.ValueType  # 1
-MATERIALISED_STATE_BUILDING: MaterialisedState.ValueType  # 2
-MATERIALISED_STATE_READY: MaterialisedState.ValueType  # 3
-MATERIALISED_STATE_REFUSED: MaterialisedState.ValueType  # 4
-Global___MaterialisedState: _TypeAlias = MaterialisedState  # noqa: Y015
+MERGED_STATE_UNSPECIFIED: MergedState.ValueType  # 0
+MERGED_STATE_NONE: MergedState.ValueType  # 1
+MERGED_STATE_BUILDING: MergedState.ValueType  # 2
+MERGED_STATE_READY: MergedState.ValueType  # 3
+MERGED_STATE_REFUSED: MergedState.ValueType  # 4
+Global___MergedState: _TypeAlias = MergedState  # noqa: Y015
 
 class _AdapterHealth:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -367,7 +367,7 @@ class Adapter(_message.Message):
     UPDATED_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
-    MATERIALISE_FIELD_NUMBER: _builtins.int
+    MERGE_FIELD_NUMBER: _builtins.int
     ACCEPTED_BASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
@@ -379,12 +379,12 @@ class Adapter(_message.Message):
     max_rank: _builtins.int
     size_bytes: _builtins.int
     pinned: _builtins.bool
-    """The wish that the adapter is on the device: it is loaded without waiting for a request, and evicted only when
+    """Desired state: the adapter is on the device: it is loaded without waiting for a request, and evicted only when
     nothing else makes room. Residency.tier says where it is.
     """
     health: Global___AdapterHealth.ValueType
-    materialise: _builtins.bool
-    """The wish that there is a dense copy; Residency.materialised says whether there is one."""
+    merge: _builtins.bool
+    """Desired state: there are merged weights; Residency.merged says whether there are."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Distinct last components of adapted module names."""
@@ -423,12 +423,12 @@ class Adapter(_message.Message):
         updated: _timestamp_pb2.Timestamp | None = ...,
         health: Global___AdapterHealth.ValueType = ...,
         residency: Global___Residency | None = ...,
-        materialise: _builtins.bool = ...,
+        merge: _builtins.bool = ...,
         accepted_bases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "residency", b"residency", "updated", b"updated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "health", b"health", "kind", b"kind", "labels", b"labels", "materialise", b"materialise", "max_rank", b"max_rank", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -443,13 +443,13 @@ class Residency(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
-    MATERIALISED_FIELD_NUMBER: _builtins.int
-    MATERIALISED_REASON_FIELD_NUMBER: _builtins.int
+    MERGED_FIELD_NUMBER: _builtins.int
+    MERGED_REASON_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     slot: _builtins.int
     leases: _builtins.int
-    materialised: Global___MaterialisedState.ValueType
-    materialised_reason: _builtins.str
+    merged: Global___MergedState.ValueType
+    merged_reason: _builtins.str
     """Why it was refused, or empty."""
     def __init__(
         self,
@@ -457,12 +457,12 @@ class Residency(_message.Message):
         tier: Global___Tier.ValueType = ...,
         slot: _builtins.int | None = ...,
         leases: _builtins.int = ...,
-        materialised: Global___MaterialisedState.ValueType = ...,
-        materialised_reason: _builtins.str = ...,
+        merged: Global___MergedState.ValueType = ...,
+        merged_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "leases", b"leases", "materialised", b"materialised", "materialised_reason", b"materialised_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "leases", b"leases", "merged", b"merged", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
     _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
@@ -541,8 +541,8 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class UpdateAdapterRequest(_message.Message):
-    """Only set fields change. Wishes are of the name: they are kept over restarts, follow the name to a new version, and
-    come true asynchronously.
+    """Only set fields change. The desired state is the name's: it is kept over restarts, follows the name to a new version,
+    and is reached asynchronously.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -569,7 +569,7 @@ class UpdateAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
-    MATERIALISED_FIELD_NUMBER: _builtins.int
+    MERGE_FIELD_NUMBER: _builtins.int
     ADD_ALIASES_FIELD_NUMBER: _builtins.int
     REMOVE_ALIASES_FIELD_NUMBER: _builtins.int
     SET_LABELS_FIELD_NUMBER: _builtins.int
@@ -577,8 +577,8 @@ class UpdateAdapterRequest(_message.Message):
     name: _builtins.str
     pinned: _builtins.bool
     """See Adapter.pinned."""
-    materialised: _builtins.bool
-    """See Adapter.materialise. Wishing again for what was refused tries again."""
+    merge: _builtins.bool
+    """See Adapter.merge. Setting again what was refused tries again."""
     @_builtins.property
     def add_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -592,22 +592,22 @@ class UpdateAdapterRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         pinned: _builtins.bool | None = ...,
-        materialised: _builtins.bool | None = ...,
+        merge: _builtins.bool | None = ...,
         add_aliases: _abc.Iterable[_builtins.str] | None = ...,
         remove_aliases: _abc.Iterable[_builtins.str] | None = ...,
         set_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         remove_labels: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_materialised", b"_materialised", "_pinned", b"_pinned", "materialised", b"materialised", "pinned", b"pinned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_merge", b"_merge", "_pinned", b"_pinned", "merge", b"merge", "pinned", b"pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_materialised", b"_materialised", "_pinned", b"_pinned", "add_aliases", b"add_aliases", "materialised", b"materialised", "name", b"name", "pinned", b"pinned", "remove_aliases", b"remove_aliases", "remove_labels", b"remove_labels", "set_labels", b"set_labels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_merge", b"_merge", "_pinned", b"_pinned", "add_aliases", b"add_aliases", "merge", b"merge", "name", b"name", "pinned", b"pinned", "remove_aliases", b"remove_aliases", "remove_labels", b"remove_labels", "set_labels", b"set_labels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__materialised: _TypeAlias = _typing.Literal["materialised"]  # noqa: Y015
-    _WhichOneofArgType__materialised: _TypeAlias = _typing.Literal["_materialised", b"_materialised"]  # noqa: Y015
+    _WhichOneofReturnType__merge: _TypeAlias = _typing.Literal["merge"]  # noqa: Y015
+    _WhichOneofArgType__merge: _TypeAlias = _typing.Literal["_merge", b"_merge"]  # noqa: Y015
     _WhichOneofReturnType__pinned: _TypeAlias = _typing.Literal["pinned"]  # noqa: Y015
     _WhichOneofArgType__pinned: _TypeAlias = _typing.Literal["_pinned", b"_pinned"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__materialised) -> _WhichOneofReturnType__materialised | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__merge) -> _WhichOneofReturnType__merge | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned) -> _WhichOneofReturnType__pinned | None: ...
 

@@ -107,7 +107,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
-        """Change what the store remembers, wishes included; what comes of those tells the residency."""
+        """Change what the store remembers, desired state included; what comes of it tells the residency."""
         note(adapter=request.name)
         parts = self.gate.enter()
         validate.check(

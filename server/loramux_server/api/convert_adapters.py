@@ -24,11 +24,11 @@ _TIERS = {
     "loaded": adapters_pb2.TIER_LOADED,
     "resident": adapters_pb2.TIER_RESIDENT,
 }
-_MATERIALISED = {
-    "none": adapters_pb2.MATERIALISED_STATE_NONE,
-    "building": adapters_pb2.MATERIALISED_STATE_BUILDING,
-    "ready": adapters_pb2.MATERIALISED_STATE_READY,
-    "refused": adapters_pb2.MATERIALISED_STATE_REFUSED,
+_MERGED = {
+    "none": adapters_pb2.MERGED_STATE_NONE,
+    "building": adapters_pb2.MERGED_STATE_BUILDING,
+    "ready": adapters_pb2.MERGED_STATE_READY,
+    "refused": adapters_pb2.MERGED_STATE_REFUSED,
 }
 _HEALTH = {Health.OK: adapters_pb2.ADAPTER_HEALTH_OK, Health.CORRUPT: adapters_pb2.ADAPTER_HEALTH_CORRUPT}
 
@@ -47,7 +47,7 @@ def read_update(request: adapters_pb2.UpdateAdapterRequest) -> AdapterUpdate:
     """What a caller wants changed."""
     return AdapterUpdate(
         pinned=request.pinned if request.HasField("pinned") else None,
-        materialised=request.materialised if request.HasField("materialised") else None,
+        merge=request.merge if request.HasField("merge") else None,
         add_aliases=tuple(request.add_aliases),
         remove_aliases=tuple(request.remove_aliases),
         set_labels=dict(request.set_labels),
@@ -71,8 +71,8 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
     residency = adapters_pb2.Residency(
         tier=_TIERS[state.tier],
         leases=state.leases,
-        materialised=_MATERIALISED[state.materialised],
-        materialised_reason=state.reason,
+        merged=_MERGED[state.merged],
+        merged_reason=state.reason,
     )
     if state.slot is not None:
         residency.slot = state.slot
@@ -92,7 +92,7 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         updated=_timestamp(record.updated),
         health=_HEALTH[record.health],
         residency=residency,
-        materialise=record.materialised,
+        merge=record.merge,
         accepted_bases=() if UNKNOWN_BASE in record.bases else sorted(record.bases),
     )
 

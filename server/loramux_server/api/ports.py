@@ -13,7 +13,7 @@ from loramux_adapters.spec import WeightCounts
 from loramux_server.api.calls import Limits
 
 Tier = Literal["registered", "loaded", "resident"]
-Materialised = Literal["none", "building", "ready", "refused"]
+Merged = Literal["none", "building", "ready", "refused"]
 
 
 class Codec(Protocol):
@@ -60,12 +60,12 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Where an adapter is now. `reason` says why a dense copy was refused."""
+    """Where an adapter is now. `reason` says why merging was refused."""
 
     tier: Tier = "registered"
     slot: int | None = None
     leases: int = 0
-    materialised: Materialised = "none"
+    merged: Merged = "none"
     reason: str = ""
 
 

@@ -69,8 +69,8 @@ class Draft:
         self._left -= end - start
         self._digests.add(request.submission.digest)
 
-    def find_weight_set(self, ready: Callable[[], frozenset[str]]) -> str | None:
-        """The digest of all rows, if it is one and has a dense copy; never in exact mode, where paths may not vary."""
+    def find_merged(self, ready: Callable[[], frozenset[str]]) -> str | None:
+        """The digest of all rows, if it is one and has merged weights; never in exact mode: paths must not vary."""
         if len(self._digests) != 1 or self._exact_chunk is not None:
             return None
         (digest,) = self._digests

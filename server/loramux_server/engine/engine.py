@@ -158,7 +158,7 @@ class Engine:
                 prefill_chunks=len(plan.chunks) - decodes,
                 decode_chunks=decodes,
                 distinct_adapters=len({chunk.slot for chunk in plan.chunks if chunk.slot >= 0}),
-                weight_set=plan.weight_set,
+                merged=plan.merged,
                 failures=0 if result is None else len(result.failures),
                 load=self._scheduler.load(),
                 marks=self._scheduler.take_marks(),

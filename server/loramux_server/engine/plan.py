@@ -46,11 +46,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One forward. `weight_set` is the digest of a materialised adapter or None for the shared base."""
+    """One forward. `merged` is the digest of a merged adapter or None for the shared base."""
 
     step: int
     chunks: tuple[Chunk, ...]
-    weight_set: str | None = None
+    merged: str | None = None
     retired: tuple[str, ...] = ()  # chunk request ids whose per-request state the runner may drop; told once,
     # and again if every request of that step failed
     copies: tuple[tuple[int, int], ...] = ()  # KV block copies (source, destination), before the forward

@@ -25,15 +25,15 @@ Routed = tuple[int, TokenEvent]
 """An event and the ticket of the submission it belongs to."""
 
 
-def no_weight_sets() -> frozenset[str]:
-    """No adapter is materialised."""
+def nothing_merged() -> frozenset[str]:
+    """No adapter is merged."""
     return frozenset()
 
 
 class Scheduler:
     """All live requests of one engine. One thread calls everything.
 
-    `ready_weight_sets` gives the digests that have a dense copy now.
+    `ready_merged` gives the digests that have merged weights now.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Scheduler:
         adapters: Adapters,
         *,
         policy: Policy | None = None,
-        ready_weight_sets: Callable[[], frozenset[str]] = no_weight_sets,
+        ready_merged: Callable[[], frozenset[str]] = nothing_merged,
     ) -> None:
         self.limits = limits
         self.tables = BlockTables(limits)
         self._adapters = adapters
         self._policy = policy if policy is not None else FirstComeFirstServed()
-        self._ready_weight_sets = ready_weight_sets
+        self._ready_merged = ready_merged
         self._live: dict[str, Request] = {}
         self._tickets: dict[int, list[Request]] = {}
         self._running: list[Request] = []  # kept by `order`
@@ -113,8 +113,8 @@ class Scheduler:
             return StepPlan(self._step, ())
         self._step += 1
         retired, self._retired = tuple(self._retired), []
-        weight_set = draft.find_weight_set(self._ready_weight_sets)
-        return StepPlan(self._step, tuple(draft.chunks), weight_set, retired)
+        merged = draft.find_merged(self._ready_merged)
+        return StepPlan(self._step, tuple(draft.chunks), merged, retired)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what the step gave. Each chunk's request goes on, ends, or fails alone."""

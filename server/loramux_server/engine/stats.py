@@ -75,7 +75,7 @@ class StepStats:
     prefill_chunks: int
     decode_chunks: int
     distinct_adapters: int
-    weight_set: str | None
+    merged: str | None
     failures: int  # chunks whose request the step itself failed
     load: Load
     marks: Marks

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.apply.batch import AdapterBatch, DenseWeights, RowMap
+from loramux_adapters.apply.batch import AdapterBatch, MergedWeights, RowMap
 from loramux_adapters.apply.inject import AdaptedModel
 from loramux_adapters.device import use_device
 from loramux_adapters.guard.rope import RopeChoice
@@ -47,11 +47,11 @@ class ModelRunner:
         cache: PagedCache,
         kernels: Kernels,
         config: RunnerConfig,
-        weight_set: Callable[[str], DenseWeights | None] = lambda digest: None,
+        merged: Callable[[str], MergedWeights | None] = lambda digest: None,
     ) -> None:
         use_paged_attention(adapted.model)
         self._adapted, self._cache, self._kernels, self._config = adapted, cache, kernels, config
-        self._weight_set = weight_set
+        self._merged = merged
         self._decode = select_decode(adapted.base.device, adapted.base.compute_dtype)
         self._sampler = Sampler(adapted.spec.vocab_size, adapted.base.device)
 
@@ -86,7 +86,7 @@ class ModelRunner:
             tiled=self._config.deterministic,
             decode=self._decode,
         )
-        adapters = self._adapter_batch(batch, plan.weight_set)
+        adapters = self._adapter_batch(batch, plan.merged)
         prepared = time.perf_counter()
         logits = self._forward(batch, adapters)
         forwarded = time.perf_counter()
@@ -94,11 +94,11 @@ class ModelRunner:
         timing = StepTiming(prepared - started, forwarded - prepared, time.perf_counter() - forwarded)
         return StepResult(plan.step, sampled, prompt_logprobs, failures, timing)
 
-    def _adapter_batch(self, batch: ForwardBatch, weight_set: str | None) -> AdapterBatch:
+    def _adapter_batch(self, batch: ForwardBatch, merged: str | None) -> AdapterBatch:
         device = self._adapted.base.device
         dense = None
-        if weight_set is not None:
-            dense = self._weight_set(weight_set)  # may have been dropped since the plan: the slots serve as well
+        if merged is not None:
+            dense = self._merged(merged)  # may have been dropped since the plan: the slots serve as well
         return AdapterBatch(
             RowMap(batch.token_slots, self._kernels, device), RowMap(batch.logit_slots, self._kernels, device), dense
         )

@@ -41,9 +41,9 @@ class AdapterReading:
     evictions_total: Mapping[str, int] = field(default_factory=dict)  # tier -> evictions
     hits_total: int = 0  # acquisitions that found the adapter resident
     lease_waits_total: int = 0  # acquisitions that had to wait
-    materialised_sets: int = 0
-    materialised_bytes: int = 0
-    materialised_builds_total: Mapping[str, int] = field(default_factory=dict)  # outcome -> builds
+    merged_adapters: int = 0
+    merged_bytes: int = 0
+    merges_total: Mapping[str, int] = field(default_factory=dict)  # outcome -> builds
     slots: int = 0
 
 
@@ -100,7 +100,7 @@ class Metrics:
         self._load = stats.load
         if stats.tokens:
             self._step_tokens.inc(stats.tokens)
-            self._steps.labels("shared" if stats.weight_set is None else "materialised").inc()
+            self._steps.labels("shared" if stats.merged is None else "merged").inc()
             self._distinct.observe(stats.distinct_adapters)
             self._step.observe(times.plan + times.run + times.commit + times.publish)
         for part, counter in self._parts_by_name.items():
@@ -235,11 +235,9 @@ def _adapter_families(reading: AdapterReading) -> Iterator[Metric]:
     yield _counters("loramux_adapter_evictions", "Adapters put out of a tier.", "tier", reading.evictions_total)
     yield CounterMetricFamily("loramux_adapter_hits", "Leases on a resident adapter.", value=reading.hits_total)
     yield CounterMetricFamily("loramux_adapter_lease_waits", "Leases that waited.", value=reading.lease_waits_total)
-    yield GaugeMetricFamily("loramux_materialised_sets", "Dense copies ready.", value=reading.materialised_sets)
-    yield GaugeMetricFamily("loramux_materialised_bytes", "Bytes of dense copies.", value=reading.materialised_bytes)
-    yield _counters(
-        "loramux_materialised_builds", "Builds of dense copies.", "outcome", reading.materialised_builds_total
-    )
+    yield GaugeMetricFamily("loramux_merged_adapters", "Adapters with merged weights.", value=reading.merged_adapters)
+    yield GaugeMetricFamily("loramux_merged_bytes", "Bytes of merged weights.", value=reading.merged_bytes)
+    yield _counters("loramux_merges", "Merges.", "outcome", reading.merges_total)
 
 
 def _shortened(counts: Mapping[str, float]) -> dict[str, float]:

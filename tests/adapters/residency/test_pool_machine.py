@@ -1,5 +1,5 @@
-"""AdapterPool as a state machine: loads end late, fail and are discarded while leases come and go and wishes change;
-the books add up."""
+"""AdapterPool as a state machine: loads end late, fail and are discarded while leases come and go and pins change; the
+books add up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
 from loramux_adapters.residency.host import HostCache
-from loramux_adapters.residency.kept import LONGEST_SECONDS, RETRY_SECONDS
+from loramux_adapters.residency.pinned_set import LONGEST_SECONDS, RETRY_SECONDS
 from loramux_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
 from loramux_adapters.residency.slots import SlotTable
 from loramux_adapters.residency.tiers import Rows
@@ -110,8 +110,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.asked: set[str] = set()  # by a request that was told nothing yet
         self.failed: set[str] = set()  # loads whose failure lies unread until the next poll
         self.may_have_failed: set[str] = set()  # loads that somebody had asked for
-        self.wish: frozenset[str] = frozenset()
-        self.kept: frozenset[str] = frozenset()  # the wish of the last poll
+        self.desired: frozenset[str] = frozenset()
+        self.kept: frozenset[str] = frozenset()  # the desired state of the last poll
         self.discarded: set[str] = set()
         self.acquiring = ""
         self.device.on_unbind = self.see_who_leaves
@@ -170,7 +170,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.turn()
 
     def turn(self) -> None:
-        self.kept = self.wish
+        self.kept = self.desired
         self.failed.clear()
         self.pool.poll()
 
@@ -200,10 +200,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.discarded.add(digest)
         self.pool.discard(digest)
 
-    @rule(digests=st.frozensets(DIGESTS), again=st.none() | DIGESTS)
-    def keep(self, digests: frozenset[str], again: str | None) -> None:
-        self.wish = digests
-        self.pool.keep(digests, again)
+    @rule(digests=st.frozensets(DIGESTS), retry=st.none() | DIGESTS)
+    def pin(self, digests: frozenset[str], retry: str | None) -> None:
+        self.desired = digests
+        self.pool.pin(digests, retry)
 
     @rule(digest=DIGESTS, where=st.sampled_from(["store", "device"]), is_broken=st.booleans())
     def break_or_mend(self, digest: str, where: str, is_broken: bool) -> None:
@@ -242,14 +242,14 @@ class PoolMachine(RuleBasedStateMachine):
         assert sum(not load.is_asked for load in self.pool._loads.values()) <= 1
 
     def teardown(self) -> None:
-        """Whatever happened: a wish that fits comes true without a request; without leases and wishes and after
+        """Whatever happened: what is pinned and fits comes without a request; without leases and pins and after
         discarding all, nothing is held anywhere."""
         for lease, _ in self.leases:
             lease.release()
         self.leases.clear()
         self.broken.clear()
         self.device.failing.clear()
-        self.keep(frozenset({"small", "bias"}), None)
+        self.pin(frozenset({"small", "bias"}), None)
         self.now += LONGEST_SECONDS
         for _ in range(READY_TICKS + 10):
             self.now += 1.0
@@ -257,7 +257,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.do(0)
             self.turn()
         assert {"small", "bias"} <= {digest for digest, _ in self.device.bound.values()}
-        self.keep(frozenset(), None)
+        self.pin(frozenset(), None)
         for digest in SHAPES:
             self.discard(digest)
         for _ in range(4):

@@ -19,7 +19,7 @@ from loramux_adapters.errors import (
     UploadOffset,
 )
 from loramux_adapters.store.local import LocalStore
-from loramux_adapters.store.records import AdapterUpdate, Health, Quotas, Wishes
+from loramux_adapters.store.records import AdapterUpdate, DesiredState, Health, Quotas
 from support.stores import (
     BASE,
     MODEL,
@@ -54,7 +54,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store: LocalStore = quick_store(self.root, QUOTAS)
         self.kept: dict[tuple[str, str], list[str]] = {}
         self.aliases: dict[tuple[str, str], str] = {}
-        self.wishes: dict[tuple[str, str], tuple[bool, bool]] = {}  # pinned, materialised
+        self.desired: dict[tuple[str, str], tuple[bool, bool]] = {}  # pinned, merged
         self.bases: dict[tuple[str, str], set[str]] = {}  # tenant, digest -> bases
         self.pins: Counter[str] = Counter()
         self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, committed
@@ -130,7 +130,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         published = self.store.publish(tenant, upload_id, spec_of(CONTENTS[digest]), base)
         self.bases.setdefault((tenant, digest), set()).add(base)
-        self.wishes.setdefault((tenant, name), (False, False))
+        self.desired.setdefault((tenant, name), (False, False))
         versions = self.kept.setdefault((tenant, name), [])
         assert published.created == (versions[-1:] != [digest])
         assert published.record.digest == digest
@@ -151,7 +151,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.store.delete(tenant, name)
         del self.kept[tenant, name]
-        del self.wishes[tenant, name]
+        del self.desired[tenant, name]
         self.aliases = {key: n for key, n in self.aliases.items() if (key[0], n) != (tenant, name)}
 
     @rule(tenant=tenants, name=names, alias=aliases, add=st.booleans())
@@ -170,18 +170,18 @@ class StoreMachine(RuleBasedStateMachine):
             elif self.aliases.get((tenant, alias)) == name:
                 del self.aliases[tenant, alias]
 
-    @rule(tenant=tenants, name=names, pinned=st.none() | st.booleans(), materialised=st.none() | st.booleans())
-    def wish(self, tenant: str, name: str, pinned: bool | None, materialised: bool | None) -> None:
-        change = AdapterUpdate(pinned=pinned, materialised=materialised)
+    @rule(tenant=tenants, name=names, pinned=st.none() | st.booleans(), merged=st.none() | st.booleans())
+    def desire(self, tenant: str, name: str, pinned: bool | None, merged: bool | None) -> None:
+        change = AdapterUpdate(pinned=pinned, merge=merged)
         if (tenant, name) not in self.kept:
             with pytest.raises(AdapterNotFound):
                 self.store.update(tenant, name, change)
             return
-        before = self.wishes[tenant, name]
-        now = (before[0] if pinned is None else pinned, before[1] if materialised is None else materialised)
+        before = self.desired[tenant, name]
+        now = (before[0] if pinned is None else pinned, before[1] if merged is None else merged)
         record = self.store.update(tenant, name, change)
-        assert (record.pinned, record.materialised) == now
-        self.wishes[tenant, name] = now
+        assert (record.pinned, record.merge) == now
+        self.desired[tenant, name] = now
 
     @rule(tenant=tenants, reference=st.one_of(names, aliases), prefix=st.one_of(st.just(""), digests))
     def acquire(self, tenant: str, reference: str, prefix: str) -> None:
@@ -242,11 +242,11 @@ class StoreMachine(RuleBasedStateMachine):
                     self.store.files(digest)
 
     @invariant()
-    def wishes_are_those_of_names_for_what_they_point_at(self) -> None:
-        wished = [(self.kept[name][-1], *wishes) for name, wishes in self.wishes.items()]
-        assert self.store.wishes() == Wishes(
-            frozenset(digest for digest, pinned, _ in wished if pinned),
-            frozenset(digest for digest, _, materialised in wished if materialised),
+    def desired_state_is_that_of_names_for_what_they_point_at(self) -> None:
+        entries = [(self.kept[name][-1], *desired) for name, desired in self.desired.items()]
+        assert self.store.desired_state() == DesiredState(
+            frozenset(digest for digest, pinned, _ in entries if pinned),
+            frozenset(digest for digest, _, merged in entries if merged),
         )
 
     @invariant()

@@ -24,7 +24,7 @@ def filled(root: Path, count: int = 3) -> None:
     with quick_store(root) as store:
         for number in range(count):
             put(store, f"a{number}", content(f"a{number}"), labels={"n": str(number)})
-        store.update(TENANT, "a0", AdapterUpdate(add_aliases=("zero",), materialised=True))
+        store.update(TENANT, "a0", AdapterUpdate(add_aliases=("zero",), merge=True))
 
 
 def repaired(root: Path, *, rebuild: bool = False) -> Report:

@@ -1,4 +1,4 @@
-"""What the store tells those who hold copies: which versions are gone for good, which are wished for."""
+"""What the store tells those who hold copies: which versions are gone for good, which are desired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.store.local import LocalStore
-from loramux_adapters.store.records import AdapterUpdate, Quotas, Wishes
+from loramux_adapters.store.records import AdapterUpdate, DesiredState, Quotas
 from support.stores import TENANT, content, digest_of, put, quick_store, stored
 
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))
@@ -63,38 +63,38 @@ def test_a_pinned_version_is_gone_with_its_last_pin(store: LocalStore) -> None:
     assert store.take_removed() == {ONE}
 
 
-def test_a_wish_follows_its_name(store: LocalStore) -> None:
+def test_a_desired_state_follows_its_name(store: LocalStore) -> None:
     put(store, "a", content("one"))
-    assert store.wishes() == Wishes()
-    store.update(TENANT, "a", AdapterUpdate(pinned=True, materialised=True))
-    assert store.wishes() == Wishes(pinned=frozenset({ONE}), materialised=frozenset({ONE}))
+    assert store.desired_state() == DesiredState()
+    store.update(TENANT, "a", AdapterUpdate(pinned=True, merge=True))
+    assert store.desired_state() == DesiredState(pinned=frozenset({ONE}), merged=frozenset({ONE}))
     put(store, "a", content("two"))
-    assert store.get(TENANT, "a", ONE[:8]).digest == ONE  # kept, and nobody's wish
-    assert store.wishes() == Wishes(pinned=frozenset({TWO}), materialised=frozenset({TWO}))
+    assert store.get(TENANT, "a", ONE[:8]).digest == ONE  # kept, and nobody's desired state
+    assert store.desired_state() == DesiredState(pinned=frozenset({TWO}), merged=frozenset({TWO}))
     store.update(TENANT, "a", AdapterUpdate(pinned=False))
-    assert store.wishes() == Wishes(materialised=frozenset({TWO}))
+    assert store.desired_state() == DesiredState(merged=frozenset({TWO}))
     store.delete(TENANT, "a")
     put(store, "a", content("two"))
-    assert store.wishes() == Wishes()  # another name of the same spelling
+    assert store.desired_state() == DesiredState()  # another name of the same spelling
 
 
-def test_a_digest_is_wished_for_while_any_name_of_any_tenant_does(store: LocalStore) -> None:
+def test_a_digest_is_desired_while_any_name_of_any_tenant_does(store: LocalStore) -> None:
     for tenant, name in ((TENANT, "a"), (TENANT, "b"), ("other", "a")):
         put(store, name, content("one"), tenant=tenant)
-        store.update(tenant, name, AdapterUpdate(materialised=True))
+        store.update(tenant, name, AdapterUpdate(merge=True))
     store.delete(TENANT, "a")
-    store.update(TENANT, "b", AdapterUpdate(materialised=False))
-    assert store.wishes().materialised == {ONE}
-    store.update("other", "a", AdapterUpdate(materialised=False))
-    assert store.wishes() == Wishes()
+    store.update(TENANT, "b", AdapterUpdate(merge=False))
+    assert store.desired_state().merged == {ONE}
+    store.update("other", "a", AdapterUpdate(merge=False))
+    assert store.desired_state() == DesiredState()
 
 
-def test_wishes_outlive_a_restart(tmp_path: Path) -> None:
+def test_desired_state_outlives_a_restart(tmp_path: Path) -> None:
     with quick_store(tmp_path) as store:
         put(store, "a", content("one"))
         put(store, "b", content("two"))
-        store.update(TENANT, "a", AdapterUpdate(materialised=True))
+        store.update(TENANT, "a", AdapterUpdate(merge=True))
         store.update(TENANT, "b", AdapterUpdate(pinned=True))
     with quick_store(tmp_path) as store:
-        assert store.wishes() == Wishes(pinned=frozenset({TWO}), materialised=frozenset({ONE}))
-        assert (store.get(TENANT, "a").pinned, store.get(TENANT, "a").materialised) == (False, True)
+        assert store.desired_state() == DesiredState(pinned=frozenset({TWO}), merged=frozenset({ONE}))
+        assert (store.get(TENANT, "a").pinned, store.get(TENANT, "a").merge) == (False, True)

@@ -14,7 +14,7 @@ import pytest
 from loramux_adapters.errors import StoreUnavailable
 from loramux_adapters.store import schema
 from loramux_adapters.store.local import LocalStore
-from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, Wishes
+from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, DesiredState
 from loramux_adapters.store.repair import repair
 from support.stores import BASE, TENANT, content, digest_of, put, quick_store, stored
 
@@ -116,8 +116,8 @@ def check_upgraded(root: Path) -> None:
         )  # fmt: skip
         assert (b.id.name, b.pinned) == ("b", False)
         for record in (a, b):
-            assert (record.materialised, record.bases) == (False, {UNKNOWN_BASE})
-        assert store.wishes() == Wishes(pinned=frozenset({digest_of(OLD)}))
+            assert (record.merge, record.bases) == (False, {UNKNOWN_BASE})
+        assert store.desired_state() == DesiredState(pinned=frozenset({digest_of(OLD)}))
         assert store.get(TENANT, "first", digest_of(KEPT)[:8]).digest == digest_of(KEPT)
         assert stored(store, digest_of(OLD)) == OLD
 
@@ -128,11 +128,11 @@ def test_an_older_catalog_is_upgraded_when_it_is_opened(root: Path, tmp_path: Pa
     assert layout(root) == layout(tmp_path / "new")
     check_upgraded(root)
     with quick_store(root) as store:
-        store.update(TENANT, "b", AdapterUpdate(materialised=True))
+        store.update(TENANT, "b", AdapterUpdate(merge=True))
         assert put(store, "b", content("b")).record.bases == {BASE}
     with quick_store(root) as store:
         record = store.get(TENANT, "b")
-        assert (record.materialised, record.bases) == (True, {BASE})
+        assert (record.merge, record.bases) == (True, {BASE})
 
 
 def test_an_upgrade_that_fails_leaves_the_catalog_as_it_was(root: Path) -> None:

@@ -237,39 +237,39 @@ async def test_update_changes_what_it_names_and_list_tells_the_engines_truth(tmp
     async with served(tmp_path) as server:
         digest = (await _push(server, "german", b"1")).digest
         change = adapters_pb2.UpdateAdapterRequest(
-            name="german", pinned=True, materialised=True, add_aliases=["de"], set_labels={"team": "a"}
+            name="german", pinned=True, merged=True, add_aliases=["de"], set_labels={"team": "a"}
         )
         adapter = await server.adapters.UpdateAdapter(change)
         assert (adapter.pinned, list(adapter.aliases), dict(adapter.labels)) == (True, ["de"], {"team": "a"})
-        assert adapter.materialise
-        assert adapter.residency.materialised == adapters_pb2.MATERIALISED_STATE_READY
+        assert adapter.merge
+        assert adapter.residency.merged == adapters_pb2.MERGED_STATE_READY
         assert adapter.residency.tier == adapters_pb2.TIER_RESIDENT
         server.inside.states.known[digest] = AdapterState("resident", 3, 2, "refused", "no room")
         found = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(adapter=f"de@{digest[:8]}"))
         residency = found.residency
         assert (residency.tier, residency.slot, residency.leases) == (adapters_pb2.TIER_RESIDENT, 3, 2)
-        assert residency.materialised_reason == "no room"
+        assert residency.merged_reason == "no room"
         answer = await server.inference.Generate(prompt_request(adapter="de"))
         assert answer.prompt.adapter_digest == digest
 
 
-async def test_wishes_are_of_the_name_and_outlive_the_server(tmp_path: Path) -> None:
+async def test_desired_state_is_of_the_name_and_outlive_the_server(tmp_path: Path) -> None:
     get = adapters_pb2.GetAdapterRequest(adapter="german")
     async with served(tmp_path) as server:
         await _push(server, "german", b"1")
-        wish = adapters_pb2.UpdateAdapterRequest(name="german", pinned=True, materialised=True)
-        await server.adapters.UpdateAdapter(wish)
+        both = adapters_pb2.UpdateAdapterRequest(name="german", pinned=True, merge=True)
+        await server.adapters.UpdateAdapter(both)
         switched = await _push(server, "german", b"2")
-        assert (switched.pinned, switched.materialise) == (True, True)
-        assert switched.residency.materialised == adapters_pb2.MATERIALISED_STATE_READY
+        assert (switched.pinned, switched.merge) == (True, True)
+        assert switched.residency.merged == adapters_pb2.MERGED_STATE_READY
     async with served(tmp_path) as server:
         found = await server.adapters.GetAdapter(get)
-        assert (found.pinned, found.materialise) == (True, True)
-        assert found.residency.materialised == adapters_pb2.MATERIALISED_STATE_READY
-        await server.adapters.UpdateAdapter(adapters_pb2.UpdateAdapterRequest(name="german", materialised=False))
+        assert (found.pinned, found.merge) == (True, True)
+        assert found.residency.merged == adapters_pb2.MERGED_STATE_READY
+        await server.adapters.UpdateAdapter(adapters_pb2.UpdateAdapterRequest(name="german", merge=False))
         found = await server.adapters.GetAdapter(get)
-        assert (found.pinned, found.materialise) == (True, False)
-        assert found.residency.materialised == adapters_pb2.MATERIALISED_STATE_NONE
+        assert (found.pinned, found.merge) == (True, False)
+        assert found.residency.merged == adapters_pb2.MERGED_STATE_NONE
 
 
 async def test_an_adapter_tells_the_bases_it_was_accepted_for(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ CHUNK = 8
 
 def exact(**changes: object) -> Drive:
     bounds = {"deterministic": True, "max_batch_tokens": 16, "max_running": 4, **changes}
-    return Drive(limits(**bounds), ready_weight_sets=lambda: frozenset({digest(1)}))
+    return Drive(limits(**bounds), ready_merged=lambda: frozenset({digest(1)}))
 
 
 def cuts(drive: Drive, ticket: int, since: int = 0) -> set[tuple[int, int]]:
@@ -111,10 +111,10 @@ def test_a_resumed_request_reads_no_prefill_of_its_own_output():
     drive.check_equal_to_solo(ticket)
 
 
-def test_materialised_sets_are_off():
+def test_merged_adapters_are_off():
     drive = exact()
     drive.submit(submission(digest=digest(1)))
-    assert all(plan.weight_set is None for plan in drive.run())
+    assert all(plan.merged is None for plan in drive.run())
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""The scheduler's rules one by one: batching, chunks, ends, cache, choices, failures, weight sets."""
+"""The scheduler's rules one by one: batching, chunks, ends, cache, choices, failures, merged weights."""
 
 from __future__ import annotations
 
@@ -296,19 +296,19 @@ def test_rows_carry_their_slot_and_leases_end_with_requests():
     drive.check_idle()
 
 
-def test_a_weight_set_serves_steps_of_its_adapter_alone():
+def test_a_merged_serves_steps_of_its_adapter_alone():
     ready: set[str] = set()
-    drive = Drive(ready_weight_sets=lambda: frozenset(ready))
+    drive = Drive(ready_merged=lambda: frozenset(ready))
     drive.submit(submission("a", digest=digest(1), max_tokens=20))
-    assert drive.step().weight_set is None
+    assert drive.step().merged is None
     ready.add(digest(1))
-    assert drive.step().weight_set == digest(1)
+    assert drive.step().merged == digest(1)
     other = drive.submit(submission("b", digest=digest(2), max_tokens=1))
-    assert drive.step().weight_set is None
+    assert drive.step().merged is None
     drive.check_equal_to_solo(other)
-    assert drive.step().weight_set == digest(1)
+    assert drive.step().merged == digest(1)
     drive.submit(submission("c", max_tokens=1))
-    assert drive.step().weight_set is None
+    assert drive.step().merged is None
     drive.run()
     drive.check_idle()
 

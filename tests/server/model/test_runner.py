@@ -117,10 +117,10 @@ def test_an_ill_request_cancelled_before_its_logits_harms_nobody(world: World) -
         assert_equal_to_peft(engine, world.truths)
 
 
-def test_an_ill_materialised_adapter_fails_alone_too(world: World) -> None:
+def test_an_ill_merged_adapter_fails_alone_too(world: World) -> None:
     engine = world.engine()
-    engine.weight_sets.wish(frozenset({engine.digests["ill"]}))
-    engine.weight_sets._builder.submit(lambda: None).result()
+    engine.merged_weights.reconcile(frozenset({engine.digests["ill"]}))
+    engine.merged_weights._builder.submit(lambda: None).result()
     ticket = engine.submit("ill", prompts(1)[0], 4)
     engine.run()
     failure = engine.events[ticket, 0][-1].failure

@@ -161,26 +161,26 @@ def test_prefix_hits_and_cancelled_neighbors_change_nothing(world: World) -> Non
     assert set(first.values()) == set(again.values())
 
 
-def test_materialised_adapter_gives_the_same_text(world: World) -> None:
+def test_merged_adapter_gives_the_same_text(world: World) -> None:
     engine = engine_of(world)
     hot = "r16-rs"
-    engine.weight_sets.wish(frozenset({engine.digests[hot]}))
-    engine.weight_sets._builder.submit(lambda: None).result()
-    assert engine.weight_sets.state(engine.digests[hot]).state == "ready"
+    engine.merged_weights.reconcile(frozenset({engine.digests[hot]}))
+    engine.merged_weights._builder.submit(lambda: None).result()
+    assert engine.merged_weights.state(engine.digests[hot]).state == "ready"
     row = ORDER.index(hot)
     ticket = engine.submit(hot, prompt_of(row), COUNT)
     other = engine.submit("r8-mlp", prompt_of(ORDER.index("r8-mlp")), 2)
     engine.run()
     assert engine.tokens(ticket) == world.expected[hot, row]
     assert engine.tokens(other) == world.expected["r8-mlp", ORDER.index("r8-mlp")][:2]
-    sets = [plan.weight_set for plan in engine.plans]
+    sets = [plan.merged for plan in engine.plans]
     assert None in sets
     assert engine.digests[hot] in sets
     worst = float((engine.logits(ticket) - world.logits[hot, row]).abs().max())
     assert worst < BOUND
     assert engine.adapted.refingerprint() == engine.adapted.spec.fingerprint
-    engine.weight_sets.wish(frozenset())
-    assert engine.weight_sets.usage()[:2] == (0, 0)
+    engine.merged_weights.reconcile(frozenset())
+    assert engine.merged_weights.usage()[:2] == (0, 0)
 
 
 FAST_BOUND = 0.12

@@ -1,4 +1,4 @@
-"""Materialised adapters: built beside the loop within a budget, dropped at any time, the same answers either way."""
+"""Merged adapters: built beside the loop within a budget, dropped at any time, the same answers either way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from loramux_adapters.apply.materialise import materialise, materialised_bytes
+from loramux_adapters.apply.merge import merge, merged_bytes
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.model import weight_sets
-from loramux_server.model.weight_sets import SetState, WeightSets
+from loramux_server.model import merged_weights
+from loramux_server.model.merged_weights import MergedWeightsCache, SetState
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def settle(sets: WeightSets) -> None:
+def settle(sets: MergedWeightsCache) -> None:
     """Waits for the builds asked for so far."""
     sets._builder.submit(lambda: None).result(60)
 
@@ -44,15 +44,15 @@ def test_the_dense_path_answers_as_peft_and_as_the_gathered_path(kind: str, tmp_
     rows = [("hot", prompt) for prompt in prompts(4)]
     truths = ask_peft(checkpoint, adapters, [*rows, ("cold", prompts(1)[0]), (None, prompts(2)[1])], count=4)
     engine = engine_for(checkpoint, adapters)
-    engine.weight_sets.wish(frozenset({engine.digests["hot"]}))
-    settle(engine.weight_sets)
+    engine.merged_weights.reconcile(frozenset({engine.digests["hot"]}))
+    settle(engine.merged_weights)
     assert_equal_to_peft(engine, truths[:4])  # all its own: the dense path
-    assert {plan.weight_set for plan in engine.plans} == {engine.digests["hot"]}
+    assert {plan.merged for plan in engine.plans} == {engine.digests["hot"]}
     assert_equal_to_peft(engine, truths)  # mixed
-    engine.weight_sets.wish(frozenset())
+    engine.merged_weights.reconcile(frozenset())
     count = len(engine.plans)
     assert_equal_to_peft(engine, truths[:4])  # dropped: the gathered path
-    assert {plan.weight_set for plan in engine.plans[count:]} == {None}
+    assert {plan.merged for plan in engine.plans[count:]} == {None}
     assert engine.adapted.refingerprint() == engine.adapted.spec.fingerprint
 
 
@@ -68,7 +68,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> ModelEngine:
 
 
 def in_order(engine: ModelEngine) -> list[str]:
-    """The digests in the order in which one wish for all is fulfilled."""
+    """The digests in the order in which one desired state for all is fulfilled."""
     return sorted(engine.digests.values())
 
 
@@ -89,15 +89,15 @@ class Gate:
         return self.passed[-1]
 
 
-Make = Callable[..., WeightSets]
+Make = Callable[..., MergedWeightsCache]
 
 
 @pytest.fixture
 def make(engine: ModelEngine) -> Iterator[Make]:
-    made: list[WeightSets] = []
+    made: list[MergedWeightsCache] = []
 
-    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> WeightSets:
-        made.append(WeightSets(engine.adapted, load or engine.weights.__getitem__, budget, refusal))
+    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> MergedWeightsCache:
+        made.append(MergedWeightsCache(engine.adapted, load or engine.weights.__getitem__, budget, refusal))
         return made[-1]
 
     yield make
@@ -106,34 +106,34 @@ def make(engine: ModelEngine) -> Iterator[Make]:
 
 
 def bytes_of(engine: ModelEngine, name: str) -> int:
-    return materialised_bytes(engine.adapted, engine.weights[engine.digests[name]])
+    return merged_bytes(engine.adapted, engine.weights[engine.digests[name]])
 
 
 def test_states_and_books(engine: ModelEngine, make: Make) -> None:
     size, digest = bytes_of(engine, "a"), engine.digests["a"]
     sets = make(size)
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
-    sets.wish(frozenset({digest}))
+    sets.reconcile(frozenset({digest}))
     settle(sets)
     assert sets.state(digest) == SetState("ready", nbytes=size)
     assert sets.ready() == {digest}
     assert sets.find(digest) is not None
     assert sets.usage() == (1, size, {"built": 1, "refused": 0})
-    sets.wish(frozenset({digest}))  # again: nothing is built twice
+    sets.reconcile(frozenset({digest}))  # again: nothing is built twice
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 0}
-    sets.wish(frozenset())
-    sets.wish(frozenset())
+    sets.reconcile(frozenset())
+    sets.reconcile(frozenset())
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
     assert sets.usage()[:2] == (0, 0)
 
 
-def test_only_what_is_wished_for_stays(engine: ModelEngine, make: Make) -> None:
+def test_only_what_is_desired_stays(engine: ModelEngine, make: Make) -> None:
     sets, (first, second, third) = make(1 << 30), in_order(engine)
-    sets.wish(frozenset({first, second}))
+    sets.reconcile(frozenset({first, second}))
     settle(sets)
     kept = sets.find(second)
-    sets.wish(frozenset({second, third}))
+    sets.reconcile(frozenset({second, third}))
     settle(sets)
     assert sets.ready() == {second, third}
     assert sets.find(second) is kept
@@ -145,12 +145,12 @@ def test_only_what_is_wished_for_stays(engine: ModelEngine, make: Make) -> None:
 def test_beyond_the_budget_it_is_refused_with_the_numbers(engine: ModelEngine, make: Make) -> None:
     size = bytes_of(engine, "a")
     sets, (first, second, third) = make(2 * size + 5), in_order(engine)
-    sets.wish(frozenset({first, second, third}))
+    sets.reconcile(frozenset({first, second, third}))
     settle(sets)
     assert [sets.state(digest).state for digest in (first, second, third)] == ["ready", "ready", "refused"]
     reason = sets.state(third).reason
     assert f"takes {size} bytes and 5 of {2 * size + 5} are left" in reason
-    assert "--materialised-bytes" in reason
+    assert "--merged-bytes" in reason
     assert sets.usage() == (2, 2 * size, {"built": 2, "refused": 1})
 
 
@@ -163,14 +163,14 @@ def test_bytes_that_become_free_go_to_the_next(how: str, engine: ModelEngine, ma
         return engine.weights[digest]
 
     sets, (first, second, third) = make(size, load), in_order(engine)
-    sets.wish(frozenset({first, second, third}))
+    sets.reconcile(frozenset({first, second, third}))
     settle(sets)
     for _ in range(3):
-        sets.wish(frozenset({first, second, third}))  # unrelated changes: there is no more room than before
+        sets.reconcile(frozenset({first, second, third}))  # unrelated changes: there is no more room than before
     settle(sets)
     assert loads == [first, second, third]
     if how == "withdrawn":
-        sets.wish(frozenset({second, third}))
+        sets.reconcile(frozenset({second, third}))
     else:
         sets.forget(first)
     settle(sets)
@@ -188,10 +188,10 @@ def test_a_build_that_fails_leaves_its_bytes_to_the_next(engine: ModelEngine, ma
         return engine.weights[digest]
 
     sets, (first, second, third) = make(size, load), in_order(engine)
-    sets.wish(frozenset({first, second, third}))
+    sets.reconcile(frozenset({first, second, third}))
     settle(sets)
     broken.add(second)
-    sets.wish(frozenset({second, third}))  # the free bytes are set aside for the second, which turns out to be broken
+    sets.reconcile(frozenset({second, third}))  # the free bytes go to the second, which turns out to be broken
     settle(sets)
     settle(sets)
     assert [sets.state(digest).state for digest in (second, third)] == ["refused", "ready"]
@@ -199,24 +199,24 @@ def test_a_build_that_fails_leaves_its_bytes_to_the_next(engine: ModelEngine, ma
 
 
 def test_a_deterministic_server_refuses_every_wish(engine: ModelEngine, make: Make) -> None:
-    sets = make(1 << 30, refusal="dense copies are off in deterministic mode")
-    sets.wish(frozenset({engine.digests["a"]}))
+    sets = make(1 << 30, refusal="merged weights are off in deterministic mode")
+    sets.reconcile(frozenset({engine.digests["a"]}))
     settle(sets)
-    assert sets.state(engine.digests["a"]) == SetState("refused", "dense copies are off in deterministic mode")
+    assert sets.state(engine.digests["a"]) == SetState("refused", "merged weights are off in deterministic mode")
     assert sets.usage()[:2] == (0, 0)
-    sets.wish(frozenset({engine.digests["a"]}), again=engine.digests["a"])
+    sets.reconcile(frozenset({engine.digests["a"]}), retry=engine.digests["a"])
     assert sets.state(engine.digests["a"]).state == "refused"
-    sets.wish(frozenset())
+    sets.reconcile(frozenset())
     assert sets.state(engine.digests["a"]) == SetState()
 
 
 def test_dropped_while_it_is_built_it_never_appears(engine: ModelEngine, make: Make) -> None:
     gate, digest = Gate(engine.weights.__getitem__), engine.digests["a"]
     sets = make(1 << 30, gate)
-    sets.wish(frozenset({digest}))
+    sets.reconcile(frozenset({digest}))
     assert gate.reached.wait(60)
     assert sets.state(digest).state == "building"
-    sets.wish(frozenset())
+    sets.reconcile(frozenset())
     gate.open.set()
     settle(sets)
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
@@ -227,43 +227,43 @@ def test_dropped_before_its_turn_it_is_not_read(engine: ModelEngine, make: Make)
     """It may have been deleted: nothing of it may come back into host memory."""
     gate, (first, second, _) = Gate(engine.weights.__getitem__), in_order(engine)
     sets = make(1 << 30, gate)
-    sets.wish(frozenset({first, second}))
+    sets.reconcile(frozenset({first, second}))
     assert gate.reached.wait(60)
-    sets.wish(frozenset({first}))
+    sets.reconcile(frozenset({first}))
     gate.open.set()
     settle(sets)
     assert gate.seen == [first]
     assert sets.ready() == {first}
 
 
-@pytest.mark.parametrize("where", ["load", "materialise"])
-def test_wished_for_again_while_the_dropped_build_goes_on(
+@pytest.mark.parametrize("where", ["load", "merge"])
+def test_desired_again_while_the_dropped_build_goes_on(
     where: str, engine: ModelEngine, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first build is void wherever the drop met it: one set appears, once, and its bytes are counted once."""
     size, digest = bytes_of(engine, "a"), engine.digests["a"]
-    gate = Gate(engine.weights.__getitem__ if where == "load" else materialise)
+    gate = Gate(engine.weights.__getitem__ if where == "load" else merge)
     sets = make(size, gate if where == "load" else None)
-    if where == "materialise":
-        monkeypatch.setattr(weight_sets, "materialise", gate)
-    sets.wish(frozenset({digest}))
+    if where == "merge":
+        monkeypatch.setattr(merged_weights, "merge", gate)
+    sets.reconcile(frozenset({digest}))
     assert gate.reached.wait(60)
-    sets.wish(frozenset())
+    sets.reconcile(frozenset())
     assert sets.usage()[1] == 0
-    sets.wish(frozenset({digest}))
+    sets.reconcile(frozenset({digest}))
     gate.open.set()
     settle(sets)
     assert sets.state(digest) == SetState("ready", nbytes=size)
     assert sets.usage() == (1, size, {"built": 1, "refused": 0})
     assert len(gate.passed) == 2
-    if where == "materialise":
+    if where == "merge":
         assert sets.find(digest) is gate.passed[1]
 
 
 def test_nothing_is_begun_after_the_close(engine: ModelEngine, make: Make) -> None:
     sets, digest = make(1 << 30), engine.digests["a"]
     sets.close()
-    sets.wish(frozenset({digest}))
+    sets.reconcile(frozenset({digest}))
     sets.forget(digest)
     assert sets.state(digest) == SetState()
 
@@ -288,7 +288,7 @@ def test_a_failed_build_is_refused_with_a_reason(
         return engine.weights[digest]
 
     sets, digest = make(1 << 30, load), engine.digests["a"]
-    sets.wish(frozenset({digest}))
+    sets.reconcile(frozenset({digest}))
     settle(sets)
     state = sets.state(digest)
     assert state.state == "refused"
@@ -296,14 +296,14 @@ def test_a_failed_build_is_refused_with_a_reason(
     assert "secret" not in state.reason
     assert sets.usage()[:2] == (0, 0)
     failing = False
-    sets.wish(frozenset({digest}))
-    sets.wish(frozenset({digest}), again=engine.digests["b"])
+    sets.reconcile(frozenset({digest}))
+    sets.reconcile(frozenset({digest}), retry=engine.digests["b"])
     settle(sets)
     assert sets.state(digest).state == "refused"  # not asked again
-    sets.wish(frozenset({digest}), again=digest)
+    sets.reconcile(frozenset({digest}), retry=digest)
     settle(sets)
     assert sets.state(digest).state == "ready"
-    sets.wish(frozenset({digest}), again=digest)  # nothing to mend
+    sets.reconcile(frozenset({digest}), retry=digest)  # nothing to mend
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 1}
 
@@ -311,16 +311,16 @@ def test_a_failed_build_is_refused_with_a_reason(
 def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> None:
     """The set is gone when the runner looks for it: the slot serves as well."""
     digest = engine.digests["a"]
-    engine.weight_sets.wish(frozenset({digest}))
-    settle(engine.weight_sets)
-    assert engine.weight_sets.state(digest).state == "ready"
+    engine.merged_weights.reconcile(frozenset({digest}))
+    settle(engine.merged_weights)
+    assert engine.merged_weights.state(digest).state == "ready"
     prompt = prompts(2)[1]
     ticket = engine.submit("a", prompt, 3)
     plan = engine.scheduler.plan(0.0)
     while not plan.chunks:
         plan = engine.scheduler.plan(0.0)
-    assert plan.weight_set == digest
-    engine.weight_sets.wish(frozenset())
+    assert plan.merged == digest
+    engine.merged_weights.reconcile(frozenset())
     engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)
     engine.run()
     again = engine.submit("a", prompt, 3)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import torch
 
-from loramux_adapters.apply.batch import DenseWeights
+from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.group import SiteGroup
 from loramux_adapters.apply.inject import AdaptedModel
 from loramux_adapters.frozen import DenseLinear, Layouts
 from loramux_adapters.weights import AdapterWeights
 
 
-def materialised_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
-    """Device bytes `materialise` will take: whole groups, since siblings are one product."""
+def merged_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
+    """Device bytes `merge` will take: whole groups, since siblings are one product."""
     groups = _groups(adapted, weights)
     return sum(g.frozen.out_features * g.frozen.in_features for g in groups) * adapted.base.compute_dtype.itemsize
 
 
-def materialise(adapted: AdaptedModel, weights: AdapterWeights) -> DenseWeights:
-    """Builds the dense copies in float32 and rounds once to the compute dtype."""
+def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
+    """Builds the merged weights in float32 and rounds once to the compute dtype."""
     dtype = adapted.base.compute_dtype
     layouts = Layouts(native=adapted.layouts.native)
     dense: dict[str, DenseLinear] = {}
@@ -40,7 +40,7 @@ def materialise(adapted: AdaptedModel, weights: AdapterWeights) -> DenseWeights:
                 bias = torch.zeros(group.frozen.out_features, device=weight.device) if bias is None else bias.clone()
                 bias[begin:end] = module.bias.to(weight.device)
         dense[group.key] = DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype), layouts)
-    return DenseWeights(weights.spec.digest, dense)
+    return MergedWeights(weights.spec.digest, dense)
 
 
 def _groups(adapted: AdaptedModel, weights: AdapterWeights) -> list[SiteGroup]:

@@ -1,6 +1,6 @@
 """Which adapters are to stay on the device, and when one that is not there is worth a try.
 
-`wish` is for any thread, the rest belongs to the engine thread. Knows no slot and no load: the pool says what came
+`reconcile` is for any thread, the rest belongs to the engine thread. Knows no slot and no load: the pool says what came
 and what went.
 """
 
@@ -22,39 +22,39 @@ LONGEST_SECONDS = 3600.0
 
 @dataclass
 class _Absent:
-    """Wished for and not on the device. `size` is known once it has been read."""
+    """Desired and not on the device. `size` is known once it has been read."""
 
     due: float
     size: Size | None = None
     patience: float = RETRY_SECONDS  # after the next failure
 
 
-class Kept:
-    """The wish as the engine thread last took it in, and what of it is absent."""
+class PinnedSet:
+    """The desired state as the engine thread last took it in, and what of it is absent."""
 
     def __init__(self) -> None:
-        self._wish: frozenset[str] = frozenset()
-        self._again: deque[str] = deque()
-        self._digests = self._wish
+        self._desired: frozenset[str] = frozenset()
+        self._retry: deque[str] = deque()
+        self._digests = self._desired
         self._absent: dict[str, _Absent] = {}
 
-    def wish(self, digests: frozenset[str], again: str | None) -> None:
-        """All that is wished for from now on; `again` need not wait if it was left alone."""
-        self._wish = digests
-        if again is not None:
-            self._again.append(again)
+    def reconcile(self, digests: frozenset[str], retry: str | None) -> None:
+        """All that is to be pinned from now on; `retry` need not wait if it was left alone."""
+        self._desired = digests
+        if retry is not None:
+            self._retry.append(retry)
 
     def take_in(self, present: Collection[str], now: float) -> None:
-        """Make the latest wish the one that counts; `present` are on the device."""
-        wish = self._wish
-        if wish is not self._digests:
-            for digest in self._absent.keys() - wish:
+        """Make the latest state the one that counts; `present` are on the device."""
+        desired = self._desired
+        if desired is not self._digests:
+            for digest in self._absent.keys() - desired:
                 del self._absent[digest]
-            for digest in sorted(wish - self._digests - set(present)):
+            for digest in sorted(desired - self._digests - set(present)):
                 self._absent[digest] = _Absent(now)
-            self._digests = wish
-        while self._again:
-            absent = self._absent.get(self._again.popleft())
+            self._digests = desired
+        while self._retry:
+            absent = self._absent.get(self._retry.popleft())
             if absent is not None:
                 absent.due = now
 

@@ -1,4 +1,4 @@
-"""What a server finds again after a restart: the wishes of names, and for which base its adapters were accepted."""
+"""What a server finds again after a restart: the desired state of names, and the bases adapters were accepted for."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def started(root: Path, **options: str) -> Iterator[tuple[LocalServer, Client]]:
 
 
 def until_fulfilled(client: Client, name: str) -> None:
-    """Both wishes have come true."""
+    """Both have come true."""
 
     def is_fulfilled() -> bool:
         residency = client.adapter(name).residency
-        return (residency.tier, residency.materialised) == ("resident", "ready")
+        return (residency.tier, residency.merged) == ("resident", "ready")
 
-    until(is_fulfilled, f"{name} is resident and has a dense copy", 30)
+    until(is_fulfilled, f"{name} is resident and has merged weights", 30)
 
 
-def test_wishes_outlive_a_restart_and_follow_their_name(tmp_path: Path, adapter_dirs: dict[str, Path]) -> None:
+def test_desired_state_outlives_a_restart_and_follow_their_name(tmp_path: Path, adapter_dirs: dict[str, Path]) -> None:
     with started(tmp_path) as (_, client):
         old = client.push(adapter_dirs["small"], "hot").adapter
         client.push(adapter_dirs["mlp"], "plain")
-        changed = client.update("hot", pinned=True, materialised=True)
-        assert (changed.pinned, changed.materialise) == (True, True)
+        changed = client.update("hot", pinned=True, merge=True)
+        assert (changed.pinned, changed.merge) == (True, True)
         until_fulfilled(client, "hot")
         alone = ask(client, "hot")
     with started(tmp_path) as (server, client):
@@ -53,17 +53,17 @@ def test_wishes_outlive_a_restart_and_follow_their_name(tmp_path: Path, adapter_
         assert client.adapter("plain").residency.tier == "registered"
         ask(client, "hot").check_equals(alone)
         new = client.push(adapter_dirs["large"], "hot").adapter
-        assert (new.pinned, new.materialise) == (True, True)
+        assert (new.pinned, new.merge) == (True, True)
         until_fulfilled(client, "hot")
-        assert client.adapter(f"hot@{old.digest[:12]}").residency.materialised == "none"
+        assert client.adapter(f"hot@{old.digest[:12]}").residency.merged == "none"
     (tmp_path / "deterministic.yaml").write_text("deterministic: true\n")
     with started(tmp_path, config=str(tmp_path / "deterministic.yaml")) as (_, client):
         until(lambda: client.adapter("hot").residency.tier == "resident", "it is resident", 30)
         residency = client.adapter("hot").residency
-        assert residency.materialised == "refused"
-        assert "deterministic" in residency.materialised_reason
-        changed = client.update("hot", pinned=False, materialised=False)
-        assert (changed.pinned, changed.materialise, changed.residency.materialised) == (False, False, "none")
+        assert residency.merged == "refused"
+        assert "deterministic" in residency.merged_reason
+        changed = client.update("hot", pinned=False, merge=False)
+        assert (changed.pinned, changed.merge, changed.residency.merged) == (False, False, "none")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_an_adapter_is_not_served_on_a_base_it_was_not_accepted_for(
         first = client.model().fingerprint
         pushed = client.push(adapter_dirs["small"], "undeclared").adapter
         assert (pushed.base_fingerprint, pushed.accepted_bases) == (None, (first,))
-        client.update("undeclared", pinned=True, materialised=True)
+        client.update("undeclared", pinned=True, merge=True)
         until_fulfilled(client, "undeclared")
         alone = ask(client, "undeclared")
     with started(tmp_path, model=str(other_base)) as (_, client):
@@ -96,8 +96,8 @@ def test_an_adapter_is_not_served_on_a_base_it_was_not_accepted_for(
         assert f"was accepted for base {first}, this server holds {second}; upload it again" in str(caught.value)
         found = client.adapter("undeclared")
         assert found.accepted_bases == (first,)
-        until(lambda: client.adapter("undeclared").residency.materialised == "refused", "so is its dense copy", 30)
-        assert "upload it again" in client.adapter("undeclared").residency.materialised_reason
+        until(lambda: client.adapter("undeclared").residency.merged == "refused", "so are its merged weights", 30)
+        assert "upload it again" in client.adapter("undeclared").residency.merged_reason
         again = client.push(adapter_dirs["small"], "undeclared")
         assert (again.created, again.adapter.digest) == (False, pushed.digest)
         assert set(again.adapter.accepted_bases) == {first, second}

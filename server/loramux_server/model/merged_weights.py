@@ -1,7 +1,7 @@
-"""Materialised adapters: which are wished for, being built, ready or refused, under one byte budget.
+"""Merged adapters: which are desired, being built, ready or refused, under one byte budget.
 
 Built on a thread of its own from the frozen base; the engine thread only reads. Keyed by digest for the one base this
-server holds. Whose wishes they are is known elsewhere.
+server holds. Who desires them is known elsewhere.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
-from loramux_adapters.apply.batch import DenseWeights
+from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.inject import AdaptedModel
-from loramux_adapters.apply.materialise import materialise, materialised_bytes
+from loramux_adapters.apply.merge import merge, merged_bytes
 from loramux_adapters.device import use_device
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.weights import AdapterWeights
@@ -36,15 +36,15 @@ class SetState:
 
 @dataclass(eq=False)
 class _Set:
-    """One wish on its way: dropped and wished for again, a digest gets another, and the build of the first is void."""
+    """One merge on its way: dropped and desired again, a digest gets another, and the first is void."""
 
     state: SetState
-    dense: DenseWeights | None = None
+    dense: MergedWeights | None = None
     lacking: int | None = None  # bytes, where it was refused for them
 
 
-class WeightSets:
-    """All materialised adapters of one adapted model. Every method is safe from any thread."""
+class MergedWeightsCache:
+    """All merged adapters of one adapted model. Every method is safe from any thread."""
 
     def __init__(
         self,
@@ -53,28 +53,26 @@ class WeightSets:
         budget_bytes: int,
         refusal: str = "",
     ) -> None:
-        """`load` reads an adapter's weights (may raise AdapterError); a `refusal` is the answer to every wish."""
+        """`load` reads an adapter's weights (may raise AdapterError); a `refusal` is the answer to all."""
         self._adapted, self._load, self._budget, self._refusal = adapted, load, budget_bytes, refusal
         self._sets: dict[str, _Set] = {}
         self._ready: frozenset[str] = frozenset()
         self._builds = {"built": 0, "refused": 0}
         self._is_closed = False
         self._lock = threading.Lock()
-        self._builder = ThreadPoolExecutor(
-            1, "loramux-materialise", initializer=use_device, initargs=(adapted.base.device,)
-        )
+        self._builder = ThreadPoolExecutor(1, "loramux-merge", initializer=use_device, initargs=(adapted.base.device,))
 
-    def wish(self, digests: frozenset[str], again: str | None = None) -> None:
-        """From now on `digests`, and no others, have sets: drops what is not wished for, builds what is missing.
+    def reconcile(self, digests: frozenset[str], retry: str | None = None) -> None:
+        """From now on `digests`, and no others, have sets: drops what is not desired, builds what is missing.
 
-        A refused one is tried anew if it is `again`, or if it was refused for bytes that are there now.
+        A refused one is tried anew if it is `retry`, or if it was refused for bytes that are there now.
         """
         with self._lock:
             for digest in self._sets.keys() - digests:
                 self._drop(digest)
             for digest in sorted(digests):
                 known = self._sets.get(digest)
-                if known is None or (digest == again and known.state.state == "refused"):
+                if known is None or (digest == retry and known.state.state == "refused"):
                     self._start(digest)
             self._start_what_fits()
 
@@ -93,7 +91,7 @@ class WeightSets:
         """Digests a step may use."""
         return self._ready
 
-    def find(self, digest: str) -> DenseWeights | None:
+    def find(self, digest: str) -> MergedWeights | None:
         """The set, None when it was dropped meanwhile."""
         known = self._sets.get(digest)
         return None if known is None else known.dense
@@ -139,49 +137,49 @@ class WeightSets:
     @torch.inference_mode()
     def _build(self, digest: str, begun: _Set) -> None:
         try:
-            if not self._is_wished(digest, begun):  # or the bytes of a deleted adapter would come back into memory
+            if not self._is_desired(digest, begun):  # or the bytes of a deleted adapter would come back into memory
                 return
             weights = self._load(digest)
-            needed = materialised_bytes(self._adapted, weights)
+            needed = merged_bytes(self._adapted, weights)
             if not self._set_aside(digest, begun, needed):
                 return
-            dense = materialise(self._adapted, weights)
+            dense = merge(self._adapted, weights)
         except AdapterError as error:
             self._refuse(digest, begun, str(error))
         except Exception:
-            logger.exception("materialising %s failed", digest)
-            self._refuse(digest, begun, "the dense copy could not be built; see the server's log")
+            logger.exception("merging %s failed", digest)
+            self._refuse(digest, begun, "the merged weights could not be built; see the server's log")
         else:
             self._publish(digest, begun, dense)
 
-    def _is_wished(self, digest: str, begun: _Set) -> bool:
+    def _is_desired(self, digest: str, begun: _Set) -> bool:
         return self._sets.get(digest) is begun
 
     def _set_aside(self, digest: str, begun: _Set, needed: int) -> bool:
-        """Enters the bytes in the books; False when nobody wishes for the set any more, AdapterError for no room."""
+        """Enters the bytes in the books; False when nobody desires it any more, AdapterError for no room."""
         with self._lock:
-            if not self._is_wished(digest, begun):
+            if not self._is_desired(digest, begun):
                 return False
             free = self._budget - self._held() + begun.state.nbytes
             if needed > free:
                 begun.lacking = needed
                 raise AdapterError(
-                    f"the dense copy takes {needed} bytes and {free} of {self._budget} are left",
-                    remedy="drop another one or raise --materialised-bytes",
+                    f"the merged weights take {needed} bytes and {free} of {self._budget} are left",
+                    remedy="drop another one or raise --merged-bytes",
                 )
             begun.state = SetState("building", nbytes=needed)
             return True
 
-    def _publish(self, digest: str, begun: _Set, dense: DenseWeights) -> None:
+    def _publish(self, digest: str, begun: _Set, dense: MergedWeights) -> None:
         with self._lock:
-            if self._is_wished(digest, begun):
+            if self._is_desired(digest, begun):
                 begun.dense, begun.state = dense, SetState("ready", nbytes=begun.state.nbytes)
                 self._ready |= {digest}
                 self._builds["built"] += 1
 
     def _refuse(self, digest: str, begun: _Set, reason: str) -> None:
         with self._lock:
-            if self._is_wished(digest, begun):
+            if self._is_desired(digest, begun):
                 begun.state = SetState("refused", reason)
                 self._builds["refused"] += 1
                 self._start_what_fits()

@@ -1,4 +1,4 @@
-"""A materialised adapter is what PEFT's own merge gives on the dequantized base, per kind of adapter."""
+"""A merged adapter is what PEFT's own merge gives on the dequantized base, per kind of adapter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from loramux_adapters.apply.batch import DenseWeights
+from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.inject import AdaptedModel, inject
-from loramux_adapters.apply.materialise import materialise, materialised_bytes
+from loramux_adapters.apply.merge import merge, merged_bytes
 from loramux_adapters.base import load_base
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
@@ -60,7 +60,7 @@ def test_it_is_the_merged_weight(kind: str, tmp_path: Path) -> None:
     weights = read(files_of(path), base.spec, ReadLimits())
     adapted = inject(base, GatheredKernels(), capacity=8)
     merged = load_in_peft(dense_twin(checkpoint, adapted), path).merge_and_unload()
-    dense = materialise(adapted, weights)
+    dense = merge(adapted, weights)
     assert dense.digest == weights.spec.digest
     touched = {name for name in weights.modules if name in adapted.linears}
     assert {adapted.linears[name][0].key for name in touched} == set(dense.weights)
@@ -85,11 +85,11 @@ def test_bytes_are_told_before(tmp_path: Path) -> None:
         base = load_base(checkpoint, compute_dtype=dtype)
         weights = read(files_of(path), base.spec, ReadLimits())
         adapted = inject(base, GatheredKernels(), capacity=8)
-        dense = materialise(adapted, weights)
+        dense = merge(adapted, weights)
         assert {linear.weight.dtype for linear in dense.weights.values()} == {dtype}
-        assert materialised_bytes(adapted, weights) == _nbytes(dense)
+        assert merged_bytes(adapted, weights) == _nbytes(dense)
         assert len(dense.weights) == 4  # qkv and down, of two layers
 
 
-def _nbytes(dense: DenseWeights) -> int:
+def _nbytes(dense: MergedWeights) -> int:
     return sum(linear.weight.numel() * linear.weight.element_size() for linear in dense.weights.values())
