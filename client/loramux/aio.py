@@ -19,7 +19,7 @@ from loramux import convert, upload
 from loramux.call_status import Ending
 from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, channel_options
 from loramux.download import Download
-from loramux.errors import ClientClosed, LoramuxError, NotFound, Unavailable, from_call
+from loramux.errors import ClientClosed, DeadlineExceeded, LoramuxError, NotFound, Unavailable, from_call
 from loramux.retry import Attempts, RetryPolicy
 from loramux.types import (
     Adapter,
@@ -242,7 +242,7 @@ class AsyncClient:
     async def wait_healthy(self, timeout: float = 60.0, *, poll: float = 0.2) -> None:
         """Return once the server serves; raises Unavailable with the last state after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        state = "not asked yet"
+        state = ""
         while (left := deadline - time.monotonic()) > 0:
             try:
                 if await self.is_healthy(timeout=max(0.05, min(left, 5.0))):
@@ -250,10 +250,12 @@ class AsyncClient:
                 state = "the server answers NOT_SERVING"
             except ClientClosed:
                 raise
+            except DeadlineExceeded as error:  # it may be of the time left here, and says less than an answer did
+                state = state or str(error)
             except LoramuxError as error:
                 state = str(error)
             await asyncio.sleep(min(poll, max(0.0, deadline - time.monotonic())))
-        raise Unavailable(f"not healthy after {timeout:g} s: {state}")
+        raise Unavailable(f"not healthy after {timeout:g} s: {state or 'not asked yet'}")
 
     # Calls
 

@@ -104,4 +104,4 @@ async def test_health_tokens_and_abort(fake: FakeServer) -> None:
         assert await client.abort("running")
         fake.set_serving(False)
         with pytest.raises(errors.Unavailable, match="NOT_SERVING"):
-            await client.wait_healthy(0.3, poll=0.05)
+            await client.wait_healthy(2, poll=0.05)

@@ -261,8 +261,8 @@ def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path:
     assert "no aliases" in adapters("alias", "support-bot", "prod", "--remove").stdout
     assert ": pinned" in adapters("pin", "support-bot").stdout
     assert "not pinned" in adapters("unpin", "support-bot").stdout
-    assert "merged ready" in adapters("merge", "support-bot").stdout
-    assert "merged none" in adapters("merge", "support-bot", "--off").stdout
+    assert "merged weights ready" in adapters("merge", "support-bot").stdout
+    assert "merged weights none" in adapters("merge", "support-bot", "--off").stdout
 
     assert "verified" in adapters("verify", "support-bot", "--against", str(adapter_dir)).stdout
     (adapter_dir / "adapter_config.json").write_text("{}")

@@ -61,7 +61,7 @@ def test_taking_a_desired_state_back_waits_for_nothing(fake: FakeServer) -> None
     """The copy may stay for the sake of another name of the same version, which is nothing to wait for."""
     add(fake, "bot")
     assert "merged weights ready" in adapters(fake, "merge", "bot")
-    assert adapters(fake, "merge", "bot", "--off") == "bot: merged none\n"
+    assert adapters(fake, "merge", "bot", "--off") == "bot: merged weights none\n"
     fake.state.keeps_sets = True
     adapters(fake, "merge", "bot")
     said = adapters(fake, "merge", "bot", "--off")

@@ -305,4 +305,17 @@ def test_health(client: Client, fake: FakeServer) -> None:
     fake.set_serving(False)
     assert client.is_healthy() is False
     with pytest.raises(errors.Unavailable, match="NOT_SERVING"):
-        client.wait_healthy(0.3, poll=0.05)
+        client.wait_healthy(2, poll=0.05)
+
+
+def test_what_was_answered_says_more_than_the_end_of_the_wait(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False])
+
+    def is_healthy(**_: object) -> bool:
+        for answer in answers:
+            return answer
+        raise errors.DeadlineExceeded("Deadline Exceeded")
+
+    monkeypatch.setattr(client, "is_healthy", is_healthy)
+    with pytest.raises(errors.Unavailable, match="NOT_SERVING"):
+        client.wait_healthy(0.2, poll=0.01)

@@ -94,6 +94,25 @@ def test_a_closed_terminal_unwinds_like_ctrl_c(number: signal.Signals) -> None:
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_in_a_loop_the_main_task_is_cancelled_where_it_waits(number: signal.Signals) -> None:
+    """And no exception is raised out of the code that the signal finds, which may be compiled."""
+    seen: list[str] = []
+
+    async def main() -> None:
+        try:
+            signal.raise_signal(number)
+            seen.append("went on")
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    with terminated_as_interrupted(), pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert seen == ["went on", "cancelled"]
+
+
 def test_nohup_stays() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -80,9 +80,9 @@ def test_an_adapters_life(server: LocalServer, adapter: Path, tmp_path: Path) ->
     assert [(entry["name"], entry["aliases"], entry["max_rank"]) for entry in listed] == [("noisy", ["prod"], 4)]
 
     merged = loramux("adapters", "merge", "noisy")
-    assert "merged ready" in merged.stdout, merged.output
+    assert "merged weights ready" in merged.stdout, merged.output
     assert generate("--adapter", "noisy") == with_adapter
-    assert "merged none" in loramux("adapters", "merge", "noisy", "--off").stdout
+    assert "merged weights none" in loramux("adapters", "merge", "noisy", "--off").stdout
 
     assert loramux("adapters", "verify", "noisy", "--against", str(adapter)).exit_code == 0
     assert loramux("adapters", "pull", "prod", str(tmp_path / "back")).exit_code == 0

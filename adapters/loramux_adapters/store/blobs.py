@@ -43,8 +43,6 @@ class Blobs:
         self._disk.remove(temporary)
         self._disk.link(source, temporary)
         self._disk.rename(temporary, target)
-        # POSIX: renaming one name of a file to another name of the same file does nothing at all.
-        self._disk.remove(temporary)
         self._disk.sync(target.parent)
         # Always: the directory may have been made by a process that died before it synced this one.
         self._disk.sync(self._root)

@@ -84,8 +84,10 @@ class Disk:
         os.link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Replace `target` by `source` in one step."""
+        """Replace `target` by `source` in one step. Afterwards `source` is gone."""
         os.replace(source, target)
+        # POSIX: renaming one name of a file to another name of the same file does nothing at all.
+        source.unlink(missing_ok=True)
 
     def remove(self, path: Path) -> None:
         """Remove a file; an absent one is no error."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +151,20 @@ def test_restoring_takes_no_damaged_bytes_and_names_what_it_does_not_know(
     assert f"belongs to no known adapter: {file}" in said
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     assert "there is no store" in capsys.readouterr().err
+
+
+def test_a_file_that_is_set_aside_already_leaves_the_blobs(tmp_path: Path) -> None:
+    """An upload that was set aside and resumed has one file under both names: renaming one to the other does nothing."""
+    with LocalStore(tmp_path) as store:
+        put(store, "old", OLD)
+    blob = next((tmp_path / "blobs").glob("*/*"))
+    unknown = blob.with_name("0" * 64)
+    unknown.write_bytes(b"unknown")
+    with LocalStore(tmp_path):
+        pass
+    [aside] = (tmp_path / "lost").glob("*/*")
+    os.link(aside, unknown)
+    with LocalStore(tmp_path):
+        assert not unknown.exists()
+        assert aside.read_bytes() == b"unknown"
+        assert len(blob_files(tmp_path)) == len(OLD)
