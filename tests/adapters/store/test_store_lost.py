@@ -154,7 +154,7 @@ def test_restoring_takes_no_damaged_bytes_and_names_what_it_does_not_know(
 
 
 def test_a_file_that_is_set_aside_already_leaves_the_blobs(tmp_path: Path) -> None:
-    """An upload that was set aside and resumed has one file under both names: renaming one to the other does nothing."""
+    """An upload set aside and then resumed has one file under both names: renaming one to the other does nothing."""
     with LocalStore(tmp_path) as store:
         put(store, "old", OLD)
     blob = next((tmp_path / "blobs").glob("*/*"))
