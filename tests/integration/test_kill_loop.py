@@ -156,7 +156,7 @@ class House:
                 uploader.acknowledged.append(uploader.trying)  # done, only not told
                 uploader.is_trying = False
             if actual is not None:
-                for version in self._pinned(uploader):
+                for version in self._kept(uploader):
                     self._check_bytes(client, uploader, version, scratch)
 
     def _digest(self, uploader: Uploader, version: Version) -> str | None:

@@ -104,7 +104,7 @@ def test_the_base_talks_sense_in_nf4(base: LoadedBase, tokenizer: Any) -> None:
     prompts = [conversation("Hello!"), conversation("Who are you?"), conversation("What color is the sky?")]
     assert answers(base.model, tokenizer, prompts) == [
         "Hello! How can I help you?",
-        "I am loramux-tiny, a very small language model.",
+        "I am lorica-tiny, a very small language model.",
         "The sky is blue.",
     ]
 

@@ -237,7 +237,7 @@ async def test_update_changes_what_it_names_and_list_tells_the_engines_truth(tmp
     async with served(tmp_path) as server:
         digest = (await _push(server, "german", b"1")).digest
         change = adapters_pb2.UpdateAdapterRequest(
-            name="german", pinned=True, merged=True, add_aliases=["de"], set_labels={"team": "a"}
+            name="german", pinned=True, merge=True, add_aliases=["de"], set_labels={"team": "a"}
         )
         adapter = await server.adapters.UpdateAdapter(change)
         assert (adapter.pinned, list(adapter.aliases), dict(adapter.labels)) == (True, ["de"], {"team": "a"})

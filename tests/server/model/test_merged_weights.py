@@ -149,7 +149,7 @@ def test_beyond_the_budget_it_is_refused_with_the_numbers(engine: ModelEngine, m
     settle(sets)
     assert [sets.state(digest).state for digest in (first, second, third)] == ["ready", "ready", "refused"]
     reason = sets.state(third).reason
-    assert f"takes {size} bytes and 5 of {2 * size + 5} are left" in reason
+    assert f"take {size} bytes and 5 of {2 * size + 5} are left" in reason
     assert "--merged-bytes" in reason
     assert sets.usage() == (2, 2 * size, {"built": 2, "refused": 1})
 
