@@ -1,44 +1,30 @@
-"""One adapter's weights in the canonical form y = W x + B A x + bias, per module.
+"""One adapter's weights in canonical form: per module a tuple of parts, see `loramux_adapters.parts`.
 
-The scale (alpha / r or alpha / sqrt(r)) is folded into B once, in float32, so that nothing
-after this point needs to know which rule a format used. Knows no file and no device layout.
+Scales are folded in once, in float32, so that nothing after this point needs to know which rule a format used. Knows no
+file, no device layout and no kind of part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
-
+from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import AdapterSpec
 
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """The delta B A of one map y = W x.
-
-    For an embedding, `in` is the vocabulary: A's columns are gathered by token id.
-    """
-
-    a: torch.Tensor  # [r, in], in the dtype it was uploaded in
-    b: torch.Tensor  # [out, r], float32, scale folded in
-
-    @property
-    def rank(self) -> int:
-        """r, the true rank."""
-        return int(self.a.shape[0])
+P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleWeights:
-    """What an adapter does to one module; an absent part costs nothing.
+    """What an adapter does to one module; at most one part of a kind."""
 
-    `bias` [out], float32, is the whole effective bias: it replaces the base's own.
-    """
+    parts: tuple[Part, ...] = ()
 
-    low_rank: LowRank | None = None
-    bias: torch.Tensor | None = None
+    def get(self, kind: type[P]) -> P | None:
+        """The part of that kind."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +37,9 @@ class AdapterWeights:
     @property
     def nbytes(self) -> int:
         """Host bytes of all tensors."""
-        tensors = [
-            tensor
+        return sum(
+            tensor.numel() * tensor.element_size()
             for module in self.modules.values()
-            for tensor in (
-                *((module.low_rank.a, module.low_rank.b) if module.low_rank else ()),
-                *((module.bias,) if module.bias is not None else ()),
-            )
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            for part in module.parts
+            for tensor in part.tensors
+        )

@@ -27,7 +27,6 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.frozen import Nf4Linear, select_layouts
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import Examined, examine, refusals_of
-from loramux_adapters.kernels.protocol import Kernels
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
@@ -93,7 +92,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
     kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
     with _refused():
         examined = examine(base, context)
-        adapted, cache, memory = _prepare(config, base, examined, kernels, context)
+        adapted, cache, memory = _prepare(config, base, examined, context)
     capacity = adapted.capacity
     limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
 
@@ -200,7 +199,7 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _prepare(
-    config: ServeConfig, base: LoadedBase, examined: Examined, kernels: Kernels, context: int
+    config: ServeConfig, base: LoadedBase, examined: Examined, context: int
 ) -> tuple[AdaptedModel, PagedCache, Memory]:
     """Injects places for adapters and allocates the KV cache, both sized from what is free."""
     row_bytes = rank_row_bytes(base.spec, base.compute_dtype)
@@ -232,7 +231,7 @@ def _prepare(
             base, examined.layers, context, room=blocks * config.block_tokens, block=config.block_tokens
         )
     layouts = select_layouts(base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic)
-    adapted = inject(base, kernels, capacity=capacity, layouts=layouts)
+    adapted = inject(base, capacity=capacity, layouts=layouts)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
     if rounding:
         _LOG.warning("the packed layout rounds block scales", extra={"fields": {"largest_relative_error": rounding}})

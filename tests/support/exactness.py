@@ -13,7 +13,6 @@ from loramux_adapters.base import BaseRefused, load_base
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import examine, refusals_of
 from loramux_adapters.guard.products import own_products
-from loramux_adapters.kernels.gathered import GatheredKernels
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
 from loramux_server.model.guard import self_check
@@ -36,7 +35,7 @@ def refusal_or_error(checkpoint: Path) -> tuple[str, str]:
         examined = examine(base, context)
         with refusals_of(base):
             truth = ask_untouched(base, examined.layers, context, room=BLOCKS * BLOCK)
-        adapted = inject(base, GatheredKernels(), capacity=8)
+        adapted = inject(base, capacity=8)
         cache = PagedCache(examined.layers, BLOCKS + 1, BLOCK, base.compute_dtype, base.device)
         self_check(adapted, cache, truth, rope=examined.rope, decode=attend_rows, tiled=False)
     except BaseRefused as refusal:

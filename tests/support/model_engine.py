@@ -78,7 +78,7 @@ class ModelEngine:
         kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
         examined = examine(base, base.spec.context_length)
         layouts = replace(layouts, invariant=deterministic)
-        self.adapted = inject(base, kernels, capacity=capacity, layouts=layouts, stack=stack)
+        self.adapted = inject(base, capacity=capacity, layouts=layouts, stack=stack)
         self.limits = EngineLimits(
             **(
                 {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,8 @@ class Device:
     def __init__(self) -> None:
         self.bound: set[int] = set()
 
-    def extra_bytes(self, weights: FakeWeights) -> int:
-        return 0
+    def cost(self, weights: FakeWeights) -> tuple[Mapping[str, int], int]:
+        return weights.spec.ranks, 0
 
     def write(self, slot: int, weights: FakeWeights, rows: Rows) -> None:
         pass

@@ -1,12 +1,12 @@
 """Which adapter each row of one step uses: built once per step, read by every adapted module.
 
 Hugging Face hands no extra arguments to projections, so modules read the step's AdapterBatch from a `StepCell` they
-got at injection. Knows slots and layouts, no digests and no requests.
+got at injection. Knows slots, no digests and no requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,57 +14,68 @@ import torch
 
 from loramux_adapters.frozen import DenseLinear
 from loramux_adapters.kernels.protocol import Kernels, RankPlan, Segment
+from loramux_adapters.parts.part import Kind
+from loramux_adapters.parts.rank_rows import RankRows
+from loramux_adapters.parts.registry import KINDS
+from loramux_adapters.parts.site import SlotSegment
 
-
-class SlotSegment(NamedTuple):
-    """Rows [start, stop) belong to `slot`."""
-
-    start: int
-    stop: int
-    slot: int
-
-
-class Layout:
-    """Where each slot's rank rows are in the pool of a module: slot -> (first row, number of rows).
-
-    Immutable; modules whose slots lie alike share one, so that their plans are shared too.
-    """
-
-    def __init__(self, ranges: Mapping[int, tuple[int, int]], capacity: int, device: torch.device) -> None:
-        self.ranges = dict(ranges)
-        row_slots = torch.full((capacity,), -2, dtype=torch.int32)
-        for slot, (row, rows) in self.ranges.items():
-            row_slots[row : row + rows] = slot
-        self.row_slots = row_slots.to(device)
+ALL_KINDS = frozenset(KINDS)
 
 
 class RowMap:
-    """Rows of one kind (tokens of the step, or rows that get logits) and their slots.
+    """Rows of one kind (tokens of the step, or rows that get logits) and their slots. Implements `StepRows`.
 
-    Rows without an adapter come first, rows of one slot lie together: see `segments_of`.
+    Rows without an adapter come first, rows of one slot lie together: see `segments_of`. `kinds` are those that act in
+    this step, in order, and `input_kinds` those of them that change inputs: nothing else is asked at any module.
     """
 
-    def __init__(self, slots: Sequence[int], kernels: Kernels, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: Sequence[int],
+        kernels: Kernels,
+        device: torch.device,
+        kinds_of: Mapping[int, Set[Kind]] | None = None,
+    ) -> None:
+        """`kinds_of` says which kinds each slot has; None: maybe all."""
         self.segments = segments_of(slots)
         self._kernels = kernels
         self._token_slots = torch.tensor(slots, dtype=torch.int32, device=device) if self.segments else None
-        self._plans: dict[Layout, RankPlan | None] = {}
+        self._plans: dict[RankRows, RankPlan | None] = {}
+        acting: Set[Kind] = frozenset()
+        for segment in self.segments:
+            acting = acting | (ALL_KINDS if kinds_of is None else kinds_of.get(segment.slot, frozenset()))
+        self.kinds = tuple(kind for kind in KINDS if kind in acting)
+        self.input_kinds = tuple(kind for kind in self.kinds if kind.changes_input)
 
-    def plan(self, layout: Layout) -> RankPlan | None:
-        """The step's plan for modules of this layout; None when no row has rank rows there."""
-        if layout not in self._plans:
-            self._plans[layout] = self._make_plan(layout)
-        return self._plans[layout]
+    def plan(self, rank_rows: RankRows) -> RankPlan | None:
+        """The step's plan for modules of these rank rows; None when no row has any there."""
+        if rank_rows not in self._plans:
+            self._plans[rank_rows] = self._make_plan(rank_rows)
+        return self._plans[rank_rows]
 
-    def _make_plan(self, layout: Layout) -> RankPlan | None:
+    def add_low_rank(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        columns: Sequence[tuple[int, int]],
+        rank_rows: Sequence[RankRows | None],
+    ) -> None:
+        """See `StepRows.add_low_rank`."""
+        plans = [None if rows is None else self.plan(rows) for rows in rank_rows]
+        if any(plan is not None for plan in plans):
+            self._kernels.add_low_rank(y, x, a, b, columns, plans)
+
+    def _make_plan(self, rank_rows: RankRows) -> RankPlan | None:
         used = [
-            Segment(segment.start, segment.stop, *layout.ranges[segment.slot])
+            Segment(segment.start, segment.stop, *rank_rows.ranges[segment.slot])
             for segment in self.segments
-            if segment.slot in layout.ranges
+            if segment.slot in rank_rows.ranges
         ]
         if not used or self._token_slots is None:
             return None
-        return self._kernels.plan(used, self._token_slots, layout.row_slots)
+        return self._kernels.plan(used, self._token_slots, rank_rows.row_slots)
 
 
 def segments_of(slots: Sequence[int]) -> tuple[SlotSegment, ...]:
@@ -90,8 +101,8 @@ class MergedWeights(NamedTuple):
 class AdapterBatch:
     """One step: `tokens` maps every row of the forward, `logits` the rows the head sees."""
 
-    def __init__(self, tokens: RowMap, logits: RowMap, dense: MergedWeights | None = None) -> None:
-        self.tokens, self.logits, self.dense = tokens, logits, dense
+    def __init__(self, tokens: RowMap, logits: RowMap, merged: MergedWeights | None = None) -> None:
+        self.tokens, self.logits, self.merged = tokens, logits, merged
 
 
 class StepCell:

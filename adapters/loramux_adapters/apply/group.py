@@ -1,76 +1,68 @@
-"""Adapted modules: a frozen map, the rank rows of many adapters beside it, and the step's batch that joins them.
+"""Adapted modules: a frozen one, the parts of many adapters beside it, and the step's batch that joins them.
 
 Siblings over the same input (q, k, v; gate, up) form one `SiteGroup`: the first call computes all of them, the others
-take their columns. Knows slots and layouts, not who owns them.
+take their columns. Knows slots and parts, not who owns them, and no kind of part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from loramux_adapters.apply.batch import AdapterBatch, Layout, SlotSegment, StepCell
+from loramux_adapters.apply.batch import AdapterBatch, RowMap, StepCell
 from loramux_adapters.frozen import FrozenLinear
-from loramux_adapters.kernels import invariant
-from loramux_adapters.kernels.protocol import Kernels
+from loramux_adapters.parts.part import Kind, Part, SiteParts
+from loramux_adapters.parts.registry import KIND_OF, KINDS
+from loramux_adapters.parts.site import Site
 
 Rows = Literal["tokens", "logits"]
 
 
-class BiasSlots:
-    """Per slot the difference between an adapter's whole bias and the base's own, [out] in the compute dtype."""
+class PartsAtSite:
+    """The parts of all kinds at one site, of all slots. A kind takes nothing before its first part comes."""
 
-    def __init__(self) -> None:
-        self.deltas: Mapping[int, torch.Tensor] = {}  # replaced as a whole, never mutated
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._by_kind: dict[Kind, SiteParts[Any]] = {
+            kind: kind.at(site) for kind in KINDS if kind.is_pooled and site.kind in kind.sites
+        }
 
-    def put(self, slot: int, delta: torch.Tensor) -> None:
-        """Sets a slot's delta."""
-        self.deltas = {**self.deltas, slot: delta}
+    def of(self, part: type[Part]) -> SiteParts[Any]:
+        """Those of one kind, made at the first call. Raises AdapterIncompatible where it has no meaning."""
+        kind = KIND_OF[part]
+        if kind not in self._by_kind:
+            # Replaced as a whole: a step may be looking.
+            self._by_kind = {**self._by_kind, kind: kind.at(self.site)}
+        return self._by_kind[kind]
 
-    def drop(self, slot: int) -> None:
-        """Forgets a slot's delta, if it has one."""
-        self.deltas = {key: value for key, value in self.deltas.items() if key != slot}
+    def inputs(self, x: torch.Tensor, rows: RowMap) -> list[torch.Tensor]:
+        """What each member reads in place of x [T, in]."""
+        inputs = [x] * len(self.site.members)
+        for kind in rows.input_kinds:
+            parts = self._by_kind.get(kind)
+            if parts is not None:
+                inputs = [parts.before(each, member, rows) for member, each in enumerate(inputs)]
+        return inputs
 
-    def add_to(self, y: torch.Tensor, segments: Sequence[SlotSegment]) -> None:
-        """Adds each segment's delta to its rows of y [T, out], in place."""
-        if not self.deltas:
-            return
-        for segment in segments:
-            delta = self.deltas.get(segment.slot)
-            if delta is not None:
-                y[segment.start : segment.stop] += delta
+    def change(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], rows: RowMap) -> None:
+        """Lets all kinds that act in this step change the site's output y [T, out], in place."""
+        for kind in rows.kinds:
+            parts = self._by_kind.get(kind)
+            if parts is not None:
+                parts.after(y, inputs, rows)
 
 
 class SiteGroup:
-    """One frozen product shared by `members`, each with rank pools of `capacity` rows.
+    """One frozen product shared by the members of a site."""
 
-    a: [M, C, in]; b: per member [C, out]; both in the compute dtype, zero where free.
-    """
-
-    def __init__(
-        self,
-        frozen: FrozenLinear,
-        members: Sequence[str],
-        outs: Sequence[int],
-        cell: StepCell,
-        kernels: Kernels,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        rows: Rows = "tokens",
-    ) -> None:
-        self.frozen, self.members, self.rows = frozen, tuple(members), rows
-        ends = [sum(outs[: index + 1]) for index in range(len(outs))]
-        self.columns = tuple((end - out, end) for end, out in zip(ends, outs, strict=True))
-        self.a = torch.zeros(len(members), capacity, frozen.in_features, dtype=dtype, device=device)
-        self.b = [torch.zeros(capacity, out, dtype=dtype, device=device) for out in outs]
-        empty = Layout({}, capacity, device)
-        self.layouts = [empty for _ in members]
-        self.biases = [BiasSlots() for _ in members]
-        self._cell, self._kernels = cell, kernels
+    def __init__(self, frozen: FrozenLinear, site: Site, cell: StepCell, rows: Rows = "tokens") -> None:
+        self.frozen, self.rows = frozen, rows
+        self.members, self.columns = site.members, site.columns
+        self.parts = PartsAtSite(site)
+        self._cell = cell
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         self._unread = 0
 
@@ -99,22 +91,27 @@ class SiteGroup:
         batch = self._cell.batch
         if batch is None:
             return self.frozen.forward(x)
-        if batch.dense is not None and self.key in batch.dense.weights:
-            return batch.dense.weights[self.key].forward(x)
-        y = self.frozen.forward(x)
-        if batch.dense is None:
-            self._add_adapters(y, x, batch)
+        if batch.merged is not None:
+            merged = batch.merged.weights.get(self.key)
+            return self.frozen.forward(x) if merged is None else merged.forward(x)
+        rows = self._rows_of(batch)
+        inputs = self.parts.inputs(x, rows) if rows.input_kinds else [x] * len(self.members)
+        y = self._product(x, inputs)
+        self.parts.change(y, inputs, rows)
         return y
 
-    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, batch: AdapterBatch) -> None:
-        row_map = batch.tokens if self.rows == "tokens" else batch.logits
-        if not row_map.segments:
-            return
-        plans = [row_map.plan(layout) for layout in self.layouts]
-        if any(plan is not None for plan in plans):
-            self._kernels.add_low_rank(y, x, self.a, self.b, self.columns, plans)
-        for (begin, end), bias in zip(self.columns, self.biases, strict=True):
-            bias.add_to(y[:, begin:end], row_map.segments)
+    def _rows_of(self, batch: AdapterBatch) -> RowMap:
+        return batch.tokens if self.rows == "tokens" else batch.logits
+
+    def _product(self, x: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The frozen product of each member's own input."""
+        if len(inputs) == 1:
+            return self.frozen.forward(inputs[0])
+        y = self.frozen.forward(x)
+        for (begin, end), own in zip(self.columns, inputs, strict=True):
+            if own is not x:
+                y[:, begin:end] = self.frozen.forward(own)[:, begin:end]
+        return y
 
 
 class AdaptedLinear(nn.Module):
@@ -133,15 +130,11 @@ class AdaptedLinear(nn.Module):
 
 
 class AdaptedEmbedding(nn.Module):
-    """An embedding with low-rank deltas: each adapter's A is kept transposed, so that ids gather its rows.
+    """An embedding; its parts are given token ids as their input."""
 
-    A frozen embedding may scale its output (Gemma); the delta is scaled alike, as PEFT does.
-    """
-
-    def __init__(self, frozen: nn.Embedding, cell: StepCell) -> None:
+    def __init__(self, frozen: nn.Embedding, site: Site, cell: StepCell) -> None:
         super().__init__()
-        self.frozen, self._cell = frozen, cell
-        self.slots: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot -> (A^T [vocab, r], B^T [r, hidden])
+        self.frozen, self.parts, self._cell = frozen, PartsAtSite(site), cell
 
     @property
     def weight(self) -> torch.Tensor:
@@ -150,44 +143,24 @@ class AdaptedEmbedding(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as torch's, for models that call by keyword
         """[1, T] ids -> [1, T, hidden]."""
-        ids = input
-        y: torch.Tensor = self.frozen(ids)
+        y: torch.Tensor = self.frozen(input)
         batch = self._cell.batch
-        if batch is None or not self.slots:
-            return y
-        flat, rows = ids.reshape(-1), y.reshape(-1, y.shape[-1])
-        for start, stop, slot in batch.tokens.segments:
-            if slot in self.slots:
-                a, b = self.slots[slot]
-                rows[start:stop] += self._delta(a[flat[start:stop]], b)
-        return rows.view_as(y)
-
-    def _delta(self, gathered: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        delta = invariant.linear(gathered.float(), b.float().T)
-        scale = getattr(self.frozen, "embed_scale", None)
-        return (delta if scale is None else delta * scale).to(b.dtype)
-
-    def put(self, slot: int, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Sets a slot's factors: a [vocab, r], b [r, hidden]."""
-        self.slots = {**self.slots, slot: (a, b)}
-
-    def drop(self, slot: int) -> None:
-        """Forgets a slot's factors, if it has any."""
-        self.slots = {key: value for key, value in self.slots.items() if key != slot}
+        if batch is not None and batch.tokens.kinds:
+            self.parts.change(y.view(-1, y.shape[-1]), [input.reshape(-1)], batch.tokens)
+        return y
 
 
 class AdaptedNorm(nn.Module):
-    """A normalization whose bias adapters may replace."""
+    """A normalization whose output adapters may change."""
 
-    def __init__(self, frozen: nn.Module, cell: StepCell) -> None:
+    def __init__(self, frozen: nn.Module, site: Site, cell: StepCell) -> None:
         super().__init__()
-        self.frozen, self._cell = frozen, cell
-        self.bias_slots = BiasSlots()
+        self.frozen, self.parts, self._cell = frozen, PartsAtSite(site), cell
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1, T, width] -> [1, T, width]."""
         y: torch.Tensor = self.frozen(x)
         batch = self._cell.batch
-        if batch is not None and self.bias_slots.deltas:
-            self.bias_slots.add_to(y.view(-1, y.shape[-1]), batch.tokens.segments)
+        if batch is not None and batch.tokens.kinds:
+            self.parts.change(y.view(-1, y.shape[-1]), [x.reshape(-1, x.shape[-1])], batch.tokens)
         return y

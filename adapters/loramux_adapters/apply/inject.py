@@ -5,8 +5,10 @@ Afterwards the model's projections read the step's batch from one cell. Knows no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramux_adapters.apply.batch import StepCell
-from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Rows, SiteGroup
+from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
 from loramux_adapters.base import LoadedBase
 from loramux_adapters.bnb import Linear4bit
 from loramux_adapters.fingerprint import QuantizedModule, fingerprint
 from loramux_adapters.frozen import DenseLinear, FrozenLinear, Layouts, Nf4Linear
-from loramux_adapters.kernels.protocol import Kernels
+from loramux_adapters.parts.part import Kind
+from loramux_adapters.parts.rank_rows import RankRowsTable
+from loramux_adapters.parts.site import Site, SiteKind
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -36,8 +40,8 @@ class AdaptedModel:
     cell: StepCell
     groups: tuple[SiteGroup, ...]
     linears: dict[str, tuple[SiteGroup, int]]
-    embeddings: dict[str, AdaptedEmbedding]
-    norms: dict[str, AdaptedNorm]
+    sites: dict[str, tuple[PartsAtSite, int]]  # every place: linear maps, embeddings, norms
+    slot_kinds: dict[int, frozenset[Kind]]  # which kinds of parts the adapter of a slot has
     capacity: int  # rank rows per linear module
     layouts: Layouts  # of the frozen weights
 
@@ -71,33 +75,50 @@ def rank_row_bytes(spec: BaseModelSpec, dtype: torch.dtype) -> int:
     return sum(module.in_features + module.out_features for module in _linear_specs(spec)) * dtype.itemsize
 
 
-def inject(
-    base: LoadedBase, kernels: Kernels, *, capacity: int, layouts: Layouts = Layouts(), stack: bool = True
-) -> AdaptedModel:
+def inject(base: LoadedBase, *, capacity: int, layouts: Layouts = Layouts(), stack: bool = True) -> AdaptedModel:
     """Replaces the adaptable modules of `base.model`; `capacity` rank rows per linear module.
 
     `stack` fuses siblings into one frozen product, which is bitwise the same and saves calls.
     """
-    cell = StepCell()
+    cell, rank_rows = StepCell(), RankRowsTable(capacity, base.device)
     groups: list[SiteGroup] = []
     linears: dict[str, tuple[SiteGroup, int]] = {}
+    sites: dict[str, tuple[PartsAtSite, int]] = {}
     for names in _grouped_names(base.spec, stack):
         for part in _stackable(base, names):
-            group = _make_group(base, part, cell, kernels, capacity, layouts)
+            group = _make_group(base, part, cell, rank_rows, layouts)
             groups.append(group)
             for member, name in enumerate(part):
-                linears[name] = (group, member)
+                linears[name], sites[name] = (group, member), (group.parts, member)
                 _replace(base.model, name, AdaptedLinear(group, member))
-    embeddings, norms = {}, {}
     for name, spec in base.spec.modules.items():
         module = base.model.get_submodule(name)
+        adapted: AdaptedEmbedding | AdaptedNorm
         if spec.kind == "embedding" and isinstance(module, nn.Embedding):
-            embeddings[name] = AdaptedEmbedding(module, cell)
-            _replace(base.model, name, embeddings[name])
+            scale = getattr(module, "embed_scale", None)
+            adapted = AdaptedEmbedding(module, _site(base, spec, rank_rows, None, scale), cell)
         elif spec.kind == "norm" and spec.has_bias:
-            norms[name] = AdaptedNorm(module, cell)
-            _replace(base.model, name, norms[name])
-    return AdaptedModel(base.model, base, cell, tuple(groups), linears, embeddings, norms, capacity, layouts)
+            adapted = AdaptedNorm(module, _site(base, spec, rank_rows, module.get_parameter("bias")), cell)
+        else:
+            continue
+        sites[name] = (adapted.parts, 0)
+        _replace(base.model, name, adapted)
+    return AdaptedModel(base.model, base, cell, tuple(groups), linears, sites, {}, capacity, layouts)
+
+
+def _site(
+    base: LoadedBase, spec: ModuleSpec, rank_rows: RankRowsTable, bias: torch.Tensor | None, scale: Any = None
+) -> Site:
+    """The site of a module that stands alone."""
+    kind: SiteKind = "norm" if spec.kind == "norm" else "embedding"
+    return Site(
+        kind, (spec.name,), ((0, spec.out_features),), spec.in_features, base.compute_dtype, base.device,
+        _on_host(bias), rank_rows, scale,
+    )  # fmt: skip
+
+
+def _on_host(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().float().cpu()
 
 
 def _linear_specs(spec: BaseModelSpec) -> list[ModuleSpec]:
@@ -135,20 +156,18 @@ def _freeze(base: LoadedBase, name: str, layouts: Layouts) -> FrozenLinear:
 
 
 def _make_group(
-    base: LoadedBase,
-    names: tuple[str, ...],
-    cell: StepCell,
-    kernels: Kernels,
-    capacity: int,
-    layouts: Layouts,
+    base: LoadedBase, names: tuple[str, ...], cell: StepCell, rank_rows: RankRowsTable, layouts: Layouts
 ) -> SiteGroup:
     parts = [_freeze(base, name, layouts) for name in names]
     frozen = parts[0] if len(parts) == 1 else Nf4Linear.stack([part for part in parts if isinstance(part, Nf4Linear)])
     if isinstance(frozen, Nf4Linear):
         frozen.build(layouts)
-    outs = [base.spec.modules[name].out_features for name in names]
-    rows: Rows = "logits" if names[0] == base.spec.head else "tokens"
-    return SiteGroup(frozen, names, outs, cell, kernels, capacity, base.compute_dtype, base.device, rows)
+    ends = list(itertools.accumulate(base.spec.modules[name].out_features for name in names))
+    site = Site(
+        "linear", names, tuple(zip([0, *ends[:-1]], ends, strict=True)), frozen.in_features, base.compute_dtype,
+        base.device, _on_host(frozen.bias), rank_rows,
+    )  # fmt: skip
+    return SiteGroup(frozen, site, cell, "logits" if names[0] == base.spec.head else "tokens")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

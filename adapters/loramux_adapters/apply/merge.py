@@ -12,7 +12,8 @@ from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.group import SiteGroup
 from loramux_adapters.apply.inject import AdaptedModel
 from loramux_adapters.frozen import DenseLinear, Layouts
-from loramux_adapters.weights import AdapterWeights
+from loramux_adapters.parts.registry import KIND_OF, KINDS
+from loramux_adapters.weights import AdapterWeights, ModuleWeights
 
 
 def merged_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
@@ -22,25 +23,29 @@ def merged_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
 
 
 def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
-    """Builds the merged weights in float32 and rounds once to the compute dtype."""
+    """Builds the merged weights in float32 and rounds once to the compute dtype.
+
+    Raises AdapterIncompatible where a part cannot be folded into a weight.
+    """
     dtype = adapted.base.compute_dtype
     layouts = Layouts(native=adapted.layouts.native)
-    dense: dict[str, DenseLinear] = {}
+    merged: dict[str, DenseLinear] = {}
     for group in _groups(adapted, weights):
-        weight = group.frozen.dequantize(torch.float32)
-        bias = None if group.frozen.bias is None else group.frozen.bias.float()
+        weight, own = group.frozen.dequantize(torch.float32), group.frozen.bias
+        bias = torch.zeros(len(weight), device=weight.device) if own is None else own.float().clone()
         for name, (begin, end) in zip(group.members, group.columns, strict=True):
-            module = weights.modules.get(name)
-            if module is None:
-                continue
-            if module.low_rank is not None:
-                low_rank = module.low_rank
-                weight[begin:end].addmm_(low_rank.b.to(weight), low_rank.a.to(weight))
-            if module.bias is not None:
-                bias = torch.zeros(group.frozen.out_features, device=weight.device) if bias is None else bias.clone()
-                bias[begin:end] = module.bias.to(weight.device)
-        dense[group.key] = DenseLinear(weight.to(dtype), None if bias is None else bias.to(dtype), layouts)
-    return MergedWeights(weights.spec.digest, dense)
+            _fold(weight[begin:end], bias[begin:end], weights.modules.get(name))
+        has_bias = own is not None or bool(bias.any())
+        merged[group.key] = DenseLinear(weight.to(dtype), bias.to(dtype) if has_bias else None, layouts)
+    return MergedWeights(weights.spec.digest, merged)
+
+
+def _fold(weight: torch.Tensor, bias: torch.Tensor, module: ModuleWeights | None) -> None:
+    """Folds all parts of one module into its weight [out, in] and bias [out], in the order in which they act."""
+    parts = {KIND_OF[type(part)]: part for part in (module.parts if module else ())}
+    for kind in KINDS:
+        if kind in parts:
+            kind.fold(weight, bias, parts[kind])
 
 
 def _groups(adapted: AdaptedModel, weights: AdapterWeights) -> list[SiteGroup]:

@@ -22,8 +22,10 @@ from loramux_adapters.formats.peft_tensors import Part, PlacedTensor, place_tens
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_file import SafetensorsFile
 from loramux_adapters.formats.targets import Targets, resolve_targets
+from loramux_adapters.parts.bias import Bias
+from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.spec import AdapterSpec, BaseModelSpec
-from loramux_adapters.weights import AdapterWeights, LowRank, ModuleWeights
+from loramux_adapters.weights import AdapterWeights, ModuleWeights
 
 Parts = dict[Part, torch.Tensor]
 
@@ -58,7 +60,7 @@ def read_peft(
         base_fingerprint=declared,
         base_mismatch=mismatch,
         ranks={name: target.rank for name, target in targets.modules.items()},
-        biases=frozenset(name for name, module in modules.items() if module.bias is not None),
+        biases=frozenset(name for name, module in modules.items() if module.get(Bias) is not None),
         nbytes=sum(tensor.entry.nbytes for tensor in placed),
     )
     return AdapterWeights(spec, modules)
@@ -86,9 +88,9 @@ def _read_tensors(
 
 
 def _module_weights(name: str, parts: Parts, scale: float) -> ModuleWeights:
-    bias = parts["bias"].float() if "bias" in parts else None
+    biases = (Bias(parts["bias"].float()),) if "bias" in parts else ()
     if "a" not in parts:
-        return ModuleWeights(bias=bias)
+        return ModuleWeights(biases)
     b = parts["b"].float() * scale
     if not bool(torch.isfinite(b).all()):
         raise AdapterInvalid(
@@ -96,7 +98,7 @@ def _module_weights(name: str, parts: Parts, scale: float) -> ModuleWeights:
             subject=f"{CONFIG_FILE}: lora_alpha",
             remedy="check lora_alpha and alpha_pattern",
         )
-    return ModuleWeights(LowRank(parts["a"], b), bias)
+    return ModuleWeights((LowRank(parts["a"], b), *biases))
 
 
 def _check_tied(read: Mapping[str, Parts], head: str, embedding: str) -> None:

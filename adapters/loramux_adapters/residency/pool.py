@@ -261,7 +261,12 @@ class AdapterPool(Generic[W]):
         weights = load.weights
         if weights is None:
             raise ValueError(f"{load.digest} has not been read")
-        load.size = needs, extra_bytes = self._table.needs(weights.spec.ranks), self._device.extra_bytes(weights)
+        try:
+            ranks, extra_bytes = self._device.cost(weights)
+        except AdapterError as error:
+            self._fail(load, error)
+            return
+        load.size = needs, _ = self._table.needs(ranks), extra_bytes
         if not self._table.can_ever_hold(needs, extra_bytes):
             self._fail(load, self._too_large(needs, extra_bytes))
             return

@@ -49,8 +49,8 @@ class HostTier(Protocol[W_co]):
 class DeviceTier(Protocol[W_contra]):
     """The device's slots. `write` runs on the loader thread, the others on the engine thread."""
 
-    def extra_bytes(self, weights: W_contra) -> int:
-        """Device bytes outside the rank rows (embedding factors, biases)."""
+    def cost(self, weights: W_contra) -> tuple[Mapping[str, int], int]:
+        """(rank rows by module, device bytes beside them). Raises AdapterError."""
         ...
 
     def write(self, slot: int, weights: W_contra, rows: Rows) -> None:

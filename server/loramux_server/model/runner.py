@@ -100,7 +100,9 @@ class ModelRunner:
         if merged is not None:
             dense = self._merged(merged)  # may have been dropped since the plan: the slots serve as well
         return AdapterBatch(
-            RowMap(batch.token_slots, self._kernels, device), RowMap(batch.logit_slots, self._kernels, device), dense
+            RowMap(batch.token_slots, self._kernels, device, self._adapted.slot_kinds),
+            RowMap(batch.logit_slots, self._kernels, device, self._adapted.slot_kinds),
+            dense,
         )
 
     def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:

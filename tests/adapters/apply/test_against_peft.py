@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from loramux_adapters.frozen import Layouts
+from loramux_adapters.parts.bias import Bias
+from loramux_adapters.parts.low_rank import LowRank
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 
@@ -127,9 +129,10 @@ def test_an_adapter_leaves_nothing_when_it_goes(tmp_path: Path) -> None:
             engine.pool.discard(digest)
         engine.pool.poll()
         assert engine.pool.stats().resident == 0
-        assert not any(bias.deltas for group in engine.adapted.groups for bias in group.biases)
-        assert not any(norm.bias_slots.deltas for norm in engine.adapted.norms.values())
-        assert not any(embedding.slots for embedding in engine.adapted.embeddings.values())
+        places = [at for at, _ in engine.adapted.sites.values()]
+        biased = [at for at in places if at.site.kind != "embedding"]
+        assert not any(any(at.of(Bias).values) for at in biased)
+        assert not any(at.of(LowRank).slots for at in places if at.site.kind == "embedding")
 
 
 def test_a_base_bias_of_zero_is_still_a_bias(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from loramux_adapters.apply.inject import AdaptedModel, inject
 from loramux_adapters.base import LoadedBase
 from loramux_adapters.frozen import Layouts
-from loramux_adapters.kernels.gathered import GatheredKernels
 from support.checkpoints import float_base, save_checkpoint, wide_model
 
 IDS = torch.arange(12)[None]
@@ -22,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def injected(base: LoadedBase, *, stack: bool = True, layouts: Layouts = Layouts()) -> AdaptedModel:
-    return inject(base, GatheredKernels(), capacity=16, stack=stack, layouts=layouts)
+    return inject(base, capacity=16, stack=stack, layouts=layouts)
 
 
 @pytest.mark.parametrize("stack", [True, False], ids=["stacked", "apart"])

@@ -16,7 +16,6 @@ from loramux_adapters.apply.merge import merge, merged_bytes
 from loramux_adapters.base import load_base
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
-from loramux_adapters.kernels.gathered import GatheredKernels
 from support.adapters import files_of, load_in_peft
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 
@@ -58,7 +57,7 @@ def test_it_is_the_merged_weight(kind: str, tmp_path: Path) -> None:
     path = make_adapter_for(checkpoint, tmp_path / "a", seed=1, **options)
     base = load_base(checkpoint, compute_dtype=torch.float32)
     weights = read(files_of(path), base.spec, ReadLimits())
-    adapted = inject(base, GatheredKernels(), capacity=8)
+    adapted = inject(base, capacity=8)
     merged = load_in_peft(dense_twin(checkpoint, adapted), path).merge_and_unload()
     dense = merge(adapted, weights)
     assert dense.digest == weights.spec.digest
@@ -84,7 +83,7 @@ def test_bytes_are_told_before(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         base = load_base(checkpoint, compute_dtype=dtype)
         weights = read(files_of(path), base.spec, ReadLimits())
-        adapted = inject(base, GatheredKernels(), capacity=8)
+        adapted = inject(base, capacity=8)
         dense = merge(adapted, weights)
         assert {linear.weight.dtype for linear in dense.weights.values()} == {dtype}
         assert merged_bytes(adapted, weights) == _nbytes(dense)

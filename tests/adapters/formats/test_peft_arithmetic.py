@@ -8,6 +8,8 @@ import torch
 
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
+from loramux_adapters.parts.bias import Bias
+from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.weights import AdapterWeights
 from support.adapters import (
     edit_config,
@@ -68,7 +70,7 @@ def read_directory(directory: Path, model: Any) -> AdapterWeights:
 
 
 def assert_same_deltas(weights: AdapterWeights, deltas: dict[str, torch.Tensor]) -> None:
-    low_ranks = {name: module.low_rank for name, module in weights.modules.items() if module.low_rank}
+    low_ranks = {name: module.get(LowRank) for name, module in weights.modules.items() if module.get(LowRank)}
     assert low_ranks.keys() == deltas.keys() == weights.spec.ranks.keys()
     for name, low_rank in low_ranks.items():
         assert low_rank.rank == weights.spec.ranks[name]
@@ -101,7 +103,8 @@ def test_biases_are_the_whole_effective_bias(architecture: str, options: dict[st
     for name in weights.spec.biases:
         module = loaded.get_submodule(name)
         expected = getattr(module, "base_layer", module).bias
-        bias = weights.modules[name].bias
+        part = weights.modules[name].get(Bias)
+        bias = None if part is None else part.value
         assert bias is not None
         assert torch.equal(bias, expected)
         assert not torch.equal(bias, base[f"{name}.bias"])
@@ -117,11 +120,11 @@ def test_a_keeps_the_dtype_it_was_uploaded_in(dtype: torch.dtype, tmp_path: Path
     weights = read_directory(save(wrapped, tmp_path), model)
     for name, module in weights.modules.items():
         layer = wrapped.get_base_model().get_submodule(name)
-        assert module.low_rank is not None
-        assert module.low_rank.a.dtype == dtype
-        assert torch.equal(module.low_rank.a, layer.lora_A["default"].weight)
-        assert module.low_rank.b.dtype == torch.float32
-        assert torch.equal(module.low_rank.b, layer.lora_B["default"].weight.float() * 0.75)
+        assert module.get(LowRank) is not None
+        assert module.get(LowRank).a.dtype == dtype
+        assert torch.equal(module.get(LowRank).a, layer.lora_A["default"].weight)
+        assert module.get(LowRank).b.dtype == torch.float32
+        assert torch.equal(module.get(LowRank).b, layer.lora_B["default"].weight.float() * 0.75)
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -148,7 +151,7 @@ def test_ensure_weight_tying_carries_both_sides(tmp_path: Path) -> None:
     make_adapter(model, tmp_path, target_modules=["lm_head", "q_proj"], r=4, ensure_weight_tying=True)
     weights = read_directory(tmp_path, model)
     assert_same_deltas(weights, peft_deltas(load_in_peft(model, tmp_path)))
-    head, embedding = weights.modules["lm_head"].low_rank, weights.modules["model.embed_tokens"].low_rank
+    head, embedding = weights.modules["lm_head"].get(LowRank), weights.modules["model.embed_tokens"].get(LowRank)
     assert head is not None
     assert embedding is not None
     torch.testing.assert_close(head.b @ head.a, (embedding.b @ embedding.a).T)

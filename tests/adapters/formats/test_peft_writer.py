@@ -10,6 +10,7 @@ from safetensors import safe_open
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft_writer import TrainedModule, write_peft
 from loramux_adapters.formats.registry import read
+from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.spec import BaseModelSpec
 from support.adapters import CONFIG, WEIGHTS, files_of, load_in_peft, peft_deltas, spec_of, tiny_model
 
@@ -47,7 +48,7 @@ def test_peft_and_we_read_the_same(architecture: str, ranks: dict[str, int], use
     assert weights.spec.ranks == ranks
     assert deltas.keys() == ranks.keys()
     for name, module in modules.items():
-        low_rank = weights.modules[name].low_rank
+        low_rank = weights.modules[name].get(LowRank)
         assert low_rank is not None
         scale = 8 / module.rank ** (0.5 if use_rslora else 1)
         torch.testing.assert_close(low_rank.b @ low_rank.a, scale * module.b @ module.a)
@@ -84,7 +85,7 @@ def test_alphas_differ_per_module(tmp_path: Path) -> None:
     write_peft(tmp_path, modules, base)
     deltas = peft_deltas(load_in_peft(model, tmp_path))
     for name, scale in ((first, 0.25), (second, 1.5)):
-        low_rank = read(files_of(tmp_path), base, ReadLimits()).modules[name].low_rank
+        low_rank = read(files_of(tmp_path), base, ReadLimits()).modules[name].get(LowRank)
         assert low_rank is not None
         torch.testing.assert_close(low_rank.b @ low_rank.a, scale * modules[name].b @ modules[name].a)
         torch.testing.assert_close(deltas[name], scale * modules[name].b @ modules[name].a)

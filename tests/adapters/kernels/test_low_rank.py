@@ -10,13 +10,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from loramux_adapters.apply.batch import Layout, segments_of
+from loramux_adapters.apply.batch import segments_of
 from loramux_adapters.kernels import gathered
 from loramux_adapters.kernels.gathered import GatheredKernels
 from loramux_adapters.kernels.native_low_rank import NativeKernels, find_native
 from loramux_adapters.kernels.protocol import Kernels, RankPlan, Segment
 from loramux_adapters.kernels.reference import ReferenceKernels
 from loramux_adapters.kernels.select import select_kernels
+from loramux_adapters.parts.rank_rows import RankRows
 
 CPU = torch.device("cpu")
 IN, OUTS, CAPACITY = 48, (40, 24, 24), 640
@@ -50,7 +51,7 @@ class Case:
     y: torch.Tensor
     a: torch.Tensor
     b: list[torch.Tensor]
-    layouts: list[Layout]
+    layouts: list[RankRows]
     columns: list[tuple[int, int]]
 
     @classmethod
@@ -87,7 +88,7 @@ class Case:
     def run(self, kernels: Kernels, force: str | None = None) -> torch.Tensor:
         """What `kernels` make of it; `force` overrides the choice between one product and segments."""
         token_slots = torch.tensor(self.slots, dtype=torch.int32)
-        plans: dict[Layout, RankPlan | None] = {}
+        plans: dict[RankRows, RankPlan | None] = {}
         cost = {None: gathered.SEGMENT_COST, "one product": 1 << 40, "segments": -(1 << 40)}[force]
         for layout in self.layouts:
             used = [Segment(s.start, s.stop, *layout.ranges[s.slot]) for s in segments_of(self.slots)
@@ -99,7 +100,7 @@ class Case:
         return y
 
 
-def _layout(present: Sequence[int], rank: int, draw: random.Random, skip: float) -> Layout:
+def _layout(present: Sequence[int], rank: int, draw: random.Random, skip: float) -> RankRows:
     """The slots in a random order with gaps between them; some have no rows here."""
     rows = -(-rank // 8) * 8
     ranges, place = {}, 0
@@ -110,7 +111,7 @@ def _layout(present: Sequence[int], rank: int, draw: random.Random, skip: float)
         if place + rows <= CAPACITY:
             ranges[slot] = (place, rows)
         place += rows
-    return Layout(ranges, CAPACITY, CPU)
+    return RankRows(ranges, CAPACITY, CPU)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -148,7 +149,7 @@ def test_rows_before_the_first_adapter_are_not_touched(kernels: Kernels) -> None
 
 def test_ranks_mix_in_one_pool() -> None:
     case = Case.make([0, 0, 1, 2, 2, 2], 8, torch.float32)
-    layout = Layout({0: (0, 8), 1: (8, 512), 2: (528, 64)}, CAPACITY, CPU)
+    layout = RankRows({0: (0, 8), 1: (8, 512), 2: (528, 64)}, CAPACITY, CPU)
     case.layouts = [layout] * 3
     for force in ("one product", "segments"):
         assert_close(case.run(GatheredKernels(), force), case.expected(), torch.float32)

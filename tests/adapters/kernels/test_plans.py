@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_adapters.apply.batch import Layout, RowMap, segments_of
+from loramux_adapters.apply.batch import RowMap, segments_of
 from loramux_adapters.kernels.gathered import GatheredKernels
 from loramux_adapters.kernels.protocol import Kernels
 from loramux_adapters.kernels.reference import ReferenceKernels
+from loramux_adapters.parts.rank_rows import RankRows
 
 CPU = torch.device("cpu")
 SORTED_SLOTS = st.lists(st.integers(-1, 5), max_size=40).map(sorted)
@@ -20,7 +21,7 @@ KERNELS = pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernel
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
+def layouts(draw: st.DrawFn) -> RankRows:
     """Some of the slots 0..5, each with its run of rows, gaps between."""
     ranges, place = {}, 0
     for slot in draw(st.permutations(range(6))):
@@ -29,7 +30,7 @@ def layouts(draw: st.DrawFn) -> Layout:
             rows = draw(st.integers(1, 4)) * 8
             ranges[slot] = (place, rows)
             place += rows
-    return Layout(ranges, place + draw(st.integers(0, 5)), CPU)
+    return RankRows(ranges, place + draw(st.integers(0, 5)), CPU)
 
 
 @given(SORTED_SLOTS)
@@ -54,7 +55,7 @@ def test_base_rows_come_first_or_it_is_refused(slots: list[int]) -> None:
 
 
 @given(layouts())
-def test_a_layout_marks_each_row_with_its_slot(layout: Layout) -> None:
+def test_a_layout_marks_each_row_with_its_slot(layout: RankRows) -> None:
     for row, owner in enumerate(layout.row_slots.tolist()):
         holding = [slot for slot, (first, rows) in layout.ranges.items() if first <= row < first + rows]
         assert holding == ([owner] if owner >= 0 else [])
@@ -62,7 +63,7 @@ def test_a_layout_marks_each_row_with_its_slot(layout: Layout) -> None:
 
 @KERNELS
 @given(slots=SORTED_SLOTS, layout=layouts())
-def test_a_plan_names_exactly_the_rank_rows_of_each_token(kernels: Kernels, slots: list[int], layout: Layout) -> None:
+def test_a_plan_names_exactly_the_rank_rows_of_each_token(kernels: Kernels, slots: list[int], layout: RankRows) -> None:
     plan = RowMap(slots, kernels, CPU).plan(layout)
     if plan is None:
         assert not {slot for slot in slots if slot >= 0} & set(layout.ranges)
@@ -82,13 +83,13 @@ def test_a_plan_names_exactly_the_rank_rows_of_each_token(kernels: Kernels, slot
 
 def test_a_plan_is_made_once_per_layout() -> None:
     rows = RowMap([-1, 0, 1], GatheredKernels(), CPU)
-    layout, other = Layout({0: (0, 8)}, 16, CPU), Layout({0: (0, 8)}, 16, CPU)
+    layout, other = RankRows({0: (0, 8)}, 16, CPU), RankRows({0: (0, 8)}, 16, CPU)
     assert rows.plan(layout) is rows.plan(layout)
     assert rows.plan(layout) is not rows.plan(other)
 
 
 def test_no_rows_make_no_plan() -> None:
-    layout = Layout({0: (0, 8)}, 8, CPU)
+    layout = RankRows({0: (0, 8)}, 8, CPU)
     for slots in ([], [-1], [-1, 4]):
         assert RowMap(slots, GatheredKernels(), CPU).plan(layout) is None
 

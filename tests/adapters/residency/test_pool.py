@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_adapters.errors import AdapterCorrupt, AdapterError, PoolExhausted
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
 from loramux_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS
 from loramux_adapters.residency.tiers import ResidencyView
 from support.pool_world import World
@@ -35,6 +35,22 @@ def test_a_failure_is_told_once_and_then_tried_again() -> None:
     world.bring("8-a")
     assert world.reads == ["8-a"] * 2
     assert world.resident("8-a") == [True]
+
+
+def test_what_the_device_refuses_is_told_to_whoever_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+
+    def refuse(_: object) -> None:
+        raise AdapterIncompatible("a bias has no meaning there", subject="q")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.device, "cost", refuse)
+        assert world.pool.try_acquire("8-a") is None
+        world.settle()
+        with pytest.raises(AdapterIncompatible, match="no meaning"):
+            world.pool.try_acquire("8-a")
+    world.pool.check()
+    world.bring("8-a")
 
 
 def test_a_failure_nobody_asks_for_is_forgotten() -> None:

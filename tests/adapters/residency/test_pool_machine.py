@@ -4,7 +4,7 @@ books add up."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +54,8 @@ class FakeDevice:
         self.failing: set[str] = set()
         self.on_unbind: Callable[[str], None] = lambda digest: None
 
-    def extra_bytes(self, weights: FakeWeights) -> int:
-        return SHAPES[weights.spec.digest][1]
+    def cost(self, weights: FakeWeights) -> tuple[Mapping[str, int], int]:
+        return weights.spec.ranks, SHAPES[weights.spec.digest][1]
 
     def write(self, slot: int, weights: FakeWeights, rows: Rows) -> None:
         assert slot not in self.bound

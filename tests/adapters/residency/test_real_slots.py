@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loramux_adapters.parts.low_rank import LowRank
 from support.against_peft import Truth, ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -30,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Pat
 def places(engine: ModelEngine, name: str) -> object:
     group, member = engine.adapted.linears["lm_head"]
     view = engine.pool.residency(engine.digests[name])
-    return None if view.slot is None else group.layouts[member].ranges[view.slot]
+    return None if view.slot is None else group.parts.of(LowRank).rank_rows[member].ranges[view.slot]
 
 
 def test_after_eviction_and_reload_the_answers_are_the_same(world: tuple[Path, dict[str, Path], list[Truth]]) -> None:
@@ -51,8 +52,8 @@ def test_rows_still_hold_what_a_former_owner_left_and_nobody_notices(
     checkpoint, adapters, truths = world
     engine = engine_for(checkpoint, adapters, capacity=64)
     for group in engine.adapted.groups:
-        group.a.fill_(1e3)
-        for b in group.b:
+        group.parts.of(LowRank).a.fill_(1e3)
+        for b in group.parts.of(LowRank).b:
             b.fill_(1e3)
     assert_equal_to_peft(engine, truths)
 
@@ -67,5 +68,5 @@ def test_all_of_it_is_given_back(world: tuple[Path, dict[str, Path], list[Truth]
     engine.pool.poll()
     stats = engine.pool.stats()
     assert (stats.resident, stats.rows_used, stats.loading) == (0, 0, 0)
-    assert all(not layout.ranges for group in engine.adapted.groups for layout in group.layouts)
+    assert all(not layout.ranges for group in engine.adapted.groups for layout in group.parts.of(LowRank).rank_rows)
     assert_equal_to_peft(engine, truths)

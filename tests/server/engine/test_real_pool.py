@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +54,8 @@ class Device:
         self.bound: dict[int, str] = {}
         self.written: dict[int, str] = {}
 
-    def extra_bytes(self, weights: Weights) -> int:
-        return 0
+    def cost(self, weights: Weights) -> tuple[Mapping[str, int], int]:
+        return weights.spec.ranks, 0
 
     def write(self, slot: int, weights: Weights, rows: Rows) -> None:
         assert slot not in self.bound

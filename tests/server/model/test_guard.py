@@ -19,7 +19,6 @@ from loramux_adapters.guard.exactness import Truth, ask_untouched
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.guard.reference import ReferencePacked
-from loramux_adapters.kernels.gathered import GatheredKernels
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
 from loramux_server.model.guard import self_check
@@ -51,7 +50,7 @@ def checked(
     examined = examine(base, context)
     layers = examined.layers
     truth = ask_untouched(base, layers, context, room=(blocks - 1) * block_size, block=block_size)
-    adapted = inject(base, GatheredKernels(), capacity=8)
+    adapted = inject(base, capacity=8)
     cache = PagedCache(distort(list(layers)), blocks, block_size, base.compute_dtype, base.device)
     return self_check(adapted, cache, truth, rope=examined.rope, decode=decode, tiled=tiled), truth
 

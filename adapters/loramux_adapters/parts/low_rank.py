@@ -1,0 +1,141 @@
+"""Low rank: B A x beside W x, of LoRA and of everything that can be written so (Hu et al., 2021).
+
+At linear maps rank rows of all slots lie in one pool per module and a kernel gathers them; at an embedding A's columns
+are gathered by token id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loramux_adapters.kernels import invariant
+from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
+from loramux_adapters.parts.site import Site, StepRows
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Part):
+    """The delta B A of one map y = W x. For an embedding, `in` is the vocabulary."""
+
+    a: torch.Tensor  # [r, in], in the dtype it was uploaded in
+    b: torch.Tensor  # [out, r], float32, the scale (alpha / r or alpha / sqrt(r)) folded in
+
+    @property
+    def rank(self) -> int:
+        """r, the true rank."""
+        return int(self.a.shape[0])
+
+
+class PooledLowRank(SiteParts[LowRank]):
+    """At linear maps. a: [M, C, in]; b: per member [C, out]; both in the compute dtype, zero where free."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        capacity, dtype, device = site.rank_rows.capacity, site.dtype, site.device
+        self.a = torch.zeros(len(site.members), capacity, site.in_features, dtype=dtype, device=device)
+        self.b = [torch.zeros(capacity, end - begin, dtype=dtype, device=device) for begin, end in site.columns]
+        self.rank_rows = [site.rank_rows.empty for _ in site.members]
+        self._written: dict[int, dict[int, tuple[int, int]]] = {}  # slot -> member -> its rank rows
+
+    def cost(self, part: LowRank) -> PartCost:
+        """Rank rows of its true rank; the pool is there already."""
+        return PartCost(rank_rows=part.rank)
+
+    def prepare(self, member: int, part: LowRank) -> tuple[torch.Tensor, ...]:
+        """(A [r, in], B^T [r, out])"""
+        name = self.site.members[member]
+        # Checked before they reach the pool: in a product over it a foreign rank row of B is multiplied by zero, and
+        # 0 * inf is NaN.
+        return finite(name, part.a.to(self.site.dtype)), finite(name, part.b.T.to(self.site.dtype))
+
+    def write(
+        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+    ) -> None:
+        """Rank rows beyond the true rank become zero."""
+        if rank_rows is None:
+            raise ValueError(f"{self.site.members[member]}: a low-rank part was given no rank rows")
+        first, count = rank_rows
+        for pool, factor in zip((self.a[member], self.b[member]), prepared, strict=True):
+            pool[first : first + len(factor)].copy_(factor)
+            pool[first + len(factor) : first + count].zero_()
+        self._written.setdefault(slot, {})[member] = rank_rows
+
+    def bind(self, slot: int) -> None:
+        """The pool's rows are the slot's from the next step on."""
+        for member, place in self._written.pop(slot, {}).items():
+            self.rank_rows[member] = self.site.rank_rows.changed(self.rank_rows[member], slot, place)
+
+    def unbind(self, slot: int) -> None:
+        """The pool's rows may be given to another."""
+        self._written.pop(slot, None)
+        for member, rows in enumerate(self.rank_rows):
+            if slot in rows.ranges:
+                self.rank_rows[member] = self.site.rank_rows.changed(rows, slot, None)
+
+    def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
+        """One gathered product for all members that read the same input."""
+        columns = self.site.columns
+        if all(x is inputs[0] for x in inputs):
+            step.add_low_rank(y, inputs[0], self.a, self.b, columns, self.rank_rows)
+            return
+        for member, x in enumerate(inputs):
+            alone = [rows if index == member else None for index, rows in enumerate(self.rank_rows)]
+            step.add_low_rank(y, x, self.a, self.b, columns, alone)
+
+
+class GatheredLowRank(SiteParts[LowRank]):
+    """At an embedding, which hands its token ids [T] on as the input. Its output may be scaled (Gemma); the delta is
+    scaled alike, as PEFT does.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.slots: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot -> (A^T [vocabulary, r], B^T [r, out])
+        self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def cost(self, part: LowRank) -> PartCost:
+        """Bytes of both factors."""
+        return PartCost(nbytes=sum(factor.numel() for factor in part.tensors) * self.site.dtype.itemsize)
+
+    def prepare(self, member: int, part: LowRank) -> tuple[torch.Tensor, ...]:
+        """(A^T [vocabulary, r], B^T [r, out])"""
+        name = self.site.members[member]
+        return tuple(finite(name, factor.T.to(self.site.dtype)).contiguous() for factor in (part.a, part.b))
+
+    def write(
+        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+    ) -> None:
+        """To tensors of their own."""
+        a, b = (tensor.to(self.site.device) for tensor in prepared)
+        self._written[slot] = (a, b)
+
+    def bind(self, slot: int) -> None:
+        """See SiteParts."""
+        if slot in self._written:
+            self.slots = {**self.slots, slot: self._written.pop(slot)}
+
+    def unbind(self, slot: int) -> None:
+        """See SiteParts."""
+        self._written.pop(slot, None)
+        self.slots = {key: value for key, value in self.slots.items() if key != slot}
+
+    def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
+        """Row by row invariant, so that no row depends on its batch mates."""
+        for start, stop, slot in step.segments:
+            if slot not in self.slots:
+                continue
+            a, b = self.slots[slot]
+            delta = invariant.linear(a[inputs[0][start:stop]].float(), b.float().T)
+            if self.site.output_scale is not None:
+                delta = delta * self.site.output_scale
+            y[start:stop] += delta.to(b.dtype)
+
+
+def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: LowRank) -> None:
+    weight.addmm_(part.b.to(weight), part.a.to(weight))
+
+
+KIND = Kind(LowRank, {"linear": PooledLowRank, "embedding": GatheredLowRank}, _fold, is_pooled=True)

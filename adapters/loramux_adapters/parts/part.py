@@ -1,0 +1,121 @@
+"""What a kind of part says of itself: its tensors in host memory, how they reach a slot, and how they act.
+
+    y = output_gain * (W (input_gain * x) + B A (input_gain * x)) + bias
+
+is what all kinds together make of a frozen W; each is one share of it. Whoever loops over parts knows none of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.parts.site import Site, SiteKind, StepRows
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One kind's share of what an adapter does to one module, in host memory. Subclasses are the kinds."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them: what the part takes of host memory."""
+        return tuple(value for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+
+P = TypeVar("P", bound=Part)
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What a part takes on the device: rank rows of the module's pool, and bytes beside them."""
+
+    rank_rows: int = 0
+    nbytes: int = 0
+
+
+class SiteParts(ABC, Generic[P]):
+    """The parts of one kind at one site, of all slots.
+
+    `cost` and `prepare` touch host memory only and may run on any thread. The rest belongs to whoever runs the steps,
+    between two of them; `before` and `after` are called within one.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    @abstractmethod
+    def cost(self, part: P) -> PartCost:
+        """What `part` will take."""
+
+    @abstractmethod
+    def prepare(self, member: int, part: P) -> tuple[torch.Tensor, ...]:
+        """The tensors that `write` copies, in the compute dtype.
+
+        Raises AdapterIncompatible where a value is not finite in it.
+        """
+
+    @abstractmethod
+    def write(
+        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+    ) -> None:
+        """Copies what `prepare` gave to the device; `rank_rows` is (first, number) of those given to it, if any."""
+
+    @abstractmethod
+    def bind(self, slot: int) -> None:
+        """What was written to `slot` counts from the next step on."""
+
+    @abstractmethod
+    def unbind(self, slot: int) -> None:
+        """What was bound to `slot`, if anything, counts no more."""
+
+    def before(self, x: torch.Tensor, member: int, step: StepRows) -> torch.Tensor:
+        """What a member reads in place of x [T, in]: x itself, or a new tensor."""
+        return x
+
+    def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
+        """Changes the site's output y [T, out] in place; `inputs` [T, in] is what each member read."""
+
+
+Fold = Callable[[torch.Tensor, torch.Tensor, Any], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One line of the registry: a type of part, the class for each kind of site it may be at, and what else it needs.
+
+    `fold` merges a part into a weight [out, in] and a bias [out] of one member, both float32, in place.
+    """
+
+    part: type[Part]
+    sites: Mapping[SiteKind, type[SiteParts[Any]]]
+    fold: Fold
+    changes_input: bool = False  # has a `before`
+    is_pooled: bool = False  # has its device memory from the start, at every site it may be at
+
+    def at(self, site: Site) -> SiteParts[Any]:
+        """An empty one. Raises AdapterIncompatible where the kind has no meaning."""
+        made = self.sites.get(site.kind)
+        if made is None:
+            raise AdapterIncompatible(
+                f"{site.members[0]}: {self.part.__name__} has no meaning for a module of kind {site.kind}",
+                subject=site.members[0],
+                remedy="train without it there",
+            )
+        return made(site)
+
+
+def finite(name: str, cast: torch.Tensor) -> torch.Tensor:
+    """`cast` itself. Raises AdapterIncompatible where a value is not finite."""
+    if not torch.isfinite(cast).all():
+        raise AdapterIncompatible(
+            f"{name}: the scaled weights are not finite in {str(cast.dtype).removeprefix('torch.')}",
+            subject=name,
+            remedy="serve with --dtype float32, or train with a smaller alpha / r",
+        )
+    return cast

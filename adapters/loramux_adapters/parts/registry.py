@@ -1,0 +1,13 @@
+"""Every kind of part, in the order in which they act on an output and are folded into a weight."""
+
+from __future__ import annotations
+
+from loramux_adapters.parts import bias, low_rank
+from loramux_adapters.parts.part import Kind, Part
+
+KINDS: tuple[Kind, ...] = (
+    low_rank.KIND,
+    bias.KIND,
+)
+
+KIND_OF: dict[type[Part], Kind] = {kind.part: kind for kind in KINDS}

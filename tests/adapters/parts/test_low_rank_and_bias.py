@@ -1,0 +1,90 @@
+"""Low rank and bias at one module, side by side with others in one batch, against the formula in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.parts.bias import Bias
+from loramux_adapters.parts.low_rank import LowRank
+from support.parts import PartsBench, numbers
+
+Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> PartsBench:
+    return PartsBench(tmp_path)
+
+
+def test_each_row_gets_its_own_adapter_and_base_rows_none(bench: PartsBench) -> None:
+    weight, own = bench.frozen(Q)
+    a, b, bias = numbers(5, weight.shape[1], seed=1), numbers(len(weight), 5, seed=2), numbers(len(weight), seed=3)
+    both, biased = bench.bind({Q: [LowRank(a, b), Bias(bias)]}), bench.bind({Q: [Bias(2 * bias)]})
+    x = numbers(6, weight.shape[1], seed=4)
+    y = bench.run(Q, x, [-1, -1, both, both, biased, biased])
+    plain = x.double() @ weight.T
+    torch.testing.assert_close(y[:2].double(), plain[:2] + own, atol=1e-4, rtol=1e-5)
+    low_rank = x.double() @ a.double().T @ b.double().T
+    torch.testing.assert_close(y[2:4].double(), (plain + low_rank + bias)[2:4], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(y[4:].double(), (plain + 2 * bias)[4:], atol=1e-4, rtol=1e-5)
+    bench.free(both)
+    assert torch.equal(bench.run(Q, x, [-1] * 6), bench.run(Q, x, [both] * 6))
+
+
+def test_merged_weights_are_the_same(bench: PartsBench) -> None:
+    width = bench.frozen(Q)[0].shape[1]
+    parts = {
+        Q: [LowRank(numbers(4, width, seed=1), numbers(len(bench.frozen(Q)[0]), 4, seed=2))],
+        K: [Bias(numbers(len(bench.frozen(K)[0]), seed=3))],
+        OUT: [Bias(numbers(len(bench.frozen(OUT)[0]), seed=4))],  # the base has none there
+    }
+    slot = bench.bind(parts)
+    for name in (Q, K, OUT):
+        x = numbers(3, bench.frozen(name)[0].shape[1], seed=5)
+        torch.testing.assert_close(
+            bench.run_merged(name, x, parts), bench.run(name, x, [slot] * 3), atol=1e-4, rtol=1e-5
+        )
+
+
+def test_a_failed_write_leaves_nothing_for_the_next_of_its_slot(
+    bench: PartsBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, _ = bench.frozen(Q)
+    first = {Q: [Bias(numbers(len(weight), seed=1))], OUT: [Bias(numbers(len(bench.frozen(OUT)[0]), seed=2))]}
+    at, _ = bench.adapted.sites[OUT]
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at.of(Bias), "write", fail)
+        with pytest.raises(MemoryError):
+            bench.slots.write(0, bench.weights(first), {})
+    bench.slots.write(0, bench.weights({OUT: first[OUT]}), {})
+    bench.slots.bind(0, {})
+    x = numbers(2, weight.shape[1], seed=3)
+    assert torch.equal(bench.run(Q, x, [0, 0]), bench.run(Q, x, [-1, -1]))
+
+
+def test_a_kind_is_refused_where_it_has_no_meaning(bench: PartsBench) -> None:
+    embedding = "model.embed_tokens"
+    with pytest.raises(AdapterIncompatible, match="Bias has no meaning for a module of kind embedding") as refused:
+        bench.slots.cost(bench.weights({embedding: [Bias(numbers(4, seed=1))]}))
+    assert refused.value.subject == embedding
+
+
+def test_a_kind_that_no_row_has_is_asked_at_no_module(bench: PartsBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = bench.frozen(Q)
+    slot = bench.bind({Q: [LowRank(numbers(4, weight.shape[1], seed=1), numbers(len(weight), 4, seed=2))]})
+    bench.bind({Q: [Bias(numbers(len(weight), seed=3))]})
+    at, _ = bench.adapted.sites[Q]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(at.of(Bias), "after", fail)
+    bench.run(Q, numbers(2, weight.shape[1], seed=4), [-1, slot])
