@@ -54,7 +54,7 @@ def test_a_failed_write_leaves_nothing_for_the_next_of_its_slot(
     bench: PartsBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, _ = bench.frozen(Q)
-    first = {Q: [Bias(numbers(len(weight), seed=1))], OUT: [Bias(numbers(len(bench.frozen(OUT)[0]), seed=2))]}
+    biases = {name: [Bias(numbers(len(bench.frozen(name)[0]), seed=1))] for name in (Q, K, OUT)}
     at, _ = bench.adapted.sites[OUT]
 
     def fail(*_: object) -> None:
@@ -63,11 +63,12 @@ def test_a_failed_write_leaves_nothing_for_the_next_of_its_slot(
     with monkeypatch.context() as patch:
         patch.setattr(at.of(Bias), "write", fail)
         with pytest.raises(MemoryError):
-            bench.slots.write(0, bench.weights(first), {})
-    bench.slots.write(0, bench.weights({OUT: first[OUT]}), {})
+            bench.slots.write(0, bench.weights({Q: biases[Q], OUT: biases[OUT]}), {})
+    bench.slots.write(0, bench.weights({K: biases[K]}), {})  # a sibling: its parts are kept with those of q
     bench.slots.bind(0, {})
     x = numbers(2, weight.shape[1], seed=3)
     assert torch.equal(bench.run(Q, x, [0, 0]), bench.run(Q, x, [-1, -1]))
+    assert not torch.allclose(bench.run(K, x, [0, 0]), bench.run(K, x, [-1, -1]), atol=1e-2)
 
 
 def test_a_kind_is_refused_where_it_has_no_meaning(bench: PartsBench) -> None:

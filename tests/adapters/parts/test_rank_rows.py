@@ -33,3 +33,12 @@ def test_equal_contents_are_one_object(left: list[tuple[int, int | None]], right
     for slot, (row, count) in one.ranges.items():
         assert (one.row_slots[row : row + count] == slot).all()
     assert int((one.row_slots >= 0).sum()) == sum(count for _, count in one.ranges.values())
+
+
+def test_the_same_change_of_another_slot_is_another() -> None:
+    table = RankRowsTable(32, CPU)
+    rows = table.changed(table.changed(table.empty, 0, (0, 8)), 1, (8, 8))
+    assert table.changed(rows, 0, None).ranges == {1: (8, 8)}
+    assert table.changed(rows, 1, None).ranges == {0: (0, 8)}
+    assert table.changed(table.empty, 0, (0, 8)) is table.changed(rows, 1, None)
+    assert table.changed(table.empty, 1, (0, 8)).ranges == {1: (0, 8)}
