@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from loramux_adapters.parts import bias, low_rank, output_gain
+from loramux_adapters.parts import bias, input_gain, low_rank, output_gain
 from loramux_adapters.parts.part import Kind, Part
 
 KINDS: tuple[Kind, ...] = (
     low_rank.KIND,
+    input_gain.KIND,
     output_gain.KIND,
     bias.KIND,
 )
