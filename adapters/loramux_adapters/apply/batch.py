@@ -46,6 +46,7 @@ class RowMap:
             acting = acting | (ALL_KINDS if kinds_of is None else kinds_of.get(segment.slot, frozenset()))
         self.kinds = tuple(kind for kind in KINDS if kind in acting)
         self.input_kinds = tuple(kind for kind in self.kinds if kind.changes_input)
+        self.changes_inputs = bool(self.input_kinds)
 
     def plan(self, rank_rows: RankRows) -> RankPlan | None:
         """The step's plan for modules of these rank rows; None when no row has any there."""

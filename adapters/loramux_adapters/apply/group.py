@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from loramux_adapters.apply.batch import AdapterBatch, RowMap, StepCell
+from loramux_adapters.apply.batch import RowMap, StepCell
 from loramux_adapters.frozen import FrozenLinear
 from loramux_adapters.parts.part import Kind, Part, SiteParts
 from loramux_adapters.parts.registry import KIND_OF, KINDS
@@ -94,14 +94,16 @@ class SiteGroup:
         if batch.merged is not None:
             merged = batch.merged.weights.get(self.key)
             return self.frozen.forward(x) if merged is None else merged.forward(x)
-        rows = self._rows_of(batch)
-        inputs = self.parts.inputs(x, rows) if rows.input_kinds else [x] * len(self.members)
-        y = self._product(x, inputs)
+        rows = batch.tokens if self.rows == "tokens" else batch.logits
+        if not rows.kinds:
+            return self.frozen.forward(x)
+        if rows.changes_inputs:
+            inputs = self.parts.inputs(x, rows)
+            y = self._product(x, inputs)
+        else:
+            inputs, y = [x] * len(self.members), self.frozen.forward(x)
         self.parts.change(y, inputs, rows)
         return y
-
-    def _rows_of(self, batch: AdapterBatch) -> RowMap:
-        return batch.tokens if self.rows == "tokens" else batch.logits
 
     def _product(self, x: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The frozen product of each member's own input."""

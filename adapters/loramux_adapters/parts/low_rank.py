@@ -78,7 +78,7 @@ class PooledLowRank(SiteParts[LowRank]):
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """One gathered product for all members that read the same input."""
         columns = self.site.columns
-        if all(x is inputs[0] for x in inputs):
+        if not step.changes_inputs:
             step.add_low_rank(y, inputs[0], self.a, self.b, columns, self.rank_rows)
             return
         for member, x in enumerate(inputs):

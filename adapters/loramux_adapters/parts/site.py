@@ -49,6 +49,11 @@ class StepRows(Protocol):
         """Rows of adapters, one segment a slot."""
         ...
 
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether members of a site may read inputs of their own in this step."""
+        ...
+
     def add_low_rank(
         self,
         y: torch.Tensor,
