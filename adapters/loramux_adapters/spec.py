@@ -87,7 +87,6 @@ class AdapterSpec:
     ranks: Mapping[str, int] = field(repr=False)  # module name -> LoRA rank, every adapted module
     biases: frozenset[str] = field(repr=False)  # modules whose whole bias the adapter replaces
     nbytes: int  # of the tensors as uploaded
-    prefix_tokens: int = 0
 
     @property
     def max_rank(self) -> int:

@@ -118,7 +118,6 @@ class TokenEvent:
     `stop_token` is the id that ended a STOP by token; the token itself is then in `token` too.
     """
 
-    request_id: str
     choice: int
     token: int | None = None
     logprob: TokenLogprob | None = None

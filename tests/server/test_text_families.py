@@ -32,7 +32,7 @@ def streamed(codec: TextCodec, prompt: list[int], output: list[int]) -> str:
     text = ""
     for index, token in enumerate(output):
         finish = FinishReason.LENGTH if index == len(output) - 1 else None
-        delta = choice.push(TokenEvent("r", 0, token, finish=finish))
+        delta = choice.push(TokenEvent(0, token, finish=finish))
         text += delta.text if delta else ""
     return text
 

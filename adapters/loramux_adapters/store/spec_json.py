@@ -18,7 +18,6 @@ def encode_spec(spec: AdapterSpec) -> str:
             "ranks": dict(spec.ranks),
             "biases": sorted(spec.biases),
             "nbytes": spec.nbytes,
-            "prefix_tokens": spec.prefix_tokens,
         },
         sort_keys=True,
         separators=(",", ":"),
@@ -28,4 +27,5 @@ def encode_spec(spec: AdapterSpec) -> str:
 def decode_spec(text: str) -> AdapterSpec:
     """What `encode_spec` was given."""
     fields = json.loads(text)
+    fields.pop("prefix_tokens", None)  # older catalogs have it, always 0
     return AdapterSpec(**{**fields, "biases": frozenset(fields["biases"])})

@@ -110,7 +110,7 @@ class EngineClient:
         self._live = 0
         for ticket in tickets.values():
             for choice in sorted(ticket.owed):
-                ticket.stream.push(TokenEvent(ticket.stream.submission.request_id, choice, failure=failure))
+                ticket.stream.push(TokenEvent(choice, failure=failure))
 
     def stats(self) -> ClientStats:
         """Counts of this moment."""

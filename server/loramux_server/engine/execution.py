@@ -51,7 +51,7 @@ def run_contained(runner: Runner, plan: StepPlan) -> StepResult:
     middle = len(plan.chunks) // 2
     # What comes before the forward goes with the first half, again: the runner may not have come to it.
     first = run_contained(runner, replace(plan, chunks=plan.chunks[:middle]))
-    second = run_contained(runner, replace(plan, chunks=plan.chunks[middle:], retired=(), copies=()))
+    second = run_contained(runner, replace(plan, chunks=plan.chunks[middle:], retired=()))
     return _merge(first, second)
 
 

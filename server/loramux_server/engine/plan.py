@@ -53,7 +53,6 @@ class StepPlan:
     merged: str | None = None
     retired: tuple[str, ...] = ()  # chunk request ids whose per-request state the runner may drop; told once,
     # and again if every request of that step failed
-    copies: tuple[tuple[int, int], ...] = ()  # KV block copies (source, destination), before the forward
 
 
 @dataclass(frozen=True)

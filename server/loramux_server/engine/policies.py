@@ -1,6 +1,6 @@
 """Who is served first, who gives way, and how far a request may be overtaken.
 
-Another order of service is another class with these methods. Knows no blocks and no budget.
+Knows no blocks and no budget.
 """
 
 from __future__ import annotations
@@ -8,33 +8,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Protocol
 
 from loramux_server.engine.request import Request
 
 _order = attrgetter("order")
-
-
-class Policy(Protocol):
-    """The waiting requests and their order."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Request]:
-        """Waiting requests, first to be served first; the caller may remove while it iterates."""
-        ...
-
-    def add(self, request: Request) -> None:
-        """`request` waits: new, or preempted."""
-        ...
-
-    def remove(self, request: Request) -> None:
-        """`request` waits no more."""
-        ...
-
-    def find_victim(self, running: Sequence[Request]) -> Request:
-        """Which of the running requests (at least one) gives its blocks back."""
-        ...
 
 
 class FirstComeFirstServed:

@@ -14,7 +14,7 @@ from loramux_server.engine.draft import Draft
 from loramux_server.engine.leases import Adapters
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import Sampled, StepPlan, StepResult
-from loramux_server.engine.policies import FirstComeFirstServed, Policy, Turns, insert_ordered, remove_ordered
+from loramux_server.engine.policies import FirstComeFirstServed, Turns, insert_ordered, remove_ordered
 from loramux_server.engine.request import Request, State, expand
 from loramux_server.engine.stats import Ended, Load, Marks, WaitReason
 from loramux_server.engine.tables import BlockTables
@@ -41,13 +41,12 @@ class Scheduler:
         limits: EngineLimits,
         adapters: Adapters,
         *,
-        policy: Policy | None = None,
         ready_merged: Callable[[], frozenset[str]] = nothing_merged,
     ) -> None:
         self.limits = limits
         self.tables = BlockTables(limits)
         self._adapters = adapters
-        self._policy = policy if policy is not None else FirstComeFirstServed()
+        self._policy = FirstComeFirstServed()
         self._ready_merged = ready_merged
         self._live: dict[str, Request] = {}
         self._tickets: dict[int, list[Request]] = {}
@@ -292,7 +291,6 @@ class Scheduler:
             (
                 request.ticket,
                 TokenEvent(
-                    request.submission.request_id,
                     request.choice,
                     sampled.token,
                     sampled.logprob,
@@ -306,20 +304,20 @@ class Scheduler:
             self._end(request, reason.value, now)
 
     def _tell_prompt_logprobs(self, request: Request, logprobs: list[TokenLogprob | None]) -> None:
-        event = TokenEvent(request.submission.request_id, request.choice, prompt_logprobs=tuple(logprobs))
+        event = TokenEvent(request.choice, prompt_logprobs=tuple(logprobs))
         self._emit(request, event)
         request.prompt_logprobs = None
         # Told once: when preempted now, it need not compute them again and may read cached blocks.
         request.params = replace(request.params, prompt_logprobs=None)
 
     def _finish(self, request: Request, reason: FinishReason, now: float) -> None:
-        event = TokenEvent(request.submission.request_id, request.choice, finish=reason, usage=request.usage)
+        event = TokenEvent(request.choice, finish=reason, usage=request.usage)
         self._emit(request, event)
         self._end(request, reason.value, now)
 
     def _fail(self, request: Request, failure: RequestFailure, now: float, *, doubtful: bool = True) -> None:
         """End `request` badly. `doubtful`: a step failed it, so its KV must not be found by others."""
-        event = TokenEvent(request.submission.request_id, request.choice, failure=failure, usage=request.usage)
+        event = TokenEvent(request.choice, failure=failure, usage=request.usage)
         self._emit(request, event)
         self._end(request, failure.code, now, doubtful=doubtful)
 

@@ -52,15 +52,6 @@ class PagedCache:
         """The (block, head) pairs of `blocks` [..., n] -> [..., heads, n]."""
         return blocks[..., None, :] * heads + torch.arange(heads, device=blocks.device)[:, None]
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole blocks (source, destination) in every layer."""
-        if not pairs:
-            return
-        source = torch.tensor([pair[0] for pair in pairs], device=self.keys[0].device)
-        target = torch.tensor([pair[1] for pair in pairs], device=self.keys[0].device)
-        for tensor in (*self.keys, *self.values):
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
-
 
 def bytes_per_token(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> int:
     """KV bytes of one token over all layers."""

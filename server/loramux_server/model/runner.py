@@ -78,7 +78,6 @@ class ModelRunner:
         self._sampler.retire(plan.retired)
         if not plan.chunks:
             return StepResult(plan.step, {})
-        self._cache.copy(plan.copies)
         batch = build_batch(
             plan.chunks,
             self._cache,

@@ -31,11 +31,11 @@ async def read(stream: RequestStream) -> dict[int, list[TokenEvent]]:
 
 
 def token(number: int = 1, choice: int = 0) -> TokenEvent:
-    return TokenEvent("r", choice, token=number)
+    return TokenEvent(choice, token=number)
 
 
 def end(choice: int = 0) -> TokenEvent:
-    return TokenEvent("r", choice, finish=FinishReason.LENGTH)
+    return TokenEvent(choice, finish=FinishReason.LENGTH)
 
 
 class Desk:
@@ -129,7 +129,7 @@ async def test_abort_by_id_reaches_the_engine_once_and_only_the_owner_may():
     assert desk.client.abort("default", "a")
     assert desk.client.abort("default", "a")
     assert desk.take()[1:] == [Abort(1)]
-    await desk.publish((1, TokenEvent("a", 0, finish=FinishReason.ABORTED)))
+    await desk.publish((1, TokenEvent(0, finish=FinishReason.ABORTED)))
     assert not desk.client.abort("default", "a")
 
 
@@ -184,7 +184,7 @@ async def test_a_finished_choice_is_retired_and_says_no_more():
     stream.finish(0)
     stream.finish(0)
     assert desk.take()[1:] == [Finish(1, 0)]
-    await desk.publish((1, token(4, 0)), (1, TokenEvent("a", 0, finish=FinishReason.STOP)), (1, end(1)))
+    await desk.publish((1, token(4, 0)), (1, TokenEvent(0, finish=FinishReason.STOP)), (1, end(1)))
     assert [(event.choice, event.token) for event in (await read(stream))[1]] == [(1, 3), (1, None)]
     assert desk.client.stats().submissions == 0
 

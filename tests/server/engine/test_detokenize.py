@@ -61,7 +61,6 @@ def run(
     for i, token in enumerate(tokens):
         last = i == len(tokens) - 1
         event = TokenEvent(
-            "r",
             2,
             token,
             TokenLogprob(token, -0.5),
@@ -218,9 +217,9 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
 def test_nothing_comes_after_the_end() -> None:
     tokenizer = ByteTokenizer()
     choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(9, stop_strings=("b",)))
-    tokens = [choice.push(TokenEvent("r", 0, ord(c))) for c in "abc"]
+    tokens = [choice.push(TokenEvent(0, ord(c))) for c in "abc"]
     assert [delta is None for delta in tokens] == [False, False, True]
-    assert choice.push(TokenEvent("r", 0, finish=FinishReason.LENGTH)) is None
+    assert choice.push(TokenEvent(0, finish=FinishReason.LENGTH)) is None
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "ab<|end|>")])
@@ -255,8 +254,8 @@ def test_an_end_in_the_middle_of_a_character_says_so() -> None:
 def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
     tokenizer = ByteTokenizer()
     choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(9, stop_strings=("abc",)))
-    choice.push(TokenEvent("r", 0, ord("a")))
-    delta = choice.push(TokenEvent("r", 0, finish=FinishReason.ABORTED, usage=Usage(1, 1, 0)))
+    choice.push(TokenEvent(0, ord("a")))
+    delta = choice.push(TokenEvent(0, finish=FinishReason.ABORTED, usage=Usage(1, 1, 0)))
     assert delta == Delta(0, "a", finish=FinishReason.ABORTED, usage=Usage(1, 1, 0))
 
 
@@ -264,12 +263,12 @@ def test_failures_and_logprobs_pass_through() -> None:
     tokenizer = ByteTokenizer()
     choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(9))
     prompt = (None, TokenLogprob(5, -1.0))
-    assert choice.push(TokenEvent("r", 3, prompt_logprobs=prompt)) == Delta(3, prompt_logprobs=prompt)
+    assert choice.push(TokenEvent(3, prompt_logprobs=prompt)) == Delta(3, prompt_logprobs=prompt)
     logprob = TokenLogprob(ord("a"), -0.25, ((97, -0.25),))
-    assert choice.push(TokenEvent("r", 3, ord("a"), logprob)) == Delta(3, "a", (ord("a"),), (logprob,))
+    assert choice.push(TokenEvent(3, ord("a"), logprob)) == Delta(3, "a", (ord("a"),), (logprob,))
     failure = RequestFailure("NUMERIC", "no")
-    delta = choice.push(TokenEvent("r", 3, failure=failure))
+    delta = choice.push(TokenEvent(3, failure=failure))
     assert delta is not None
     assert delta.terminal
     assert delta.failure == failure
-    assert choice.push(TokenEvent("r", 3, ord("b"))) is None
+    assert choice.push(TokenEvent(3, ord("b"))) is None
