@@ -25,8 +25,9 @@ ALL_KINDS = frozenset(KINDS)
 class RowMap:
     """Rows of one kind (tokens of the step, or rows that get logits) and their slots. Implements `StepRows`.
 
-    Rows without an adapter come first, rows of one slot lie together: see `segments_of`. `kinds` are those that act in
-    this step, in order, and `input_kinds` those of them that change inputs: nothing else is asked at any module.
+    `count` rows: those without an adapter come first, those of one slot lie together, see `segments_of`. `kinds` are
+    those that act in this step, in order, and `input_kinds` those of them that change inputs: nothing else is asked at
+    any module.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class RowMap:
         kinds_of: Mapping[int, Set[Kind]] | None = None,
     ) -> None:
         """`kinds_of` says which kinds each slot has; None: maybe all."""
+        self.count = len(slots)
         self.segments = segments_of(slots)
         self._kernels = kernels
         self._token_slots = torch.tensor(slots, dtype=torch.int32, device=device) if self.segments else None

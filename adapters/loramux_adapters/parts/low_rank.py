@@ -75,6 +75,10 @@ class PooledLowRank(SiteParts[LowRank]):
             if slot in rows.ranges:
                 self.rank_rows[member] = self.site.rank_rows.changed(rows, slot, None)
 
+    def has(self, slot: int) -> bool:
+        """See SiteParts."""
+        return any(slot in rows.ranges for rows in self.rank_rows)
+
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """One gathered product for all members that read the same input."""
         columns = self.site.columns
@@ -121,6 +125,10 @@ class GatheredLowRank(SiteParts[LowRank]):
         """See SiteParts."""
         self._written.pop(slot, None)
         self.slots = {key: value for key, value in self.slots.items() if key != slot}
+
+    def has(self, slot: int) -> bool:
+        """See SiteParts."""
+        return slot in self.slots
 
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Row by row invariant, so that no row depends on its batch mates."""

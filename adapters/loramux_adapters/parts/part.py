@@ -74,6 +74,10 @@ class SiteParts(ABC, Generic[P]):
     def unbind(self, slot: int) -> None:
         """What was bound to `slot`, if anything, counts no more."""
 
+    @abstractmethod
+    def has(self, slot: int) -> bool:
+        """Whether something is bound to `slot` here."""
+
     def before(self, x: torch.Tensor, member: int, step: StepRows) -> torch.Tensor:
         """What a member reads in place of x [T, in]: x itself, or a new tensor."""
         return x

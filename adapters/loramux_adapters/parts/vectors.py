@@ -52,6 +52,10 @@ class VectorParts(SiteParts[P]):
             if slot in known:
                 self.values[member] = {key: vector for key, vector in known.items() if key != slot}
 
+    def has(self, slot: int) -> bool:
+        """See SiteParts."""
+        return any(slot in known for known in self.values)
+
     def acting(self, member: int, step: StepRows) -> Iterator[tuple[slice, torch.Tensor]]:
         """The step's rows that have a vector on this member, and it."""
         known = self.values[member]

@@ -89,3 +89,24 @@ def test_a_kind_that_no_row_has_is_asked_at_no_module(bench: PartsBench, monkeyp
 
     monkeypatch.setattr(at.of(Bias), "after", fail)
     bench.run(Q, numbers(2, weight.shape[1], seed=4), [-1, slot])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_are_not_the_steps_are_refused_where_an_adapter_acts(bench: PartsBench, rows: int) -> None:
+    """As by a module that a model runs on a part of the rows: they would get another adapter's part, or none."""
+    weight, _ = bench.frozen(Q)
+    low_rank = LowRank(numbers(4, weight.shape[1], seed=1), numbers(len(weight), 4, seed=2))
+    x = numbers(rows, weight.shape[1], seed=3)
+    for parts in ([low_rank], [Bias(numbers(len(weight), seed=4))]):
+        slot = bench.bind({Q: parts})
+        with pytest.raises(ValueError, match=f"q_proj: {rows} rows in a step of 3"):
+            bench.run(Q, x, [-1, slot, slot])
+        elsewhere = numbers(rows, bench.frozen(OUT)[0].shape[1], seed=5)
+        plain = bench.run(OUT, elsewhere, [-1] * rows)
+        assert torch.equal(bench.run(OUT, elsewhere, [-1, slot, slot]), plain)
+    embedding = "model.embed_tokens"
+    table = bench.adapted.spec.modules[embedding]
+    low_rank = LowRank(numbers(2, table.in_features, seed=6), numbers(table.out_features, 2, seed=7))
+    slot = bench.bind({embedding: [low_rank]})
+    with pytest.raises(ValueError, match=f"embed_tokens: {rows} rows in a step of 3"):
+        bench.run(embedding, torch.arange(rows), [-1, slot, slot])
