@@ -53,10 +53,10 @@ class PartsAtSite:
         Raises ValueError where T is not the number of rows of the step and one of its adapters has parts here: rows
         would get another's, or none. A model may run a module on some of the rows (experts) that no adapter changes.
         """
-        if len(y) != rows.count:
-            if any(parts.has(segment.slot) for parts in self._by_kind.values() for segment in rows.segments):
-                raise ValueError(f"{self.site.members[0]}: {len(y)} rows in a step of {rows.count}")
-            return
+        if len(y) != rows.count and any(
+            parts.has(segment.slot) for parts in self._by_kind.values() for segment in rows.segments
+        ):
+            raise ValueError(f"{self.site.members[0]}: {len(y)} rows in a step of {rows.count}")
         for kind in rows.kinds:
             parts = self._by_kind.get(kind)
             if parts is not None:
