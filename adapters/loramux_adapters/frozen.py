@@ -44,7 +44,7 @@ at 1, 4, 16 and 64 rows, against 5.3, 6.1, 8.5 and 19.1); with AMX the library s
 
 
 @dataclass(frozen=True)
-class Layouts:
+class WeightFormats:
     """How frozen weights are held and multiplied.
 
     `native` reads the codes as they are (see `native_linear`), `packed` is bitsandbytes' layout for where there is no
@@ -63,12 +63,12 @@ def supports_packed() -> bool:
     return bool(bnb_functional.has_avx512bf16())
 
 
-def select_layouts(device: torch.device, dtype: torch.dtype, *, dense: bool, invariant: bool) -> Layouts:
+def select_weight_formats(device: torch.device, dtype: torch.dtype, *, dense: bool, invariant: bool) -> WeightFormats:
     """The fastest there is; `dense` says whether there is memory for a dense copy."""
     four_bit = device.type == "cpu" and dtype == torch.bfloat16 and not invariant
     native = four_bit and find_native_linear() is not None
     packed = four_bit and not native and supports_packed()
-    return Layouts(packed=packed, dense=dense, invariant=invariant, native=native)
+    return WeightFormats(packed=packed, dense=dense, invariant=invariant, native=native)
 
 
 class FrozenLinear(Protocol):
@@ -154,15 +154,15 @@ class Nf4Linear:
             and self.in_features % self.block_size == 0
         )
 
-    def build(self, layouts: Layouts) -> None:
-        """Builds the layouts once and checks each against the codes."""
-        if layouts.dense:
+    def build(self, weight_formats: WeightFormats) -> None:
+        """Builds the formats once and checks each against the codes."""
+        if weight_formats.dense:
             self._dense = self.dequantize(self.compute_dtype)
         packable = self.out_features % 32 == 0 and self.in_features % self.block_size == 0
-        self._invariant = layouts.invariant
-        if layouts.packed and not layouts.invariant and packable and self.compute_dtype == torch.bfloat16:
+        self._invariant = weight_formats.invariant
+        if weight_formats.packed and not weight_formats.invariant and packable and self.compute_dtype == torch.bfloat16:
             self._packed = self._pack()
-        if layouts.native and not layouts.invariant:
+        if weight_formats.native and not weight_formats.invariant:
             self._native = self._find_native()
 
     def _find_native(self) -> NativeLinear | None:
@@ -226,7 +226,7 @@ class Nf4Linear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layouts that were built."""
+        """Bytes of all formats that were built."""
         tensors = [self.codes, self.absmax]
         tensors += [self._dense] if self._dense is not None else []
         tensors += [self._packed[0], self._packed[1].absmax] if self._packed is not None else []
@@ -236,11 +236,13 @@ class Nf4Linear:
 class DenseLinear:
     """An unquantized frozen weight [out, in]: lm_head, or a base that keeps a projection in full."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, layouts: Layouts = Layouts()) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, weight_formats: WeightFormats = WeightFormats()
+    ) -> None:
         self.weight, self.bias = weight, bias
-        self._linear = invariant.linear if layouts.invariant else F.linear
+        self._linear = invariant.linear if weight_formats.invariant else F.linear
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
-        self._native = self._find_native() if layouts.native and not layouts.invariant else None
+        self._native = self._find_native() if weight_formats.native and not weight_formats.invariant else None
 
     def _find_native(self) -> NativeLinear | None:
         native = find_native_linear()

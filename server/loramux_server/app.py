@@ -28,7 +28,6 @@ from loramux_server.api.calls import Limits
 from loramux_server.api.gate import Gate, Parts
 from loramux_server.api.grpc_server import GrpcOptions, GrpcServer
 from loramux_server.api.inference_service import InferenceService
-from loramux_server.built import Build, Built, EngineHooks
 from loramux_server.config import ServeConfig, default_data_dir
 from loramux_server.errors import StartError
 from loramux_server.observe.exporter import Exporter, Probes
@@ -36,6 +35,7 @@ from loramux_server.observe.logs import configure_logs
 from loramux_server.observe.metrics import AdapterReading, Metrics
 from loramux_server.preflight import check_start
 from loramux_server.requests import RequestFailure, SamplingParams, StopConditions, Submission
+from loramux_server.runtime import Build, EngineCallbacks, ServerRuntime
 
 _LOG = logging.getLogger("loramux_server.app")
 _TENANT = "default"
@@ -43,7 +43,7 @@ _WATCH_SECONDS = 1.0
 _JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 
 
-def build_engine(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
+def build_engine(config: ServeConfig, hooks: EngineCallbacks, lock: DirectoryLock | None = None) -> ServerRuntime:
     """The real inside. Imports torch, which is why nothing else here does."""
     if not limit_spinning():
         _LOG.warning(
@@ -71,7 +71,7 @@ class App:
         self._config = config
         self._build = build
         self._lock = lock
-        self._built: Built | None = None
+        self._built: ServerRuntime | None = None
         self._exporter: Exporter | None = None
         self._stopping = asyncio.Event()
         self._exit_code = 0
@@ -113,7 +113,7 @@ class App:
                 probes = Probes(lambda: not self._exit_code, lambda: self._serving)
                 self._exporter = Exporter(self.metrics.registry, self._config.metrics_listen, probes)
             self._loop = asyncio.get_running_loop()
-            hooks = EngineHooks(self._loop, self.metrics, self._engine_died)
+            hooks = EngineCallbacks(self._loop, self.metrics, self._engine_died)
             built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks, self._lock))
             built.engine.start()
             await _warm_up(built.parts, self._config.step_timeout_seconds)
@@ -302,12 +302,12 @@ def _describe_rope(limits: Limits) -> str:
 _LABELS = ("model", "fingerprint", "device", "dtype")
 
 
-async def _in_daemon_thread(work: Callable[[], Built]) -> Built:
+async def _in_daemon_thread(work: Callable[[], ServerRuntime]) -> ServerRuntime:
     """Loading a base cannot be interrupted, and must not hold up an exit: not the default executor."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Built] = loop.create_future()
+    done: asyncio.Future[ServerRuntime] = loop.create_future()
 
-    def settle(result: Built | None, error: BaseException | None) -> None:
+    def settle(result: ServerRuntime | None, error: BaseException | None) -> None:
         if done.cancelled():
             if result is not None:
                 result.close()
@@ -317,7 +317,7 @@ async def _in_daemon_thread(work: Callable[[], Built]) -> Built:
             done.set_exception(error or StartError("nothing was built", remedy="report this"))
 
     def run() -> None:
-        result: Built | None = None
+        result: ServerRuntime | None = None
         failure: BaseException | None = None
         try:
             result = work()
@@ -345,7 +345,7 @@ async def _warm_up(parts: Parts, seconds: float) -> None:
         raise StartError(f"the warm-up step took over {seconds:g} s", remedy="raise --step-timeout-seconds") from None
 
 
-async def _end_engine(built: Built, seconds: float) -> None:
+async def _end_engine(built: ServerRuntime, seconds: float) -> None:
     """Let running requests end; whatever is left after `seconds` is told ABORTED."""
     built.parts.engine.drain()
     if not await asyncio.to_thread(built.engine.stop, seconds, seconds + _JOIN_SECONDS):

@@ -24,7 +24,7 @@ from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, sele
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.frozen import Nf4Linear, select_layouts
+from loramux_adapters.frozen import Nf4Linear, select_weight_formats
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import Examined, examine, refusals_of
 from loramux_adapters.kernels.select import select_kernels
@@ -40,7 +40,6 @@ from loramux_adapters.weights import AdapterWeights
 from loramux_server.api.calls import Limits
 from loramux_server.api.gate import Parts
 from loramux_server.api.ports import AdapterState, ModelInfo
-from loramux_server.built import Built, EngineHooks
 from loramux_server.config import EMBEDDED_MODEL, ServeConfig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
@@ -57,7 +56,8 @@ from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.sizing import Memory
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import Registry
-from loramux_server.text import TextCodec
+from loramux_server.runtime import EngineCallbacks, ServerRuntime
+from loramux_server.text import TextTokenizer
 
 _LOG = logging.getLogger("loramux_server.assembly")
 _EXTRA_SHARE = 8  # one part in 8 of the device budget is for embedding factors and biases
@@ -65,7 +65,7 @@ _MAX_SLOTS = 4096
 MAX_ROWS_OF_RANK = 8
 
 
-def assemble(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
+def assemble(config: ServeConfig, hooks: EngineCallbacks, lock: DirectoryLock | None = None) -> ServerRuntime:
     """Everything `app` starts; `lock` as `Build` says. Raises StartError and whatever the store refuses with."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -77,12 +77,12 @@ def assemble(config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None
         raise
 
 
-def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Built:
+def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) -> ServerRuntime:
     source = str(tiny_path()) if config.model == EMBEDDED_MODEL else config.model
     base = _load(config, source)
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
     with _loading(config):
-        codec = TextCodec.load(source, revision=config.revision)
+        codec = TextTokenizer.load(source, revision=config.revision)
     if config.deterministic and is_mixture(base.config):
         raise StartError(
             f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
@@ -135,7 +135,7 @@ def _assemble(config: ServeConfig, hooks: EngineHooks, store: LocalStore) -> Bui
         registry.close()
 
     parts = Parts(client, registry, codec, info, states)
-    return Built(parts, engine, lambda: _read(pool, host, merged_weights), close)
+    return ServerRuntime(parts, engine, lambda: _read(pool, host, merged_weights), close)
 
 
 def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
@@ -230,8 +230,10 @@ def _prepare(
         truth = ask_untouched(
             base, examined.layers, context, room=blocks * config.block_tokens, block=config.block_tokens
         )
-    layouts = select_layouts(base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic)
-    adapted = inject(base, capacity=capacity, layouts=layouts)
+    weight_formats = select_weight_formats(
+        base.device, base.compute_dtype, dense=memory.dense_base, invariant=config.deterministic
+    )
+    adapted = inject(base, capacity=capacity, weight_formats=weight_formats)
     rounding = max((g.frozen.packing_error for g in adapted.groups if isinstance(g.frozen, Nf4Linear)), default=0.0)
     if rounding:
         _LOG.warning("the packed layout rounds block scales", extra={"fields": {"largest_relative_error": rounding}})

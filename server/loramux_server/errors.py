@@ -182,7 +182,7 @@ class ConfigInvalid(StartError):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StatusMapping:
     """How an error is told: gRPC code, HTTP status, stable reason for programs."""
 
     code: Code
@@ -190,72 +190,72 @@ class Verdict:
     reason: str
 
 
-INTERNAL = Verdict(Code.INTERNAL, 500, "INTERNAL")
+INTERNAL = StatusMapping(Code.INTERNAL, 500, "INTERNAL")
 """Of everything that is not in the table."""
 
-_CLASSES: dict[type[Exception], Verdict] = {
-    InvalidRequest: Verdict(Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
-    NotFound: Verdict(Code.NOT_FOUND, 404, "NOT_FOUND"),
-    AlreadyExists: Verdict(Code.ALREADY_EXISTS, 409, "ALREADY_EXISTS"),
-    DuplicateRequest: Verdict(Code.ALREADY_EXISTS, 409, "DUPLICATE_REQUEST"),
-    Overloaded: Verdict(Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
-    Unavailable: Verdict(Code.UNAVAILABLE, 503, "UNAVAILABLE"),
-    WarmingUp: Verdict(Code.UNAVAILABLE, 503, "WARMING_UP"),
-    Draining: Verdict(Code.UNAVAILABLE, 503, "DRAINING"),
-    DeadlineExceeded: Verdict(Code.DEADLINE_EXCEEDED, 504, "DEADLINE"),
-    ClientStalled: Verdict(Code.ABORTED, 408, "CLIENT_STALLED"),
-    adapters.AdapterInvalid: Verdict(Code.INVALID_ARGUMENT, 400, "ADAPTER_INVALID"),
-    adapters.AdapterIncompatible: Verdict(Code.INVALID_ARGUMENT, 400, "ADAPTER_INCOMPATIBLE"),
-    adapters.AdapterNotFound: Verdict(Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
-    adapters.AdapterConflict: Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_CONFLICT"),
-    adapters.AdapterCorrupt: Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_CORRUPT"),
-    adapters.UploadOffset: Verdict(Code.OUT_OF_RANGE, 416, "UPLOAD_OFFSET"),
-    adapters.QuotaExceeded: Verdict(Code.RESOURCE_EXHAUSTED, 429, "QUOTA_EXCEEDED"),
-    adapters.StoreUnavailable: Verdict(Code.UNAVAILABLE, 503, "STORE_UNAVAILABLE"),
-    adapters.StoreFull: Verdict(Code.UNAVAILABLE, 503, "STORE_FULL"),
-    adapters.StoreCorrupt: Verdict(Code.UNAVAILABLE, 503, "STORE_CORRUPT"),
-    adapters.PoolExhausted: Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_TOO_LARGE"),
+_CLASSES: dict[type[Exception], StatusMapping] = {
+    InvalidRequest: StatusMapping(Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
+    NotFound: StatusMapping(Code.NOT_FOUND, 404, "NOT_FOUND"),
+    AlreadyExists: StatusMapping(Code.ALREADY_EXISTS, 409, "ALREADY_EXISTS"),
+    DuplicateRequest: StatusMapping(Code.ALREADY_EXISTS, 409, "DUPLICATE_REQUEST"),
+    Overloaded: StatusMapping(Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
+    Unavailable: StatusMapping(Code.UNAVAILABLE, 503, "UNAVAILABLE"),
+    WarmingUp: StatusMapping(Code.UNAVAILABLE, 503, "WARMING_UP"),
+    Draining: StatusMapping(Code.UNAVAILABLE, 503, "DRAINING"),
+    DeadlineExceeded: StatusMapping(Code.DEADLINE_EXCEEDED, 504, "DEADLINE"),
+    ClientStalled: StatusMapping(Code.ABORTED, 408, "CLIENT_STALLED"),
+    adapters.AdapterInvalid: StatusMapping(Code.INVALID_ARGUMENT, 400, "ADAPTER_INVALID"),
+    adapters.AdapterIncompatible: StatusMapping(Code.INVALID_ARGUMENT, 400, "ADAPTER_INCOMPATIBLE"),
+    adapters.AdapterNotFound: StatusMapping(Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
+    adapters.AdapterConflict: StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_CONFLICT"),
+    adapters.AdapterCorrupt: StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_CORRUPT"),
+    adapters.UploadOffset: StatusMapping(Code.OUT_OF_RANGE, 416, "UPLOAD_OFFSET"),
+    adapters.QuotaExceeded: StatusMapping(Code.RESOURCE_EXHAUSTED, 429, "QUOTA_EXCEEDED"),
+    adapters.StoreUnavailable: StatusMapping(Code.UNAVAILABLE, 503, "STORE_UNAVAILABLE"),
+    adapters.StoreFull: StatusMapping(Code.UNAVAILABLE, 503, "STORE_FULL"),
+    adapters.StoreCorrupt: StatusMapping(Code.UNAVAILABLE, 503, "STORE_CORRUPT"),
+    adapters.PoolExhausted: StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_TOO_LARGE"),
 }
 
-_FAILURES: dict[str, Verdict] = {
-    "DEADLINE": Verdict(Code.DEADLINE_EXCEEDED, 504, "DEADLINE"),
-    "ABORTED": Verdict(Code.ABORTED, 409, "ABORTED"),
-    "NUMERIC": Verdict(Code.FAILED_PRECONDITION, 409, "NUMERIC"),
-    "OUT_OF_MEMORY": Verdict(Code.RESOURCE_EXHAUSTED, 429, "OUT_OF_MEMORY"),
-    "OVERLOADED": Verdict(Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
-    "TOO_LARGE": Verdict(Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
-    "ADAPTER_INVALID": Verdict(Code.INVALID_ARGUMENT, 400, "ADAPTER_INVALID"),
-    "ADAPTER_INCOMPATIBLE": Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_INCOMPATIBLE"),
-    "ADAPTER_NOT_FOUND": Verdict(Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
-    "ADAPTER_CORRUPT": Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_CORRUPT"),
-    "ADAPTER_TOO_LARGE": Verdict(Code.FAILED_PRECONDITION, 409, "ADAPTER_TOO_LARGE"),
-    "ADAPTER_LOAD_FAILED": Verdict(Code.UNAVAILABLE, 503, "ADAPTER_LOAD_FAILED"),
-    "ENGINE_DEAD": Verdict(Code.UNAVAILABLE, 503, "ENGINE_DEAD"),
-    "DRAINING": Verdict(Code.UNAVAILABLE, 503, "DRAINING"),
+_FAILURES: dict[str, StatusMapping] = {
+    "DEADLINE": StatusMapping(Code.DEADLINE_EXCEEDED, 504, "DEADLINE"),
+    "ABORTED": StatusMapping(Code.ABORTED, 409, "ABORTED"),
+    "NUMERIC": StatusMapping(Code.FAILED_PRECONDITION, 409, "NUMERIC"),
+    "OUT_OF_MEMORY": StatusMapping(Code.RESOURCE_EXHAUSTED, 429, "OUT_OF_MEMORY"),
+    "OVERLOADED": StatusMapping(Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
+    "TOO_LARGE": StatusMapping(Code.INVALID_ARGUMENT, 400, "INVALID_REQUEST"),
+    "ADAPTER_INVALID": StatusMapping(Code.INVALID_ARGUMENT, 400, "ADAPTER_INVALID"),
+    "ADAPTER_INCOMPATIBLE": StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_INCOMPATIBLE"),
+    "ADAPTER_NOT_FOUND": StatusMapping(Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
+    "ADAPTER_CORRUPT": StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_CORRUPT"),
+    "ADAPTER_TOO_LARGE": StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_TOO_LARGE"),
+    "ADAPTER_LOAD_FAILED": StatusMapping(Code.UNAVAILABLE, 503, "ADAPTER_LOAD_FAILED"),
+    "ENGINE_DEAD": StatusMapping(Code.UNAVAILABLE, 503, "ENGINE_DEAD"),
+    "DRAINING": StatusMapping(Code.UNAVAILABLE, 503, "DRAINING"),
     "INTERNAL": INTERNAL,
 }
 
 
-def get_verdict(error: BaseException) -> Verdict:
+def status_of(error: BaseException) -> StatusMapping:
     """The row of `error`'s class or nearest ancestor; of a RequestFailed, of its code; else INTERNAL."""
     if isinstance(error, RequestFailed):
         return _FAILURES.get(error.failure.code, INTERNAL)
     for cls in type(error).__mro__:
-        verdict = _CLASSES.get(cls)
-        if verdict is not None:
-            return verdict
+        mapping = _CLASSES.get(cls)
+        if mapping is not None:
+            return mapping
     return INTERNAL
 
 
 def failure_of(error: BaseException) -> RequestFailure:
     """`error` as a terminal of one request: an adapter's load error keeps its reason, a bug becomes INTERNAL."""
-    verdict = get_verdict(error)
-    if verdict is INTERNAL:
+    mapping = status_of(error)
+    if mapping is INTERNAL:
         return RequestFailure("INTERNAL", "internal error")
-    code = verdict.reason if verdict.reason in _FAILURES else "ADAPTER_LOAD_FAILED"
+    code = mapping.reason if mapping.reason in _FAILURES else "ADAPTER_LOAD_FAILED"
     return RequestFailure(code, str(error))
 
 
-def error_table() -> Mapping[str, Verdict]:
+def error_table() -> Mapping[str, StatusMapping]:
     """Every row, keyed by class name or failure code: for documents and tests."""
-    return {**{cls.__name__: verdict for cls, verdict in _CLASSES.items()}, **_FAILURES}
+    return {**{cls.__name__: mapping for cls, mapping in _CLASSES.items()}, **_FAILURES}

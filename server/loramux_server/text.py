@@ -26,7 +26,7 @@ _TOOLS: Final = re.compile(r"\btools\b")
 _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
 
 
-class TextCodec:
+class TextTokenizer:
     """Encodes and decodes for one base. Safe from any thread."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
@@ -53,7 +53,7 @@ class TextCodec:
         self._special_tokens = dict(self._prompts.special_tokens)
 
     @classmethod
-    def load(cls, source: str | Path, *, revision: str | None = None) -> TextCodec:
+    def load(cls, source: str | Path, *, revision: str | None = None) -> TextTokenizer:
         """The codec of a model directory or hub id. Raises OSError or ValueError if there is no tokenizer."""
         from transformers import AutoTokenizer
 

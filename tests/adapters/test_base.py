@@ -16,7 +16,7 @@ from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantized_
 from loramux_adapters.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
-from loramux_adapters.frozen import select_layouts, supports_packed
+from loramux_adapters.frozen import select_weight_formats, supports_packed
 from support.adapters import files_of, peft_warnings_ignored, save, wrap
 from support.checkpoints import float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -183,8 +183,8 @@ def test_without_the_switch_a_forward_would_have(checkpoint: Path) -> None:
 def test_serving_never_changes_the_base(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     adapter = make_adapter_for(checkpoint, tmp_path / "a", seed=1, r=8, target_modules="all-linear")
     base = load_base(checkpoint, compute_dtype=dtype)
-    layouts = select_layouts(base.device, dtype, dense=dtype == torch.bfloat16, invariant=False)
-    engine = ModelEngine(base, {"a": adapter}, layouts=layouts)
+    weight_formats = select_weight_formats(base.device, dtype, dense=dtype == torch.bfloat16, invariant=False)
+    engine = ModelEngine(base, {"a": adapter}, weight_formats=weight_formats)
     assert engine.adapted.refingerprint() == base.spec.fingerprint
     for name in ("a", None, "a"):
         engine.submit(name, range(20), 4)

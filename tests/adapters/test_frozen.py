@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import nn
 
-from loramux_adapters.frozen import DenseLinear, Layouts, Nf4Linear, logical_nf4, select_layouts, supports_packed
+from loramux_adapters.frozen import (
+    DenseLinear,
+    Nf4Linear,
+    WeightFormats,
+    logical_nf4,
+    select_weight_formats,
+    supports_packed,
+)
 from loramux_adapters.kernels.native_linear import find_native_linear
 
 needs_packed = pytest.mark.skipif(not supports_packed(), reason="no AVX512-BF16 kernel on this machine")
@@ -47,15 +54,15 @@ def test_dequantize_is_the_format_bit_for_bit(in_features: int, out_features: in
     assert frozen.absmax.dtype == torch.float32
 
 
-@pytest.mark.parametrize("layouts", [Layouts(), Layouts(dense=True)], ids=["codes", "dense"])
+@pytest.mark.parametrize("weight_formats", [WeightFormats(), WeightFormats(dense=True)], ids=["codes", "dense"])
 @pytest.mark.parametrize("rows", [1, 5, 33])
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
 def test_float32_is_the_dense_product_bit_for_bit(
-    in_features: int, out_features: int, rows: int, layouts: Layouts
+    in_features: int, out_features: int, rows: int, weight_formats: WeightFormats
 ) -> None:
     module = quantized(in_features, out_features)
     frozen = Nf4Linear.from_module(module, torch.float32)
-    frozen.build(layouts)
+    frozen.build(weight_formats)
     x = torch.randn(rows, in_features)
     expected = F.linear(x, by_hand(module), module.bias)
     assert torch.equal(frozen.forward(x), expected)
@@ -70,7 +77,7 @@ def test_packed_layout_holds_the_same_map(source: torch.dtype, rows: int) -> Non
     module = quantized(256, 192, source)
     before = logical_nf4(module)
     frozen = Nf4Linear.from_module(module, torch.bfloat16)
-    frozen.build(Layouts(packed=True))
+    frozen.build(WeightFormats(packed=True))
     assert frozen._packed is not None
     x = torch.randn(rows, 256).bfloat16()
     expected = F.linear(x.float(), by_hand(module), module.bias.float())
@@ -84,7 +91,7 @@ def test_packed_layout_holds_the_same_map(source: torch.dtype, rows: int) -> Non
 @needs_packed
 def test_packed_layout_reads_any_stride() -> None:
     frozen = Nf4Linear.from_module(quantized(256, 192), torch.bfloat16)
-    frozen.build(Layouts(packed=True))
+    frozen.build(WeightFormats(packed=True))
     x = torch.randn(256, 4).bfloat16().T
     assert torch.equal(frozen.forward(x), frozen.forward(x.contiguous()))
 
@@ -94,7 +101,7 @@ def test_maps_that_cannot_be_packed_stay_unpacked_and_right() -> None:
     for in_features, out_features in ((128, 48), (96, 64)):
         module = quantized(in_features, out_features)
         frozen = Nf4Linear.from_module(module, torch.bfloat16)
-        frozen.build(Layouts(packed=True))
+        frozen.build(WeightFormats(packed=True))
         assert frozen._packed is None
         assert frozen.packing_error == 0
         x = torch.randn(3, in_features).bfloat16()
@@ -104,22 +111,34 @@ def test_maps_that_cannot_be_packed_stay_unpacked_and_right() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantize_is_the_same_under_every_layout(dtype: torch.dtype) -> None:
     expected = Nf4Linear.from_module(quantized(256, 192), dtype).dequantize(torch.float32)
-    every = [Layouts(packed=supports_packed()), Layouts(dense=True), Layouts(invariant=True), Layouts(native=True)]
-    every.append(Layouts(True, True, True, True))
-    for layouts in every:
+    every = [
+        WeightFormats(packed=supports_packed()),
+        WeightFormats(dense=True),
+        WeightFormats(invariant=True),
+        WeightFormats(native=True),
+    ]
+    every.append(WeightFormats(True, True, True, True))
+    for weight_formats in every:
         frozen = Nf4Linear.from_module(quantized(256, 192), dtype)
-        frozen.build(layouts)
+        frozen.build(weight_formats)
         frozen.forward(torch.randn(2, 256).to(dtype))
         assert torch.equal(frozen.dequantize(torch.float32), expected)
         frozen.dequantize(torch.float32).zero_()  # the caller's own
         assert torch.equal(frozen.dequantize(torch.float32), expected)
 
 
-@pytest.mark.parametrize("layouts", [Layouts(), Layouts(dense=True), Layouts(packed=supports_packed()),
-                                     Layouts(native=True)],
-                         ids=["codes", "dense", "packed", "native"])  # fmt: skip
+@pytest.mark.parametrize(
+    "weight_formats",
+    [
+        WeightFormats(),
+        WeightFormats(dense=True),
+        WeightFormats(packed=supports_packed()),
+        WeightFormats(native=True),
+    ],
+    ids=["codes", "dense", "packed", "native"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_stack_is_its_parts_bit_for_bit(dtype: torch.dtype, layouts: Layouts) -> None:
+def test_a_stack_is_its_parts_bit_for_bit(dtype: torch.dtype, weight_formats: WeightFormats) -> None:
     modules = [quantized(128, 128), quantized(128, 64, bias=False), quantized(128, 96)]
     parts = [Nf4Linear.from_module(module, dtype) for module in modules]
     stack = Nf4Linear.stack(parts)
@@ -127,7 +146,7 @@ def test_a_stack_is_its_parts_bit_for_bit(dtype: torch.dtype, layouts: Layouts) 
     assert torch.equal(stack.codes, torch.cat([part.codes for part in parts]))
     assert torch.equal(stack.dequantize(torch.float32), torch.cat([by_hand(module) for module in modules]))
     for frozen in (*parts, stack):
-        frozen.build(layouts)
+        frozen.build(weight_formats)
     for rows in (1, 4, 20):
         x = torch.randn(rows, 128).to(dtype)
         assert torch.equal(stack.forward(x), torch.cat([part.forward(x) for part in parts], 1))
@@ -143,7 +162,7 @@ needs_native = pytest.mark.skipif(NATIVE is None, reason="no C compiler, or no A
 def test_the_native_product_decodes_bit_for_bit(in_features: int, out_features: int, bias: bool) -> None:
     """A row of the identity picks a column of the weight: no sum rounds."""
     frozen = Nf4Linear.from_module(quantized(in_features, out_features, bias=bias), torch.bfloat16)
-    frozen.build(Layouts(native=True))
+    frozen.build(WeightFormats(native=True))
     assert frozen._native is not None
     picked = frozen.forward(torch.eye(in_features).bfloat16()).T
     expected = frozen.dequantize(torch.bfloat16).float()
@@ -158,7 +177,7 @@ def test_the_native_product_decodes_bit_for_bit(in_features: int, out_features: 
 def test_the_native_product_is_the_same_map(rows: int, dense: bool) -> None:
     module = quantized(256, 192)
     frozen = Nf4Linear.from_module(module, torch.bfloat16)
-    frozen.build(Layouts(native=True, dense=dense))
+    frozen.build(WeightFormats(native=True, dense=dense))
     wide = torch.randn(rows, 512).bfloat16()
     for x in (wide[:, :256], wide[:, :256].contiguous(), wide[:, ::2]):
         expected = F.linear(x.double(), by_hand(module).bfloat16().double(), module.bias.bfloat16().double())
@@ -168,8 +187,8 @@ def test_the_native_product_is_the_same_map(rows: int, dense: bool) -> None:
 @needs_native
 def test_a_native_row_is_the_same_in_any_company() -> None:
     nf4 = Nf4Linear.from_module(quantized(256, 192), torch.bfloat16)
-    nf4.build(Layouts(native=True))
-    dense = DenseLinear(torch.randn(320, 256).bfloat16(), None, Layouts(native=True))
+    nf4.build(WeightFormats(native=True))
+    dense = DenseLinear(torch.randn(320, 256).bfloat16(), None, WeightFormats(native=True))
     x = torch.randn(15, 256).bfloat16()
     for frozen in (nf4, dense):
         together = frozen.forward(x)
@@ -180,7 +199,7 @@ def test_a_native_row_is_the_same_in_any_company() -> None:
 @needs_native
 def test_a_nan_stays_in_its_row() -> None:
     frozen = Nf4Linear.from_module(quantized(128, 64), torch.bfloat16)
-    frozen.build(Layouts(native=True))
+    frozen.build(WeightFormats(native=True))
     x = torch.randn(6, 128).bfloat16()
     sound = frozen.forward(x)
     x[2, 100] = float("nan")
@@ -197,7 +216,7 @@ def test_a_nan_stays_in_its_row() -> None:
 def test_maps_the_native_product_does_not_take(in_features: int, out_features: int, dtype: torch.dtype) -> None:
     module = quantized(in_features, out_features)
     frozen = Nf4Linear.from_module(module, dtype)
-    frozen.build(Layouts(native=True))
+    frozen.build(WeightFormats(native=True))
     assert frozen._native is None
     x = torch.randn(3, in_features).to(dtype)
     assert torch.equal(frozen.forward(x), F.linear(x, by_hand(module).to(dtype), module.bias.to(dtype)))
@@ -206,7 +225,7 @@ def test_maps_the_native_product_does_not_take(in_features: int, out_features: i
 @needs_native
 def test_an_unquantized_weight_natively() -> None:
     weight, bias = torch.randn(100, 64).bfloat16(), torch.randn(100).bfloat16()
-    frozen = DenseLinear(weight, bias, Layouts(native=True))
+    frozen = DenseLinear(weight, bias, WeightFormats(native=True))
     for rows in (1, 5, 16, 40):
         x = torch.randn(rows, 64).bfloat16()
         expected = F.linear(x.double(), weight.double(), bias.double())
@@ -215,14 +234,14 @@ def test_an_unquantized_weight_natively() -> None:
 
 def test_the_fastest_layouts_of_a_device() -> None:
     cpu = torch.device("cpu")
-    fast = select_layouts(cpu, torch.bfloat16, dense=True, invariant=False)
+    fast = select_weight_formats(cpu, torch.bfloat16, dense=True, invariant=False)
     assert fast.native == (NATIVE is not None)
     assert fast.packed == (NATIVE is None and supports_packed())
     for device, dtype, invariant in (
         (cpu, torch.float32, False), (cpu, torch.bfloat16, True), (torch.device("cuda"), torch.bfloat16, False),
     ):  # fmt: skip
-        plain = Layouts(dense=True, invariant=invariant)
-        assert select_layouts(device, dtype, dense=True, invariant=invariant) == plain
+        plain = WeightFormats(dense=True, invariant=invariant)
+        assert select_weight_formats(device, dtype, dense=True, invariant=invariant) == plain
 
 
 def test_rows_that_share_blocks_do_not_stack() -> None:
@@ -234,8 +253,8 @@ def test_rows_that_share_blocks_do_not_stack() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_invariant_layout_gives_a_row_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     nf4 = Nf4Linear.from_module(quantized(256, 192), dtype)
-    nf4.build(Layouts(packed=True, invariant=True))
-    dense = DenseLinear(torch.randn(320, 256).to(dtype), None, Layouts(invariant=True))
+    nf4.build(WeightFormats(packed=True, invariant=True))
+    dense = DenseLinear(torch.randn(320, 256).to(dtype), None, WeightFormats(invariant=True))
     x = torch.randn(45, 256).to(dtype)
     for frozen in (nf4, dense):
         together = frozen.forward(x)
@@ -245,9 +264,9 @@ def test_invariant_layout_gives_a_row_the_same_bits_in_any_company(dtype: torch.
 
 def test_every_forward_gives_a_tensor_of_its_own() -> None:
     x = torch.randn(2, 128)
-    for layouts in (Layouts(), Layouts(dense=True), Layouts(invariant=True)):
+    for weight_formats in (WeightFormats(), WeightFormats(dense=True), WeightFormats(invariant=True)):
         frozen = Nf4Linear.from_module(quantized(128, 64), torch.float32)
-        frozen.build(layouts)
+        frozen.build(weight_formats)
         expected = frozen.forward(x).clone()
         frozen.forward(x).add_(7)
         assert torch.equal(frozen.forward(x), expected)
@@ -265,7 +284,7 @@ def test_nbytes_counts_every_layout() -> None:
     frozen = Nf4Linear.from_module(quantized(128, 64), torch.bfloat16)
     bare = 128 * 64 // 2 + 128 * 64 // 64 * 4
     assert frozen.nbytes == bare
-    frozen.build(Layouts(dense=True))
+    frozen.build(WeightFormats(dense=True))
     assert frozen.nbytes == bare + 128 * 64 * 2
 
 

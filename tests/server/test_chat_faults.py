@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_server.chat_faults import _MOST_MESSAGES, ChatRefused, find_fault
-from loramux_server.text import TextCodec
+from loramux_server.text import TextTokenizer
 from support.tokenizers import write_byte_level
 
 TEXT = {"role": "user", "content": "hi"}
@@ -56,14 +56,14 @@ FIRST = "{{ raise_exception('begin with the system') if messages[0].role != 'sys
 def test_the_first_message_at_fault_is_told(
     tmp_path: Path, template: str, messages: list[dict[str, Any]], where: str, said: str
 ) -> None:
-    codec = TextCodec.load(write_byte_level(tmp_path, chat_template=template))
+    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template=template))
     with pytest.raises(ChatRefused) as caught:
         codec.encode_chat(messages)
     assert (caught.value.where, str(caught.value)) == (where, f"the chat template refused: {said}")
 
 
 def test_the_embedded_base_takes_text_only() -> None:
-    codec = TextCodec.load(tiny_path())
+    codec = TextTokenizer.load(tiny_path())
     with pytest.raises(ChatRefused) as caught:
         codec.encode_chat([TEXT, PARTS])
     assert caught.value.where == "[1].content"

@@ -10,7 +10,7 @@ import pytest
 
 from loramux_adapters import errors as adapter_errors
 from loramux_server import errors
-from loramux_server.errors import Code, error_table, failure_of, get_verdict
+from loramux_server.errors import Code, error_table, failure_of, status_of
 from loramux_server.requests import RequestFailure
 
 
@@ -35,10 +35,10 @@ def test_every_server_error_that_reaches_a_client_has_a_row() -> None:
 
 
 def test_reasons_are_upper_snake_and_one_reason_has_one_http_class() -> None:
-    for name, verdict in error_table().items():
-        assert re.fullmatch(r"[A-Z][A-Z0-9_]*[A-Z0-9]", verdict.reason), name
-        assert 400 <= verdict.http < 600, name
-        assert verdict.code is not Code.OK
+    for name, mapping in error_table().items():
+        assert re.fullmatch(r"[A-Z][A-Z0-9_]*[A-Z0-9]", mapping.reason), name
+        assert 400 <= mapping.http < 600, name
+        assert mapping.code is not Code.OK
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_reasons_are_upper_snake_and_one_reason_has_one_http_class() -> None:
     ],
 )
 def test_verdict(error: Exception, code: Code, http: int, reason: str) -> None:
-    verdict = get_verdict(error)
-    assert (verdict.code, verdict.http, verdict.reason) == (code, http, reason)
+    mapping = status_of(error)
+    assert (mapping.code, mapping.http, mapping.reason) == (code, http, reason)
 
 
 def test_a_load_error_keeps_its_reason_and_a_bug_tells_nothing() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loramux_server.chat_faults import ChatRefused
 from loramux_server.engine.incremental import IncrementalDecoder
-from loramux_server.text import MAX_CHAT_CHARACTERS, TextCodec
+from loramux_server.text import MAX_CHAT_CHARACTERS, TextTokenizer
 from support.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS, write_byte_level
 
 
@@ -26,11 +26,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def codec(directory: Path) -> TextCodec:
-    return TextCodec.load(directory)
+def codec(directory: Path) -> TextTokenizer:
+    return TextTokenizer.load(directory)
 
 
-def sentencepiece_codec() -> TextCodec:
+def sentencepiece_codec() -> TextTokenizer:
     """A Llama-2-like tokenizer: a space before every word, bytes for what is not in the vocabulary."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁cat", "s"]
     scores = [(piece, -float(i)) for i, piece in enumerate(pieces)]
@@ -39,10 +39,10 @@ def sentencepiece_codec() -> TextCodec:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"))
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"))
 
 
-def test_plain_text_gets_the_special_tokens_and_comes_back(codec: TextCodec) -> None:
+def test_plain_text_gets_the_special_tokens_and_comes_back(codec: TextTokenizer) -> None:
     text = "a cat, naïve 😀\n"
     ids = codec.encode(text)
     assert ids[0] == SPECIAL_TOKENS.index("<|bos|>")
@@ -51,7 +51,7 @@ def test_plain_text_gets_the_special_tokens_and_comes_back(codec: TextCodec) -> 
     assert codec.encode("") == [0]
 
 
-def test_a_chat_is_the_template_encoded_without_more_special_tokens(codec: TextCodec) -> None:
+def test_a_chat_is_the_template_encoded_without_more_special_tokens(codec: TextTokenizer) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     assert codec.render_chat(messages) == "<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"
     ids = codec.encode_chat(messages)
@@ -60,12 +60,12 @@ def test_a_chat_is_the_template_encoded_without_more_special_tokens(codec: TextC
     assert codec.decode(ids) == "be briefhi"
 
 
-def test_the_templates_digest_is_its_sha256(codec: TextCodec) -> None:
+def test_the_templates_digest_is_its_sha256(codec: TextTokenizer) -> None:
     assert codec.template_digest == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
 def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
-    plain = TextCodec.load(write_byte_level(tmp_path, chat_template=None))
+    plain = TextTokenizer.load(write_byte_level(tmp_path, chat_template=None))
     assert plain.template_digest == ""
     with pytest.raises(ChatRefused, match="no chat template"):
         plain.encode_chat([{"role": "user", "content": "hi"}])
@@ -82,35 +82,35 @@ def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_that_fails_gives_a_clean_refusal(tmp_path: Path, template: str, said: str) -> None:
-    codec = TextCodec.load(write_byte_level(tmp_path, chat_template=template))
+    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template=template))
     with pytest.raises(ChatRefused) as caught:
         codec.encode_chat([{"role": "user", "content": "hi"}])
     assert str(caught.value) == f"the chat template refused: {said}"
 
 
-def test_odd_conversations_are_refused_not_crashes(codec: TextCodec) -> None:
+def test_odd_conversations_are_refused_not_crashes(codec: TextTokenizer) -> None:
     with pytest.raises(ChatRefused, match="unknown role"):
         codec.encode_chat([{"role": "wizard", "content": "hi"}])
     with pytest.raises(ChatRefused):
         codec.encode_chat([])
 
 
-def test_messages_are_measured_before_they_are_rendered(codec: TextCodec) -> None:
+def test_messages_are_measured_before_they_are_rendered(codec: TextTokenizer) -> None:
     big = {"role": "user", "content": "x" * (MAX_CHAT_CHARACTERS // 2)}
     with pytest.raises(ChatRefused, match="at most"):
         codec.encode_chat([big, big])
 
 
-def test_end_of_text_ids_come_from_generation_config_and_tokenizer(codec: TextCodec, tmp_path: Path) -> None:
+def test_end_of_text_ids_come_from_generation_config_and_tokenizer(codec: TextTokenizer, tmp_path: Path) -> None:
     assert codec.eos_token_ids == {1, 4}
-    assert TextCodec.load(write_byte_level(tmp_path / "one", eos=3)).eos_token_ids == {1, 3}
+    assert TextTokenizer.load(write_byte_level(tmp_path / "one", eos=3)).eos_token_ids == {1, 3}
     bare = write_byte_level(tmp_path / "none", eos=None)
-    assert TextCodec.load(bare).eos_token_ids == {1}
+    assert TextTokenizer.load(bare).eos_token_ids == {1}
     (bare / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [7, 8]}))
-    assert TextCodec.load(bare).eos_token_ids == {1, 7, 8}
+    assert TextTokenizer.load(bare).eos_token_ids == {1, 7, 8}
 
 
-def test_every_byte_level_token_spells_its_bytes(codec: TextCodec) -> None:
+def test_every_byte_level_token_spells_its_bytes(codec: TextTokenizer) -> None:
     size = codec.vocab_size
     assert size == len(SPECIAL_TOKENS) + 256 + len("Ġcat") - 1
     spelled = [codec.token_bytes(token) for token in range(size)]
@@ -137,7 +137,7 @@ def test_long_texts_are_not_cut(directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
     tokenizer.backend_tokenizer.enable_truncation(max_length=4)
     tokenizer.backend_tokenizer.enable_padding(length=9)
-    codec = TextCodec(tokenizer)
+    codec = TextTokenizer(tokenizer)
     # No settings are left that a call would have to clear while another one reads them.
     assert tokenizer.backend_tokenizer.truncation is None
     assert tokenizer.backend_tokenizer.padding is None
@@ -145,7 +145,7 @@ def test_long_texts_are_not_cut(directory: Path) -> None:
     assert len(codec.encode("x")) == 2
 
 
-def test_threads_may_share_a_codec(codec: TextCodec) -> None:
+def test_threads_may_share_a_codec(codec: TextTokenizer) -> None:
     texts = [f"cat {i} é😀 " * (1 + i % 40) for i in range(300)]
 
     def there_and_back(text: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from loramux_adapters.tokenization import PromptTokenizer
 from loramux_server.engine.detokenize import ChoiceText
 from loramux_server.requests import FinishReason, StopConditions, TokenEvent
-from loramux_server.text import TextCodec
+from loramux_server.text import TextTokenizer
 from support.tokenizers import FAMILIES, make_family
 
 BOS, EOS = 1, 2
@@ -20,13 +20,13 @@ TEMPLATE = (
 
 
 @cache
-def codec_of(family: str) -> TextCodec:
+def codec_of(family: str) -> TextTokenizer:
     tokenizer = make_family(family)
     tokenizer.chat_template = TEMPLATE
-    return TextCodec(tokenizer)
+    return TextTokenizer(tokenizer)
 
 
-def streamed(codec: TextCodec, prompt: list[int], output: list[int]) -> str:
+def streamed(codec: TextTokenizer, prompt: list[int], output: list[int]) -> str:
     """The text of a choice, token by token, as its reader gets it."""
     choice = ChoiceText(codec.decode, lambda _: "", StopConditions(99), codec.output_context(prompt))
     text = ""

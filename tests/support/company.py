@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loramux_adapters.base import load_base
-from loramux_adapters.frozen import Layouts, supports_packed
+from loramux_adapters.frozen import WeightFormats, supports_packed
 from loramux_server.requests import SamplingParams
 from support.against_peft import prompts
 from support.model_engine import ModelEngine
@@ -28,7 +28,7 @@ def check_exact(checkpoint: Path, adapters: dict[str, Path], dtype: torch.dtype,
 
     def fresh(**options: Any) -> ModelEngine:
         base = load_base(checkpoint, compute_dtype=dtype)
-        return ModelEngine(base, adapters, layouts=Layouts(packed=supports_packed()), **(EXACT | options))
+        return ModelEngine(base, adapters, weight_formats=WeightFormats(packed=supports_packed()), **(EXACT | options))
 
     names = [None, *adapters] * 4
     rows = [
@@ -49,7 +49,7 @@ def check_exact(checkpoint: Path, adapters: dict[str, Path], dtype: torch.dtype,
             assert torch.equal(together.logits(tickets[index]), alone.logits(own)), (company, index)
     usages = [together.events[ticket, 0][-1].usage for ticket in rounds[1]]
     return {
-        "preemptions": together.scheduler.take_marks().preemptions,
+        "preemptions": together.scheduler.take_counters().preemptions,
         "cached": sum(usage.cached for usage in usages if usage),
     }
 

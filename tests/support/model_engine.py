@@ -17,7 +17,7 @@ from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base import LoadedBase
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
-from loramux_adapters.frozen import Layouts
+from loramux_adapters.frozen import WeightFormats
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.residency.host import HostCache
@@ -70,15 +70,15 @@ class ModelEngine:
         *,
         deterministic: bool = False,
         capacity: int = 512,
-        layouts: Layouts = Layouts(),
+        weight_formats: WeightFormats = WeightFormats(),
         dense_bytes: int = 1 << 30,
         stack: bool = True,
         **limits: Any,
     ) -> None:
         kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
         examined = examine(base, base.spec.context_length)
-        layouts = replace(layouts, invariant=deterministic)
-        self.adapted = inject(base, capacity=capacity, layouts=layouts, stack=stack)
+        weight_formats = replace(weight_formats, invariant=deterministic)
+        self.adapted = inject(base, capacity=capacity, weight_formats=weight_formats, stack=stack)
         self.limits = EngineLimits(
             **(
                 {

@@ -28,7 +28,6 @@ from loramux_server.api.calls import Limits
 from loramux_server.api.gate import Parts
 from loramux_server.api.ports import AdapterState, ModelInfo
 from loramux_server.app import App
-from loramux_server.built import Built, EngineHooks
 from loramux_server.config import ServeConfig, resolve_config
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
@@ -39,6 +38,7 @@ from loramux_server.engine.scheduler import Scheduler
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import ReadAdapter, Registry
 from loramux_server.requests import RequestFailure
+from loramux_server.runtime import EngineCallbacks, ServerRuntime
 from support.fake_pool import FakePool
 from support.fake_runner import VOCABULARY, FakeRunner
 
@@ -129,7 +129,7 @@ class Inside:
     client: EngineClient = field(init=False)
     registry: Registry = field(init=False)
 
-    def build(self, config: ServeConfig, hooks: EngineHooks, lock: DirectoryLock | None = None) -> Built:
+    def build(self, config: ServeConfig, hooks: EngineCallbacks, lock: DirectoryLock | None = None) -> ServerRuntime:
         """An App's `Build`."""
         time.sleep(self.build_seconds)
         bounds = EngineLimits(
@@ -164,7 +164,7 @@ class Inside:
         )
         model = ModelInfo("fake", "llama", BASE, "float32", "cpu", False, limits, WeightCounts(0, 0, 0))
         parts = Parts(self.client, self.registry, self.codec, model, self.states)
-        return Built(parts, engine, lambda: AdapterReading(slots=4), self.registry.close)
+        return ServerRuntime(parts, engine, lambda: AdapterReading(slots=4), self.registry.close)
 
     @property
     def is_idle(self) -> bool:

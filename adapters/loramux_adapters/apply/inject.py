@@ -20,7 +20,7 @@ from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, Adapte
 from loramux_adapters.base import LoadedBase
 from loramux_adapters.bnb import Linear4bit
 from loramux_adapters.fingerprint import QuantizedModule, fingerprint
-from loramux_adapters.frozen import DenseLinear, FrozenLinear, Layouts, Nf4Linear
+from loramux_adapters.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.parts.site import Site, SiteKind
@@ -43,7 +43,7 @@ class AdaptedModel:
     sites: dict[str, tuple[PartsAtSite, int]]  # every place: linear maps, embeddings, norms
     slot_kinds: dict[int, frozenset[Kind]]  # which kinds of parts the adapter of a slot has
     capacity: int  # rank rows per linear module
-    layouts: Layouts  # of the frozen weights
+    weight_formats: WeightFormats  # of the frozen weights
 
     @property
     def spec(self) -> BaseModelSpec:
@@ -75,7 +75,9 @@ def rank_row_bytes(spec: BaseModelSpec, dtype: torch.dtype) -> int:
     return sum(module.in_features + module.out_features for module in _linear_specs(spec)) * dtype.itemsize
 
 
-def inject(base: LoadedBase, *, capacity: int, layouts: Layouts = Layouts(), stack: bool = True) -> AdaptedModel:
+def inject(
+    base: LoadedBase, *, capacity: int, weight_formats: WeightFormats = WeightFormats(), stack: bool = True
+) -> AdaptedModel:
     """Replaces the adaptable modules of `base.model`; `capacity` rank rows per linear module.
 
     `stack` fuses siblings into one frozen product, which is bitwise the same and saves calls.
@@ -86,7 +88,7 @@ def inject(base: LoadedBase, *, capacity: int, layouts: Layouts = Layouts(), sta
     sites: dict[str, tuple[PartsAtSite, int]] = {}
     for names in _grouped_names(base.spec, stack):
         for part in _stackable(base, names):
-            group = _make_group(base, part, cell, rank_rows, layouts)
+            group = _make_group(base, part, cell, rank_rows, weight_formats)
             groups.append(group)
             for member, name in enumerate(part):
                 linears[name], sites[name] = (group, member), (group.parts, member)
@@ -103,7 +105,7 @@ def inject(base: LoadedBase, *, capacity: int, layouts: Layouts = Layouts(), sta
             continue
         sites[name] = (adapted.parts, 0)
         _replace(base.model, name, adapted)
-    return AdaptedModel(base.model, base, cell, tuple(groups), linears, sites, {}, capacity, layouts)
+    return AdaptedModel(base.model, base, cell, tuple(groups), linears, sites, {}, capacity, weight_formats)
 
 
 def _site(
@@ -140,28 +142,28 @@ def _stackable(base: LoadedBase, names: tuple[str, ...]) -> list[tuple[str, ...]
     """`names` as one part when their weights stack exactly, else one by one."""
     if len(names) == 1:
         return [names]
-    frozen = [_freeze(base, name, Layouts()) for name in names]
+    frozen = [_freeze(base, name, WeightFormats()) for name in names]
     first = frozen[0]
     if isinstance(first, Nf4Linear) and all(isinstance(f, Nf4Linear) and first.stackable_with(f) for f in frozen):
         return [names]
     return [(name,) for name in names]
 
 
-def _freeze(base: LoadedBase, name: str, layouts: Layouts) -> FrozenLinear:
+def _freeze(base: LoadedBase, name: str, weight_formats: WeightFormats) -> FrozenLinear:
     module = base.model.get_submodule(name)
     if isinstance(module, Linear4bit):
         return Nf4Linear.from_module(module, base.compute_dtype)
     weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
-    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, layouts)
+    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, weight_formats)
 
 
 def _make_group(
-    base: LoadedBase, names: tuple[str, ...], cell: StepCell, rank_rows: RankRowsTable, layouts: Layouts
+    base: LoadedBase, names: tuple[str, ...], cell: StepCell, rank_rows: RankRowsTable, weight_formats: WeightFormats
 ) -> SiteGroup:
-    parts = [_freeze(base, name, layouts) for name in names]
+    parts = [_freeze(base, name, weight_formats) for name in names]
     frozen = parts[0] if len(parts) == 1 else Nf4Linear.stack([part for part in parts if isinstance(part, Nf4Linear)])
     if isinstance(frozen, Nf4Linear):
-        frozen.build(layouts)
+        frozen.build(weight_formats)
     ends = list(itertools.accumulate(base.spec.modules[name].out_features for name in names))
     site = Site(
         "linear", names, tuple(zip([0, *ends[:-1]], ends, strict=True)), frozen.in_features, base.compute_dtype,

@@ -11,7 +11,7 @@ import torch
 from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.group import SiteGroup
 from loramux_adapters.apply.inject import AdaptedModel
-from loramux_adapters.frozen import DenseLinear, Layouts
+from loramux_adapters.frozen import DenseLinear, WeightFormats
 from loramux_adapters.parts.registry import KIND_OF, KINDS
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
 
@@ -28,7 +28,7 @@ def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
     Raises AdapterIncompatible where a part cannot be folded into a weight.
     """
     dtype = adapted.base.compute_dtype
-    layouts = Layouts(native=adapted.layouts.native)
+    weight_formats = WeightFormats(native=adapted.weight_formats.native)
     merged: dict[str, DenseLinear] = {}
     for group in _groups(adapted, weights):
         weight, own = group.frozen.dequantize(torch.float32), group.frozen.bias
@@ -36,7 +36,7 @@ def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
         for name, (begin, end) in zip(group.members, group.columns, strict=True):
             _fold(weight[begin:end], bias[begin:end], weights.modules.get(name))
         has_bias = own is not None or bool(bias.any())
-        merged[group.key] = DenseLinear(weight.to(dtype), bias.to(dtype) if has_bias else None, layouts)
+        merged[group.key] = DenseLinear(weight.to(dtype), bias.to(dtype) if has_bias else None, weight_formats)
     return MergedWeights(weights.spec.digest, merged)
 
 

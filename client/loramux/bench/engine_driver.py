@@ -15,11 +15,11 @@ from loramux.bench.stats import Trace
 from loramux.upload import collect
 from loramux_adapters.store.records import FileEntry, UploadManifest
 from loramux_server.app import build_engine
-from loramux_server.built import Built, EngineHooks
 from loramux_server.config import resolve_config
 from loramux_server.observe.metrics import Metrics
 from loramux_server.registry import Resolved
 from loramux_server.requests import SamplingParams, StopConditions, Submission
+from loramux_server.runtime import EngineCallbacks, ServerRuntime
 
 TENANT = "default"
 _STOP_SECONDS = 10.0
@@ -42,13 +42,13 @@ class EngineDriver:
         flags = {**options, "data_dir": str(scratch), "metrics_listen": "none"}
         self._config = resolve_config(flags=flags).config
         self._metrics = metrics or Metrics()
-        self._built: Built | None = None
+        self._built: ServerRuntime | None = None
         self._resolved: list[Resolved] = []
         self._death: BaseException | None = None
         self._count = 0
 
     async def start(self) -> None:
-        hooks = EngineHooks(asyncio.get_running_loop(), self._metrics, self._note_death)
+        hooks = EngineCallbacks(asyncio.get_running_loop(), self._metrics, self._note_death)
         self._built = built = await asyncio.to_thread(build_engine, self._config, hooks)
         built.engine.start()
         for path in self._paths:
@@ -68,7 +68,7 @@ class EngineDriver:
         await asyncio.to_thread(built.engine.stop, 0.0, _STOP_SECONDS)
         await asyncio.to_thread(built.close)
 
-    async def _publish(self, built: Built, path: Path) -> Resolved:
+    async def _publish(self, built: ServerRuntime, path: Path) -> Resolved:
         bundle = collect(path, path.name, {}, allow_base_mismatch=False)
         registry = built.parts.registry
         manifest = UploadManifest(

@@ -27,7 +27,7 @@ from loramux_server.api.convert_adapters import (
 )
 from loramux_server.api.gate import Gate, Parts
 from loramux_server.api.upload import UploadSession
-from loramux_server.errors import ClientStalled, InvalidRequest, get_verdict
+from loramux_server.errors import ClientStalled, InvalidRequest, status_of
 from loramux_server.observe.logs import DIGITS, note
 
 DEFAULT_PAGE = 100
@@ -71,7 +71,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             note(digest=published.record.digest[:DIGITS])
             outcome = "created" if published.created else "unchanged"
         except Exception as error:
-            outcome = get_verdict(error).reason.lower()
+            outcome = status_of(error).reason.lower()
             if not isinstance(error, ClientStalled):
                 await session.discard(request_iterator)
             raise

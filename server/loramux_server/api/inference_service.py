@@ -22,12 +22,12 @@ from loramux_server.api import validate
 from loramux_server.api.calls import GenerateCall, Limits
 from loramux_server.api.convert import build_submission, read_generate, write_model
 from loramux_server.api.convert_answers import Answering
-from loramux_server.api.encoding import Encoder
 from loramux_server.api.gate import Gate
 from loramux_server.api.generation import Generation
 from loramux_server.api.ports import Codec
 from loramux_server.api.read_chat import read_chat, read_tools
 from loramux_server.api.stop_tokens import resolve_stop_tokens
+from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.errors import InvalidRequest
 from loramux_server.observe.logs import CALL_ID, DIGITS, note
 from loramux_server.registry import Registry, Resolved
@@ -48,7 +48,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     gate: Gate
     tenant_of: Callable[[Context], str]
     observer: NameObserver
-    encoder: Encoder = field(default_factory=Encoder)
+    encoder: TokenizerPool = field(default_factory=TokenizerPool)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context

@@ -165,9 +165,9 @@ class _Wrapped(_Handler):
 async def _refuse(error: Exception, call: _Call, call_id: str, context: Any) -> None:
     """End the call in the error's status. Raises what grpc ends a call with."""
     answer = answer_error(error, call_id)
-    call.code, call.reason = answer.code.name, answer.verdict.reason
+    call.code, call.reason = answer.code.name, answer.mapping.reason
     call.waits = isinstance(error, WarmingUp)
-    if answer.verdict is INTERNAL:
+    if answer.mapping is INTERNAL:
         _BUG.error("unexpected error", exc_info=error, extra={"fields": {"method": call.method}})
     # A client that does not read holds the status back too; core keeps it for when it reads.
     with suppress(TimeoutError):

@@ -32,8 +32,8 @@ from loramux_server.errors import (
     LoramuxError,
     NotFound,
     Retryable,
-    Verdict,
-    get_verdict,
+    StatusMapping,
+    status_of,
 )
 
 DOMAIN = "loramux"
@@ -53,24 +53,24 @@ class Answer:
     code: grpc.StatusCode
     message: str
     trailers: tuple[tuple[str, str | bytes], ...]
-    verdict: Verdict
+    mapping: StatusMapping
 
 
 def answer_error(error: Exception, call_id: str) -> Answer:
     """The status of `error`. `call_id` is the only thing told of an error outside the table."""
-    verdict = get_verdict(error)
-    if verdict is INTERNAL:
+    mapping = status_of(error)
+    if mapping is INTERNAL:
         message = f"internal error; request id {call_id}"
-        details: list[Message] = [_info(verdict, {"request_id": call_id})]
+        details: list[Message] = [_info(mapping, {"request_id": call_id})]
     else:
         message = _cut(str(error))
-        details = [_info(verdict, {**_facts(error), "request_id": call_id}), *_details(error, verdict)]
-    status = Status(code=int(verdict.code), message=message, details=[_pack(detail) for detail in details])
+        details = [_info(mapping, {**_facts(error), "request_id": call_id}), *_details(error, mapping)]
+    status = Status(code=int(mapping.code), message=message, details=[_pack(detail) for detail in details])
     trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
     retry = retry_after(error)
     if retry is not None:
         trailers.append((PUSHBACK_KEY, str(round(retry * 1000))))
-    return Answer(_CODES[int(verdict.code)], message, tuple(trailers), verdict)
+    return Answer(_CODES[int(mapping.code)], message, tuple(trailers), mapping)
 
 
 def retry_after(error: Exception) -> float | None:
@@ -90,12 +90,12 @@ def _facts(error: Exception) -> dict[str, str]:
     return {key: _cut(value) for key, value in facts.items()}
 
 
-def _details(error: Exception, verdict: Verdict) -> list[Message]:
+def _details(error: Exception, mapping: StatusMapping) -> list[Message]:
     details: list[Message] = []
     if isinstance(error, InvalidRequest):
-        details.append(_violations(error.violations[:_MAX_VIOLATIONS], verdict))
+        details.append(_violations(error.violations[:_MAX_VIOLATIONS], mapping))
     elif isinstance(error, AdapterInvalid | AdapterIncompatible | UploadOffset):
-        details.append(_violations([(error.subject, error.message)], verdict))
+        details.append(_violations([(error.subject, error.message)], mapping))
     elif isinstance(error, NotFound | AlreadyExists):
         details.append(_resource(error.kind, error.resource, str(error)))
     elif isinstance(error, AdapterNotFound):
@@ -113,17 +113,17 @@ def _details(error: Exception, verdict: Verdict) -> list[Message]:
     return details
 
 
-def _info(verdict: Verdict, metadata: dict[str, str]) -> Message:
-    info: Message = error_details_pb2.ErrorInfo(reason=verdict.reason, domain=DOMAIN, metadata=metadata)
+def _info(mapping: StatusMapping, metadata: dict[str, str]) -> Message:
+    info: Message = error_details_pb2.ErrorInfo(reason=mapping.reason, domain=DOMAIN, metadata=metadata)
     return info
 
 
-def _violations(violations: Sequence[tuple[str, str]], verdict: Verdict) -> Message:
+def _violations(violations: Sequence[tuple[str, str]], mapping: StatusMapping) -> Message:
     most = min(_MAX_TEXT, _MAX_TEXT_OF_VIOLATIONS // len(violations))
     request: Message = error_details_pb2.BadRequest(
         field_violations=[
             error_details_pb2.BadRequest.FieldViolation(
-                field=_cut(field, most), description=_cut(description, most), reason=verdict.reason
+                field=_cut(field, most), description=_cut(description, most), reason=mapping.reason
             )
             for field, description in violations
         ]

@@ -23,7 +23,7 @@ from loramux_server.errors import (
     LoramuxError,
     Overloaded,
     Unavailable,
-    get_verdict,
+    status_of,
 )
 from loramux_server.requests import RequestFailure, Submission, TokenEvent
 
@@ -85,7 +85,7 @@ class EngineClient:
         try:
             return self._submit(submission)
         except LoramuxError as error:
-            self._observer.rejected(get_verdict(error).reason)
+            self._observer.rejected(status_of(error).reason)
             raise
 
     def abort(self, tenant: str, request_id: str) -> bool:

@@ -161,7 +161,7 @@ class Engine:
                 merged=plan.merged,
                 failures=0 if result is None else len(result.failures),
                 load=self._scheduler.load(),
-                marks=self._scheduler.take_marks(),
+                counters=self._scheduler.take_counters(),
                 times=StepTimes(
                     plan=planned - started,
                     run=ran - planned,

@@ -55,7 +55,7 @@ def remove_ordered(requests: list[Request], request: Request) -> None:
     del requests[index]
 
 
-class Turns:
+class AdapterAdmission:
     """One pass over the waiting requests, in order: who may ask for a lease.
 
     A request whose adapter is not ready is overtaken by at most `bound` later requests with other

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.engine.draft import Draft
 from loramux_server.engine.leases import Adapters
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import Sampled, StepPlan, StepResult
-from loramux_server.engine.policies import FirstComeFirstServed, Turns, insert_ordered, remove_ordered
+from loramux_server.engine.policies import AdapterAdmission, FirstComeFirstServed, insert_ordered, remove_ordered
 from loramux_server.engine.request import Request, State, expand
-from loramux_server.engine.stats import Ended, Load, Marks, WaitReason
+from loramux_server.engine.stats import Ended, Load, StepCounters, WaitReason
+from loramux_server.engine.step_builder import StepBuilder
 from loramux_server.engine.tables import BlockTables
 from loramux_server.errors import InvalidRequest, failure_of
 from loramux_server.requests import FinishReason, RequestFailure, Submission, TokenEvent, TokenLogprob
@@ -55,7 +55,7 @@ class Scheduler:
         self._step = 0
         self._retired: list[str] = []
         self._events: list[Routed] = []
-        self._marks = Marks()
+        self._counters = StepCounters()
         self._waiting_for: dict[WaitReason, int] = {}
 
     # What the client side asks for, between steps.
@@ -98,22 +98,22 @@ class Scheduler:
         """What the next step computes; no chunks when nothing can run."""
         self._adapters.poll()
         self._expire(now)
-        draft = Draft(self.limits, self.tables)
-        preempted = self._marks.preemptions
-        self._draft_decodes(draft)
-        draft.add_prefills(self._running)
+        builder = StepBuilder(self.limits, self.tables)
+        preempted = self._counters.preemptions
+        self._add_decodes(builder)
+        builder.add_prefills(self._running)
         self._waiting_for = {}
-        if self._marks.preemptions == preempted:
-            self._admit(draft, now)
+        if self._counters.preemptions == preempted:
+            self._admit(builder, now)
         elif len(self._policy):
             # Blocks just taken from one request are not for the next in the queue.
             self._waiting_for["blocks"] = len(self._policy)
-        if not draft.chunks:
+        if not builder.chunks:
             return StepPlan(self._step, ())
         self._step += 1
         retired, self._retired = tuple(self._retired), []
-        merged = draft.find_merged(self._ready_merged)
-        return StepPlan(self._step, tuple(draft.chunks), merged, retired)
+        merged = builder.find_merged(self._ready_merged)
+        return StepPlan(self._step, tuple(builder.chunks), merged, retired)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what the step gave. Each chunk's request goes on, ends, or fails alone."""
@@ -157,10 +157,10 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
-    def take_marks(self) -> Marks:
-        """Marks since the last call."""
-        marks, self._marks = self._marks, Marks()
-        return marks
+    def take_counters(self) -> StepCounters:
+        """What was counted since the last call."""
+        counters, self._counters = self._counters, StepCounters()
+        return counters
 
     def load(self) -> Load:
         """How full the engine is."""
@@ -190,11 +190,11 @@ class Scheduler:
             else:
                 self._next_deadline = min(self._next_deadline, deadline)
 
-    def _draft_decodes(self, draft: Draft) -> None:
+    def _add_decodes(self, builder: StepBuilder) -> None:
         # In order of service, so that whoever must give way has no chunk in this step yet.
         for request in tuple(self._running):
             if request.remaining == 1 and request.state is State.RUNNING and self._make_room(request):
-                draft.add(request, request.computed + 1)
+                builder.add(request, request.computed + 1)
 
     def _make_room(self, request: Request) -> bool:
         while not self.tables.grow(request):
@@ -212,15 +212,15 @@ class Scheduler:
         request.preemptions += 1
         if request.prompt_logprobs is not None:
             request.prompt_logprobs = []
-        self._marks.preemptions += 1
+        self._counters.preemptions += 1
         self._policy.add(request)
 
-    def _admit(self, draft: Draft, now: float) -> None:
-        turns = Turns(self.limits.max_overtakes, self.limits.max_loads_tried)
+    def _admit(self, builder: StepBuilder, now: float) -> None:
+        admission = AdapterAdmission(self.limits.max_overtakes, self.limits.max_loads_tried)
         waiting_for: dict[WaitReason, int] = {}
         stopped: WaitReason = "capacity"
         for request in self._policy:
-            if len(self._running) >= self.limits.max_running or not draft.has_room(request):
+            if len(self._running) >= self.limits.max_running or not builder.has_room(request):
                 break
             if request.is_held:
                 waiting_for["sibling"] = waiting_for.get("sibling", 0) + 1
@@ -230,10 +230,10 @@ class Scheduler:
             if not self.tables.can_admit(request, cached, reserve=len(self._running)):
                 stopped = "blocks"
                 break
-            if not self._lease(request, turns, now):
+            if not self._lease(request, admission, now):
                 if request.state is State.WAITING:
                     waiting_for["adapter"] = waiting_for.get("adapter", 0) + 1
-                    if turns.is_over:
+                    if admission.is_over:
                         stopped = "adapter"
                         break
                 continue
@@ -242,17 +242,17 @@ class Scheduler:
             request.state = State.RUNNING
             self.tables.admit(request, cached)
             self._mark_admission(request, now)
-            draft.add_prefill(request)
+            builder.add_prefill(request)
         rest = len(self._policy) - sum(waiting_for.values())
         if rest:
             waiting_for[stopped] = waiting_for.get(stopped, 0) + rest
         self._waiting_for = waiting_for
 
-    def _lease(self, request: Request, turns: Turns, now: float) -> bool:
+    def _lease(self, request: Request, admission: AdapterAdmission, now: float) -> bool:
         """Whether `request` has what it needs of adapters. A failed load ends it, and it alone."""
         if request.digest is None:
             return True
-        if turns.may_ask(request):
+        if admission.may_ask(request):
             try:
                 request.lease = self._adapters.try_acquire(request.digest)
             except AdapterError as error:
@@ -262,9 +262,9 @@ class Scheduler:
                 self._fail(request, failure, now, doubtful=False)
                 return False
         if request.lease is None:
-            turns.refuse(request)
+            admission.refuse(request)
             return False
-        turns.admit(request)
+        admission.admit(request)
         return True
 
     def _mark_admission(self, request: Request, now: float) -> None:
@@ -272,9 +272,9 @@ class Scheduler:
             return
         request.admitted_at = now
         request.cached = min(request.computed, request.prompt_length)
-        self._marks.queued.append(now - request.arrived)
-        self._marks.prefix_queried += request.prompt_length
-        self._marks.prefix_hit += request.cached
+        self._counters.queued.append(now - request.arrived)
+        self._counters.prefix_queried += request.prompt_length
+        self._counters.prefix_hit += request.cached
 
     # Outcomes.
 
@@ -282,9 +282,9 @@ class Scheduler:
         request.proven = request.computed
         request.tokens.append(sampled.token)
         if request.last_token_at is None:
-            self._marks.first_token.append(now - request.arrived)
+            self._counters.first_token.append(now - request.arrived)
         else:
-            self._marks.inter_token.append(now - request.last_token_at)
+            self._counters.inter_token.append(now - request.last_token_at)
         request.last_token_at = now
         reason, stop_token = request.find_end() or (None, None)
         self._events.append(
@@ -339,7 +339,7 @@ class Scheduler:
         if request.seen_by_runner:
             self._retired.append(request.key)
         usage = request.usage
-        self._marks.ended.append(
+        self._counters.ended.append(
             Ended(
                 tenant=request.submission.tenant,
                 digest=request.digest,

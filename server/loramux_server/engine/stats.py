@@ -42,7 +42,7 @@ class StepTimes:
 
 
 @dataclass
-class Marks:
+class StepCounters:
     """What happened since the last report; filled by the scheduler, taken whole by the engine."""
 
     queued: list[float] = field(default_factory=list)  # acceptance to first admission
@@ -78,7 +78,7 @@ class StepStats:
     merged: str | None
     failures: int  # chunks whose request the step itself failed
     load: Load
-    marks: Marks
+    counters: StepCounters
     times: StepTimes
 
 

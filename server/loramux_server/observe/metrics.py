@@ -96,7 +96,7 @@ class Metrics:
 
     def step(self, stats: StepStats) -> None:
         """A turn of the engine's loop (engine thread)."""
-        marks, times = stats.marks, stats.times
+        counters, times = stats.counters, stats.times
         self._load = stats.load
         if stats.tokens:
             self._step_tokens.inc(stats.tokens)
@@ -106,13 +106,13 @@ class Metrics:
         for part, counter in self._parts_by_name.items():
             counter.inc(getattr(times, part))
         for histogram, values in (
-            (self._queue, marks.queued),
-            (self._first, marks.first_token),
-            (self._inter, marks.inter_token),
+            (self._queue, counters.queued),
+            (self._first, counters.first_token),
+            (self._inter, counters.inter_token),
         ):
             for value in values:
                 histogram.observe(value)
-        for ended in marks.ended:
+        for ended in counters.ended:
             self._requests.labels(ended.outcome).inc()
             self._whole.observe(ended.seconds)
             self._prompt_tokens.inc(ended.prompt)
@@ -120,9 +120,9 @@ class Metrics:
             adapter = BASE if ended.digest is None else ended.digest
             self._per_adapter_requests.add(adapter, 1)
             self._per_adapter_tokens.add(adapter, ended.completion)
-        self._preemptions.inc(marks.preemptions)
-        self._queried.inc(marks.prefix_queried)
-        self._hit.inc(marks.prefix_hit)
+        self._preemptions.inc(counters.preemptions)
+        self._queried.inc(counters.prefix_queried)
+        self._hit.inc(counters.prefix_hit)
 
     def rejected(self, reason: str) -> None:
         """A request refused at submission."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters.frozen import Layouts
+from loramux_adapters.frozen import WeightFormats
 from loramux_adapters.parts.bias import Bias
 from loramux_adapters.parts.low_rank import LowRank
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
@@ -94,8 +94,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"layouts": Layouts(dense=True), "stack": False}],
-                         ids=["plain", "deterministic", "unstacked"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"deterministic": True}, {"weight_formats": WeightFormats(dense=True), "stack": False}],
+    ids=["plain", "deterministic", "unstacked"],
+)
 def test_a_mixed_batch_equals_peft_alone(case: tuple[Path, dict[str, Path]], options: dict[str, Any]) -> None:
     checkpoint, adapters = case
     names = [None, *adapters, None, *adapters]

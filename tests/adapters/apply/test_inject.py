@@ -9,7 +9,7 @@ import torch
 
 from loramux_adapters.apply.inject import AdaptedModel, inject
 from loramux_adapters.base import LoadedBase
-from loramux_adapters.frozen import Layouts
+from loramux_adapters.frozen import WeightFormats
 from support.checkpoints import float_base, save_checkpoint, wide_model
 
 IDS = torch.arange(12)[None]
@@ -20,8 +20,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(wide_model("llama"), tmp_path_factory.mktemp("inject") / "base")
 
 
-def injected(base: LoadedBase, *, stack: bool = True, layouts: Layouts = Layouts()) -> AdaptedModel:
-    return inject(base, capacity=16, stack=stack, layouts=layouts)
+def injected(base: LoadedBase, *, stack: bool = True, weight_formats: WeightFormats = WeightFormats()) -> AdaptedModel:
+    return inject(base, capacity=16, stack=stack, weight_formats=weight_formats)
 
 
 @pytest.mark.parametrize("stack", [True, False], ids=["stacked", "apart"])
@@ -89,6 +89,6 @@ def test_forget_drops_what_a_failed_forward_left(checkpoint: Path) -> None:
 
 
 def test_layouts_do_not_change_the_identity(checkpoint: Path) -> None:
-    for layouts in (Layouts(dense=True), Layouts(invariant=True), Layouts()):
-        adapted = injected(float_base(checkpoint), layouts=layouts)
+    for weight_formats in (WeightFormats(dense=True), WeightFormats(invariant=True), WeightFormats()):
+        adapted = injected(float_base(checkpoint), weight_formats=weight_formats)
         assert adapted.refingerprint() == adapted.spec.fingerprint

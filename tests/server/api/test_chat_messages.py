@@ -13,7 +13,7 @@ from grpc import aio
 from loramux import convert
 from loramux_protos.v1 import inference_pb2
 from loramux_server.chat_faults import ChatRefused
-from loramux_server.text import TextCodec
+from loramux_server.text import TextTokenizer
 from support.servers import FakeCodec, Inside, details, served
 from support.tokenizers import write_byte_level
 
@@ -82,7 +82,7 @@ async def test_what_is_no_message_is_refused_by_field(
 
 
 def test_the_template_renders_them_as_in_training(tmp_path: Path) -> None:
-    codec = TextCodec.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
+    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -116,18 +116,18 @@ async def test_a_message_that_the_template_fails_on_is_the_field_that_is_refused
 
 def test_a_template_without_tools_takes_none(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert not TextCodec.load(write_byte_level(tmp_path, chat_template=template)).takes_tools
+    assert not TextTokenizer.load(write_byte_level(tmp_path, chat_template=template)).takes_tools
 
 
 def test_what_is_nested_is_measured_too(tmp_path: Path) -> None:
-    codec = TextCodec.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
+    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
     big = {"role": "user", "content": None, "tool_calls": [{"function": {"x": "y" * (5 << 20)}}]}
     with pytest.raises(ChatRefused, match="at most"):
         codec.encode_chat([big])
 
 
 def test_what_is_nested_deeply_is_refused_not_a_crash(tmp_path: Path) -> None:
-    codec = TextCodec.load(write_byte_level(tmp_path, chat_template="{{ messages | tojson }}"))
+    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template="{{ messages | tojson }}"))
     deep: Any = "x"
     for _ in range(5000):
         deep = [deep]

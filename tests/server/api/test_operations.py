@@ -17,7 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import Client
 from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from loramux_server.api import interceptors
 from loramux_server.api.interceptors import _MOST_WAITING, ErrorInterceptor, _Call
+from loramux_server.api.running_calls import RunningCalls
 from loramux_server.app import App
 from loramux_server.observe.logs import fields_of
 from support.servers import (
@@ -194,7 +196,12 @@ async def test_a_process_that_drains_ends_no_call_with_cancelled(tmp_path: Path)
     await app._server._server.stop(None)  # this process goes on
 
 
-async def test_a_drain_tells_uploads_and_watches_that_do_not_end(tmp_path: Path) -> None:
+async def test_a_drain_tells_uploads_and_watches_that_do_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a machine whose cores are all busy a last message takes longer than a server that ends will wait for.
+    monkeypatch.setattr(RunningCalls.end, "__defaults__", (60.0,))
+    monkeypatch.setattr(interceptors, "_ABORT_SECONDS", 60.0)
     async with served(tmp_path) as server:
         watch = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING

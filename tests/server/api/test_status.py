@@ -55,12 +55,12 @@ def _details(error: Exception) -> tuple[Status, dict[str, object], dict[str, str
 
 @pytest.mark.parametrize("error", EVERY, ids=lambda error: type(error).__name__)
 def test_every_row_is_a_whole_status(error: Exception) -> None:
-    verdict = errors.get_verdict(error)
+    mapping = errors.status_of(error)
     status, found, trailers = _details(error)
     info = found["ErrorInfo"]
     assert isinstance(info, error_details_pb2.ErrorInfo)
-    assert (info.reason, info.domain, info.metadata["request_id"]) == (verdict.reason, DOMAIN, "call-1")
-    assert status.code == verdict.code
+    assert (info.reason, info.domain, info.metadata["request_id"]) == (mapping.reason, DOMAIN, "call-1")
+    assert status.code == mapping.code
     assert ("RetryInfo" in found) == (PUSHBACK_KEY in trailers)
 
 

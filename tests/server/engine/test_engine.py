@@ -204,8 +204,8 @@ async def test_observers_hear_of_every_step_and_request():
         (1, 0, 1),
     ]
     assert [stats.distinct_adapters for stats in steps] == [1, 1, 1, 1]
-    assert [ended.outcome for stats in steps for ended in stats.marks.ended] == ["length", "length"]
-    assert sum(stats.marks.prefix_hit for stats in steps) == 8
+    assert [ended.outcome for stats in steps for ended in stats.counters.ended] == ["length", "length"]
+    assert sum(stats.counters.prefix_hit for stats in steps) == 8
     assert steps[0].load.kv_blocks_held == 3
     assert all(stats.times.run > 0 and stats.times.plan > 0 for stats in steps)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux_server.engine.draft import Draft
 from loramux_server.engine.request import Request, expand
+from loramux_server.engine.step_builder import StepBuilder
 from loramux_server.engine.tables import BlockTables
 from support.engine_drive import Drive, digest, limits, submission
 
@@ -57,7 +57,7 @@ def test_a_younger_prefill_does_not_pass_an_older_one_that_waits_for_room():
         request.computed = computed
         return request
 
-    draft = Draft(bounds, tables)
+    draft = StepBuilder(bounds, tables)
     decoding = running("d", 3, computed=2)
     draft.add(decoding, 3)
     draft.add_prefills([running("a", 20), running("b", 20), running("c", 5)])
@@ -88,7 +88,7 @@ def test_output_is_replayed_token_by_token_after_preemption():
     drive.submit(submission("a", prompt=[1] * 11, max_tokens=14))
     ticket = drive.submit(submission("b", prompt=[2] * 11, max_tokens=14))
     drive.run()
-    assert drive.scheduler.take_marks().preemptions == 1
+    assert drive.scheduler.take_counters().preemptions == 1
     assert cuts(drive, ticket) == {(0, 8), (8, 11)} | {(start, start + 1) for start in range(11, 24)}
     drive.check_equal_to_solo(ticket)
     drive.check_idle()

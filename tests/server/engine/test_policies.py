@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_server.engine.policies import FirstComeFirstServed, Turns
+from loramux_server.engine.policies import AdapterAdmission, FirstComeFirstServed
 from loramux_server.engine.request import Request, expand
 from support.engine_drive import Drive, digest, limits, submission
 from support.fake_pool import FakePool
@@ -41,7 +41,7 @@ def test_the_victim_is_last_in_order():
 
 
 def test_one_pass_asks_once_per_adapter():
-    turns = Turns(bound=2, tries=8)
+    turns = AdapterAdmission(bound=2, tries=8)
     first, same, other = (request(number, digest=digest(kind)) for number, kind in ((1, 1), (2, 1), (3, 2)))
     assert turns.may_ask(first)
     turns.refuse(first)
@@ -50,7 +50,7 @@ def test_one_pass_asks_once_per_adapter():
 
 
 def test_a_pass_ends_when_enough_adapters_were_asked_for():
-    turns = Turns(bound=9, tries=2)
+    turns = AdapterAdmission(bound=9, tries=2)
     for number in (1, 2):
         assert not turns.is_over
         turns.refuse(request(number, digest=digest(number)))
@@ -60,21 +60,21 @@ def test_a_pass_ends_when_enough_adapters_were_asked_for():
 def test_after_the_bound_nobody_else_may_ask():
     waiting = request(1, digest=digest(1))
     for overtaken in range(2):
-        turns = Turns(bound=2, tries=8)
+        turns = AdapterAdmission(bound=2, tries=8)
         turns.refuse(waiting)
         other = request(2, digest=digest(2))
         assert turns.may_ask(other)
         turns.admit(other)
         assert waiting.overtaken == overtaken + 1
-    turns = Turns(bound=2, tries=8)
+    turns = AdapterAdmission(bound=2, tries=8)
     turns.refuse(waiting)
     assert not turns.may_ask(request(3, digest=digest(3)))
-    Turns(bound=2, tries=8).admit(waiting)
+    AdapterAdmission(bound=2, tries=8).admit(waiting)
     assert waiting.overtaken == 0
 
 
 def test_the_bound_holds_within_one_pass():
-    turns = Turns(bound=1, tries=8)
+    turns = AdapterAdmission(bound=1, tries=8)
     turns.refuse(request(1, digest=digest(1)))
     turns.admit(request(2, digest=digest(2)))
     assert not turns.may_ask(request(3, digest=digest(3)))

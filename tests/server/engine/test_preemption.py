@@ -8,9 +8,9 @@ from support.fake_pool import FakePool
 
 def drive_until_preempted(drive: Drive) -> None:
     for _ in range(100):
-        preempted = drive.scheduler._marks.preemptions
+        preempted = drive.scheduler._counters.preemptions
         drive.step()
-        if drive.scheduler._marks.preemptions > preempted:
+        if drive.scheduler._counters.preemptions > preempted:
             return
     raise AssertionError("nobody was preempted")
 
@@ -23,7 +23,7 @@ def test_the_newest_gives_way_and_all_equal_their_solo_runs():
     drive.run()
     for ticket in tickets:
         drive.check_equal_to_solo(ticket)
-    ended = drive.scheduler.take_marks().ended
+    ended = drive.scheduler.take_counters().ended
     assert [one.preemptions for one in sorted(ended, key=lambda one: one.preemptions)][-1] >= 1
     drive.check_idle()
 

@@ -90,7 +90,7 @@ def test_a_newcomer_leaves_those_that_run_a_block_each():
     drive = Drive(limits(kv_blocks=12, prefix_cache=False, max_batch_tokens=64))
     tickets = [drive.submit(submission(f"r{index}", prompt=[index] * 11, max_tokens=12)) for index in range(16)]
     drive.run()
-    assert drive.scheduler.take_marks().preemptions <= 4
+    assert drive.scheduler.take_counters().preemptions <= 4
     for ticket in tickets:
         drive.check_equal_to_solo(ticket)
 
@@ -331,11 +331,11 @@ def test_marks_and_load_tell_what_happened():
     drive.run()
     drive.submit(submission("b", prompt=8, max_tokens=1, digest=digest(1)))
     drive.run()
-    marks = drive.scheduler.take_marks()
+    marks = drive.scheduler.take_counters()
     assert (marks.queued, marks.first_token, marks.inter_token) == ([1.0, 1.0], [1.0, 1.0], [1.0, 1.0])
     assert (marks.prefix_queried, marks.prefix_hit, marks.preemptions) == (16, 4, 0)
     assert [(ended.outcome, ended.seconds, ended.completion) for ended in marks.ended] == [
         ("length", 3.0, 3),
         ("length", 1.0, 1),
     ]
-    assert drive.scheduler.take_marks().ended == []
+    assert drive.scheduler.take_counters().ended == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loramux_adapters.base import load_base
-from loramux_adapters.frozen import Layouts, select_layouts, supports_packed
+from loramux_adapters.frozen import WeightFormats, select_weight_formats, supports_packed
 from support.checkpoints import PeftOracle, float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
 
@@ -96,7 +96,7 @@ def test_adapters_change_what_the_base_says(world: World) -> None:
     [
         {},
         {"stack": False},
-        {"layouts": Layouts(dense=True)},
+        {"weight_formats": WeightFormats(dense=True)},
         {"deterministic": True, "prefill_chunk": 16},
         {"max_batch_tokens": 24, "max_running": 16},  # chunked prefill, decode beside it
         {"kv_blocks": 120, "block_tokens": 2, "max_batch_tokens": 64},  # preemption
@@ -114,7 +114,7 @@ def test_mixed_batch_equals_peft_alone(world: World, options: dict[str, Any]) ->
     crowded = not {"kv_blocks", "max_batch_tokens", "capacity"}.isdisjoint(options)
     assert max(len(plan.chunks) for plan in engine.plans) >= (4 if crowded else 12)
     if "kv_blocks" in options:
-        assert engine.scheduler.take_marks().preemptions > 0
+        assert engine.scheduler.take_counters().preemptions > 0
     if options.get("capacity") == 64:
         assert engine.pool.stats().evictions > 0
 
@@ -189,16 +189,22 @@ FAST_BOUND = 0.12
 
 @pytest.mark.parametrize("fastest", [False, True], ids=["library", "fastest"])
 def test_fast_mode_depends_on_company_by_rounding_only(world: World, fastest: bool) -> None:
-    layouts = Layouts(packed=supports_packed(), dense=True)
+    weight_formats = WeightFormats(packed=supports_packed(), dense=True)
     if fastest:
-        layouts = select_layouts(torch.device("cpu"), torch.bfloat16, dense=True, invariant=False)
+        weight_formats = select_weight_formats(torch.device("cpu"), torch.bfloat16, dense=True, invariant=False)
     together = ModelEngine(
-        load_base(world.checkpoint, compute_dtype=torch.bfloat16), world.adapters, layouts=layouts, prefix_cache=False
+        load_base(world.checkpoint, compute_dtype=torch.bfloat16),
+        world.adapters,
+        weight_formats=weight_formats,
+        prefix_cache=False,
     )
     tickets = submit_all(together)
     together.run()
     alone = ModelEngine(
-        load_base(world.checkpoint, compute_dtype=torch.bfloat16), world.adapters, layouts=layouts, prefix_cache=False
+        load_base(world.checkpoint, compute_dtype=torch.bfloat16),
+        world.adapters,
+        weight_formats=weight_formats,
+        prefix_cache=False,
     )
     worst = 0.0
     for ticket, (name, row) in tickets.items():

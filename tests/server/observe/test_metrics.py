@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from loramux_adapters.store.records import AdapterNames
-from loramux_server.engine.stats import Ended, Load, Marks, StepStats, StepTimes
+from loramux_server.engine.stats import Ended, Load, StepCounters, StepStats, StepTimes
 from loramux_server.errors import StartError
 from loramux_server.observe.exporter import Exporter, Probes
 from loramux_server.observe.metrics import AdapterReading, Metrics
@@ -32,9 +32,9 @@ def _load(running: frozenset[str] = frozenset(), waiting: frozenset[str] = froze
 
 
 def _step(ended: list[Ended], load: Load | None = None) -> StepStats:
-    marks = Marks(queued=[0.01], first_token=[0.02], inter_token=[0.001] * 3, ended=ended, preemptions=1)
+    counters = StepCounters(queued=[0.01], first_token=[0.02], inter_token=[0.001] * 3, ended=ended, preemptions=1)
     times = StepTimes(plan=0.001, run=0.01, forward=0.008)
-    return StepStats(1, 12, 1, 3, 2, None, 0, load or _load(), marks, times)
+    return StepStats(1, 12, 1, 3, 2, None, 0, load or _load(), counters, times)
 
 
 def _ended(digest: str | None) -> Ended:

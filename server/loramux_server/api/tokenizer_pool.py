@@ -24,7 +24,7 @@ _MAX_WAITING = 64
 _RETRY_SECONDS = 1.0
 
 
-class Encoder:
+class TokenizerPool:
     """One per server."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loramux_server.api.calls import ChatTurn, Limits
-from loramux_server.api.encoding import Encoder
+from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.errors import InvalidRequest, Overloaded
 
 LIMITS = Limits(4096, 2048, 4, 8, 8192, 64, 1 << 20, 1 << 20, 256, 4, 4, 4)
@@ -51,7 +51,7 @@ class SlowCodec:
 
 @pytest.mark.asyncio
 async def test_what_cannot_fit_is_refused_unread() -> None:
-    encoder, codec = Encoder(), SlowCodec()
+    encoder, codec = TokenizerPool(), SlowCodec()
     with pytest.raises(InvalidRequest, match="16385 characters cannot fit") as refused:
         await encoder.encode_text("text", codec, LIMITS, "a" * 16385)
     assert refused.value.metadata == {"context_tokens": "4096"}
@@ -64,7 +64,7 @@ async def test_what_cannot_fit_is_refused_unread() -> None:
 
 @pytest.mark.asyncio
 async def test_long_texts_hold_up_neither_short_ones_nor_other_threads() -> None:
-    encoder, codec = Encoder(), SlowCodec()
+    encoder, codec = TokenizerPool(), SlowCodec()
     long: list[asyncio.Task[Any]] = [
         asyncio.create_task(encoder.encode_text("text", codec, LIMITS, "a" * 9000)) for _ in range(64)
     ]
@@ -90,7 +90,7 @@ class WideCodec(SlowCodec):
 
 @pytest.mark.asyncio
 async def test_an_id_that_the_model_lacks_is_refused_by_its_text_and_place() -> None:
-    encoder, codec = Encoder(), WideCodec()
+    encoder, codec = TokenizerPool(), WideCodec()
     with pytest.raises(InvalidRequest) as text:
         await encoder.encode_text("text", codec, LIMITS, "ab[c")
     with pytest.raises(InvalidRequest) as chat:

@@ -17,7 +17,7 @@ from loramux_server.observe.metrics import AdapterReading, Metrics
 
 
 @dataclass(frozen=True)
-class EngineHooks:
+class EngineCallbacks:
     """The side that listens. `on_death` is called on the engine thread, once, if its loop dies."""
 
     loop: asyncio.AbstractEventLoop
@@ -26,7 +26,7 @@ class EngineHooks:
 
 
 @dataclass(frozen=True)
-class Built:
+class ServerRuntime:
     """A server's inside, ready to start. `close` lets go of pool and store, after the engine has ended."""
 
     parts: Parts
@@ -35,5 +35,5 @@ class Built:
     close: Callable[[], None]
 
 
-Build = Callable[[ServeConfig, EngineHooks, DirectoryLock | None], Built]
+Build = Callable[[ServeConfig, EngineCallbacks, DirectoryLock | None], ServerRuntime]
 """The lock is the data directory's, for the store to hold and release; without one the store takes it."""

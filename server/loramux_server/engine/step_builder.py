@@ -13,7 +13,7 @@ from loramux_server.engine.request import Request
 from loramux_server.engine.tables import BlockTables
 
 
-class Draft:
+class StepBuilder:
     """The chunks of one step, at most `max_batch_tokens` tokens of them."""
 
     def __init__(self, limits: EngineLimits, tables: BlockTables) -> None:
