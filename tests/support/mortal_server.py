@@ -1,7 +1,7 @@
 """Real servers to be killed by the dozen: `python -m support.mortal_server`, one data directory a line on stdin.
 
 Imports what a server imports once, then forks each server: App, gRPC, store, registry and format reader are real,
-only the engine computes nothing. A child says "ready ADDRESS"; "ended CODE" follows when it was killed.
+only the engine computes nothing. A child says "pid PID", then "ready ADDRESS"; "ended CODE" follows when it was killed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
+            say(f"pid {os.getpid()}")  # by itself: what the parent says may come after "ready"
             try:
                 asyncio.run(serve(Path(line.strip()), base))
             finally:
                 os._exit(1)
-        say(f"pid {pid}")
         _, status = os.waitpid(pid, 0)
         say(f"ended {os.waitstatus_to_exitcode(status)}")
 
