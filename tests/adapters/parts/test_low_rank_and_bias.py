@@ -81,14 +81,15 @@ def test_a_kind_is_refused_where_it_has_no_meaning(bench: PartsBench) -> None:
 def test_a_kind_that_no_row_has_is_asked_at_no_module(bench: PartsBench, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = bench.frozen(Q)
     slot = bench.bind({Q: [LowRank(numbers(4, weight.shape[1], seed=1), numbers(len(weight), 4, seed=2))]})
-    bench.bind({Q: [Bias(numbers(len(weight), seed=3))]})
+    biased = bench.bind({Q: [Bias(numbers(len(weight), seed=3))]})
     at, _ = bench.adapted.sites[Q]
-
-    def fail(*_: object) -> None:
-        raise AssertionError("asked")
-
-    monkeypatch.setattr(at.of(Bias), "after", fail)
-    bench.run(Q, numbers(2, weight.shape[1], seed=4), [-1, slot])
+    asked: list[object] = []
+    monkeypatch.setattr(at.of(Bias), "after", lambda *seen: asked.append(seen))
+    x = numbers(2, weight.shape[1], seed=4)
+    bench.run(Q, x, [-1, slot])
+    assert not asked
+    bench.run(Q, x, [slot, biased])
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 5])
