@@ -72,6 +72,7 @@ def fingerprint(
     config: Mapping[str, Any],
 ) -> str:
     """64 hex digits over NF4 modules (in any order), unquantized parameters and the arithmetic keys of config.json."""
+    # The project's former name stays: other bytes here would give every base another identity.
     total = hashlib.sha256(b"lorica-base-v1\n")
     lines = []
     for name, module in quantized:

@@ -1,6 +1,6 @@
-"""The face of Loramux: `from loramux import Client, AsyncClient`.
+"""The public API: `from loramux import Client, AsyncClient`.
 
-The one package `__init__` of the house that is not empty. The two names load on first use, so that
+The one package `__init__` of the project that is not empty. The two names load on first use, so that
 `loramux --help` pays for neither gRPC nor protobuf.
 """
 

@@ -18,7 +18,7 @@ from loramux_adapters.parts.part import Kind, Part, SiteParts
 from loramux_adapters.parts.registry import KIND_OF, KINDS
 from loramux_adapters.parts.site import Site
 
-Rows = Literal["tokens", "logits"]
+RowKind = Literal["tokens", "logits"]
 
 
 class PartsAtSite:
@@ -66,7 +66,7 @@ class PartsAtSite:
 class SiteGroup:
     """One frozen product shared by the members of a site."""
 
-    def __init__(self, frozen: FrozenLinear, site: Site, cell: StepCell, rows: Rows = "tokens") -> None:
+    def __init__(self, frozen: FrozenLinear, site: Site, cell: StepCell, rows: RowKind = "tokens") -> None:
         self.frozen, self.rows = frozen, rows
         self.members, self.columns = site.members, site.columns
         self.parts = PartsAtSite(site)

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# The project's former name stays: other bytes here would give every adapter another identity.
 _VERSION = b"lorica-adapter-v1"
 
 
