@@ -16,7 +16,7 @@ from grpc import aio
 from loramux_protos.v1 import inference_pb2
 from loramux_server.app import App
 from loramux_server.engine.plan import StepPlan
-from support.servers import FakeCodec, Inside, Served, details, prompt_request, serve_config, served, until
+from support.servers import FakeTokenizer, Inside, Served, details, prompt_request, serve_config, served, until
 
 pytestmark = pytest.mark.asyncio
 
@@ -80,13 +80,13 @@ async def test_row_18_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None
 async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> None:
     """An echo of two megabytes in twelve choices fills the transport's window, and then nobody reads."""
 
-    class Short(FakeCodec):
+    class Short(FakeTokenizer):
         longest_token = 1 << 20
 
         def encode(self, text: str) -> list[int]:
             return super().encode(text[:5])
 
-    async with served(tmp_path, Inside(codec=Short()), stall_seconds=0.3) as server:
+    async with served(tmp_path, Inside(tokenizer=Short()), stall_seconds=0.3) as server:
         request = prompt_request("x" * (2 << 20), 3, response={"echo": True})
         request.sampling.n = 12
         options = [("grpc.max_receive_message_length", -1)]
