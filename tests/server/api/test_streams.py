@@ -36,7 +36,7 @@ def _calls(server: Served, code: str) -> float:
 
 def _ended(server: Served, outcome: str) -> float:
     labels = {"outcome": outcome}
-    return server.app.metrics.registry.get_sample_value("loramux_requests_total", labels) or 0.0
+    return server.app.metrics.registry.get_sample_value("loramux_sequences_total", labels) or 0.0
 
 
 async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> None:
