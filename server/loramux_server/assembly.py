@@ -288,7 +288,7 @@ def _model_info(
 
 
 class _States:
-    """Implements `api.ports.AdapterStates` and `registry.Copies`."""
+    """Implements `api.ports.AdapterStates` and `registry.AdapterCaches`."""
 
     def __init__(self, pool: AdapterPool[AdapterWeights], merged_weights: MergedWeightsCache) -> None:
         self._pool, self._merged_weights = pool, merged_weights
@@ -303,7 +303,7 @@ class _States:
         self._pool.pin(desired.pinned, retry)
         self._merged_weights.reconcile(desired.merged, retry)
 
-    def forget(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
         """Free its slot once the last lease is back, its host bytes and its merged weights."""
         self._merged_weights.forget(digest)
         self._pool.discard(digest)

@@ -81,7 +81,7 @@ class FakeTokenizer:
 
 
 class FakeStates:
-    """Where adapters are: as a test says, or else as is desired, at once. Also the registry's `Copies`."""
+    """Where adapters are: as a test says, or else as is desired, at once. Also the registry's AdapterCaches."""
 
     def __init__(self) -> None:
         self.known: dict[str, AdapterState] = {}
@@ -96,11 +96,11 @@ class FakeStates:
         return self.known.get(digest, desired)
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        """See `registry.Copies`."""
+        """See `registry.AdapterCaches`."""
         self.desired = desired
 
-    def forget(self, digest: str) -> None:
-        """See `registry.Copies`."""
+    def evict(self, digest: str) -> None:
+        """See `registry.AdapterCaches`."""
 
 
 def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:

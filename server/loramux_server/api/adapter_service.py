@@ -1,7 +1,7 @@
 """AdapterService: adapters come, are shown, change and go.
 
-Translates between the wire and the registry; where an adapter is at this moment it asks
-the engine's side. Decides nothing about files.
+Translates between the wire and the registry; where an adapter is at this moment comes from the engine's side. Decides
+nothing about files.
 """
 
 # ruff: noqa: N802 -- methods are named by the contract
@@ -26,7 +26,7 @@ from loramux_server.api.convert_adapters import (
     write_progress,
 )
 from loramux_server.api.gate import Gate, Services
-from loramux_server.api.upload import UploadSession
+from loramux_server.api.upload import UploadStream
 from loramux_server.errors import ClientStalled, InvalidRequest, status_of
 from loramux_server.observe.logs import DIGITS, note
 
@@ -39,7 +39,7 @@ Context = aio.ServicerContext[Any, Any]
 
 
 class UploadObserver(Protocol):
-    """Who counts uploads."""
+    """Counts uploads."""
 
     def upload(self, outcome: str) -> None: ...
 
@@ -61,19 +61,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Take an upload to its commit, then validate and publish it."""
         services = self.gate.enter()
         tenant = self.tenant_of(context)
-        session = UploadSession(
+        stream = UploadStream(
             services.registry, tenant, stall_seconds=self.stall_seconds, received=self.observer.received
         )
         outcome = "cut"
         try:
-            upload_id = await session.run(request_iterator)
+            upload_id = await stream.run(request_iterator)
             published = await services.registry.publish(tenant, upload_id)
             note(digest=published.record.digest[:DIGITS])
             outcome = "created" if published.created else "unchanged"
         except Exception as error:
             outcome = status_of(error).reason.lower()
             if not isinstance(error, ClientStalled):
-                await session.discard(request_iterator)
+                await stream.discard(request_iterator)
             raise
         finally:
             self.observer.upload(outcome)
@@ -107,7 +107,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
-        """Change what the store remembers, desired state included; what comes of it tells the residency."""
+        """Change what the store remembers, desired state included; the residency shows what comes of it."""
         note(adapter=request.name)
         services = self.gate.enter()
         validate.check(
@@ -133,7 +133,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
-        """The files of a version, which stays pinned until the last byte was taken."""
+        """The files of a version, which is held until the last byte was taken."""
         note(adapter=request.adapter)
         services = self.gate.enter()
         validate.check(validate.reference("adapter", request.adapter))
