@@ -1,4 +1,4 @@
-"""Merged adapters: built beside the loop within a budget, dropped at any time, the same answers either way."""
+"""Merged adapters: built between steps within a budget, dropped at any time, the same answers either way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from loramux_adapters.apply.merge import merge, merged_bytes
+from loramux_adapters.apply.batch import MergedWeights
+from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.model import merged_weights
 from loramux_server.model.merged_weights import MergedWeightsCache, SetState
+from loramux_server.model.merging import Merges
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -28,9 +29,44 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def settle(sets: MergedWeightsCache) -> None:
-    """Waits for the builds asked for so far."""
-    sets._builder.submit(lambda: None).result(60)
+class Sets(MergedWeightsCache):
+    """With a worker's share, done when a test says so."""
+
+    def __init__(self, engine: ModelEngine, load: Callable[[str], AdapterWeights], budget: int, refusal: str) -> None:
+        self.merges = Merges(engine.adapted)
+        self.notices = 0
+        super().__init__(self.merges, lambda w: merged_bytes(engine.adapted, w), load, self.notice, budget, refusal)
+
+    def notice(self) -> None:
+        self.notices += 1
+
+    def find(self, digest: str) -> MergedWeights | None:
+        held = [merge for merge in self.merges._begun.values() if merge.digest == digest]
+        assert len(held) < 2
+        return held[0].result if held else None
+
+    def wait(self) -> None:
+        """For the reads asked for so far."""
+        self._loader.submit(lambda: None).result(60)
+
+    def take(self) -> bool:
+        """As the worker does with a plan's commands; whether there were any."""
+        drop, begin = self.take_merges()
+        for number in drop:
+            self.merges.drop(number)
+        for merge in begin:
+            self.merges.begin(merge)
+        return bool(drop or begin)
+
+
+def settle(sets: Sets) -> None:
+    """Until nothing is left to do of what was asked for so far."""
+    is_changed = True
+    while is_changed:
+        sets.wait()
+        is_changed = sets.take()
+        while not sets.merges.is_empty:
+            sets.merges.advance()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +81,7 @@ def test_the_dense_path_answers_as_peft_and_as_the_gathered_path(kind: str, tmp_
     truths = ask_peft(checkpoint, adapters, [*rows, ("cold", prompts(1)[0]), (None, prompts(2)[1])], count=4)
     engine = engine_for(checkpoint, adapters)
     engine.merged_weights.reconcile(frozenset({engine.digests["hot"]}))
-    settle(engine.merged_weights)
+    engine.settle_merges()
     assert_equal_to_peft(engine, truths[:4])  # all its own: the dense path
     assert {plan.merged for plan in engine.plans} == {engine.digests["hot"]}
     assert_equal_to_peft(engine, truths)  # mixed
@@ -89,15 +125,15 @@ class Gate:
         return self.passed[-1]
 
 
-Make = Callable[..., MergedWeightsCache]
+Make = Callable[..., Sets]
 
 
 @pytest.fixture
 def make(engine: ModelEngine) -> Iterator[Make]:
-    made: list[MergedWeightsCache] = []
+    made: list[Sets] = []
 
-    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> MergedWeightsCache:
-        made.append(MergedWeightsCache(engine.adapted, load or engine.weights.__getitem__, budget, refusal))
+    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> Sets:
+        made.append(Sets(engine, load or engine.weights.__getitem__, budget, refusal))
         return made[-1]
 
     yield make
@@ -119,11 +155,15 @@ def test_states_and_books(engine: ModelEngine, make: Make) -> None:
     assert sets.ready() == {digest}
     assert sets.find(digest) is not None
     assert sets.usage() == (1, size, {"built": 1, "refused": 0})
+    assert sets.notices
     sets.reconcile(frozenset({digest}))  # again: nothing is built twice
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 0}
+    before = sets.notices
     sets.reconcile(frozenset())
     sets.reconcile(frozenset())
+    assert sets.notices == before + 1  # an idle engine must come and free it
+    settle(sets)
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
     assert sets.usage()[:2] == (0, 0)
 
@@ -236,28 +276,81 @@ def test_dropped_before_its_turn_it_is_not_read(engine: ModelEngine, make: Make)
     assert sets.ready() == {first}
 
 
-@pytest.mark.parametrize("where", ["load", "merge"])
-def test_desired_again_while_the_dropped_build_goes_on(
-    where: str, engine: ModelEngine, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("where", ["read", "handed over", "begun", "merged"])
+def test_desired_again_while_the_dropped_build_goes_on(where: str, engine: ModelEngine, make: Make) -> None:
     """The first build is void wherever the drop met it: one set appears, once, and its bytes are counted once."""
     size, digest = bytes_of(engine, "a"), engine.digests["a"]
-    gate = Gate(engine.weights.__getitem__ if where == "load" else merge)
-    sets = make(size, gate if where == "load" else None)
-    if where == "merge":
-        monkeypatch.setattr(merged_weights, "merge", gate)
+    gate = Gate(engine.weights.__getitem__)
+    sets = make(size, gate if where == "read" else None)
     sets.reconcile(frozenset({digest}))
-    assert gate.reached.wait(60)
+    if where == "read":
+        assert gate.reached.wait(60)
+    else:
+        sets.wait()
+    if where in ("begun", "merged"):
+        sets.take()
+        sets.merges.advance()
+        assert sets.state(digest).state == "building"
+    if where == "merged":
+        settle(sets)
+        assert sets.state(digest).state == "ready"
+    first = sets.find(digest)
     sets.reconcile(frozenset())
     assert sets.usage()[1] == 0
     sets.reconcile(frozenset({digest}))
     gate.open.set()
     settle(sets)
     assert sets.state(digest) == SetState("ready", nbytes=size)
-    assert sets.usage() == (1, size, {"built": 1, "refused": 0})
-    assert len(gate.passed) == 2
-    if where == "merge":
-        assert sets.find(digest) is gate.passed[1]
+    assert sets.usage() == (1, size, {"built": 2 if where == "merged" else 1, "refused": 0})
+    found = sets.find(digest)
+    assert found is not None
+    assert found is not first
+    assert len(sets.merges._begun) == 1
+    assert not sets.merges._orders
+
+
+def test_a_merge_goes_on_group_by_group(engine: ModelEngine, make: Make) -> None:
+    """So that no step waits for a whole one."""
+    sets, digest = make(1 << 30), engine.digests["a"]
+    sets.reconcile(frozenset({digest}))
+    sets.wait()
+    assert sets.take()
+    groups = {group.key for group in engine.adapted.groups if any("q_proj" in name for name in group.members)}
+    advances = 0
+    while not sets.merges.is_empty:
+        sets.merges.advance()
+        advances += 1
+    assert advances == len(groups) + 1  # the last one joins them
+    found = sets.find(digest)
+    assert found is not None
+    assert set(found.weights) == groups
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(MemoryError(), "not enough device memory"), (RuntimeError("/home/somebody/secret"), "see the server's log")],
+    ids=["memory", "bug"],
+)
+def test_a_merge_that_fails_on_the_device_is_refused_and_holds_nothing(
+    error: Exception, reason: str, engine: ModelEngine, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    sets, (first, second, _) = make(1 << 30), in_order(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr("loramux_adapters.apply.merge._fold", fail)
+        sets.reconcile(frozenset({first}))
+        settle(sets)
+    assert sets.state(first).state == "refused"
+    assert reason in sets.state(first).reason
+    assert "secret" not in sets.state(first).reason
+    assert sets.usage() == (0, 0, {"built": 0, "refused": 1})
+    assert not sets.merges._begun
+    sets.reconcile(frozenset({second}))
+    settle(sets)
+    assert sets.ready() == {second}
+    assert sets.take_merges() == ((), ())
 
 
 def test_nothing_is_begun_after_the_close(engine: ModelEngine, make: Make) -> None:
@@ -309,21 +402,24 @@ def test_a_failed_build_is_refused_with_a_reason(
 
 
 def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> None:
-    """The set is gone when the runner looks for it: the slot serves as well."""
+    """The worker drops merged weights when a plan says so, and no earlier."""
     digest = engine.digests["a"]
     engine.merged_weights.reconcile(frozenset({digest}))
-    settle(engine.merged_weights)
+    engine.settle_merges()
     assert engine.merged_weights.state(digest).state == "ready"
     prompt = prompts(2)[1]
     ticket = engine.submit("a", prompt, 3)
     plan = engine.scheduler.plan(0.0)
-    while not plan.chunks:
-        plan = engine.scheduler.plan(0.0)
+    for _ in range(9):
+        if not plan.chunks:  # its adapter is on its way
+            engine.worker.execute(plan)
+            plan = engine.scheduler.plan(0.0)
     assert plan.merged == digest
     engine.merged_weights.reconcile(frozenset())
-    engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)
+    engine.scheduler.commit(plan, engine.worker.execute(plan), 0.0)
     engine.run()
     again = engine.submit("a", prompt, 3)
     engine.run()
     assert engine.tokens(ticket) == engine.tokens(again)
     assert len(engine.tokens(ticket)) == 3
+    assert not engine.merges._begun
