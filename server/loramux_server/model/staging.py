@@ -60,13 +60,14 @@ class StagedAdapters:
 
     def bind(self, binding: Binding) -> None:
         """Makes an adapter's slot usable, after whatever is left to copy. Raises WorkerLost where it was not staged."""
-        with self._lock:
-            copy = self._copies.pop(binding.slot, None)
+        copy = dict(self._all_with_slots()).get(binding.slot)
         if copy is None or copy.adapter.digest != binding.digest:
             raise WorkerLost(f"slot {binding.slot} is to be bound to {binding.digest[:12]}, which was not staged there")
         for _ in copy.pieces:
             pass
         self._slots.bind(binding.slot, copy.adapter)
+        with self._lock:  # last: what raised is called again
+            del self._copies[binding.slot]
 
     def unbind(self, slot: int) -> None:
         """Takes a slot out of use."""
