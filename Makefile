@@ -18,7 +18,7 @@ PROTOS := $(wildcard $(PROTO_DIR)/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test bench format protos clean lint lint-style lint-types lint-imports lint-protos lint-docker
+.PHONY: help setup setup-dev demo test bench format protos client clean lint lint-style lint-types lint-imports lint-protos lint-client lint-docker
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,7 +55,7 @@ test: setup-dev ## The test suite
 bench: setup-dev ## Mixed batches against base only, and against PEFT
 	$(BIN)/loramux bench $(BENCH_ARGS)
 
-lint: lint-style lint-types lint-imports lint-protos lint-docker ## Everything CI checks besides the tests
+lint: lint-style lint-types lint-imports lint-protos lint-client lint-docker ## Everything CI checks besides the tests
 
 lint-style: setup-dev
 	$(BIN)/ruff check .
@@ -74,17 +74,24 @@ lint-protos: setup-dev
 	  cmp "$$fresh/loramux_protos/v1/$${stub##*/}" "$(PROTO_DIR)/$${stub##*/}" || { echo 'stubs are stale: run make protos'; exit 1; }; \
 	done
 
+lint-client: setup-dev
+	@$(BIN)/python client/unasync_client.py | cmp - client/loramux/client.py || { echo 'client.py is stale: run make client'; exit 1; }
+
 lint-docker: setup-dev
 	$(BIN)/hadolint Dockerfile
 
 format: setup-dev ## Rewrite the sources as the linters want them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python client/unasync_client.py --write
 
 protos: OUT := protos
 protos: setup-dev ## Generate the stubs again
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(OUT) --mypy_out=quiet:$(OUT) $(PROTOS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $(SERVICE_PROTOS)
+
+client: setup-dev ## Write the synchronous client from the asyncio one
+	$(BIN)/python client/unasync_client.py --write
 
 clean: ## Remove the virtual environment and every cache
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,26 +1,26 @@
-"""The asyncio client: the same calls as `client.Client`, awaited. Files are read and written off the loop.
+"""The asyncio client: one channel, typed answers, bounded retries. Files are read and written off the loop.
 
-Knows neither torch nor the server's code.
+The source of both clients: `make client` writes the synchronous one, `client`, from this. Knows neither torch nor the
+server's code; what differs between the two beside the waiting is in `transport_aio` and `transport`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import convert, upload
-from loramux.call_status import Ending
-from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, channel_options
+from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS
 from loramux.download import Download
-from loramux.errors import ClientClosed, DeadlineExceeded, LoramuxError, NotFound, Unavailable, from_call
+from loramux.errors import ClientClosed, DeadlineExceeded, LoramuxError, NotFound, Unavailable
 from loramux.retry import Attempts, RetryPolicy
+from loramux.transport_aio import CallError, Method, open_channel, read_error, run_blocking, send_all, sleep
 from loramux.types import (
     Adapter,
     AdapterChanges,
@@ -36,9 +36,11 @@ from loramux.types import (
 )
 from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
+T = TypeVar("T")
+
 
 class AsyncClient:
-    """A connection to a Loramux server at `address`; use with `async with` or `await close()` it.
+    """A connection to a Loramux server at `address` ("host:port"); use with `async with` or `await close()` it.
 
     Make it inside a running event loop. Every method raises a `loramux.errors.LoramuxError`. A `timeout` is seconds for
     the whole call, repeats included.
@@ -54,11 +56,7 @@ class AsyncClient:
         self.address = address
         self._retry = retry or RetryPolicy()
         self._closed = False
-        options = channel_options(address)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
+        self._channel = open_channel(address, credentials)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -113,14 +111,13 @@ class AsyncClient:
     ) -> tuple[int, ...]:
         """Token ids of a text (with special tokens) or of a chat in the model's template."""
         request = convert.tokenize_request(text, messages, tools)
-        return tuple((await self._call(self._inference.Tokenize, request, idempotent=True)).token_ids)
+        response = await self._call(self._inference.Tokenize, request, idempotent=True)
+        return tuple(response.token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
         request = convert.detokenize_request(token_ids)
-        response: inference_pb2.DetokenizeResponse = await self._call(
-            self._inference.Detokenize, request, idempotent=True
-        )
+        response = await self._call(self._inference.Detokenize, request, idempotent=True)
         return response.text
 
     async def model(self) -> ModelInfo:
@@ -131,7 +128,7 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """End a running or waiting request; False when there is none of that id."""
         request = inference_pb2.AbortRequest(request_id=request_id)
-        response: inference_pb2.AbortResponse = await self._call(self._inference.Abort, request, idempotent=True)
+        response = await self._call(self._inference.Abort, request, idempotent=True)
         return response.aborted
 
     # Adapters
@@ -149,11 +146,10 @@ class AsyncClient:
         """Upload a PEFT directory under `name`; a repeat after a cut goes on where the server stands.
 
         Only adapter_config.json, adapter_model.safetensors and loramux.json travel; `Pushed.left_out` lists the rest.
-        `progress` is called from a worker thread.
+        `progress` is called from another thread.
         """
-        bundle = await asyncio.to_thread(
-            upload.collect, Path(directory), name, labels or {}, allow_base_mismatch=allow_base_mismatch
-        )
+        path = Path(directory)
+        bundle = await run_blocking(upload.collect, path, name, labels or {}, allow_base_mismatch=allow_base_mismatch)
         attempts = Attempts(self._retry, timeout)
         while True:
             held = upload.held_bytes(bundle, await self._find_upload(bundle.upload_id, attempts.left()))
@@ -161,7 +157,7 @@ class AsyncClient:
                 response = await self._upload(bundle, held, progress, attempts.left())
             except LoramuxError as error:
                 # A push is idempotent: its id and its content decide the outcome.
-                await asyncio.sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
+                await sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
             else:
                 resumed = sum(held.values())
                 adapter = convert.adapter(response.adapter)
@@ -254,7 +250,7 @@ class AsyncClient:
                 state = state or str(error)
             except LoramuxError as error:
                 state = str(error)
-            await asyncio.sleep(min(poll, max(0.0, deadline - time.monotonic())))
+            await sleep(min(poll, max(0.0, deadline - time.monotonic())))
         raise Unavailable(f"not healthy after {timeout:g} s: {state or 'not asked yet'}")
 
     # Calls
@@ -263,28 +259,28 @@ class AsyncClient:
         if self._closed:
             raise ClientClosed()
 
-    async def _once(self, method: Callable[..., Any], request: object, timeout: float | None) -> Any:
+    async def _once(self, method: Method[T], request: object, timeout: float | None) -> T:
         self._check_open()
         try:
             return await method(request, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, self.address) from None
+        except CallError as error:
+            raise read_error(error, self.address) from None
 
     async def _call(
         self,
-        method: Callable[..., Any],
+        method: Method[T],
         request: object,
         attempts: Attempts | None = None,
         *,
         idempotent: bool = False,
-    ) -> Any:
+    ) -> T:
         attempts = attempts or Attempts(self._retry, each=CALL_TIMEOUT)
         while True:
             try:
                 return await self._once(method, request, attempts.left())
             except LoramuxError as error:
                 pause = attempts.pause(error, idempotent=idempotent)
-            await asyncio.sleep(pause)
+            await sleep(pause)
 
     async def _stream(
         self, request: inference_pb2.GenerateRequest, timeout: float | None
@@ -293,19 +289,19 @@ class AsyncClient:
         while True:
             started = False
             self._check_open()
-            call = self._inference.GenerateStream(request, timeout=attempts.left())
+            call: Any = self._inference.GenerateStream(request, timeout=attempts.left())
             try:
                 async for response in call:
                     started = True
                     yield convert.stream_part(response)
                 return
-            except grpc.aio.AioRpcError as raised:
-                error = from_call(raised, self.address)
+            except CallError as raised:
+                error = read_error(raised, self.address)
             finally:
                 call.cancel()  # without effect on a call that has ended
             if started:
                 raise error
-            await asyncio.sleep(attempts.pause(error, idempotent=False))
+            await sleep(attempts.pause(error, idempotent=False))
 
     async def _find_upload(self, upload_id: str, timeout: float | None) -> tuple[FileProgress, ...]:
         request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
@@ -324,18 +320,11 @@ class AsyncClient:
         timeout: float | None,
     ) -> adapters_pb2.UploadAdapterResponse:
         self._check_open()
-        call = self._adapters.UploadAdapter(timeout=timeout)
-        ending = Ending(call)
         messages = upload.messages(bundle, held, progress)
-        try:
-            while (message := await asyncio.to_thread(next, messages, None)) is not None:
-                await call.write(message)
-            await call.done_writing()
-            return await call
-        except (asyncio.InvalidStateError, grpc.aio.InternalError, grpc.aio.AioRpcError):
-            raise from_call(await ending.find(), self.address) from None
-        finally:
-            call.cancel()
+        response: adapters_pb2.UploadAdapterResponse = await send_all(
+            self._adapters.UploadAdapter, messages, timeout, self.address
+        )
+        return response
 
     async def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
@@ -344,16 +333,16 @@ class AsyncClient:
             while True:
                 started = False
                 self._check_open()
-                call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
+                call: Any = self._adapters.DownloadAdapter(request, timeout=attempts.left())
                 try:
                     async for response in call:
                         started = True
-                        await asyncio.to_thread(download.feed, response)
-                    return await asyncio.to_thread(download.finish)
-                except grpc.aio.AioRpcError as raised:
-                    error = from_call(raised, self.address)
+                        await run_blocking(download.feed, response)
+                    return await run_blocking(download.finish)
+                except CallError as raised:
+                    error = read_error(raised, self.address)
                 finally:
                     call.cancel()
                 if started:
                     raise error
-                await asyncio.sleep(attempts.pause(error, idempotent=True))
+                await sleep(attempts.pause(error, idempotent=True))

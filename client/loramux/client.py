@@ -1,24 +1,26 @@
-"""The synchronous client: one channel, typed answers, bounded retries.
+"""The synchronous client: one channel, typed answers, bounded retries. Thread-safe.
 
-Thread-safe. Knows neither torch nor the server's code; `aio` is its twin.
+Written by `make client` from `aio`, which is the one to change. Knows neither torch nor the
+server's code; what differs between the two beside the waiting is in `transport_aio` and `transport`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import convert, upload
-from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS, channel_options
+from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS
 from loramux.download import Download
-from loramux.errors import ClientClosed, DeadlineExceeded, LoramuxError, NotFound, Unavailable, from_call
+from loramux.errors import ClientClosed, DeadlineExceeded, LoramuxError, NotFound, Unavailable
 from loramux.retry import Attempts, RetryPolicy
+from loramux.transport import CallError, Method, open_channel, read_error, run_blocking, send_all, sleep
 from loramux.types import (
     Adapter,
     AdapterChanges,
@@ -53,11 +55,7 @@ class Client:
         self.address = address
         self._retry = retry or RetryPolicy()
         self._closed = False
-        options = channel_options(address)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.secure_channel(address, credentials, options=options)
+        self._channel = open_channel(address, credentials)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -112,23 +110,25 @@ class Client:
     ) -> tuple[int, ...]:
         """Token ids of a text (with special tokens) or of a chat in the model's template."""
         request = convert.tokenize_request(text, messages, tools)
-        return tuple(self._call(self._inference.Tokenize, request, idempotent=True).token_ids)
+        response = self._call(self._inference.Tokenize, request, idempotent=True)
+        return tuple(response.token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
         request = convert.detokenize_request(token_ids)
-        return self._call(self._inference.Detokenize, request, idempotent=True).text
+        response = self._call(self._inference.Detokenize, request, idempotent=True)
+        return response.text
 
     def model(self) -> ModelInfo:
         """The base that the server holds, and its limits."""
-        return convert.model_info(
-            self._call(self._inference.GetModel, inference_pb2.GetModelRequest(), idempotent=True)
-        )
+        request = inference_pb2.GetModelRequest()
+        return convert.model_info(self._call(self._inference.GetModel, request, idempotent=True))
 
     def abort(self, request_id: str) -> bool:
         """End a running or waiting request; False when there is none of that id."""
         request = inference_pb2.AbortRequest(request_id=request_id)
-        return self._call(self._inference.Abort, request, idempotent=True).aborted
+        response = self._call(self._inference.Abort, request, idempotent=True)
+        return response.aborted
 
     # Adapters
 
@@ -147,7 +147,8 @@ class Client:
         Only adapter_config.json, adapter_model.safetensors and loramux.json travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
-        bundle = upload.collect(Path(directory), name, labels or {}, allow_base_mismatch=allow_base_mismatch)
+        path = Path(directory)
+        bundle = run_blocking(upload.collect, path, name, labels or {}, allow_base_mismatch=allow_base_mismatch)
         attempts = Attempts(self._retry, timeout)
         while True:
             held = upload.held_bytes(bundle, self._find_upload(bundle.upload_id, attempts.left()))
@@ -155,7 +156,7 @@ class Client:
                 response = self._upload(bundle, held, progress, attempts.left())
             except LoramuxError as error:
                 # A push is idempotent: its id and its content decide the outcome.
-                time.sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
+                sleep(attempts.pause(error, idempotent=True, moved=upload.has_moved(error)))
             else:
                 resumed = sum(held.values())
                 adapter = convert.adapter(response.adapter)
@@ -173,7 +174,8 @@ class Client:
         while True:
             request = adapters_pb2.ListAdaptersRequest(page_size=page_size, page_token=token)
             page = self._call(self._adapters.ListAdapters, request, idempotent=True)
-            yield from map(convert.adapter, page.adapters)
+            for message in page.adapters:
+                yield convert.adapter(message)
             token = page.next_page_token
             if not token:
                 return
@@ -245,7 +247,7 @@ class Client:
                 state = state or str(error)
             except LoramuxError as error:
                 state = str(error)
-            time.sleep(min(poll, max(0.0, deadline - time.monotonic())))
+            sleep(min(poll, max(0.0, deadline - time.monotonic())))
         raise Unavailable(f"not healthy after {timeout:g} s: {state or 'not asked yet'}")
 
     # Calls
@@ -254,16 +256,16 @@ class Client:
         if self._closed:
             raise ClientClosed()
 
-    def _once(self, method: Callable[..., T], request: object, timeout: float | None) -> T:
+    def _once(self, method: Method[T], request: object, timeout: float | None) -> T:
         self._check_open()
         try:
             return method(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise from_call(cast(grpc.Call, error), self.address) from None
+        except CallError as error:
+            raise read_error(error, self.address) from None
 
     def _call(
         self,
-        method: Callable[..., T],
+        method: Method[T],
         request: object,
         attempts: Attempts | None = None,
         *,
@@ -275,7 +277,7 @@ class Client:
                 return self._once(method, request, attempts.left())
             except LoramuxError as error:
                 pause = attempts.pause(error, idempotent=idempotent)
-            time.sleep(pause)
+            sleep(pause)
 
     def _stream(
         self, request: inference_pb2.GenerateRequest, timeout: float | None
@@ -284,19 +286,19 @@ class Client:
         while True:
             started = False
             self._check_open()
-            call = self._inference.GenerateStream(request, timeout=attempts.left())
+            call: Any = self._inference.GenerateStream(request, timeout=attempts.left())
             try:
                 for response in call:
                     started = True
                     yield convert.stream_part(response)
                 return
-            except grpc.RpcError as raised:
-                error = from_call(cast(grpc.Call, raised), self.address)
+            except CallError as raised:
+                error = read_error(raised, self.address)
             finally:
-                cast(Any, call).cancel()  # without effect on a call that has ended
+                call.cancel()  # without effect on a call that has ended
             if started:
                 raise error
-            time.sleep(attempts.pause(error, idempotent=False))
+            sleep(attempts.pause(error, idempotent=False))
 
     def _find_upload(self, upload_id: str, timeout: float | None) -> tuple[FileProgress, ...]:
         request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
@@ -314,22 +316,12 @@ class Client:
         progress: ProgressCallback | None,
         timeout: float | None,
     ) -> adapters_pb2.UploadAdapterResponse:
-        failures: list[Exception] = []
-
-        def guarded() -> Iterator[adapters_pb2.UploadAdapterRequest]:
-            # gRPC reports an exception of its request iterator as a bare cancellation: keep the cause.
-            try:
-                yield from upload.messages(bundle, held, progress)
-            except Exception as error:
-                failures.append(error)
-                raise
-
-        try:
-            return self._once(self._adapters.UploadAdapter, guarded(), timeout)
-        except LoramuxError:
-            if failures:
-                raise failures[0] from None
-            raise
+        self._check_open()
+        messages = upload.messages(bundle, held, progress)
+        response: adapters_pb2.UploadAdapterResponse = send_all(
+            self._adapters.UploadAdapter, messages, timeout, self.address
+        )
+        return response
 
     def _download(self, name: str, download: Download, timeout: float | None) -> Pulled:
         request = adapters_pb2.DownloadAdapterRequest(adapter=name)
@@ -338,16 +330,16 @@ class Client:
             while True:
                 started = False
                 self._check_open()
-                call = self._adapters.DownloadAdapter(request, timeout=attempts.left())
+                call: Any = self._adapters.DownloadAdapter(request, timeout=attempts.left())
                 try:
                     for response in call:
                         started = True
-                        download.feed(response)
-                    return download.finish()
-                except grpc.RpcError as raised:
-                    error = from_call(cast(grpc.Call, raised), self.address)
+                        run_blocking(download.feed, response)
+                    return run_blocking(download.finish)
+                except CallError as raised:
+                    error = read_error(raised, self.address)
                 finally:
-                    cast(Any, call).cancel()
+                    call.cancel()
                 if started:
                     raise error
-                time.sleep(attempts.pause(error, idempotent=True))
+                sleep(attempts.pause(error, idempotent=True))

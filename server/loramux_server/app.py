@@ -24,10 +24,12 @@ from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import AdapterNames
 from loramux_adapters.threads import SPINS, limit_spinning
 from loramux_server.api.adapter_service import AdapterService
-from loramux_server.api.calls import Limits
-from loramux_server.api.gate import Gate, Parts
+from loramux_server.api.gate import Gate, Services
+from loramux_server.api.generate import GenerateUseCase
 from loramux_server.api.grpc_server import GrpcOptions, GrpcServer
 from loramux_server.api.inference_service import InferenceService
+from loramux_server.api.server_limits import ServerLimits
+from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.config import ServeConfig, default_data_dir
 from loramux_server.errors import StartError
 from loramux_server.observe.exporter import Exporter, Probes
@@ -79,6 +81,8 @@ class App:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.metrics = Metrics(self._read_adapters, config.metrics_adapters, self._names_of)
         self._gate = Gate()
+        tokenizers = TokenizerPool()
+        generate = GenerateUseCase(self._gate, self.metrics, tokenizers)
         self._server = GrpcServer(
             GrpcOptions(
                 config.listen,
@@ -89,7 +93,7 @@ class App:
                 ends_process=ends_process,
             ),
             self._gate,
-            InferenceService(self._gate, _tenant_of, self.metrics),
+            InferenceService(self._gate, _tenant_of, generate, tokenizers),
             AdapterService(self._gate, _tenant_of, self.metrics, config.stall_seconds),
             self.metrics.call,
         )
@@ -116,8 +120,8 @@ class App:
             hooks = EngineCallbacks(self._loop, self.metrics, self._engine_died)
             built = self._built = await _in_daemon_thread(lambda: self._build(self._config, hooks, self._lock))
             built.engine.start()
-            await _warm_up(built.parts, self._config.step_timeout_seconds)
-            await self._server.open(built.parts)
+            await _warm_up(built.services, self._config.step_timeout_seconds)
+            await self._server.open(built.services)
         except BaseException:
             await self._abandon()
             raise
@@ -146,7 +150,7 @@ class App:
             await self._server.kill()
         elif self._exit_code:
             await self._server.shut()  # the engine is dead or hangs: nothing is left to wait for
-            built.parts.engine.drain()
+            built.services.engine.drain()
             await self._server.stop_now()
         else:
             await self._server.drain(lambda seconds: _end_engine(built, seconds))
@@ -159,7 +163,7 @@ class App:
         """What an operator wants to see at the start: base, device, limits, addresses."""
         if self._built is None:
             return {}
-        model = self._built.parts.model
+        model = self._built.services.model
         limits = model.limits
         return {
             "model": model.model_id,
@@ -181,7 +185,7 @@ class App:
         self._gate.drain()
         built = self._built
         if built is not None:
-            built.parts.engine.drain()
+            built.services.engine.drain()
         await self.stop()
 
     async def _watch(self) -> None:
@@ -193,7 +197,7 @@ class App:
             if age > self._config.step_timeout_seconds:
                 _LOG.critical("a step hangs", extra={"fields": {"seconds": age}})
                 await self._server.shut()
-                built.parts.engine.fail_all(RequestFailure("ENGINE_DEAD", "a step did not end"))
+                built.services.engine.fail_all(RequestFailure("ENGINE_DEAD", "a step did not end"))
                 self.request_stop(exit_code=1)
                 return
 
@@ -212,7 +216,7 @@ class App:
         if built is None:
             return {}
         try:
-            return built.parts.registry.names(digests)
+            return built.services.registry.names(digests)
         except AdapterError:
             return {}
 
@@ -290,7 +294,7 @@ def _describe_weights(counts: WeightCounts) -> str:
     return text
 
 
-def _describe_rope(limits: Limits) -> str:
+def _describe_rope(limits: ServerLimits) -> str:
     if limits.original_context_tokens is None or limits.context_tokens <= limits.original_context_tokens:
         return ""
     return (
@@ -332,12 +336,12 @@ async def _in_daemon_thread(work: Callable[[], ServerRuntime]) -> ServerRuntime:
     return await done
 
 
-async def _warm_up(parts: Parts, seconds: float) -> None:
+async def _warm_up(services: Services, seconds: float) -> None:
     """One token of the base through the whole road: what is compiled or allocated lazily is so now."""
-    stop = StopConditions(max_tokens=1, ignore_eos=True)
-    submission = Submission("warm-up", _TENANT, None, (0,), SamplingParams(temperature=0.0), stop)
+    stop = StopConditions(ignore_eos=True)
+    submission = Submission("warm-up", _TENANT, None, (0,), SamplingParams(temperature=0.0), stop, max_tokens=1)
     try:
-        async with asyncio.timeout(seconds), parts.engine.submit(submission) as stream:
+        async with asyncio.timeout(seconds), services.engine.submit(submission) as stream:
             async for event in stream:
                 if event.failure is not None:
                     raise StartError(f"the warm-up step failed: {event.failure.message}", remedy="see the log")
@@ -347,7 +351,7 @@ async def _warm_up(parts: Parts, seconds: float) -> None:
 
 async def _end_engine(built: ServerRuntime, seconds: float) -> None:
     """Let running requests end; whatever is left after `seconds` is told ABORTED."""
-    built.parts.engine.drain()
+    built.services.engine.drain()
     if not await asyncio.to_thread(built.engine.stop, seconds, seconds + _JOIN_SECONDS):
         _LOG.error("the engine did not end")
     await asyncio.sleep(0)  # its last events are delivered before the calls are waited for

@@ -39,9 +39,9 @@ from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_adapters.weight_counts import count_weights, is_mixture
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.api.calls import Limits
-from loramux_server.api.gate import Parts
+from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.config import EMBEDDED_MODEL, ServeConfig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
@@ -87,7 +87,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     base = _load(config, source)
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
     with _loading(config):
-        codec = TextTokenizer.load(source, revision=config.revision)
+        tokenizer = TextTokenizer.load(source, revision=config.revision)
     if config.deterministic and is_mixture(base.config):
         raise StartError(
             f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
@@ -138,8 +138,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         merged_weights.close()
         registry.close()
 
-    parts = Parts(client, registry, codec, info, states)
-    return ServerRuntime(parts, engine, lambda: _read(pool, host, merged_weights), close)
+    services = Services(client, registry, tokenizer, info, states)
+    return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights), close)
 
 
 def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
@@ -272,7 +272,7 @@ def _model_info(
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         device=str(base.device),
         deterministic=config.deterministic,
-        limits=Limits(
+        limits=ServerLimits(
             context_tokens=context,
             max_batch_tokens=engine.max_batch_tokens,
             max_running=engine.max_running,
@@ -292,7 +292,7 @@ def _model_info(
 
 
 class _States:
-    """Implements `api.ports.AdapterStates` and `registry.Copies`."""
+    """Implements `api.ports.AdapterStates` and `registry.AdapterCaches`."""
 
     def __init__(self, pool: AdapterPool[AdapterWeights], merged_weights: MergedWeightsCache) -> None:
         self._pool, self._merged_weights = pool, merged_weights
@@ -307,7 +307,7 @@ class _States:
         self._pool.pin(desired.pinned, retry)
         self._merged_weights.reconcile(desired.merged, retry)
 
-    def forget(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
         """Free its slot once the last lease is back, its host bytes and its merged weights."""
         self._merged_weights.forget(digest)
         self._pool.discard(digest)

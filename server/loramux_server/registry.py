@@ -1,4 +1,4 @@
-"""Adapters as the services see them: references resolved and pinned, uploads validated and published.
+"""Adapters as the services see them: references resolved and held, uploads validated and published.
 
 Torch-free; what reads an adapter's files is injected. `resolve` is fast enough for the event loop;
 everything that waits for a disk is `async` and runs in a thread. Knows no protobuf and no engine.
@@ -44,26 +44,16 @@ class ReadAdapter(Protocol):
 
 
 class AdapterCaches(Protocol):
-    """What others hold of adapters beside the store: in host memory, on the device, dense. Safe from any thread."""
+    """What is kept of adapters beside the store: in host memory, on the device, merged. Safe from any thread."""
 
-    def forget(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
         """Free all of it: no name, kept version or request reaches this digest any more."""
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
         """The desired state from now on: bring it about in the background, and drop what is not in it.
 
-        What was refused or failed before is left alone, unless it is `again`. Never waits.
+        What was refused or failed before is left alone, unless it is `retry`. Never waits.
         """
-
-
-class NoCaches:
-    """Nobody holds any."""
-
-    def forget(self, digest: str) -> None:
-        """Nothing to free."""
-
-    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        """Nothing to bring about."""
 
 
 class Resolved:
@@ -86,7 +76,7 @@ class Resolved:
         return self.spec.digest
 
     def release(self) -> None:
-        """Give the pin back. Idempotent, from any thread, never waits for the disk."""
+        """Release the bytes. Idempotent, from any thread, never waits for the disk."""
         with self._lock:
             held, self._held = self._held, False
         if held:
@@ -111,7 +101,7 @@ class DownloadChunk:
 
 
 class Download:
-    """A pinned version's files, for streaming. A context manager."""
+    """A held version's files, for streaming. A context manager."""
 
     def __init__(self, resolved: Resolved, files: tuple[FileEntry, ...], store: AdapterStore) -> None:
         self.digest = resolved.digest
@@ -144,7 +134,7 @@ class Download:
                 raise _damaged(entry)  # healed meanwhile by a new upload: what was sent is wrong all the same
 
     def close(self) -> None:
-        """Give the pin back. Idempotent."""
+        """Release the bytes. Idempotent."""
         self._resolved.release()
 
     def __enter__(self) -> Download:
@@ -157,15 +147,15 @@ class Download:
 
 
 class Registry:
-    """The one door to the adapters. Errors are those of `loramux_adapters.errors`, as AdapterStore documents them."""
+    """The only way to the adapters. Errors are those of `loramux_adapters.errors`, as AdapterStore documents them."""
 
-    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, caches: AdapterCaches | None = None) -> None:
+    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, caches: AdapterCaches) -> None:
         """`base` is the fingerprint of the base that `read` validates against."""
         self._store = store
         self._read = read
         self._base = base
-        self._caches = caches or NoCaches()
-        self._telling = threading.Lock()
+        self._caches = caches
+        self._reconciling = threading.Lock()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
         self._reconcile()
@@ -176,22 +166,22 @@ class Registry:
         self._store.close()
 
     def resolve(self, tenant: str, reference: str) -> Resolved:
-        """Pin what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now.
+        """Hold what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now.
 
         Point reads of a local database, tens of microseconds, and a millisecond to find the nearest name of one that is
-        absent. A delete or replace from here on leaves the
-        bytes in place until the release. Raises AdapterNotFound (an unfinished upload is not found either),
-        AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined), StoreUnavailable.
+        absent. A delete or replace from here on leaves the bytes in place until the release. Raises AdapterNotFound (an
+        unfinished upload is not found either), AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined),
+        StoreUnavailable.
         """
         version = self._store.acquire(tenant, *split_reference(reference))
-        return Resolved(tenant, version.id.name, version.spec, self._unpin)
+        return Resolved(tenant, version.id.name, version.spec, self._release)
 
     async def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open an upload or resume it; see AdapterStore.begin_upload."""
         return await asyncio.to_thread(self._store.begin_upload, tenant, upload_id, manifest)
 
     async def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
-        """Append a chunk; returns the new committed size. See AdapterStore.write_chunk."""
+        """Append a chunk; returns the bytes received so far. See AdapterStore.write_chunk."""
         return await asyncio.to_thread(self._store.write_chunk, tenant, upload_id, file, offset, data)
 
     async def query_upload(self, tenant: str, upload_id: str) -> UploadProgress:
@@ -228,7 +218,7 @@ class Registry:
         await asyncio.to_thread(self._delete, tenant, name)
 
     async def download(self, tenant: str, reference: str) -> Download:
-        """The files behind a reference as first uploaded, pinned until `Download.close`."""
+        """The files behind a reference as first uploaded, held until `Download.close`."""
         resolved = self.resolve(tenant, reference)
         try:
             files = await asyncio.to_thread(self._store.entries, tenant, resolved.digest)
@@ -249,7 +239,7 @@ class Registry:
         published = self._store.publish(tenant, upload_id, spec, self._base)
         # Whatever was wrong with this content, bytes or base, is right now.
         self._reconcile(retry=published.record.digest)
-        self._forget_removed()
+        self._evict_removed()
         return published
 
     def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
@@ -260,15 +250,15 @@ class Registry:
     def _delete(self, tenant: str, name: str) -> None:
         self._store.delete(tenant, name)
         self._reconcile()
-        self._forget_removed()
+        self._evict_removed()
 
     def _reconcile(self, retry: str | None = None) -> None:
         """After every change of a name, and at the start: the whole desired state as it is now, not what has changed.
 
-        So nobody need remember what a name pointed at, and a message that is lost is made up for by the next.
+        So nothing need remember what a name pointed at, and the next call makes up for one that failed.
         The change itself is durable, whatever happens here.
         """
-        with self._telling:  # read and told as one step: of two changes at once, the last to tell knows of both
+        with self._reconciling:  # read and passed on as one step: of two changes at once, the second passes on both
             try:
                 self._caches.reconcile(self._store.desired_state(), retry)
             except AdapterError as error:
@@ -276,11 +266,11 @@ class Registry:
                     "the desired state could not be read, the next change of an adapter reads it again: %s", error
                 )
 
-    def _forget_removed(self) -> None:
+    def _evict_removed(self) -> None:
         for digest in self._store.take_removed():
-            self._caches.forget(digest)
+            self._caches.evict(digest)
 
-    def _unpin(self, digest: str) -> None:
+    def _release(self, digest: str) -> None:
         if self._store.unpin(digest):
             try:
                 self._worker.submit(self._collect)
@@ -292,7 +282,7 @@ class Registry:
             self._store.collect()
         except AdapterError as error:
             _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
-        self._forget_removed()
+        self._evict_removed()
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ runner sees only `SamplingParams`. Validation of ranges lives in `api.validate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,8 +23,8 @@ class FinishReason(Enum):
 class SamplingParams:
     """How tokens are drawn; what the runner needs per request and nothing else.
 
-    Defaults are neutral, and greedy when `temperature` is 0. `seed` is always set once a request
-    was accepted: tokens depend on (seed, choice, position) alone.
+    The same value from the wire to the sampler. Defaults are neutral, and greedy when `temperature` is 0. Accepting a
+    request sets `seed`, `suppressed` and `min_tokens`; tokens depend on (seed, choice, position) alone.
     """
 
     temperature: float = 1.0
@@ -55,13 +55,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class StopConditions:
-    """When a request ends. Strings are matched by the client side, ids and counts by the engine."""
+    """What ends a request before its `max_tokens`. Strings are matched by the client side, ids by the engine."""
 
-    max_tokens: int
     min_tokens: int = 0
     stop_strings: tuple[str, ...] = ()
     include_stop_string: bool = False
-    stop_token_ids: frozenset[int] = frozenset()  # asked for by the caller: always end
+    stop_token_ids: Collection[int] = frozenset()  # asked for by the caller: always end
     eos_token_ids: frozenset[int] = frozenset()  # of the model: end unless ignore_eos
     ignore_eos: bool = False
 
@@ -79,6 +78,7 @@ class Submission:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stop: StopConditions
+    max_tokens: int
     n: int = 1
     priority: int = 0  # lower runs first
     cache_salt: str = ""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loramux_adapters.store.lock import DirectoryLock
-from loramux_server.api.gate import Parts
+from loramux_server.api.gate import Services
 from loramux_server.config import ServeConfig
 from loramux_server.engine.engine import Engine
 from loramux_server.observe.metrics import AdapterReading, Metrics
@@ -29,7 +29,7 @@ class EngineCallbacks:
 class ServerRuntime:
     """A server's inside, ready to start. `close` lets go of pool and store, after the engine has ended."""
 
-    parts: Parts
+    services: Services
     engine: Engine
     reading: Callable[[], AdapterReading]
     close: Callable[[], None]

@@ -11,8 +11,8 @@ import pytest
 from loramux import convert, fields
 from loramux.errors import InvalidArgument
 from loramux.types import GenerateOptions
-from loramux_server.api.calls import Limits
 from loramux_server.api.convert import read_generate
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.validate import check_generate
 from loramux_server.errors import InvalidRequest
 from support.raw_requests import raw_request
@@ -96,7 +96,7 @@ NUMBERS = sorted({
     for near in (edge, edge + 1e-12, edge - 1e-12, edge + 1e-3, edge - 1e-3)
     for sign in (1, -1)
 } | {1e-50, 1e30, 1e300})  # fmt: skip
-LIMITS = Limits(4096, 64, 8, 16, 1 << 20, 64, 1 << 20, 1 << 20, 4096, 4096, 4096, 4096)
+LIMITS = ServerLimits(4096, 64, 8, 16, 1 << 20, 64, 1 << 20, 1 << 20, 4096, 4096, 4096, 4096)
 
 
 def _is_refused_here(options: dict[str, Any]) -> bool:

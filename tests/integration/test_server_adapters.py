@@ -61,20 +61,20 @@ def test_row_45_a_thousand_adapters_and_a_bounded_number_of_series(
             future.result(60)
     assert max(text_seconds, open_seconds) < 1.0
     assert {
-        "loramux_requests",
+        "loramux_sequences",
         "loramux_adapters",
         "loramux_step_seconds",
         "loramux_lora_requests_info",
     } <= opened.keys()
     for families in (text, opened):
         assert sum(len(family.samples) for family in families.values()) < 800
-        for name in ("loramux_adapter_requests", "loramux_adapter_completion_tokens"):
+        for name in ("loramux_adapter_sequences", "loramux_adapter_generation_tokens"):
             assert 2 <= len(families[name].samples) <= PER_ADAPTER + OTHER
         assert len(families["loramux_lora_requests_info"].samples) == 1
         for family in families.values():
             assert family.documentation
             assert ":" not in family.name
-    counted = sum(sample.value for sample in opened["loramux_adapter_requests"].samples)
+    counted = sum(sample.value for sample in opened["loramux_adapter_sequences"].samples)
     assert counted >= len(used)  # those without a series of their own are counted all the same
 
 

@@ -48,7 +48,7 @@ def test_desired_state_outlives_a_restart_and_follow_their_name(tmp_path: Path, 
         alone = ask(client, "hot")
     with started(tmp_path) as (server, client):
         until_fulfilled(client, "hot")
-        asked = metric(server, "loramux_adapter_requests_total")
+        asked = metric(server, "loramux_adapter_sequences_total")
         assert sum(asked.values()) == asked[("base",)]  # for the warm-up: nobody asked for an adapter
         assert client.adapter("plain").residency.tier == "registered"
         ask(client, "hot").check_equals(alone)

@@ -19,6 +19,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.records import AdapterUpdate, Health, Quotas
 from loramux_server.registry import Registry, split_reference
+from support.servers import FakeStates
 from support.stores import (
     BASE,
     CONFIG,
@@ -60,7 +61,7 @@ def reader() -> Reader:
 
 @pytest.fixture
 def registry(tmp_path: Path, reader: Reader) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, Quotas(max_adapters=3, keep_versions=2)), reader, BASE)
+    registry = Registry(quick_store(tmp_path, Quotas(max_adapters=3, keep_versions=2)), reader, BASE, FakeStates())
     yield registry
     registry.close()
 
@@ -330,7 +331,7 @@ async def test_resolving_is_fast_enough_for_the_event_loop(registry: Registry) -
 
 @pytest.mark.asyncio
 async def test_a_release_after_the_close_is_harmless(tmp_path: Path) -> None:
-    registry = Registry(quick_store(tmp_path), read_spec, BASE)
+    registry = Registry(quick_store(tmp_path), read_spec, BASE, FakeStates())
     await push(registry, "one", FILES)
     resolved = registry.resolve(TENANT, "one")
     await registry.delete(TENANT, "one")

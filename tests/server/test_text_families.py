@@ -28,7 +28,7 @@ def codec_of(family: str) -> TextTokenizer:
 
 def streamed(codec: TextTokenizer, prompt: list[int], output: list[int]) -> str:
     """The text of a choice, token by token, as its reader gets it."""
-    choice = ChoiceText(codec.decode, lambda _: "", StopConditions(99), codec.output_context(prompt))
+    choice = ChoiceText(codec.decode, lambda _: "", StopConditions(), codec.output_context(prompt))
     text = ""
     for index, token in enumerate(output):
         finish = FinishReason.LENGTH if index == len(output) - 1 else None

@@ -26,11 +26,13 @@ def digest(number: int) -> str:
 def submission(request_id: str = "r", prompt: int | list[int] = 5, max_tokens: int = 4, **more: Any) -> Submission:
     """A greedy submission. `prompt` is its tokens or how many; `stop` and `sampling` take keyword mappings."""
     tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
-    stop = StopConditions(max_tokens=max_tokens, **more.pop("stop", {}))
+    stop = StopConditions(**more.pop("stop", {}))
     sampling = SamplingParams(**{"temperature": 0.0, **more.pop("sampling", {})})
     more.setdefault("tenant", "default")
     more.setdefault("digest", BASE)
-    return Submission(request_id=request_id, prompt=tuple(tokens), sampling=sampling, stop=stop, **more)
+    return Submission(
+        request_id=request_id, prompt=tuple(tokens), sampling=sampling, stop=stop, max_tokens=max_tokens, **more
+    )
 
 
 def limits(**changes: Any) -> EngineLimits:

@@ -34,7 +34,7 @@ def solo(submission: Submission, choice: int = 0) -> tuple[list[int], FinishReas
     stop = submission.stop
     ends = stop.stop_token_ids | (frozenset() if stop.ignore_eos else stop.eos_token_ids)
     output: list[int] = []
-    while len(output) < stop.max_tokens:
+    while len(output) < submission.max_tokens:
         output.append(next_token([*submission.prompt, *output], submission.digest, params))
         if output[-1] in ends and len(output) > stop.min_tokens:
             return output, FinishReason.STOP

@@ -67,8 +67,8 @@ def metric(server: LocalServer, name: str) -> dict[tuple[str, ...], float]:
 
 def is_idle(server: LocalServer) -> bool:
     """Whether no request runs or waits and no KV block is held."""
-    held = metric(server, "loramux_requests_running")[()] + metric(server, "loramux_kv_used_ratio")[()]
-    return held + sum(metric(server, "loramux_requests_waiting").values()) == 0
+    held = metric(server, "loramux_num_requests_running")[()] + metric(server, "loramux_kv_cache_usage_ratio")[()]
+    return held + sum(metric(server, "loramux_num_requests_waiting").values()) == 0
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:

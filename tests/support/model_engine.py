@@ -130,7 +130,7 @@ class ModelEngine:
         digest = None if adapter is None else self.digests[adapter]
         sampling = more.pop("sampling", SamplingParams(temperature=0.0))
         submission = Submission(
-            f"r{self._tickets}", "t", digest, tuple(prompt), sampling, StopConditions(count, ignore_eos=True), **more
+            f"r{self._tickets}", "t", digest, tuple(prompt), sampling, StopConditions(ignore_eos=True), count, **more
         )
         self.scheduler.submit(self._tickets, submission, self._now)
         return self._tickets

@@ -24,9 +24,9 @@ from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-from loramux_server.api.calls import Limits
-from loramux_server.api.gate import Parts
+from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.app import App
 from loramux_server.config import ServeConfig, resolve_config
 from loramux_server.engine.client import EngineClient
@@ -48,7 +48,7 @@ BASE = "f" * 64
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-class FakeCodec:
+class FakeTokenizer:
     """One token a character of ALPHABET; a chat is its contents with a space between."""
 
     template_digest = "0" * 64
@@ -81,7 +81,7 @@ class FakeCodec:
 
 
 class FakeStates:
-    """Where adapters are: as a test says, or else as is desired, at once. Also the registry's `Copies`."""
+    """Where adapters are: as a test says, or else as is desired, at once. Also the registry's AdapterCaches."""
 
     def __init__(self) -> None:
         self.known: dict[str, AdapterState] = {}
@@ -96,11 +96,11 @@ class FakeStates:
         return self.known.get(digest, desired)
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        """See `registry.Copies`."""
+        """See `registry.AdapterCaches`."""
         self.desired = desired
 
-    def forget(self, digest: str) -> None:
-        """See `registry.Copies`."""
+    def evict(self, digest: str) -> None:
+        """See `registry.AdapterCaches`."""
 
 
 def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
@@ -120,7 +120,7 @@ class Inside:
     kv_blocks: int = 64
     before_step: Callable[[StepPlan], Mapping[str, RequestFailure] | None] | None = None
     build_seconds: float = 0.0
-    codec: FakeCodec = field(default_factory=FakeCodec)
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     states: FakeStates = field(default_factory=FakeStates)
     pool: FakePool = field(default_factory=lambda: FakePool(4, at_once=True))
     read: ReadAdapter = read_fake_adapter
@@ -148,7 +148,7 @@ class Inside:
         engine = Engine(
             self.scheduler, self.runner, mailbox, self.client, observer=hooks.metrics, on_death=hooks.on_death
         )
-        limits = Limits(
+        limits = ServerLimits(
             context_tokens=self.context_tokens,
             max_batch_tokens=bounds.max_batch_tokens,
             max_running=bounds.max_running,
@@ -163,8 +163,8 @@ class Inside:
             max_stop_strings=config.max_stop_strings,
         )
         model = ModelInfo("fake", "llama", BASE, "float32", "cpu", False, limits, WeightCounts(0, 0, 0))
-        parts = Parts(self.client, self.registry, self.codec, model, self.states)
-        return ServerRuntime(parts, engine, lambda: AdapterReading(slots=4), self.registry.close)
+        services = Services(self.client, self.registry, self.tokenizer, model, self.states)
+        return ServerRuntime(services, engine, lambda: AdapterReading(slots=4), self.registry.close)
 
     @property
     def is_idle(self) -> bool:

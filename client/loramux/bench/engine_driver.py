@@ -64,13 +64,13 @@ class EngineDriver:
         for resolved in self._resolved:
             resolved.release()
         self._resolved.clear()
-        built.parts.engine.drain()
+        built.services.engine.drain()
         await asyncio.to_thread(built.engine.stop, 0.0, _STOP_SECONDS)
         await asyncio.to_thread(built.close)
 
     async def _publish(self, built: ServerRuntime, path: Path) -> Resolved:
         bundle = collect(path, path.name, {}, allow_base_mismatch=False)
-        registry = built.parts.registry
+        registry = built.services.registry
         manifest = UploadManifest(
             name=path.name, files=tuple(FileEntry(f.file, f.size, f.sha256) for f in bundle.files)
         )
@@ -91,12 +91,13 @@ class EngineDriver:
             digest=None if call.adapter is None else self._resolved[call.adapter].digest,
             prompt=call.prompt,
             sampling=SamplingParams(temperature=0.0),
-            stop=StopConditions(max_tokens=output_tokens, ignore_eos=True),
+            stop=StopConditions(ignore_eos=True),
+            max_tokens=output_tokens,
             cache_salt=salt,
         )
         arrivals: list[float] = []
         sent = time.perf_counter()
-        async with self._built.parts.engine.submit(submission) as stream:
+        async with self._built.services.engine.submit(submission) as stream:
             async for event in stream:
                 if event.failure is not None:
                     raise DriverFailed(f"engine: {event.failure.code}: {event.failure.message}") from self._death

@@ -1,7 +1,7 @@
 """AdapterService: adapters come, are shown, change and go.
 
-Translates between the wire and the registry; where an adapter is at this moment it asks
-the engine's side. Decides nothing about files.
+Translates between the wire and the registry; where an adapter is at this moment comes from the engine's side. Decides
+nothing about files.
 """
 
 # ruff: noqa: N802 -- methods are named by the contract
@@ -25,8 +25,8 @@ from loramux_server.api.convert_adapters import (
     write_entries,
     write_progress,
 )
-from loramux_server.api.gate import Gate, Parts
-from loramux_server.api.upload import UploadSession
+from loramux_server.api.gate import Gate, Services
+from loramux_server.api.upload import UploadStream
 from loramux_server.errors import ClientStalled, InvalidRequest, status_of
 from loramux_server.observe.logs import DIGITS, note
 
@@ -39,7 +39,7 @@ Context = aio.ServicerContext[Any, Any]
 
 
 class UploadObserver(Protocol):
-    """Who counts uploads."""
+    """Counts uploads."""
 
     def upload(self, outcome: str) -> None: ...
 
@@ -59,25 +59,25 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> adapters_pb2.UploadAdapterResponse:
         """Take an upload to its commit, then validate and publish it."""
-        parts = self.gate.enter()
+        services = self.gate.enter()
         tenant = self.tenant_of(context)
-        session = UploadSession(
-            parts.registry, tenant, stall_seconds=self.stall_seconds, received=self.observer.received
+        stream = UploadStream(
+            services.registry, tenant, stall_seconds=self.stall_seconds, received=self.observer.received
         )
         outcome = "cut"
         try:
-            upload_id = await session.run(request_iterator)
-            published = await parts.registry.publish(tenant, upload_id)
+            upload_id = await stream.run(request_iterator)
+            published = await services.registry.publish(tenant, upload_id)
             note(digest=published.record.digest[:DIGITS])
             outcome = "created" if published.created else "unchanged"
         except Exception as error:
             outcome = status_of(error).reason.lower()
             if not isinstance(error, ClientStalled):
-                await session.discard(request_iterator)
+                await stream.discard(request_iterator)
             raise
         finally:
             self.observer.upload(outcome)
-        return adapters_pb2.UploadAdapterResponse(adapter=_write(parts, published.record), created=published.created)
+        return adapters_pb2.UploadAdapterResponse(adapter=_write(services, published.record), created=published.created)
 
     async def QueryUpload(
         self, request: adapters_pb2.QueryUploadRequest, context: Context
@@ -91,51 +91,53 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """The record behind a reference."""
         note(adapter=request.adapter)
         validate.check(validate.reference("adapter", request.adapter))
-        parts = self.gate.look()
-        return _write(parts, await parts.registry.get(self.tenant_of(context), request.adapter))
+        services = self.gate.look()
+        return _write(services, await services.registry.get(self.tenant_of(context), request.adapter))
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Context
     ) -> adapters_pb2.ListAdaptersResponse:
         """A page of the tenant's adapters by name."""
-        parts = self.gate.look()
+        services = self.gate.look()
         size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
         validate.check(_page(size, request.page_token))
-        page = await parts.registry.list(self.tenant_of(context), size, request.page_token)
+        page = await services.registry.list(self.tenant_of(context), size, request.page_token)
         return adapters_pb2.ListAdaptersResponse(
-            adapters=[_write(parts, record) for record in page.records], next_page_token=page.next_page_token
+            adapters=[_write(services, record) for record in page.records], next_page_token=page.next_page_token
         )
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
-        """Change what the store remembers, desired state included; what comes of it tells the residency."""
+        """Change what the store remembers, desired state included; the residency shows what comes of it."""
         note(adapter=request.name)
-        parts = self.gate.enter()
+        services = self.gate.enter()
         validate.check(
             validate.name("name", request.name),
             validate.labels("set_labels", request.set_labels),
             validate.aliases("add_aliases", request.add_aliases),
             validate.aliases("remove_aliases", request.remove_aliases),
         )
-        return _write(parts, await parts.registry.update(self.tenant_of(context), request.name, read_update(request)))
+        return _write(
+            services, await services.registry.update(self.tenant_of(context), request.name, read_update(request))
+        )
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteAdapterResponse:
         """Remove a name; requests that run on it finish on their version."""
         note(adapter=request.name)
-        parts = self.gate.enter()
+        services = self.gate.enter()
         validate.check(validate.name("name", request.name))
-        await parts.registry.delete(self.tenant_of(context), request.name)
+        await services.registry.delete(self.tenant_of(context), request.name)
         return adapters_pb2.DeleteAdapterResponse()
 
     async def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
-        """The files of a version, which stays pinned until the last byte was taken."""
+        """The files of a version, which is held until the last byte was taken."""
         note(adapter=request.adapter)
-        parts = self.gate.enter()
+        services = self.gate.enter()
         validate.check(validate.reference("adapter", request.adapter))
-        with await parts.registry.download(self.tenant_of(context), request.adapter) as download:
+        with await services.registry.download(self.tenant_of(context), request.adapter) as download:
             note(digest=download.digest[:DIGITS])
             yield write_entries(download.digest, download.files)
             async with aclosing(download.chunks(_DOWNLOAD_CHUNK)) as chunks:
@@ -150,5 +152,5 @@ def _page(size: int, token: str) -> Iterator[InvalidRequest]:
         yield InvalidRequest("page_token", "is not one that this server gave")
 
 
-def _write(parts: Parts, record: AdapterRecord) -> adapters_pb2.Adapter:
-    return write_adapter(record, parts.states.state(record.digest))
+def _write(services: Services, record: AdapterRecord) -> adapters_pb2.Adapter:
+    return write_adapter(record, services.states.state(record.digest))

@@ -1,6 +1,6 @@
-"""What a caller asked, field by field, before anything is believed: neutral of transport.
+"""What a caller asks of the server, in plain values: every transport reads its requests into these.
 
-gRPC and HTTP both fill these, `validate` judges them. None means the caller left the field out.
+Nothing here is checked yet: `validate` judges it. A field that the caller left out has its default.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from loramux_server.requests import SamplingParams, StopConditions
 
 
 @dataclass(frozen=True)
@@ -33,46 +35,20 @@ Tools = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class SamplingCall:
-    """Fields of `sampling`."""
+class ResponseOptions:
+    """What the answer shows beside its text."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    n: int | None = None
-
-
-@dataclass(frozen=True)
-class StoppingCall:
-    """Fields of `stopping`."""
-
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop_strings: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop: bool = False
-    ignore_eos: bool = False
-
-
-@dataclass(frozen=True)
-class ResponseCall:
-    """Fields of `response`."""
-
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
     token_ids: bool = False
-    echo: bool = False
+    echo: bool = False  # the text starts with the prompt
 
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One generation; exactly one of `text`, `token_ids` and `chat` is set in a valid call."""
+    """One generation; exactly one of `text`, `token_ids` and `chat` is set in a valid call.
+
+    `seed` and `max_tokens` are the server's to choose where they are None; those of `sampling` and `stop` that follow
+    from the base or from other fields are set when the call is accepted.
+    """
 
     request_id: str = ""
     adapter: str = ""
@@ -80,27 +56,11 @@ class GenerateCall:
     token_ids: tuple[int, ...] | None = None
     chat: tuple[ChatTurn, ...] | None = None
     tools: Tools = ()  # for the chat template
-    sampling: SamplingCall = SamplingCall()
-    stopping: StoppingCall = StoppingCall()
-    response: ResponseCall = ResponseCall()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: StopConditions = field(default_factory=StopConditions)
+    response: ResponseOptions = ResponseOptions()
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int | None = None
     priority: int = 0
     cache_salt: str = ""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this server accepts; told by GetModel and in the metadata of refusals."""
-
-    context_tokens: int
-    max_batch_tokens: int
-    max_running: int
-    max_queued: int
-    kv_tokens: int
-    max_rank: int
-    max_adapter_bytes: int
-    adapter_device_bytes: int
-    vocabulary: int
-    max_choices: int
-    max_logprobs: int
-    max_stop_strings: int
-    original_context_tokens: int | None = None  # of a LongRoPE base

@@ -1,6 +1,6 @@
-"""What a generation gives, as protobuf messages: streamed, or gathered into one answer.
+"""What a generation gives, as protobuf messages: streamed, or gathered into one response.
 
-Knows what the caller asked to see; the text itself is made in `generation`.
+Writes what the caller asked to see; the text itself is made in `generation`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from loramux_protos.v1 import common_pb2, inference_pb2
-from loramux_server.api.calls import GenerateCall
-from loramux_server.api.ports import Codec
+from loramux_server.api.generation import Generation
 from loramux_server.engine.detokenize import Delta
-from loramux_server.requests import FinishReason, Submission, TokenLogprob, Usage
+from loramux_server.requests import FinishReason, TokenLogprob, Usage
 
 _REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -20,26 +19,25 @@ _REASONS = {
 }
 
 
-class Answering:
+class ResponseWriter:
     """Writes the messages of one call. Use either `messages`, or `add` and then `whole`."""
 
-    def __init__(self, call: GenerateCall, submission: Submission, codec: Codec) -> None:
-        self._call = call
-        self._submission = submission
-        self._codec = codec
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._options = generation.call.response
         self._begun = False
         self._seen: set[int] = set()  # choices whose text has begun
         self._whole = inference_pb2.GenerateResponse(
-            choices=[inference_pb2.Choice(index=index) for index in range(submission.n)]
+            choices=[inference_pb2.Choice(index=index) for index in range(generation.submission.n)]
         )
 
     def messages(self, deltas: Sequence[Delta]) -> Iterator[inference_pb2.GenerateStreamResponse]:
-        """One message per delta; the first of the call tells about the prompt."""
+        """One message per delta; the first of the call has the prompt's facts."""
         for delta in deltas:
             message = inference_pb2.GenerateStreamResponse(
                 index=delta.choice,
                 text=self._text(delta),
-                token_ids=delta.token_ids if self._call.response.token_ids else (),
+                token_ids=delta.token_ids if self._options.token_ids else (),
                 logprobs=[self._logprob(entry) for entry in delta.logprobs],
                 usage=_usage(delta.usage),
             )
@@ -55,7 +53,7 @@ class Answering:
         for delta in deltas:
             choice = self._whole.choices[delta.choice]
             choice.text += self._text(delta)
-            if self._call.response.token_ids:
+            if self._options.token_ids:
                 choice.token_ids.extend(delta.token_ids)
             choice.logprobs.extend(self._logprob(entry) for entry in delta.logprobs)
             if not self._begun:
@@ -65,35 +63,33 @@ class Answering:
                 choice.finish.CopyFrom(_finish(delta))
 
     def whole(self) -> inference_pb2.GenerateResponse:
-        """The gathered answer."""
+        """The gathered response."""
         return self._whole
 
     def _text(self, delta: Delta) -> str:
         """The delta's text, behind the prompt's when this is the first of its choice and an echo is asked for."""
-        if delta.choice in self._seen or not self._call.response.echo:
+        if delta.choice in self._seen or not self._options.echo:
             return delta.text
         self._seen.add(delta.choice)
-        if self._call.text is not None:
-            return self._call.text + delta.text
-        return self._codec.decode(self._submission.prompt) + delta.text
+        return self._generation.prompt_text() + delta.text
 
     def _prompt(self, delta: Delta) -> inference_pb2.PromptInfo:
-        submission = self._submission
+        submission = self._generation.submission
         info = inference_pb2.PromptInfo(
             request_id=submission.request_id,
             adapter_digest=submission.digest or "",
-            token_ids=submission.prompt if self._call.response.token_ids else (),
+            token_ids=submission.prompt if self._options.token_ids else (),
             seed=submission.sampling.seed,
         )
         for token, entry in zip(submission.prompt, delta.prompt_logprobs or (), strict=False):
             if entry is None:
-                info.logprobs.add(token_id=token, text=self._codec.token_bytes(token))
+                info.logprobs.add(token_id=token, text=self._generation.tokenizer.token_bytes(token))
             else:
                 info.logprobs.append(self._logprob(entry))
         return info
 
     def _logprob(self, entry: TokenLogprob) -> inference_pb2.TokenLogprob:
-        text = self._codec.token_bytes
+        text = self._generation.tokenizer.token_bytes
         return inference_pb2.TokenLogprob(
             token_id=entry.token,
             logprob=entry.logprob,

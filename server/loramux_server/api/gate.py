@@ -1,58 +1,58 @@
-"""The door of the services: whether the server takes work, and with what it is done.
+"""Whether the services accept calls, and what they work with.
 
-gRPC listens before the model is loaded, so that health can say NOT_SERVING; until `open`
-every call is refused. Running work is not asked again.
+gRPC listens before the model is loaded, so that health can say NOT_SERVING; until `open` every call is refused.
+Calls that were accepted are not looked at again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loramux_server.api.ports import AdapterStates, Codec, ModelInfo
+from loramux_server.api.ports import AdapterStates, ModelInfo, Tokenizer
 from loramux_server.engine.client import EngineClient
 from loramux_server.errors import Draining, WarmingUp
 from loramux_server.registry import Registry
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the services work with, once the server is warm."""
+class Services:
+    """What calls are served with, once the server is warm."""
 
     engine: EngineClient
     registry: Registry
-    codec: Codec
+    tokenizer: Tokenizer
     model: ModelInfo
     states: AdapterStates
 
 
 class Gate:
-    """One per server, moved by whoever starts and stops it."""
+    """One per server, opened and drained by the composition root."""
 
     def __init__(self) -> None:
-        self._parts: Parts | None = None
+        self._services: Services | None = None
         self._draining = False
 
     @property
     def is_open(self) -> bool:
-        """Whether new work is taken."""
-        return self._parts is not None and not self._draining
+        """Whether new work is accepted."""
+        return self._services is not None and not self._draining
 
-    def open(self, parts: Parts) -> None:
-        """Take work from now on."""
-        self._parts = parts
+    def open(self, services: Services) -> None:
+        """Accept calls from now on."""
+        self._services = services
 
     def drain(self) -> None:
-        """Refuse new work from now on; looking stays allowed."""
+        """Refuse new work from now on; calls that only read are still accepted."""
         self._draining = True
 
-    def enter(self) -> Parts:
+    def enter(self) -> Services:
         """For new work. Raises WarmingUp while the base loads, Draining while stopping."""
         if self._draining:
             raise Draining()
         return self.look()
 
-    def look(self) -> Parts:
-        """For calls that only look. Raises WarmingUp while the base loads."""
-        if self._parts is None:
+    def look(self) -> Services:
+        """For calls that only read. Raises WarmingUp while the base loads."""
+        if self._services is None:
             raise WarmingUp()
-        return self._parts
+        return self._services

@@ -1,7 +1,7 @@
 """One accepted request as its caller reads it: batches of deltas, at most one per choice.
 
-What has come in while the caller was busy is told together: a slow reader gets fewer and
-longer messages, and the engine never waits for one. Knows no wire format.
+What has come in while the caller was busy is one batch: a slow reader gets fewer and longer
+messages, and the engine never waits for one. Knows no wire format.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loramux_server.api.ports import Codec
+from loramux_server.api.calls import GenerateCall
+from loramux_server.api.ports import Tokenizer
 from loramux_server.engine.detokenize import ChoiceText, Delta
 from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import RequestFailed
@@ -17,17 +18,24 @@ from loramux_server.requests import TokenEvent, Usage
 
 
 class Generation:
-    """Async iterator over batches; ends after every choice's finish. Raises RequestFailed when one fails."""
+    """Async iterator over batches; ends after every choice's finish. Raises RequestFailed when one fails.
 
-    def __init__(self, stream: RequestStream, codec: Codec) -> None:
+    `call` is what was asked, `submission` what the server made of it.
+    """
+
+    def __init__(self, stream: RequestStream, call: GenerateCall, tokenizer: Tokenizer) -> None:
+        self.call = call
+        self.submission = submission = stream.submission
+        self.tokenizer = tokenizer
         self._stream = stream
-        submission = stream.submission
 
-        def spell(token: int) -> str:
-            return codec.token_bytes(token).decode("utf-8", "replace")
+        def token_text(token: int) -> str:
+            return tokenizer.token_bytes(token).decode("utf-8", "replace")
 
-        context = codec.output_context(submission.prompt)
-        self._choices = [ChoiceText(codec.decode, spell, submission.stop, context) for _ in range(submission.n)]
+        context = tokenizer.output_context(submission.prompt)
+        self._choices = [
+            ChoiceText(tokenizer.decode, token_text, submission.stop, context) for _ in range(submission.n)
+        ]
         self._held: dict[int, Delta] = {}
         self._usages: dict[int, Usage] = {}
         self._ends: dict[int, str] = {}
@@ -41,6 +49,10 @@ class Generation:
             deltas = self._gather([event, *self._stream.take_ready()])
             if deltas:
                 return deltas
+
+    def prompt_text(self) -> str:
+        """What an echo shows: the caller's own text, or that of the prompt's tokens."""
+        return self.tokenizer.decode(self.submission.prompt) if self.call.text is None else self.call.text
 
     def facts(self) -> dict[str, object]:
         """For the log: tokens of all choices so far, and how those that have ended did."""

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from loramux_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from loramux_server.api.former_service import FormerService
-from loramux_server.api.gate import Gate, Parts
+from loramux_server.api.gate import Gate, Services
 from loramux_server.api.health import HealthServicer
 from loramux_server.api.interceptors import ErrorInterceptor, Observe
 from loramux_server.api.running_calls import RunningCalls
@@ -89,9 +89,9 @@ class GrpcServer:
             self.address = f"{host}:{port}"
         await self._server.start()
 
-    async def open(self, parts: Parts) -> None:
+    async def open(self, services: Services) -> None:
         """The engine is warm: take work and say SERVING."""
-        self._gate.open(parts)
+        self._gate.open(services)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, end_work: Callable[[float], Awaitable[None]]) -> None:

@@ -1,4 +1,4 @@
-"""What the services need of the rest of the server, as they see it: the composition root fills these.
+"""What the services need of the rest of the server, as interfaces that the composition root fills.
 
 Keeps the API free of the model, the tokenizer's library and the residency pool.
 """
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from loramux_adapters.spec import WeightCounts
-from loramux_server.api.calls import Limits
+from loramux_server.api.server_limits import ServerLimits
 
 Tier = Literal["registered", "loaded", "resident"]
 Merged = Literal["none", "building", "ready", "refused"]
 
 
-class Codec(Protocol):
+class Tokenizer(Protocol):
     """Text to token ids and back, by the base's own tokenizer and chat template. Safe from any thread."""
 
     @property
@@ -69,6 +69,12 @@ class AdapterState:
     reason: str = ""
 
 
+class AdapterObserver(Protocol):
+    """Learns which name a digest is used by."""
+
+    def named(self, digest: str, name: str) -> None: ...
+
+
 class AdapterStates(Protocol):
     """Engine truth about adapters. Safe from any thread."""
 
@@ -86,5 +92,5 @@ class ModelInfo:
     compute_dtype: str
     device: str
     deterministic: bool
-    limits: Limits
+    limits: ServerLimits
     weights: WeightCounts

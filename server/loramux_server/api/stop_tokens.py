@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loramux_server.api.calls import StoppingCall
 from loramux_server.errors import InvalidRequest
+from loramux_server.requests import StopConditions
 
 
-def resolve_stop_tokens(stopping: StoppingCall, special_tokens: Mapping[str, int], vocabulary: int) -> StoppingCall:
-    """`stopping` with the ids of the special tokens that its strings spell, besides the strings.
+def resolve_stop_tokens(stop: StopConditions, special_tokens: Mapping[str, int], vocabulary: int) -> StopConditions:
+    """`stop` with the ids of the special tokens that its strings spell, besides the strings.
 
     `special_tokens` is text -> id. Raises InvalidRequest for a string that holds a special token and more.
     """
-    ids = set(stopping.stop_token_ids)
-    for index, string in enumerate(stopping.stop_strings):
+    ids = set(stop.stop_token_ids)
+    for index, string in enumerate(stop.stop_strings):
         token = special_tokens.get(string)
         if token is None:
             _refuse_partial(f"stopping.stop_strings[{index}]", string, special_tokens)
         elif token < vocabulary:  # the model never makes another
             ids.add(token)
-    return replace(stopping, stop_token_ids=tuple(sorted(ids)))
+    return replace(stop, stop_token_ids=tuple(sorted(ids)))
 
 
 def _refuse_partial(field: str, string: str, special_tokens: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""A caller's text to token ids: judged by its length first, and off the event loop where that takes time.
+"""A caller's text to token ids: its length is checked first, and long ones are tokenized off the event loop.
 
 Tokenizing runs before anything is admitted, so it must not be a way to hold up others: what cannot fit the context is
 refused unread, and long texts have threads of their own and a bounded queue, apart from the store's.
@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from loramux_server.api.calls import ChatTurn, Limits, Tools
-from loramux_server.api.ports import Codec
+from loramux_server.api.calls import ChatTurn, Tools
+from loramux_server.api.ports import Tokenizer
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.chat_faults import ChatRefused
 from loramux_server.errors import InvalidRequest, Overloaded
 
@@ -31,48 +32,48 @@ class TokenizerPool:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-encode")
         self._waiting = 0
 
-    async def encode_text(self, field: str, codec: Codec, limits: Limits, text: str) -> list[int]:
+    async def encode_text(self, field: str, tokenizer: Tokenizer, limits: ServerLimits, text: str) -> list[int]:
         """Token ids of a prompt, behind the special tokens the base expects there.
 
         Raises InvalidRequest for a text that is longer than any the context holds or that the tokenizer gives an id the
         model lacks, Overloaded when many are waiting.
         """
-        self._check_length(field, codec, limits, [text])
-        ids = await self._run(len(text), lambda: codec.encode(text))
-        _check_vocabulary(field, codec, limits, ids)
+        self._check_length(field, tokenizer, limits, [text])
+        ids = await self._run(len(text), lambda: tokenizer.encode(text))
+        _check_vocabulary(field, tokenizer, limits, ids)
         return ids
 
     async def encode_chat(
-        self, codec: Codec, limits: Limits, turns: Sequence[ChatTurn], tools: Tools = ()
+        self, tokenizer: Tokenizer, limits: ServerLimits, turns: Sequence[ChatTurn], tools: Tools = ()
     ) -> list[int]:
         """Token ids of a conversation rendered by the base's template; raises as `encode_text`."""
-        if not codec.template_digest:
+        if not tokenizer.template_digest:
             raise InvalidRequest("chat", "the base has no chat template; send text")
-        self._check_length("chat.messages", codec, limits, [turn.content for turn in turns])
-        if tools and not codec.takes_tools:
+        self._check_length("chat.messages", tokenizer, limits, [turn.content for turn in turns])
+        if tools and not tokenizer.takes_tools:
             raise InvalidRequest("chat.tools_json", "the base's chat template takes no tools")
         messages = [turn.message() for turn in turns]
         length = sum(turn.characters for turn in turns)
         try:
-            ids = await self._run(length, lambda: codec.encode_chat(messages, tools))
+            ids = await self._run(length, lambda: tokenizer.encode_chat(messages, tools))
         except ValueError as error:
             where = error.where if isinstance(error, ChatRefused) else ""
             raise InvalidRequest(f"chat.messages{where}", str(error)) from error
-        _check_vocabulary("chat.messages", codec, limits, ids)
+        _check_vocabulary("chat.messages", tokenizer, limits, ids)
         return ids
 
-    async def decode(self, codec: Codec, ids: Sequence[int]) -> str:
+    async def decode(self, tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         """Text of token ids."""
-        return await self._run(len(ids), lambda: codec.decode(ids))
+        return await self._run(len(ids), lambda: tokenizer.decode(ids))
 
-    def _check_length(self, field: str, codec: Codec, limits: Limits, texts: Sequence[str]) -> None:
-        most = limits.context_tokens * codec.longest_token
+    def _check_length(self, field: str, tokenizer: Tokenizer, limits: ServerLimits, texts: Sequence[str]) -> None:
+        most = limits.context_tokens * tokenizer.longest_token
         size = sum(len(text) for text in texts)  # characters: no more than the bytes they are
         if size > most:
             raise InvalidRequest(
                 field,
                 f"{size} characters cannot fit the context of {limits.context_tokens} tokens,"
-                f" of at most {codec.longest_token} bytes each",
+                f" of at most {tokenizer.longest_token} bytes each",
                 metadata={"context_tokens": str(limits.context_tokens)},
             )
 
@@ -88,12 +89,12 @@ class TokenizerPool:
             self._waiting -= 1
 
 
-def _check_vocabulary(field: str, codec: Codec, limits: Limits, ids: Sequence[int]) -> None:
+def _check_vocabulary(field: str, tokenizer: Tokenizer, limits: ServerLimits, ids: Sequence[int]) -> None:
     """A tokenizer may know more tokens than the model has embeddings: a `[PAD]` added without resizing, mostly."""
     if max(ids, default=0) < limits.vocabulary:
         return
     position, token = next((i, token) for i, token in enumerate(ids) if token >= limits.vocabulary)
-    text = codec.token_bytes(token).decode(errors="replace")
+    text = tokenizer.token_bytes(token).decode(errors="replace")
     raise InvalidRequest(
         field,
         f"{text!r} is token id {token} at position {position}, which is outside the model's vocabulary of "

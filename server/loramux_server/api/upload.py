@@ -24,8 +24,8 @@ _DISCARD_BYTES = 16 << 20  # more would cost a refusal milliseconds of processor
 _MESSAGE_BYTES = 16 << 10  # what a message costs beside its bytes, in bytes
 
 
-class UploadSession:
-    """Feeds one call's messages into the registry; `run` returns the upload's id once it was committed."""
+class UploadStream:
+    """Feeds one call's messages into the registry; `run` returns the upload's id once its commit came."""
 
     def __init__(
         self, registry: Registry, tenant: str, *, stall_seconds: float, received: Callable[[int], None]
@@ -55,9 +55,9 @@ class UploadSession:
         raise InvalidRequest("commit", "the stream ended without a commit; what arrived is kept for a resume")
 
     async def discard(self, requests: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> None:
-        """Reads on for a moment after a refusal, to no end but that the caller hears it.
+        """Read on for a moment after a refusal, so that the caller receives it.
 
-        A call that is ended under a caller who still writes tells grpc.aio clients INTERNAL in place of its status.
+        A call that ends while its caller still writes gives grpc.aio clients INTERNAL in place of its status.
         """
         left = _DISCARD_BYTES
         with suppress(TimeoutError, LoramuxError):  # also what cannot be decoded: the first refusal counts
@@ -91,7 +91,7 @@ class UploadSession:
         self._received(len(chunk.data))
 
     async def _commit(self, requests: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> str:
-        """The stream must end here; a caller that keeps it open but silent has said all it had to say."""
+        """The stream must end here; one that stays open and silent counts as ended."""
         upload_id = self._get_begun("commit")
         try:
             after = await self._next(requests, min(_HALF_CLOSE_SECONDS, self._stall_seconds))

@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from loramux_adapters.spec import NAME_PATTERN
-from loramux_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
+from loramux_server.api.calls import ChatTurn, GenerateCall
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.errors import InvalidRequest
 
 MAX_LOGIT_BIAS = 1024
@@ -40,16 +41,16 @@ def check(*rules: Iterable[InvalidRequest]) -> None:
         raise InvalidRequest.of_all(wrong)
 
 
-def check_generate(call: GenerateCall, limits: Limits) -> None:
+def check_generate(call: GenerateCall, limits: ServerLimits) -> None:
     """Everything that can be judged without tokenizing."""
     check(
         request_id("request_id", call.request_id) if call.request_id else (),
         reference("adapter", call.adapter) if call.adapter else (),
         _at_most("cache_salt", len(call.cache_salt), MAX_SALT_CHARS, "characters"),
         _input(call, limits),
-        _sampling(call.sampling, limits),
-        _stopping(call.stopping, limits),
-        _response(call.response, limits),
+        _sampling(call, limits),
+        _stopping(call, limits),
+        _response(call, limits),
     )
 
 
@@ -127,39 +128,13 @@ def check_token_ids(field: str, ids: Collection[int], vocabulary: int) -> None:
     check(token_ids(field, ids, vocabulary))
 
 
-def fit_tokens(prompt: int, max_tokens: int | None, limits: Limits) -> int:
-    """How many tokens may be made after a prompt of `prompt` tokens; None means what is left, and on a LongRoPE base
-    no more than its original context where the prompt is within it: longer sequences compute by other factors.
-
-    Raises InvalidRequest when the prompt leaves no room, or the caller asked for more than there is,
-    in the context or in the whole KV cache.
-    """
-    # The last token's keys and values are never needed: the KV cache holds one token less than a text has.
-    for name, limit, room, what in (
-        ("context_tokens", limits.context_tokens, limits.context_tokens, "the context"),
-        ("kv_cache_tokens", limits.kv_tokens, limits.kv_tokens + 1, "the whole KV cache"),
-    ):
-        facts = {name: str(limit), "prompt_tokens": str(prompt)}
-        if prompt >= room:
-            why = f"the prompt of {prompt} tokens leaves no room in {what} of {limit}"
-            raise InvalidRequest("input", why, metadata=facts)
-        if max_tokens is not None and prompt + max_tokens > room:
-            why = f"{prompt} prompt tokens and {max_tokens} more are over {what} of {limit}"
-            raise InvalidRequest("stopping.max_tokens", why, metadata=facts)
-    if max_tokens is not None:
-        return max_tokens
-    room = min(limits.context_tokens, limits.kv_tokens + 1)
-    original = limits.original_context_tokens
-    return (room if original is None or prompt > original else min(room, original + 1)) - prompt
-
-
-def check_suppressed(suppressed: Collection[int], limits: Limits) -> None:
+def check_suppressed(suppressed: Collection[int], limits: ServerLimits) -> None:
     """The tokens forbidden until `min_tokens` are there must leave at least one to draw."""
     if sum(token < limits.vocabulary for token in suppressed) >= limits.vocabulary:
         raise InvalidRequest("stopping.min_tokens", "every token of the vocabulary would end the text")
 
 
-def _input(call: GenerateCall, limits: Limits) -> Wrong:
+def _input(call: GenerateCall, limits: ServerLimits) -> Wrong:
     given = [value for value in (call.text, call.token_ids, call.chat) if value is not None]
     if len(given) != 1:
         yield InvalidRequest("input", "exactly one of text, token_ids and chat must be set")
@@ -171,18 +146,19 @@ def _input(call: GenerateCall, limits: Limits) -> Wrong:
         yield InvalidRequest("token_ids.ids", "must not be empty")
     elif call.token_ids is not None:
         try:
-            fit_tokens(len(call.token_ids), call.stopping.max_tokens, limits)
+            limits.fit_tokens(len(call.token_ids), call.max_tokens)
         except InvalidRequest as error:
-            if error.field == "input" or _is_possible(call.stopping.max_tokens, limits):  # else told of by its own rule
+            if error.field == "input" or _is_possible(call.max_tokens, limits):  # else told of by its own rule
                 yield error
         yield from token_ids("token_ids.ids", call.token_ids, limits.vocabulary)
 
 
-def _is_possible(max_tokens: int | None, limits: Limits) -> bool:
+def _is_possible(max_tokens: int | None, limits: ServerLimits) -> bool:
     return max_tokens is None or 1 <= max_tokens <= limits.context_tokens
 
 
-def _sampling(sampling: SamplingCall, limits: Limits) -> Wrong:
+def _sampling(call: GenerateCall, limits: ServerLimits) -> Wrong:
+    sampling = call.sampling
     yield from _within("sampling.temperature", sampling.temperature, 0.0, 100.0, note="0 is greedy")
     yield from _within("sampling.top_p", sampling.top_p, 0.0, 1.0, open_low=True, note="1 or unset means off")
     yield from _within("sampling.min_p", sampling.min_p, 0.0, 1.0, note="0 or unset means off")
@@ -196,27 +172,28 @@ def _sampling(sampling: SamplingCall, limits: Limits) -> Wrong:
     for field in ("presence_penalty", "frequency_penalty"):
         yield from _within(f"sampling.{field}", getattr(sampling, field), -2.0, 2.0, note="0 or unset means off")
     yield from _within("sampling.top_k", sampling.top_k, 0, (1 << 32) - 1, note="0 or unset means off")
-    yield from _within("sampling.seed", sampling.seed, 0, (1 << 64) - 1, note="unset means that the server draws one")
-    yield from _within("sampling.n", sampling.n, 1, limits.max_choices, limit_name="max_choices")
+    yield from _within("sampling.seed", call.seed, 0, (1 << 64) - 1, note="unset means that the server draws one")
+    yield from _within("sampling.n", call.n, 1, limits.max_choices, limit_name="max_choices")
     yield from _at_most("sampling.logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS, "entries")
     yield from token_ids("sampling.logit_bias", sampling.logit_bias, limits.vocabulary)
     for token, bias in sampling.logit_bias.items():
         yield from _within(f"sampling.logit_bias[{token}]", bias, -100.0, 100.0)
 
 
-def _stopping(stopping: StoppingCall, limits: Limits) -> Wrong:
-    possible = _is_possible(stopping.max_tokens, limits)
-    if stopping.max_tokens is not None and stopping.max_tokens < 1:
-        yield InvalidRequest("stopping.max_tokens", f"{stopping.max_tokens} is out of range: must be at least 1")
+def _stopping(call: GenerateCall, limits: ServerLimits) -> Wrong:
+    max_tokens, stop = call.max_tokens, call.stop
+    possible = _is_possible(max_tokens, limits)
+    if max_tokens is not None and max_tokens < 1:
+        yield InvalidRequest("stopping.max_tokens", f"{max_tokens} is out of range: must be at least 1")
     elif not possible:
         yield InvalidRequest(
             "stopping.max_tokens",
-            f"{stopping.max_tokens} is out of range: must be at most the context of {limits.context_tokens}",
+            f"{max_tokens} is out of range: must be at most the context of {limits.context_tokens}",
             metadata={"context_tokens": str(limits.context_tokens)},
         )
-    most = stopping.max_tokens if possible and stopping.max_tokens is not None else limits.context_tokens
-    yield from _within("stopping.min_tokens", stopping.min_tokens, 0, most)
-    strings = stopping.stop_strings
+    most = max_tokens if possible and max_tokens is not None else limits.context_tokens
+    yield from _within("stopping.min_tokens", stop.min_tokens, 0, most)
+    strings = stop.stop_strings
     yield from _at_most(
         "stopping.stop_strings", len(strings), limits.max_stop_strings, "strings", name="max_stop_strings"
     )
@@ -224,13 +201,13 @@ def _stopping(stopping: StoppingCall, limits: Limits) -> Wrong:
         if not text:
             yield InvalidRequest(f"stopping.stop_strings[{index}]", "must not be empty")
         yield from _at_most(f"stopping.stop_strings[{index}]", len(text), MAX_STOP_CHARS, "characters")
-    yield from _at_most("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKENS, "ids")
-    yield from token_ids("stopping.stop_token_ids", stopping.stop_token_ids, limits.vocabulary)
+    yield from _at_most("stopping.stop_token_ids", len(stop.stop_token_ids), MAX_STOP_TOKENS, "ids")
+    yield from token_ids("stopping.stop_token_ids", stop.stop_token_ids, limits.vocabulary)
 
 
-def _response(response: ResponseCall, limits: Limits) -> Wrong:
+def _response(call: GenerateCall, limits: ServerLimits) -> Wrong:
     for field in ("logprobs", "prompt_logprobs"):
-        value = getattr(response, field)
+        value = getattr(call.sampling, field)
         yield from _within(f"response.{field}", value, 0, limits.max_logprobs, limit_name="max_logprobs")
 
 

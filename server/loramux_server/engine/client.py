@@ -33,16 +33,6 @@ _FIRST_RETRY = 1.0
 _WEIGHT_OF_NEWEST = 0.1
 
 
-@dataclass(frozen=True)
-class ClientStats:
-    """What is under way, as the client side counts it."""
-
-    submissions: int
-    choices: int  # running or waiting
-    max_choices: int
-    retry_after: float  # seconds a refused caller would be told now
-
-
 @dataclass
 class _Ticket:
     """A submission the engine has not ended yet. `owed` are the choices whose terminal event is still to come."""
@@ -111,10 +101,6 @@ class EngineClient:
         for ticket in tickets.values():
             for choice in sorted(ticket.owed):
                 ticket.stream.push(TokenEvent(choice, failure=failure))
-
-    def stats(self) -> ClientStats:
-        """Counts of this moment."""
-        return ClientStats(len(self._tickets), self._live, self._limits.max_live, self._estimate_retry())
 
     # From the engine thread.
 

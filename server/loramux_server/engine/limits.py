@@ -62,25 +62,49 @@ class EngineLimits:
         training sequence of that length is computed."""
         if self.original_context is None:
             return False
-        return len(submission.prompt) + submission.stop.max_tokens - 1 > self.original_context
+        return len(submission.prompt) + submission.max_tokens - 1 > self.original_context
 
     def check_fits(self, submission: Submission) -> None:
         """Raise InvalidRequest, with the limit in its metadata, for what could never run even alone."""
         if not submission.prompt:
             raise InvalidRequest("input", "the prompt has no tokens")
-        # The KV of the last token is never needed: nothing follows it.
-        needed = len(submission.prompt) + max(submission.stop.max_tokens - 1, 0)
-        if needed > self.kv_tokens:
-            field = "input" if len(submission.prompt) > self.kv_tokens else "stopping.max_tokens"
-            raise InvalidRequest(
-                field,
-                f"{len(submission.prompt)} prompt tokens and {submission.stop.max_tokens} new ones"
-                f" do not fit the KV cache of {self.kv_tokens} tokens",
-                metadata={"kv_cache_tokens": str(self.kv_tokens)},
-            )
+        fit_tokens(len(submission.prompt), submission.max_tokens, kv_tokens=self.kv_tokens)
         if submission.n > self.max_live:
             raise InvalidRequest(
                 "sampling.n",
                 f"{submission.n} choices are more than the {self.max_live} this server runs and queues",
                 metadata={"max_live_choices": str(self.max_live)},
             )
+
+
+def fit_tokens(
+    prompt: int,
+    max_tokens: int | None,
+    *,
+    kv_tokens: int,
+    context_tokens: int | None = None,
+    original_context_tokens: int | None = None,
+) -> int:
+    """How many tokens may follow a prompt of `prompt` tokens: the one judgement of what fits context and KV cache.
+
+    `max_tokens` None means what is left, and on a LongRoPE base no more than its original context where the prompt is
+    within it: longer sequences compute by other factors. Raises InvalidRequest, with the limit in its metadata, when
+    the prompt leaves no room or `max_tokens` is more than there is.
+    """
+    # The KV of the last token is never needed, since nothing follows it: a text may have one token more.
+    rooms = [("kv_cache_tokens", kv_tokens, kv_tokens + 1, "the whole KV cache")]
+    if context_tokens is not None:
+        rooms.insert(0, ("context_tokens", context_tokens, context_tokens, "the context"))
+    for name, limit, room, what in rooms:
+        facts = {name: str(limit), "prompt_tokens": str(prompt)}
+        if prompt >= room:
+            why = f"the prompt of {prompt} tokens leaves no room in {what} of {limit}"
+            raise InvalidRequest("input", why, metadata=facts)
+        if max_tokens is not None and prompt + max_tokens > room:
+            why = f"{prompt} prompt tokens and {max_tokens} more are over {what} of {limit}"
+            raise InvalidRequest("stopping.max_tokens", why, metadata=facts)
+    if max_tokens is not None:
+        return max_tokens
+    room = min(room for _, _, room, _ in rooms)
+    original = original_context_tokens
+    return (room if original is None or prompt > original else min(room, original + 1)) - prompt

@@ -88,7 +88,7 @@ class Request:
             token in stop.stop_token_ids or (not stop.ignore_eos and token in stop.eos_token_ids)
         ):
             return FinishReason.STOP, token
-        if produced >= stop.max_tokens:
+        if produced >= self.submission.max_tokens:
             return FinishReason.LENGTH, None
         return None
 

@@ -59,7 +59,7 @@ class StepBuilder:
                 start,
                 self._tables.get_table(request, end),
                 BASE_SLOT if request.lease is None else request.lease.slot,
-                end == len(tokens) and request.submission.stop.max_tokens > 0,
+                end == len(tokens) and request.submission.max_tokens > 0,
                 request.params,
                 request.prompt_length,
                 history,

@@ -1,7 +1,8 @@
 """Every Prometheus name of the server, and the one object that counts.
 
-Implements the engine's Observer (called on the engine thread) and the API's hooks. What is
-a state, not an event, is read when it is scraped. Names have no colons: OpenMetrics renames them.
+Implements the engine's Observer (called on the engine thread) and the API's hooks. What is a state, not an event, is
+read when it is scraped. Names are vLLM's where it has them, without colons: OpenMetrics renames those. What the engine
+runs is counted as it runs it: a request with n choices is n sequences.
 """
 
 from __future__ import annotations
@@ -60,36 +61,42 @@ class Metrics:
         self._lock = threading.Lock()
         self._load: Load | None = None
         self._names: OrderedDict[str, str] = OrderedDict()
-        self._per_adapter_requests = TopSeries(top_adapters)
+        self._per_adapter_sequences = TopSeries(top_adapters)
         self._per_adapter_tokens = TopSeries(top_adapters)
         self._calls = Counter("loramux_calls", "Finished calls.", ["method", "code"], registry=registry)
         self._call_seconds = Histogram(
             "loramux_call_seconds", "Duration of calls.", ["method"], buckets=_LONG, registry=registry
         )
-        self._requests = Counter("loramux_requests", "Choices that ended.", ["outcome"], registry=registry)
+        self._sequences = Counter("loramux_sequences", "Sequences that ended.", ["outcome"], registry=registry)
         self._rejections = Counter("loramux_rejections", "Requests refused.", ["reason"], registry=registry)
-        self._prompt_tokens = Counter("loramux_prompt_tokens", "Prompt tokens of ended choices.", registry=registry)
-        self._completion_tokens = Counter(
-            "loramux_completion_tokens", "Output tokens of ended choices.", registry=registry
+        self._prompt_tokens = Counter("loramux_prompt_tokens", "Prompt tokens of ended sequences.", registry=registry)
+        self._generation_tokens = Counter(
+            "loramux_generation_tokens", "Output tokens of ended sequences.", registry=registry
         )
         self._step_tokens = Counter("loramux_step_tokens", "Tokens computed in steps.", registry=registry)
-        self._queue = _histogram(registry, "loramux_queue_seconds", "From acceptance to the first step.", _LONG)
+        self._queue = _histogram(
+            registry, "loramux_request_queue_time_seconds", "From acceptance to the first step.", _LONG
+        )
         self._first = _histogram(registry, "loramux_time_to_first_token_seconds", "From acceptance to a token.", _LONG)
-        self._inter = _histogram(registry, "loramux_inter_token_seconds", "Between two tokens of a choice.", _SHORT)
-        self._whole = _histogram(registry, "loramux_request_seconds", "From acceptance to the end of a choice.", _LONG)
+        self._inter = _histogram(
+            registry, "loramux_inter_token_latency_seconds", "Between two tokens of a sequence.", _SHORT
+        )
+        self._whole = _histogram(
+            registry, "loramux_e2e_request_latency_seconds", "From acceptance to the end of a sequence.", _LONG
+        )
         self._step = _histogram(registry, "loramux_step_seconds", "One turn of the engine's loop.", _SHORT)
         self._parts = Counter("loramux_step_part_seconds", "Time in the parts of steps.", ["part"], registry=registry)
         self._parts_by_name = {part: self._parts.labels(part) for part in _STEP_PARTS}
         self._steps = Counter("loramux_steps", "Steps by the weights they ran on.", ["weights"], registry=registry)
         self._distinct = _histogram(registry, "loramux_step_distinct_adapters", "Adapters in one step.", _COUNTS)
-        self._preemptions = Counter("loramux_preemptions", "Choices put back to make room.", registry=registry)
+        self._preemptions = Counter("loramux_num_preemptions", "Sequences put back to make room.", registry=registry)
         self._queried = Counter(
-            "loramux_prefix_queried_tokens", "Tokens looked up in the prefix cache.", registry=registry
+            "loramux_prefix_cache_queries", "Tokens looked up in the prefix cache.", registry=registry
         )
-        self._hit = Counter("loramux_prefix_hit_tokens", "Tokens found in the prefix cache.", registry=registry)
+        self._hit = Counter("loramux_prefix_cache_hits", "Tokens found in the prefix cache.", registry=registry)
         self._uploads = Counter("loramux_uploads", "Ended adapter uploads.", ["outcome"], registry=registry)
         self._upload_bytes = Counter("loramux_upload_bytes", "Bytes of adapters received.", registry=registry)
-        self._serving = Gauge("loramux_serving", "1 while the server takes requests.", registry=registry)
+        self._serving = Gauge("loramux_serving", "1 while the server accepts requests.", registry=registry)
         self._server = Info("loramux_server", "The base and how it is computed.", registry=registry)
         registry.register(_Scraped(self, adapters, names))
         ProcessCollector(registry=registry)
@@ -113,12 +120,12 @@ class Metrics:
             for value in values:
                 histogram.observe(value)
         for ended in counters.ended:
-            self._requests.labels(ended.outcome).inc()
+            self._sequences.labels(ended.outcome).inc()
             self._whole.observe(ended.seconds)
             self._prompt_tokens.inc(ended.prompt)
-            self._completion_tokens.inc(ended.completion)
+            self._generation_tokens.inc(ended.completion)
             adapter = BASE if ended.digest is None else ended.digest
-            self._per_adapter_requests.add(adapter, 1)
+            self._per_adapter_sequences.add(adapter, 1)
             self._per_adapter_tokens.add(adapter, ended.completion)
         self._preemptions.inc(counters.preemptions)
         self._queried.inc(counters.prefix_queried)
@@ -167,8 +174,8 @@ class Metrics:
         return self._load
 
     def per_adapter(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Ended choices and output tokens by adapter: a digest, `base` or `other`."""
-        return self._per_adapter_requests.read(), self._per_adapter_tokens.read()
+        """Ended sequences and output tokens by adapter: a digest, `base` or `other`."""
+        return self._per_adapter_sequences.read(), self._per_adapter_tokens.read()
 
 
 class _Scraped:
@@ -183,10 +190,10 @@ class _Scraped:
         reading = self._adapters()
         yield from self._engine(reading.slots)
         yield from _adapter_families(reading)
-        requests, tokens = self._metrics.per_adapter()
-        yield _counters("loramux_adapter_requests", "Ended choices by adapter.", "adapter", _shortened(requests))
-        yield _counters("loramux_adapter_completion_tokens", "Output tokens by adapter.", "adapter", _shortened(tokens))
-        yield self._adapter_info((requests.keys() | tokens.keys()) - {BASE, OTHER})
+        sequences, tokens = self._metrics.per_adapter()
+        yield _counters("loramux_adapter_sequences", "Ended sequences by adapter.", "adapter", _shortened(sequences))
+        yield _counters("loramux_adapter_generation_tokens", "Output tokens by adapter.", "adapter", _shortened(tokens))
+        yield self._adapter_info((sequences.keys() | tokens.keys()) - {BASE, OTHER})
 
     def _adapter_info(self, digests: Collection[str]) -> Metric:
         """What joins the label `adapter` of other series with the names that point at it now; one sample each."""
@@ -203,11 +210,18 @@ class _Scraped:
     def _engine(self, slots: int) -> Iterator[Metric]:
         load = self._metrics.load()
         running = 0 if load is None else load.running
-        yield GaugeMetricFamily("loramux_requests_running", "Choices in the batch.", value=running)
+        yield GaugeMetricFamily(
+            "loramux_num_requests_running", "Requests in the batch; one with n choices counts n times.", value=running
+        )
         waiting: dict[str, float] = {reason: load.waiting.get(reason, 0) if load else 0 for reason in WAIT_REASONS}
-        yield _gauges("loramux_requests_waiting", "Choices that wait, by what for.", "reason", waiting)
+        yield _gauges(
+            "loramux_num_requests_waiting",
+            "Waiting requests, by what they wait for; one with n choices counts n times.",
+            "reason",
+            waiting,
+        )
         used = load.kv_blocks_held / load.kv_blocks if load and load.kv_blocks else 0.0
-        yield GaugeMetricFamily("loramux_kv_used_ratio", "Share of KV blocks held by requests.", value=used)
+        yield GaugeMetricFamily("loramux_kv_cache_usage_ratio", "Share of KV blocks held by requests.", value=used)
         info = GaugeMetricFamily(
             "loramux_lora_requests_info",
             "Adapters in use, for endpoint pickers.",

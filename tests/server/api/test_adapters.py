@@ -18,6 +18,7 @@ from grpc import aio
 from loramux_protos.v1 import adapters_pb2, inference_pb2
 from loramux_server.api.ports import AdapterState
 from loramux_server.engine.plan import StepPlan
+from support.engine_client import count_submissions
 from support.servers import (
     BASE,
     CONFIG_FILE,
@@ -308,7 +309,7 @@ async def test_row_37_a_deleted_or_replaced_adapter_finishes_on_its_version(tmp_
             asyncio.ensure_future(server.inference.Generate(prompt_request("Hello", 100, adapter="german")))
             for _ in range(2)
         ]
-        await until(lambda: server.inside.client.stats().submissions > 0)
+        await until(lambda: count_submissions(server.inside.client) > 0)
         new = (await _push(server, "german", b"new", "upload-new")).digest
         await server.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name="german"))
         for answer in await asyncio.gather(*running):

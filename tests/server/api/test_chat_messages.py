@@ -14,7 +14,7 @@ from loramux import convert
 from loramux_protos.v1 import inference_pb2
 from loramux_server.chat_faults import ChatRefused
 from loramux_server.text import TextTokenizer
-from support.servers import FakeCodec, Inside, details, served
+from support.servers import FakeTokenizer, Inside, details, served
 from support.tokenizers import write_byte_level
 
 CALL = {"function": {"name": "add", "arguments": {"a": 1, "b": [2.5, None, "ü"]}}}
@@ -30,7 +30,7 @@ TEMPLATE = (
 )
 
 
-class Recorder(FakeCodec):
+class Recorder(FakeTokenizer):
     """Keeps what it was given."""
 
     takes_tools = True
@@ -45,12 +45,12 @@ class Recorder(FakeCodec):
 
 @pytest.mark.asyncio
 async def test_messages_arrive_as_they_were_written(tmp_path: Path) -> None:
-    codec = Recorder()
-    async with served(tmp_path, Inside(codec=codec)) as server:
+    tokenizer = Recorder()
+    async with served(tmp_path, Inside(tokenizer=tokenizer)) as server:
         request = convert.generate_request(None, None, MESSAGES, "", {"tools": [CALL], "max_tokens": 2})
         await server.inference.Generate(request)
         await server.inference.Tokenize(convert.tokenize_request(None, MESSAGES, [CALL]))
-    assert codec.given == [(MESSAGES, [CALL])] * 2
+    assert tokenizer.given == [(MESSAGES, [CALL])] * 2
 
 
 @pytest.mark.asyncio
@@ -66,7 +66,7 @@ async def test_messages_arrive_as_they_were_written(tmp_path: Path) -> None:
         ({"json": '{"role": 7}'}, "", "chat.messages[0].role"),
         ({"role": "user", "content": "x"}, "{}", "chat.tools_json"),
         ({"role": "user", "content": "x"}, "[1]", "chat.tools_json"),
-        ({"role": "user", "content": "x"}, "[{}]", "chat.tools_json"),  # FakeCodec takes none
+        ({"role": "user", "content": "x"}, "[{}]", "chat.tools_json"),  # FakeTokenizer takes none
     ],
 )
 async def test_what_is_no_message_is_refused_by_field(
@@ -82,20 +82,20 @@ async def test_what_is_no_message_is_refused_by_field(
 
 
 def test_the_template_renders_them_as_in_training(tmp_path: Path) -> None:
-    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
+    served_by = TextTokenizer.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     wanted = tokenizer.apply_chat_template(MESSAGES, tools=[CALL], tokenize=False, add_generation_prompt=True)
     sent = convert.tokenize_request(None, MESSAGES, [CALL]).chat
     received = [json.loads(m.json) for m in sent.messages]
-    assert codec.takes_tools
-    assert codec.render_chat(received, json.loads(sent.tools_json)) == wanted
+    assert served_by.takes_tools
+    assert served_by.render_chat(received, json.loads(sent.tools_json)) == wanted
     for part in ("role,content,name", "2.5", '"arguments": {"a": 1', "easy"):
         assert part in wanted
 
 
-class TextOnly(FakeCodec):
+class TextOnly(FakeTokenizer):
     """Fails as templates do that add strings."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -106,7 +106,7 @@ class TextOnly(FakeCodec):
 async def test_a_message_that_the_template_fails_on_is_the_field_that_is_refused(tmp_path: Path) -> None:
     request = inference_pb2.GenerateRequest()
     request.chat.messages.add(role="user", content="x")
-    async with served(tmp_path, Inside(codec=TextOnly())) as server:
+    async with served(tmp_path, Inside(tokenizer=TextOnly())) as server:
         with pytest.raises(aio.AioRpcError) as caught:
             await server.inference.Generate(request)
     [violation] = details(caught.value)["BadRequest"].field_violations
@@ -120,16 +120,16 @@ def test_a_template_without_tools_takes_none(tmp_path: Path) -> None:
 
 
 def test_what_is_nested_is_measured_too(tmp_path: Path) -> None:
-    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
+    tokenizer = TextTokenizer.load(write_byte_level(tmp_path, chat_template=TEMPLATE))
     big = {"role": "user", "content": None, "tool_calls": [{"function": {"x": "y" * (5 << 20)}}]}
     with pytest.raises(ChatRefused, match="at most"):
-        codec.encode_chat([big])
+        tokenizer.encode_chat([big])
 
 
 def test_what_is_nested_deeply_is_refused_not_a_crash(tmp_path: Path) -> None:
-    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template="{{ messages | tojson }}"))
+    tokenizer = TextTokenizer.load(write_byte_level(tmp_path, chat_template="{{ messages | tojson }}"))
     deep: Any = "x"
     for _ in range(5000):
         deep = [deep]
     with pytest.raises(ChatRefused, match="the chat template refused"):
-        codec.encode_chat([{"role": "user", "content": None, "tool_calls": deep}])
+        tokenizer.encode_chat([{"role": "user", "content": None, "tool_calls": deep}])

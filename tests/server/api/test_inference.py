@@ -15,16 +15,17 @@ from grpc import aio
 from loramux_protos.v1 import inference_pb2
 from loramux_server.requests import SamplingParams, StopConditions, Submission
 from support.fake_runner import VOCABULARY, solo
-from support.servers import EOS, FakeCodec, Inside, adapter_files, details, prompt_request, served, upload_messages
+from support.servers import EOS, FakeTokenizer, Inside, adapter_files, details, prompt_request, served, upload_messages
 
 pytestmark = pytest.mark.asyncio
-CODEC = FakeCodec()
+TOKENIZER = FakeTokenizer()
 
 
 def _solo(text: str, max_tokens: int, digest: str | None = None, choice: int = 0, **stop: Any) -> list[int]:
-    conditions = StopConditions(max_tokens, eos_token_ids=frozenset({EOS}), **{"ignore_eos": True, **stop})
+    conditions = StopConditions(eos_token_ids=frozenset({EOS}), **{"ignore_eos": True, **stop})
     sampling = SamplingParams(temperature=0.0, seed=7)
-    return solo(Submission("r", "default", digest, tuple(CODEC.encode(text)), sampling, conditions), choice)[0]
+    prompt = tuple(TOKENIZER.encode(text))
+    return solo(Submission("r", "default", digest, prompt, sampling, conditions, max_tokens), choice)[0]
 
 
 async def test_unary_and_stream_give_the_solo_tokens(tmp_path: Path) -> None:
@@ -33,11 +34,11 @@ async def test_unary_and_stream_give_the_solo_tokens(tmp_path: Path) -> None:
         expected = _solo("Hello", 30)
         whole = await server.inference.Generate(request)
         assert list(whole.choices[0].token_ids) == expected
-        assert whole.choices[0].text == CODEC.decode(expected)
-        assert list(whole.prompt.token_ids) == CODEC.encode("Hello")
+        assert whole.choices[0].text == TOKENIZER.decode(expected)
+        assert list(whole.prompt.token_ids) == TOKENIZER.encode("Hello")
         assert whole.prompt.seed == 7
         messages = [message async for message in server.inference.GenerateStream(request)]
-        assert "".join(message.text for message in messages) == CODEC.decode(expected)
+        assert "".join(message.text for message in messages) == TOKENIZER.decode(expected)
         assert [token for message in messages for token in message.token_ids] == expected
         assert [message.HasField("prompt") for message in messages] == [True] + [False] * (len(messages) - 1)
         assert [message.HasField("finish") for message in messages] == [False] * (len(messages) - 1) + [True]
@@ -53,7 +54,7 @@ async def test_neighbors_with_adapters_give_their_own_solo_tokens(tmp_path: Path
         names = ["", "a", "b", "c", "a", "", "b", "c"]
         calls = [server.inference.Generate(prompt_request("Hello", 25, adapter=name)) for name in names]
         for name, answer in zip(names, await asyncio.gather(*calls), strict=True):
-            assert answer.choices[0].text == CODEC.decode(_solo("Hello", 25, digests[name]))
+            assert answer.choices[0].text == TOKENIZER.decode(_solo("Hello", 25, digests[name]))
             assert answer.prompt.adapter_digest == (digests[name] or "")
 
 
@@ -68,7 +69,7 @@ async def test_n_choices_each_end_once(tmp_path: Path) -> None:
             if message.HasField("finish"):
                 ends.append(message.index)
         assert sorted(ends) == [0, 1, 2]
-        expected = {choice: CODEC.decode(_solo("Hello", 12, choice=choice)) for choice in range(3)}
+        expected = {choice: TOKENIZER.decode(_solo("Hello", 12, choice=choice)) for choice in range(3)}
         assert texts == expected
         whole = await server.inference.Generate(request)
         assert [choice.text for choice in whole.choices] == list(expected.values())
@@ -76,7 +77,7 @@ async def test_n_choices_each_end_once(tmp_path: Path) -> None:
 
 async def test_a_stop_string_ends_the_text_and_the_request(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
-        full = CODEC.decode(_solo("Hello", 60))
+        full = TOKENIZER.decode(_solo("Hello", 60))
         stop = full[10:13]
         cut = full.index(stop)
         for include in (False, True):
@@ -108,7 +109,7 @@ async def test_a_stop_string_that_spells_a_special_token_stops_at_the_token(
 ) -> None:
     tokens = _solo("Hello", 40)
     stop = next(token for token in tokens[5:] if token != EOS)
-    monkeypatch.setattr(FakeCodec, "special_tokens", {"<|im_end|>": stop})
+    monkeypatch.setattr(FakeTokenizer, "special_tokens", {"<|im_end|>": stop})
     async with served(tmp_path) as server:
         request = prompt_request("Hello", 40)
         request.stopping.stop_strings.append("<|im_end|>")
@@ -125,7 +126,7 @@ async def test_echo_logprobs_and_prompt_logprobs(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         request = prompt_request("Hello", 5, response={"echo": True, "logprobs": 0, "prompt_logprobs": 0})
         answer = await server.inference.Generate(request)
-        assert answer.choices[0].text == "Hello" + CODEC.decode(_solo("Hello", 5))
+        assert answer.choices[0].text == "Hello" + TOKENIZER.decode(_solo("Hello", 5))
         assert [entry.logprob for entry in answer.choices[0].logprobs] == [-1.0] * 5
         prompt = answer.prompt.logprobs
         assert [entry.text for entry in prompt] == [b"H", b"e", b"l", b"l", b"o"]
@@ -138,7 +139,7 @@ async def test_a_chat_goes_through_the_template_and_a_refusal_names_it(tmp_path:
         chat = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
         request = inference_pb2.GenerateRequest(chat=chat, response={"token_ids": True}, stopping={"max_tokens": 2})
         answer = await server.inference.Generate(request)
-        assert list(answer.prompt.token_ids) == CODEC.encode("Hello Hi")
+        assert list(answer.prompt.token_ids) == TOKENIZER.encode("Hello Hi")
         chat["messages"][0]["role"] = "tool"
         with pytest.raises(aio.AioRpcError) as caught:
             await server.inference.Generate(inference_pb2.GenerateRequest(chat=chat))
@@ -206,7 +207,7 @@ async def test_model_and_tokens(tmp_path: Path) -> None:
         assert (model.model_id, model.limits.context_tokens, model.limits.vocabulary) == ("fake", 128, 64)
         assert model.limits.kv_cache_tokens == 256
         ids = (await server.inference.Tokenize(inference_pb2.TokenizeRequest(text="Hello"))).token_ids
-        assert list(ids) == CODEC.encode("Hello")
+        assert list(ids) == TOKENIZER.encode("Hello")
         text = await server.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=ids))
         assert text.text == "Hello"
         for call in (

@@ -18,7 +18,7 @@ from loramux_server.app import App
 from loramux_server.engine.plan import StepPlan
 from loramux_server.requests import RequestFailure
 from support.servers import (
-    FakeCodec,
+    FakeTokenizer,
     Inside,
     Served,
     adapter_files,
@@ -73,13 +73,13 @@ async def test_row_02_too_large_and_unknown(tmp_path: Path) -> None:
 
 
 async def test_row_06_a_bug_tells_an_id_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Buggy(FakeCodec):
+    class Buggy(FakeTokenizer):
         def encode(self, text: str) -> list[int]:
             if text == "bug":
                 raise KeyError("/secret/path")
             return super().encode(text)
 
-    async with served(tmp_path, Inside(codec=Buggy())) as server:
+    async with served(tmp_path, Inside(tokenizer=Buggy())) as server:
         other = asyncio.ensure_future(server.inference.Generate(prompt_request(max_tokens=40)))
         error = await _fails(server.inference.Generate(prompt_request("bug")))
         assert error["code"] is grpc.StatusCode.INTERNAL

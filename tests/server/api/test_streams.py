@@ -16,7 +16,8 @@ from grpc import aio
 from loramux_protos.v1 import inference_pb2
 from loramux_server.app import App
 from loramux_server.engine.plan import StepPlan
-from support.servers import FakeCodec, Inside, Served, details, prompt_request, serve_config, served, until
+from support.engine_client import count_submissions
+from support.servers import FakeTokenizer, Inside, Served, details, prompt_request, serve_config, served, until
 
 pytestmark = pytest.mark.asyncio
 
@@ -36,7 +37,7 @@ def _calls(server: Served, code: str) -> float:
 
 def _ended(server: Served, outcome: str) -> float:
     labels = {"outcome": outcome}
-    return server.app.metrics.registry.get_sample_value("loramux_requests_total", labels) or 0.0
+    return server.app.metrics.registry.get_sample_value("loramux_sequences_total", labels) or 0.0
 
 
 async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> None:
@@ -80,13 +81,13 @@ async def test_row_18_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None
 async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> None:
     """An echo of two megabytes in twelve choices fills the transport's window, and then nobody reads."""
 
-    class Short(FakeCodec):
+    class Short(FakeTokenizer):
         longest_token = 1 << 20
 
         def encode(self, text: str) -> list[int]:
             return super().encode(text[:5])
 
-    async with served(tmp_path, Inside(codec=Short()), stall_seconds=0.3) as server:
+    async with served(tmp_path, Inside(tokenizer=Short()), stall_seconds=0.3) as server:
         request = prompt_request("x" * (2 << 20), 3, response={"echo": True})
         request.sampling.n = 12
         options = [("grpc.max_receive_message_length", -1)]
@@ -95,7 +96,7 @@ async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> No
             await stream.wait_for_connection()
             await until(lambda: _calls(server, "ABORTED") == 1)
             await server.inference.Generate(prompt_request())
-            assert server.inside.client.stats().submissions == 0
+            assert count_submissions(server.inside.client) == 0
             with pytest.raises(aio.AioRpcError) as caught:
                 async for _ in stream:
                     pass
@@ -148,7 +149,7 @@ async def test_row_22_many_opened_and_cancelled_leak_nothing(tmp_path: Path) -> 
 
         async def wave() -> int:
             await asyncio.gather(*(open_and_cancel() for _ in range(100)))
-            await until(lambda: server.inside.is_idle and server.inside.client.stats().submissions == 0)
+            await until(lambda: server.inside.is_idle and count_submissions(server.inside.client) == 0)
             await until(lambda: len(asyncio.all_tasks()) <= idle + 2)  # or the test fails here
             return process.num_fds()
 
@@ -184,7 +185,7 @@ async def test_row_42_a_drain_lets_streams_end_and_refuses_new_work(tmp_path: Pa
     async with aio.insecure_channel(app.address) as channel:
         server = Served(app, inside, channel)
         running = asyncio.ensure_future(server.inference.Generate(_long()))
-        await until(lambda: inside.client.stats().submissions == 1)
+        await until(lambda: count_submissions(inside.client) == 1)
         app.request_stop()
         await asyncio.sleep(0.05)
         early = await server.inference.Generate(prompt_request("Hello", 2))  # within the readiness period
@@ -221,7 +222,7 @@ async def test_the_engines_death_ends_every_request_and_the_server(tmp_path: Pat
     serving = asyncio.ensure_future(app.serve())
     async with aio.insecure_channel(app.address) as channel:
         running = asyncio.ensure_future(Served(app, inside, channel).inference.Generate(_long()))
-        await until(lambda: inside.client.stats().submissions == 1)
+        await until(lambda: count_submissions(inside.client) == 1)
 
         def die(now: float) -> Any:
             raise MemoryError("the scheduler broke")

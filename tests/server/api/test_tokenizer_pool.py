@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from loramux_server.api.calls import ChatTurn, Limits
+from loramux_server.api.calls import ChatTurn
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.errors import InvalidRequest, Overloaded
 
-LIMITS = Limits(4096, 2048, 4, 8, 8192, 64, 1 << 20, 1 << 20, 256, 4, 4, 4)
+LIMITS = ServerLimits(4096, 2048, 4, 8, 8192, 64, 1 << 20, 1 << 20, 256, 4, 4, 4)
 
 
-class SlowCodec:
+class SlowTokenizer:
     """One token a character; a long text takes until `go` is set."""
 
     template_digest = "0" * 64
@@ -51,34 +52,34 @@ class SlowCodec:
 
 @pytest.mark.asyncio
 async def test_what_cannot_fit_is_refused_unread() -> None:
-    encoder, codec = TokenizerPool(), SlowCodec()
+    pool, tokenizer = TokenizerPool(), SlowTokenizer()
     with pytest.raises(InvalidRequest, match="16385 characters cannot fit") as refused:
-        await encoder.encode_text("text", codec, LIMITS, "a" * 16385)
+        await pool.encode_text("text", tokenizer, LIMITS, "a" * 16385)
     assert refused.value.metadata == {"context_tokens": "4096"}
     with pytest.raises(InvalidRequest, match="cannot fit"):
-        await encoder.encode_chat(codec, LIMITS, [ChatTurn("user", "a" * 9000), ChatTurn("user", "b" * 9000)])
-    assert codec.asked == 0
-    codec.go.set()
-    assert len(await encoder.encode_text("text", codec, LIMITS, "a" * 16384)) == 16384
+        await pool.encode_chat(tokenizer, LIMITS, [ChatTurn("user", "a" * 9000), ChatTurn("user", "b" * 9000)])
+    assert tokenizer.asked == 0
+    tokenizer.go.set()
+    assert len(await pool.encode_text("text", tokenizer, LIMITS, "a" * 16384)) == 16384
 
 
 @pytest.mark.asyncio
 async def test_long_texts_hold_up_neither_short_ones_nor_other_threads() -> None:
-    encoder, codec = TokenizerPool(), SlowCodec()
+    pool, tokenizer = TokenizerPool(), SlowTokenizer()
     long: list[asyncio.Task[Any]] = [
-        asyncio.create_task(encoder.encode_text("text", codec, LIMITS, "a" * 9000)) for _ in range(64)
+        asyncio.create_task(pool.encode_text("text", tokenizer, LIMITS, "a" * 9000)) for _ in range(64)
     ]
     await asyncio.sleep(0.05)
-    assert await encoder.encode_text("text", codec, LIMITS, "short") == [1] * 5
+    assert await pool.encode_text("text", tokenizer, LIMITS, "short") == [1] * 5
     assert await asyncio.to_thread(lambda: 1) == 1
     with pytest.raises(Overloaded):
-        await encoder.encode_text("text", codec, LIMITS, "a" * 9000)
+        await pool.encode_text("text", tokenizer, LIMITS, "a" * 9000)
     assert not any(task.done() for task in long)
-    codec.go.set()
+    tokenizer.go.set()
     assert {len(ids) for ids in await asyncio.gather(*long)} == {9000}
 
 
-class WideCodec(SlowCodec):
+class WideTokenizer(SlowTokenizer):
     """Knows one token more than the model: id 256, spelled `[`."""
 
     def encode(self, text: str) -> list[int]:
@@ -90,13 +91,13 @@ class WideCodec(SlowCodec):
 
 @pytest.mark.asyncio
 async def test_an_id_that_the_model_lacks_is_refused_by_its_text_and_place() -> None:
-    encoder, codec = TokenizerPool(), WideCodec()
+    pool, tokenizer = TokenizerPool(), WideTokenizer()
     with pytest.raises(InvalidRequest) as text:
-        await encoder.encode_text("text", codec, LIMITS, "ab[c")
+        await pool.encode_text("text", tokenizer, LIMITS, "ab[c")
     with pytest.raises(InvalidRequest) as chat:
-        await encoder.encode_chat(codec, LIMITS, [ChatTurn("user", "[")])
+        await pool.encode_chat(tokenizer, LIMITS, [ChatTurn("user", "[")])
     assert text.value.field == "text"
     assert "'[PAD]' is token id 256 at position 2, which is outside the model's vocabulary of 256" in str(text.value)
     assert text.value.metadata == {"vocabulary": "256"}
     assert chat.value.field == "chat.messages"
-    assert await encoder.encode_text("text", codec, LIMITS, "abc") == [1, 1, 1]
+    assert await pool.encode_text("text", tokenizer, LIMITS, "abc") == [1, 1, 1]

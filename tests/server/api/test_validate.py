@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_server.api import validate
-from loramux_server.api.calls import ChatTurn, GenerateCall, Limits, ResponseCall, SamplingCall, StoppingCall
+from loramux_server.api.calls import ChatTurn, GenerateCall, ResponseOptions
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.errors import InvalidRequest
+from loramux_server.requests import SamplingParams, StopConditions
 
-LIMITS = Limits(
+LIMITS = ServerLimits(
     context_tokens=128,
     max_batch_tokens=64,
     max_running=8,
@@ -29,6 +33,21 @@ LIMITS = Limits(
     max_stop_strings=3,
 )
 GOOD = GenerateCall(text="hi")
+
+
+_BESIDE = ("n", "seed", "max_tokens")  # on the wire within the groups
+
+
+def _with(sampling: Mapping[str, Any] = MappingProxyType({}), stop: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """GOOD with these fields."""
+    given = {**sampling, **stop}
+    groups = [{key: value for key, value in group.items() if key not in _BESIDE} for group in (sampling, stop)]
+    return replace(
+        GOOD,
+        sampling=SamplingParams(**groups[0]),
+        stop=StopConditions(**groups[1]),
+        **{key: given[key] for key in _BESIDE if key in given},
+    )
 
 
 def _refused(call: GenerateCall) -> InvalidRequest:
@@ -62,7 +81,7 @@ def _refused(call: GenerateCall) -> InvalidRequest:
     ],
 )
 def test_row_07_sampling(fields: dict[str, Any], path: str) -> None:
-    assert _refused(replace(GOOD, sampling=SamplingCall(**fields))).field == path
+    assert _refused(_with(sampling=fields)).field == path
 
 
 @pytest.mark.parametrize(
@@ -79,12 +98,12 @@ def test_row_07_sampling(fields: dict[str, Any], path: str) -> None:
     ],
 )
 def test_row_07_stopping(fields: dict[str, Any], path: str) -> None:
-    assert _refused(replace(GOOD, stopping=StoppingCall(**fields))).field == path
+    assert _refused(_with(stop=fields)).field == path
 
 
 @pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
 def test_row_07_logprobs(name: str) -> None:
-    error = _refused(replace(GOOD, response=ResponseCall(**{name: 1_000_000})))
+    error = _refused(_with(sampling={name: 1_000_000}))
     assert (error.field, error.metadata) == (f"response.{name}", {"max_logprobs": "5"})
 
 
@@ -103,8 +122,8 @@ def test_row_08_token_ids_outside_the_vocabulary() -> None:
         (GenerateCall(chat=()), "chat.messages"),
         (GenerateCall(chat=(ChatTurn("", "hi"),)), "chat.messages[0].role"),
         (GenerateCall(token_ids=(1,) * 128), "input"),
-        (GenerateCall(token_ids=(1,) * 50, stopping=StoppingCall(max_tokens=79)), "stopping.max_tokens"),
-        (GenerateCall(token_ids=(1,) * 50, stopping=StoppingCall(max_tokens=48)), "stopping.max_tokens"),
+        (GenerateCall(token_ids=(1,) * 50, max_tokens=79), "stopping.max_tokens"),
+        (GenerateCall(token_ids=(1,) * 50, max_tokens=48), "stopping.max_tokens"),
     ],
 )
 def test_row_09_inputs(call: GenerateCall, path: str) -> None:
@@ -113,10 +132,10 @@ def test_row_09_inputs(call: GenerateCall, path: str) -> None:
 
 def test_row_09_the_limit_is_in_the_metadata() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        validate.fit_tokens(100, None, LIMITS)
+        LIMITS.fit_tokens(100, None)
     assert caught.value.metadata == {"kv_cache_tokens": "96", "prompt_tokens": "100"}
     with pytest.raises(InvalidRequest) as caught:
-        validate.fit_tokens(200, None, LIMITS)
+        LIMITS.fit_tokens(200, None)
     assert caught.value.metadata["context_tokens"] == "128"
 
 
@@ -124,7 +143,7 @@ def test_row_09_the_limit_is_in_the_metadata() -> None:
 def test_what_fits_is_never_over_a_limit_and_left_out_means_what_is_left(prompt: int, asked: int | None) -> None:
     room = min(LIMITS.context_tokens, LIMITS.kv_tokens + 1)
     try:
-        got = validate.fit_tokens(prompt, asked, LIMITS)
+        got = LIMITS.fit_tokens(prompt, asked)
     except InvalidRequest:
         assert prompt + (asked or 1) > room
     else:
@@ -160,9 +179,12 @@ def test_what_is_within_bounds_passes() -> None:
             request_id="r-1",
             adapter="german@0123abcd",
             chat=(ChatTurn("user", "hi"),),
-            sampling=SamplingCall(0.0, 1.0, 0, 1.0, 10.0, -2.0, 2.0, {63: -100.0}, (1 << 64) - 1, 4),
-            stopping=StoppingCall(64, 64, ("a", "b", "c"), (0, 63), True, True),
-            response=ResponseCall(5, 0, True, True),
+            sampling=SamplingParams(0.0, 1.0, 0, 1.0, 10.0, -2.0, 2.0, {63: -100.0}, logprobs=5, prompt_logprobs=0),
+            stop=StopConditions(64, ("a", "b", "c"), True, (0, 63), ignore_eos=True),
+            response=ResponseOptions(True, True),
+            n=4,
+            seed=(1 << 64) - 1,
+            max_tokens=64,
             priority=-5,
             cache_salt="s",
         ),

@@ -15,6 +15,7 @@ from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import Draining, DuplicateRequest, InvalidRequest, Overloaded, Unavailable
 from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
+from support.engine_client import count_choices, count_submissions
 from support.engine_drive import digest, limits, submission
 from support.engine_thread import running
 from support.fake_runner import solo
@@ -62,7 +63,7 @@ async def test_a_stream_gives_what_a_solo_run_gives():
         tokens, finish = solo(what, choice)
         assert [event.token for event in events[choice]] == tokens
         assert events[choice][-1].finish is finish
-    assert server.client.stats().choices == 0
+    assert count_choices(server.client) == 0
     assert server.pool.leased == 0
 
 
@@ -87,7 +88,7 @@ async def test_what_is_too_much_is_refused_at_once_with_a_delay():
     assert [type(command) for command in desk.take()] == [Submit, Submit]
     await desk.publish((1, end(0)))
     desk.client.submit(submission("c"))
-    assert desk.client.stats().choices == 3
+    assert count_choices(desk.client) == 3
 
 
 async def test_the_retry_delay_follows_throughput_while_busy():
@@ -97,12 +98,12 @@ async def test_the_retry_delay_follows_throughput_while_busy():
     for number in (1, 2, 3):
         desk.now += 0.5
         await desk.publish((number, end()))
-    assert desk.client.stats().retry_after == pytest.approx(0.5 * 2)
+    assert desk.client._estimate_retry() == pytest.approx(0.5 * 2)
     await desk.publish((4, end()))
     desk.now += 3600.0
     desk.client.submit(submission("late"))
     await desk.publish((5, end()))
-    assert desk.client.stats().retry_after < 1.0, "an idle hour is no throughput"
+    assert desk.client._estimate_retry() < 1.0, "an idle hour is no throughput"
 
 
 async def test_what_can_never_fit_is_refused_before_the_engine_hears_of_it():
@@ -118,7 +119,7 @@ async def test_a_full_mailbox_is_overload():
     client.submit(submission("a"))
     with pytest.raises(Overloaded):
         client.submit(submission("b"))
-    assert client.stats().choices == 1
+    assert count_choices(client) == 1
 
 
 async def test_abort_by_id_reaches_the_engine_once_and_only_the_owner_may():
@@ -186,7 +187,7 @@ async def test_a_finished_choice_is_retired_and_says_no_more():
     assert desk.take()[1:] == [Finish(1, 0)]
     await desk.publish((1, token(4, 0)), (1, TokenEvent(0, finish=FinishReason.STOP)), (1, end(1)))
     assert [(event.choice, event.token) for event in (await read(stream))[1]] == [(1, 3), (1, None)]
-    assert desk.client.stats().submissions == 0
+    assert count_submissions(desk.client) == 0
 
 
 async def test_an_id_is_free_when_its_reader_has_finished_although_the_engine_has_not():
@@ -205,7 +206,7 @@ async def test_the_engine_cannot_end_a_choice_twice():
     stream = desk.client.submit(submission("a", n=2))
     await desk.publish((1, end(0)), (1, end(0)), (1, token(1, 0)), (99, end()), (1, end(1)))
     assert {choice: len(events) for choice, events in (await read(stream)).items()} == {0: 1, 1: 1}
-    assert desk.client.stats().choices == 0
+    assert count_choices(desk.client) == 0
 
 
 async def test_ready_events_are_taken_together():
@@ -302,10 +303,10 @@ async def test_every_choice_ends_once_under_random_traffic(seed: int):
 
         await asyncio.wait_for(asyncio.gather(*(talk(number) for number in range(60))), 60)
         for _ in range(400):
-            if server.client.stats().choices == 0:
+            if count_choices(server.client) == 0:
                 break
             await asyncio.sleep(0.01)
-        assert server.client.stats().choices == 0
+        assert count_choices(server.client) == 0
     assert server.deaths == []
     assert server.scheduler.tables.pool.held == 0
     assert server.pool.leased == 0

@@ -152,7 +152,7 @@ def test_stop_strings_equal_cutting_the_whole_text(
     tokenizer, tokens = split_text(text, borders)
     if not tokens:
         return
-    deltas = run(tokenizer, tokens, StopConditions(99, stop_strings=tuple(stops), include_stop_string=include))
+    deltas = run(tokenizer, tokens, StopConditions(stop_strings=tuple(stops), include_stop_string=include))
     found = first_stop(text, stops)
     last = deltas[-1]
     assert [delta.terminal for delta in deltas] == [False] * (len(deltas) - 1) + [True]
@@ -186,10 +186,10 @@ def test_no_more_is_held_back_than_a_stop_string_could_need(text: str, stops: li
 
 def test_a_stop_string_across_tokens_holds_its_begin_back() -> None:
     tokenizer, tokens = ByteTokenizer([b"one E", b"N", b"D two"]), [256, 257, 258]
-    deltas = run(tokenizer, tokens, StopConditions(99, stop_strings=("END",)))
+    deltas = run(tokenizer, tokens, StopConditions(stop_strings=("END",)))
     assert [delta.text for delta in deltas] == ["one ", "", ""]
     assert deltas[-1].stop_string == "END"
-    deltas = run(tokenizer, tokens, StopConditions(99, stop_strings=("ENX", " two!")))
+    deltas = run(tokenizer, tokens, StopConditions(stop_strings=("ENX", " two!")))
     assert [delta.text for delta in deltas] == ["one ", "", "END two"]
     assert deltas[-1].finish is FinishReason.LENGTH
 
@@ -197,18 +197,18 @@ def test_a_stop_string_across_tokens_holds_its_begin_back() -> None:
 def test_the_first_end_wins_and_then_the_longest() -> None:
     tokenizer = ByteTokenizer([b"xabcd"])
     for stops, text in ((("abcd", "b"), "xa"), (("c", "abc", "bc"), "x"), (("d", "zz"), "xabc")):
-        assert text_of(run(tokenizer, [256], StopConditions(9, stop_strings=stops))) == text
+        assert text_of(run(tokenizer, [256], StopConditions(stop_strings=stops))) == text
 
 
 def test_stop_strings_count_from_min_tokens_on() -> None:
     tokenizer = ByteTokenizer()
-    stop = StopConditions(99, min_tokens=4, stop_strings=("ab",))
+    stop = StopConditions(min_tokens=4, stop_strings=("ab",))
     deltas = run(tokenizer, tokenizer.encode("ababab"), stop)
     assert text_of(deltas) == "ab"
     assert deltas[-1].usage == Usage(3, 4, 0)
     assert text_of(run(tokenizer, tokenizer.encode("abxab"), stop)) == "abx"
     # A match that did not count may overlap one that does.
-    overlapping = StopConditions(99, min_tokens=4, stop_strings=("aba",))
+    overlapping = StopConditions(min_tokens=4, stop_strings=("aba",))
     assert text_of(run(tokenizer, tokenizer.encode("ababa"), overlapping)) == "ab"
     # Begun before the minimum and ended with it: nothing of it was given out yet.
     assert text_of(run(tokenizer, tokenizer.encode("xxab"), stop)) == "xx"
@@ -216,7 +216,7 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
 
 def test_nothing_comes_after_the_end() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(9, stop_strings=("b",)))
+    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(stop_strings=("b",)))
     tokens = [choice.push(TokenEvent(0, ord(c))) for c in "abc"]
     assert [delta is None for delta in tokens] == [False, False, True]
     assert choice.push(TokenEvent(0, finish=FinishReason.LENGTH)) is None
@@ -225,7 +225,7 @@ def test_nothing_comes_after_the_end() -> None:
 @pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "ab<|end|>")])
 def test_the_stop_token_counts_and_its_text_is_told_on_request(include: bool, text: str) -> None:
     tokenizer = ByteTokenizer()
-    stop = StopConditions(9, stop_strings=("bc",), include_stop_string=include)
+    stop = StopConditions(stop_strings=("bc",), include_stop_string=include)
     deltas = run(tokenizer, tokenizer.encode("ab"), stop, finish=FinishReason.STOP, stop_token=tokenizer.eos)
     last = deltas[-1]
     assert text_of(deltas) == text
@@ -237,23 +237,23 @@ def test_the_stop_token_counts_and_its_text_is_told_on_request(include: bool, te
 
 def test_an_ordinary_stop_token_is_left_out_of_the_text() -> None:
     tokenizer = ByteTokenizer()
-    stop = StopConditions(9, stop_token_ids=frozenset({ord("z")}))
+    stop = StopConditions(stop_token_ids=frozenset({ord("z")}))
     deltas = run(tokenizer, tokenizer.encode("ab"), stop, finish=FinishReason.STOP, stop_token=ord("z"))
     assert text_of(deltas) == "ab"
 
 
 def test_an_end_in_the_middle_of_a_character_says_so() -> None:
     tokenizer = ByteTokenizer()
-    deltas = run(tokenizer, tokenizer.encode("aé")[:-1], StopConditions(9))
+    deltas = run(tokenizer, tokenizer.encode("aé")[:-1], StopConditions())
     assert [delta.text for delta in deltas] == ["a", "�"]
-    deltas = run(tokenizer, tokenizer.encode("aé")[:-1], StopConditions(9, stop_strings=("a�",)))
+    deltas = run(tokenizer, tokenizer.encode("aé")[:-1], StopConditions(stop_strings=("a�",)))
     assert text_of(deltas) == ""
     assert (deltas[-1].finish, deltas[-1].retire) == (FinishReason.STOP, False)
 
 
 def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(9, stop_strings=("abc",)))
+    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(stop_strings=("abc",)))
     choice.push(TokenEvent(0, ord("a")))
     delta = choice.push(TokenEvent(0, finish=FinishReason.ABORTED, usage=Usage(1, 1, 0)))
     assert delta == Delta(0, "a", finish=FinishReason.ABORTED, usage=Usage(1, 1, 0))
@@ -261,7 +261,7 @@ def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
 
 def test_failures_and_logprobs_pass_through() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(9))
+    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions())
     prompt = (None, TokenLogprob(5, -1.0))
     assert choice.push(TokenEvent(3, prompt_logprobs=prompt)) == Delta(3, prompt_logprobs=prompt)
     logprob = TokenLogprob(ord("a"), -0.25, ((97, -0.25),))

@@ -13,6 +13,7 @@ from loramux_server.engine.plan import StepPlan, StepResult
 from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import Unavailable
 from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
+from support.engine_client import count_choices, count_submissions
 from support.engine_drive import digest, limits, submission
 from support.engine_thread import Running, running
 from support.fake_pool import FakePool
@@ -252,10 +253,10 @@ async def test_opening_and_cancelling_a_thousand_times_leaves_nothing_behind():
                 await asyncio.sleep(0)
             stream.abort()
         for _ in range(1000):
-            if server.client.stats().submissions == 0:
+            if count_submissions(server.client) == 0:
                 break
             await asyncio.sleep(0.01)
-        assert server.client.stats().choices == 0
+        assert count_choices(server.client) == 0
         await read(server.client.submit(submission("last", prompt=[60] * 3)))
     assert server.scheduler.is_idle
     assert (server.scheduler.tables.pool.held, server.pool.leased) == (0, 0)

@@ -31,7 +31,7 @@ def test_the_last_token_needs_no_room(prompt: int, output: int, fits: bool):
         return
     with pytest.raises(InvalidRequest) as caught:
         bounds.check_fits(what)
-    assert caught.value.metadata == {"kv_cache_tokens": "16"}
+    assert caught.value.metadata == {"kv_cache_tokens": "16", "prompt_tokens": str(prompt)}
     assert caught.value.field == ("input" if prompt > 16 else "stopping.max_tokens")
 
 

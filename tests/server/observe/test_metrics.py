@@ -55,14 +55,14 @@ def test_a_step_is_counted() -> None:
     metrics = Metrics()
     metrics.step(_step([_ended(None), _ended(_digest(1))]))
     metrics.rejected("OVERLOADED")
-    assert _values(metrics, "loramux_requests_total") == {("stop",): 2}
+    assert _values(metrics, "loramux_sequences_total") == {("stop",): 2}
     assert _values(metrics, "loramux_prompt_tokens_total") == {(): 14}
     assert _values(metrics, "loramux_step_tokens_total") == {(): 12}
-    assert _values(metrics, "loramux_inter_token_seconds_count") == {(): 3}
+    assert _values(metrics, "loramux_inter_token_latency_seconds_count") == {(): 3}
     assert _values(metrics, "loramux_rejections_total") == {("OVERLOADED",): 1}
-    assert _values(metrics, "loramux_kv_used_ratio") == {(): 0.5}
-    assert _values(metrics, "loramux_requests_waiting")[("adapter",)] == 2
-    assert _values(metrics, "loramux_adapter_requests_total")[("base",)] == 1
+    assert _values(metrics, "loramux_kv_cache_usage_ratio") == {(): 0.5}
+    assert _values(metrics, "loramux_num_requests_waiting")[("adapter",)] == 2
+    assert _values(metrics, "loramux_adapter_sequences_total")[("base",)] == 1
 
 
 def test_adapter_states_are_read_at_the_scrape() -> None:
@@ -94,10 +94,10 @@ def test_row_45_a_thousand_adapters_stay_bounded_and_both_formats_parse() -> Non
     openmetrics = exposition.generate_latest(metrics.registry).decode()
     assert time.thread_time() - begun < 1.0
     families = list(parse_text(text))
-    assert {family.name for family in families} >= {"loramux_requests", "loramux_lora_requests_info"}
+    assert {family.name for family in families} >= {"loramux_sequences", "loramux_lora_requests_info"}
     parsed = list(parse_openmetrics(openmetrics))
     assert all(":" not in family.name for family in parsed)
-    by_adapter = _values(metrics, "loramux_adapter_requests_total")
+    by_adapter = _values(metrics, "loramux_adapter_sequences_total")
     assert len(by_adapter) == 51
     assert sum(by_adapter.values()) == 3000
     assert sum(len(family.samples) for family in families) < 400
@@ -138,7 +138,7 @@ def test_names_and_aliases_join_the_series_of_an_adapter() -> None:
     assert _values(metrics, "loramux_adapter_info") == {
         (short, "de,prod", _digest(1), "german,old-german"): 1  # labels as the exposition sorts them
     }
-    assert (short,) in _values(metrics, "loramux_adapter_requests_total")
+    assert (short,) in _values(metrics, "loramux_adapter_sequences_total")
     assert all(len(digests) <= 2 and not {"base", OTHER} & digests for digests in asked)
 
 

@@ -1,4 +1,4 @@
-"""What the registry tells the caches of adapters: the desired state after each change of a name, and what is gone."""
+"""What the caches of adapters get from the registry: the desired state after each change of a name, and evictions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ pytestmark = pytest.mark.asyncio
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))
 
 
-class Copies:
-    """Notes what it is told."""
+class Caches:
+    """Records its calls."""
 
     def __init__(self) -> None:
-        self.forgotten: list[str] = []
+        self.evicted: list[str] = []
         self.desired: list[DesiredState] = []
         self.retries: list[str | None] = []
 
-    def forget(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
         assert self.desired
         assert digest not in self.desired[-1].pinned | self.desired[-1].merged  # or it would come back
-        self.forgotten.append(digest)
+        self.evicted.append(digest)
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
         self.desired.append(desired)
@@ -37,13 +37,13 @@ class Copies:
 
 
 @pytest.fixture
-def copies() -> Copies:
-    return Copies()
+def caches() -> Caches:
+    return Caches()
 
 
 @pytest.fixture
-def registry(tmp_path: Path, copies: Copies) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, BASE, copies)
+def registry(tmp_path: Path, caches: Caches) -> Iterator[Registry]:
+    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, BASE, caches)
     yield registry
     registry.close()
 
@@ -64,7 +64,7 @@ def desired(pinned: str = "", merged: str = "") -> DesiredState:
 BOTH = AdapterUpdate(pinned=True, merge=True)
 
 
-async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Registry, copies: Copies) -> None:
+async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Registry, caches: Caches) -> None:
     await push(registry, "a", "one")
     await push(registry, "b", "two")
     await registry.update(TENANT, "a", AdapterUpdate(merge=True))
@@ -72,7 +72,7 @@ async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Re
     await registry.update(TENANT, "b", AdapterUpdate(add_aliases=("c",)))
     await registry.update(TENANT, "a", AdapterUpdate(merge=False))
     await registry.delete(TENANT, "b")
-    assert copies.desired == [
+    assert caches.desired == [
         desired(),  # at the start
         desired(),
         desired(),
@@ -84,73 +84,73 @@ async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Re
     ]
 
 
-async def test_only_what_asks_again_is_tried_again(registry: Registry, copies: Copies) -> None:
+async def test_only_what_asks_again_is_tried_again(registry: Registry, caches: Caches) -> None:
     await push(registry, "a", "one")
     await registry.update(TENANT, "a", BOTH)
     await registry.update(TENANT, "a", AdapterUpdate(set_labels={"k": "v"}, pinned=False))
     await push(registry, "b", "two")
     await push(registry, "a", "one")  # what was wrong with it may be right now
     await registry.delete(TENANT, "b")
-    assert copies.retries == [None, ONE, ONE, None, TWO, ONE, None]
+    assert caches.retries == [None, ONE, ONE, None, TWO, ONE, None]
 
 
 async def test_a_restart_tells_the_desired_state_at_once(tmp_path: Path) -> None:
-    registry = Registry(quick_store(tmp_path), read_spec, BASE)
+    registry = Registry(quick_store(tmp_path), read_spec, BASE, Caches())
     await push(registry, "a", "one")
     await registry.update(TENANT, "a", BOTH)
     registry.close()
-    copies = Copies()
-    Registry(quick_store(tmp_path), read_spec, BASE, copies).close()
-    assert copies.desired == [desired(ONE, ONE)]
+    caches = Caches()
+    Registry(quick_store(tmp_path), read_spec, BASE, caches).close()
+    assert caches.desired == [desired(ONE, ONE)]
 
 
-async def test_desired_state_follows_its_name_and_what_it_left_is_forgotten_later(
-    registry: Registry, copies: Copies
+async def test_desired_state_follows_its_name_and_what_it_left_is_evicted_later(
+    registry: Registry, caches: Caches
 ) -> None:
     await push(registry, "a", "one")
     await registry.update(TENANT, "a", BOTH)
     await push(registry, "a", "two")
-    assert (copies.desired[-1], copies.forgotten) == (desired(TWO, TWO), [])  # name@digest reaches it still
+    assert (caches.desired[-1], caches.evicted) == (desired(TWO, TWO), [])  # name@digest reaches it still
     await push(registry, "a", "three")
-    assert (copies.desired[-1], copies.forgotten) == (desired(THREE, THREE), [ONE])
+    assert (caches.desired[-1], caches.evicted) == (desired(THREE, THREE), [ONE])
 
 
-async def test_a_delete_lets_everything_go(registry: Registry, copies: Copies) -> None:
+async def test_a_delete_lets_everything_go(registry: Registry, caches: Caches) -> None:
     await push(registry, "a", "one")
     await registry.update(TENANT, "a", BOTH)
     await registry.delete(TENANT, "a")
-    assert (copies.desired[-1], copies.forgotten) == (desired(), [ONE])
+    assert (caches.desired[-1], caches.evicted) == (desired(), [ONE])
 
 
-async def test_a_delete_of_nothing_tells_nothing(registry: Registry, copies: Copies) -> None:
+async def test_a_delete_of_nothing_tells_nothing(registry: Registry, caches: Caches) -> None:
     with pytest.raises(AdapterNotFound):
         await registry.delete(TENANT, "a")
-    assert (copies.desired, copies.forgotten) == ([desired()], [])
+    assert (caches.desired, caches.evicted) == ([desired()], [])
 
 
-async def test_what_another_name_desired_state_for_stays(registry: Registry, copies: Copies) -> None:
+async def test_what_another_name_desires_stays(registry: Registry, caches: Caches) -> None:
     for name in ("a", "b"):
         await push(registry, name, "one")
         await registry.update(TENANT, name, BOTH)
     await registry.delete(TENANT, "a")
-    assert (copies.desired[-1], copies.forgotten) == (desired(ONE, ONE), [])
+    assert (caches.desired[-1], caches.evicted) == (desired(ONE, ONE), [])
     await registry.delete(TENANT, "b")
-    assert (copies.desired[-1], copies.forgotten) == (desired(), [ONE])
+    assert (caches.desired[-1], caches.evicted) == (desired(), [ONE])
 
 
-async def test_a_running_request_holds_it_until_its_end(registry: Registry, copies: Copies) -> None:
+async def test_a_running_request_holds_it_until_its_end(registry: Registry, caches: Caches) -> None:
     await push(registry, "a", "one")
     with registry.resolve(TENANT, "a"):
         await registry.delete(TENANT, "a")
-        assert copies.forgotten == []
+        assert caches.evicted == []
     async with asyncio.timeout(5):
-        while not copies.forgotten:  # noqa: ASYNC110 -- the collection runs on a thread of its own
+        while not caches.evicted:  # noqa: ASYNC110 -- the collection runs on a thread of its own
             await asyncio.sleep(0.005)
-    assert copies.forgotten == [ONE]
+    assert caches.evicted == [ONE]
 
 
 async def test_desired_state_that_cannot_be_read_do_not_fail_a_change_that_is_durable(
-    registry: Registry, copies: Copies, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    registry: Registry, caches: Caches, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> DesiredState:
         raise StoreUnavailable("the store's catalog is locked")
@@ -161,11 +161,11 @@ async def test_desired_state_that_cannot_be_read_do_not_fail_a_change_that_is_du
     assert "the desired state could not be read" in caplog.text
     monkeypatch.undo()
     await registry.update(TENANT, "a", AdapterUpdate(add_aliases=("b",)))
-    assert copies.desired[-1] == desired(ONE, ONE)
+    assert caches.desired[-1] == desired(ONE, ONE)
 
 
 async def test_of_changes_at_once_the_last_told_knows_of_all(
-    registry: Registry, copies: Copies, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told out of order, an older reading would stand until the next change."""
     names = [f"n{index}" for index in range(6)]
@@ -180,6 +180,6 @@ async def test_of_changes_at_once_the_last_told_knows_of_all(
 
     monkeypatch.setattr(registry._store, "desired_state", read_slowly)
     await asyncio.gather(*(registry.update(TENANT, name, AdapterUpdate(pinned=True)) for name in names))
-    counts = [len(told.pinned) for told in copies.desired]
+    counts = [len(told.pinned) for told in caches.desired]
     assert counts == sorted(counts)
     assert counts[-1] == len(names)
