@@ -11,16 +11,18 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
+from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base import BaseRefused, LoadedBase, load_base
 from loramux_adapters.base_source import explain_load
-from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device, use_device
+from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
@@ -52,8 +54,11 @@ from loramux_server.model.cache import PagedCache, bytes_per_token
 from loramux_server.model.decode_attention import select_decode
 from loramux_server.model.guard import self_check
 from loramux_server.model.merged_weights import MergedWeightsCache
+from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.sizing import Memory
+from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.worker import Worker
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import Registry
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
@@ -105,26 +110,25 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     engine_limits = _engine_limits(config, cache, examined)
     mailbox = Mailbox(engine_limits.max_live)
     host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
-    loader = ThreadPoolExecutor(1, "loramux-loader", initializer=use_device, initargs=(base.device,))
+    loader = ThreadPoolExecutor(1, "loramux-loader")
+    staged, merges = StagedAdapters(SlotTensors(adapted), mailbox.notify), Merges(adapted)
     pool = AdapterPool(
         SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
-        SlotTensors(adapted),
+        staged,
         host,
         loader,
         mailbox.notify,
     )
     refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
-    merged_weights = MergedWeightsCache(adapted, host.load, config.merged_bytes, refusal)
-    runner = ModelRunner(
-        adapted,
-        cache,
-        kernels,
-        RunnerConfig(config.deterministic, examined.rope),
-        merged_weights.find,
+    merged_weights = MergedWeightsCache(
+        merges, partial(merged_bytes, adapted), host.load, mailbox.notify, config.merged_bytes, refusal
     )
-    scheduler = Scheduler(engine_limits, pool, ready_merged=merged_weights.ready)
+    runner = ModelRunner(adapted, cache, kernels, RunnerConfig(config.deterministic, examined.rope))
+    scheduler = Scheduler(engine_limits, pool, merged_weights)
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
-    engine = Engine(scheduler, runner, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
+    engine = Engine(
+        scheduler, Worker(runner, staged, merges), mailbox, client, observer=hooks.metrics, on_death=hooks.on_death
+    )
     states = _States(pool, merged_weights)
     registry = Registry(store, read_spec, base.spec.fingerprint, states)
     info = _model_info(config, base, context, engine_limits, limits, memory)

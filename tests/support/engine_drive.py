@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
-from loramux_server.engine.execution import run_contained
+from loramux_server.engine.execution import execute_contained
+from loramux_server.engine.leases import NothingMerged
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
@@ -40,13 +42,30 @@ def limits(**changes: Any) -> EngineLimits:
     )
 
 
+class Merged(NothingMerged):
+    """Says what is ready, and has nothing to build."""
+
+    def __init__(self, ready: Callable[[], frozenset[str]]) -> None:
+        self._ready = ready
+
+    def ready(self) -> frozenset[str]:
+        """What the test says."""
+        return self._ready()
+
+
 class Drive:
     """One scheduler, one fake runner, one fake pool; collects events and checks that ends are final."""
 
-    def __init__(self, bounds: EngineLimits | None = None, pool: FakePool | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        bounds: EngineLimits | None = None,
+        pool: FakePool | None = None,
+        *,
+        ready: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
         self.limits = bounds or limits()
         self.pool = pool or FakePool(4, at_once=True)
-        self.scheduler = Scheduler(self.limits, self.pool, **more)
+        self.scheduler = Scheduler(self.limits, self.pool, Merged(ready))
         self.runner = FakeRunner(self.limits.block_tokens, self.pool.digest_of)
         self.now = 0.0
         self.submitted: dict[int, Submission] = {}
@@ -65,7 +84,7 @@ class Drive:
         self.now += 1.0
         plan = self.scheduler.plan(self.now)
         if plan.chunks:
-            self.scheduler.commit(plan, run_contained(self.runner, plan), self.now)
+            self.scheduler.commit(plan, execute_contained(self.runner, plan), self.now)
         self._collect()
         return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loramux_adapters.binding import Binding
 from loramux_adapters.errors import AdapterError
 
 
@@ -61,6 +62,10 @@ class FakePool:
                 self.slots[self.slots.index(digest)] = None
                 self._errors[digest] = error
         self._reported.clear()
+
+    def take_bindings(self) -> tuple[tuple[int, ...], tuple[Binding, ...]]:
+        """Nothing: the runner looks into the slots."""
+        return (), ()
 
     def report(self, digest: str, error: AdapterError | None = None) -> None:
         """The load of `digest` is over: visible at the next poll."""

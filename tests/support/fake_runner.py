@@ -42,7 +42,7 @@ def solo(submission: Submission, choice: int = 0) -> tuple[list[int], FinishReas
 
 
 class FakeRunner:
-    """Implements the engine's Runner. `digest_of` tells which adapter lies in a slot.
+    """Implements the engine's Worker. `digest_of` tells which adapter lies in a slot.
 
     `inject` is called before each step: it may raise, or name requests that fail in this step.
     """
@@ -64,7 +64,9 @@ class FakeRunner:
         """Ids of requests the runner keeps state of."""
         return frozenset(self._known)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    is_busy = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
         """Check and write the KV of every chunk, then sample."""
         self.plans.append(plan)
         failures = dict(self.inject(plan)) if self.inject is not None else {}

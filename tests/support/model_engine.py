@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from loramux_adapters.apply.batch import AdapterBatch
 from loramux_adapters.apply.inject import inject
+from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base import LoadedBase
 from loramux_adapters.formats.limits import ReadLimits
@@ -24,14 +26,17 @@ from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.engine.execution import run_contained
+from loramux_server.engine.execution import execute_contained
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.forward_batch import ForwardBatch
 from loramux_server.model.merged_weights import MergedWeightsCache
+from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner, RunnerConfig
+from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.worker import Worker
 from loramux_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
 from support.adapters import files_of
 
@@ -100,18 +105,20 @@ class ModelEngine:
             weights = read(files_of(path), base.spec, ReadLimits())
             self.digests[name] = weights.spec.digest
             self.weights[weights.spec.digest] = weights
+        self.staged, self.merges = StagedAdapters(SlotTensors(self.adapted), lambda: None), Merges(self.adapted)
         self.pool = AdapterPool(
             SlotTable(self.adapted.linears, capacity, 4096, 1 << 28),
-            SlotTensors(self.adapted),
+            self.staged,
             HostCache(self.weights.__getitem__, 1 << 30),
             Inline(),
             lambda: None,
         )
-        self.merged_weights = MergedWeightsCache(self.adapted, self.weights.__getitem__, dense_bytes)
-        self.runner = RecordingRunner(
-            self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope), self.merged_weights.find
+        self.merged_weights = MergedWeightsCache(
+            self.merges, partial(merged_bytes, self.adapted), self.weights.__getitem__, lambda: None, dense_bytes
         )
-        self.scheduler = Scheduler(self.limits, self.pool, ready_merged=self.merged_weights.ready)
+        self.runner = RecordingRunner(self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope))
+        self.worker = Worker(self.runner, self.staged, self.merges)
+        self.scheduler = Scheduler(self.limits, self.pool, self.merged_weights)
         self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
         self.plans: list[StepPlan] = []
         self._tickets = 0
@@ -132,8 +139,10 @@ class ModelEngine:
         """One turn of the loop."""
         self._now += 1.0
         plan = self.scheduler.plan(self._now)
+        if plan.chunks or plan.has_commands or self.worker.is_busy:
+            result = execute_contained(self.worker, plan)
         if plan.chunks:
-            self.scheduler.commit(plan, run_contained(self.runner, plan), self._now)
+            self.scheduler.commit(plan, result, self._now)
             self.plans.append(plan)
         for ticket, event in self.scheduler.take_events():
             self.events[ticket, event.choice].append(event)
@@ -149,6 +158,15 @@ class ModelEngine:
                 return
             self.step()
         raise AssertionError("still not idle")
+
+    def settle_merges(self) -> None:
+        """Turns until every merge that is desired now is ready or refused."""
+        for _ in range(1000):
+            self.merged_weights._loader.submit(lambda: None).result(60)  # reads what was asked for so far
+            plan = self.step()
+            if not plan.merge and not self.worker.is_busy:
+                return
+        raise AssertionError("still merging")
 
     def tokens(self, ticket: int, choice: int = 0) -> list[int]:
         """Output so far."""

@@ -13,6 +13,7 @@ from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.merge import merge
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base import load_base
+from loramux_adapters.binding import RankRanges
 from loramux_adapters.kernels.gathered import GatheredKernels
 from loramux_adapters.parts.part import Part
 from loramux_adapters.residency.slots import SlotTable
@@ -22,6 +23,14 @@ from support.checkpoints import save_checkpoint, wide_model
 
 _CAPACITY = 64
 _SPEC = AdapterSpec("0" * 64, "lora", None, False, {}, frozenset(), 0)
+
+
+def fill_slot(slots: SlotTensors, slot: int, weights: AdapterWeights, rank_ranges: RankRanges) -> None:
+    """Prepares, copies and binds."""
+    adapter = slots.prepare(weights)
+    for _ in slots.copy(slot, adapter, rank_ranges):
+        pass
+    slots.bind(slot, adapter)
 
 
 class PartsBench:
@@ -45,8 +54,7 @@ class PartsBench:
         taken = self._table.try_take(self._table.needs(ranks), nbytes)
         assert taken is not None
         slot, rows = taken
-        self.slots.write(slot, weights, rows)
-        self.slots.bind(slot, rows)
+        fill_slot(self.slots, slot, weights, rows)
         return slot
 
     def free(self, slot: int) -> None:

@@ -7,10 +7,11 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
+from loramux_adapters.binding import RankRanges
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool, Lease
 from loramux_adapters.residency.slots import SlotTable
-from loramux_adapters.residency.tiers import Rows
+from loramux_adapters.residency.tiers import CopyDone
 from loramux_adapters.spec import AdapterSpec
 
 
@@ -23,22 +24,13 @@ class FakeWeights:
 
 
 class Device:
-    """Accepts everything, remembers what is bound."""
-
-    def __init__(self) -> None:
-        self.bound: set[int] = set()
+    """Accepts everything at once."""
 
     def cost(self, weights: FakeWeights) -> tuple[Mapping[str, int], int]:
         return weights.spec.ranks, 0
 
-    def write(self, slot: int, weights: FakeWeights, rows: Rows) -> None:
-        pass
-
-    def bind(self, slot: int, rows: Rows) -> None:
-        self.bound.add(slot)
-
-    def unbind(self, slot: int) -> None:
-        self.bound.remove(slot)
+    def stage(self, slot: int, weights: FakeWeights, rank_ranges: RankRanges, done: CopyDone) -> None:
+        done(None)
 
 
 class Later(Executor):

@@ -6,6 +6,8 @@ build and when to use is decided by the server.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 
 from loramux_adapters.apply.batch import MergedWeights
@@ -23,9 +25,20 @@ def merged_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
 
 
 def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
-    """Builds the merged weights in float32 and rounds once to the compute dtype.
+    """Builds the merged weights at once, see `merging`."""
+    pieces = merging(adapted, weights)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            merged: MergedWeights = end.value
+            return merged
 
-    Raises AdapterIncompatible where a part cannot be folded into a weight.
+
+def merging(adapted: AdaptedModel, weights: AdapterWeights) -> Generator[None, None, MergedWeights]:
+    """Builds the merged weights in float32 and rounds once to the compute dtype, one group of siblings a piece.
+
+    Between two pieces steps may run. Raises AdapterIncompatible where a part cannot be folded into a weight.
     """
     dtype = adapted.base.compute_dtype
     weight_formats = WeightFormats(native=adapted.weight_formats.native)
@@ -37,6 +50,8 @@ def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
             _fold(weight[begin:end], bias[begin:end], weights.modules.get(name))
         has_bias = own is not None or bool(bias.any())
         merged[group.key] = DenseLinear(weight.to(dtype), bias.to(dtype) if has_bias else None, weight_formats)
+        del weight
+        yield
     return MergedWeights(weights.spec.digest, merged)
 
 

@@ -1,22 +1,43 @@
-"""The device side of slots: writes an adapter's parts to the sites they act at, and binds them to its slot.
+"""The device side of slots: copies an adapter's parts to the sites they act at, and binds them to its slot.
 
-`write` may run on a loader thread while steps run, because what is not bound to a slot is read by nobody; `bind` and
-`unbind` belong to the engine thread, between steps. Who gets which rank rows is decided by
-`loramux_adapters.residency`. Knows no kind of part.
+`prepare` touches host memory only and may run on any thread; the rest belongs to whoever runs the steps, between two of
+them. Who gets which rank rows is decided by `loramux_adapters.residency`. Knows no kind of part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from loramux_adapters.apply.inject import AdaptedModel
-from loramux_adapters.parts.part import Part, SiteParts
+from loramux_adapters.binding import RankRanges
+from loramux_adapters.parts.part import Kind, Part, SiteParts
 from loramux_adapters.parts.registry import KIND_OF
 from loramux_adapters.weights import AdapterWeights
 
-RankRanges = Mapping[str, tuple[int, int]]
-"""Module name -> (first rank row, number of rows)."""
+
+@dataclass(frozen=True, eq=False)
+class _PreparedPart:
+    name: str  # of its module
+    member: int
+    parts: SiteParts[Any]  # where it goes
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """An adapter's tensors as the device will hold them, still in host memory; pinned for a CUDA device."""
+
+    digest: str
+    kinds: frozenset[Kind]
+    parts: tuple[_PreparedPart, ...]
 
 
 class SlotTensors:
@@ -24,7 +45,7 @@ class SlotTensors:
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self._adapted = adapted
-        self._touched: dict[int, tuple[SiteParts[Any], ...]] = {}  # of slots written or bound
+        self._touched: dict[int, tuple[SiteParts[Any], ...]] = {}  # of slots copied to, or bound
 
     def cost(self, weights: AdapterWeights) -> tuple[Mapping[str, int], int]:
         """(rank rows by module, device bytes beside them). Raises AdapterIncompatible."""
@@ -37,32 +58,40 @@ class SlotTensors:
                 rank_rows[name] = rank_rows.get(name, 0) + cost.rank_rows
         return rank_rows, nbytes
 
-    def write(self, slot: int, weights: AdapterWeights, rank_rows: RankRanges) -> None:
-        """Casts and copies all parts to the device.
+    def prepare(self, weights: AdapterWeights) -> PreparedAdapter:
+        """Casts all parts, so that nothing but copies is left for the device.
 
         Raises AdapterIncompatible where a value is not finite in the compute dtype; no such value reaches the device.
         """
-        prepared = [
-            (name, member, parts, parts.prepare(member, part)) for name, member, part, parts in self._placed(weights)
-        ]
-        self._touched[slot] = tuple(dict.fromkeys(parts for _, _, parts, _ in prepared))
-        try:
-            for name, member, parts, tensors in prepared:
-                parts.write(slot, member, tensors, rank_rows.get(name))
-        except BaseException:
-            self.unbind(slot)  # or what was written so far would count for the next adapter of this slot
-            raise
-        self._adapted.slot_kinds[slot] = frozenset(
-            KIND_OF[type(part)] for module in weights.modules.values() for part in module.parts
-        )
+        pinned = self._adapted.base.device.type == "cuda"
+        prepared = []
+        for name, member, part, parts in self._placed(weights):
+            tensors = parts.prepare(member, part)
+            if pinned:
+                tensors = tuple(tensor.pin_memory() for tensor in tensors)
+            prepared.append(_PreparedPart(name, member, parts, tensors))
+        kinds = frozenset(KIND_OF[type(part)] for module in weights.modules.values() for part in module.parts)
+        return PreparedAdapter(weights.spec.digest, kinds, tuple(prepared))
 
-    def bind(self, slot: int, rank_rows: RankRanges) -> None:
-        """Makes a written slot usable from the next step on."""
+    def copy(self, slot: int, adapter: PreparedAdapter, rank_ranges: RankRanges) -> Iterator[int]:
+        """Copies part by part to rank rows that nobody uses; yields the bytes of each.
+
+        A copy that does not come to its end, for an error or because nobody goes on, needs an `unbind`: what it left
+        would count for the slot's next adapter.
+        """
+        self._touched[slot] = tuple(dict.fromkeys(part.parts for part in adapter.parts))
+        for part in adapter.parts:
+            part.parts.write(slot, part.member, part.tensors, rank_ranges.get(part.name))
+            yield part.nbytes
+
+    def bind(self, slot: int, adapter: PreparedAdapter) -> None:
+        """Makes a slot whose copy has ended usable from the next step on."""
         for parts in self._touched[slot]:
             parts.bind(slot)
+        self._adapted.slot_kinds[slot] = adapter.kinds
 
     def unbind(self, slot: int) -> None:
-        """Takes a slot out of use; its rows may be given to another from now on."""
+        """Takes a slot out of use; its rank rows may be given to another from now on."""
         for parts in self._touched.pop(slot, ()):
             parts.unbind(slot)
         self._adapted.slot_kinds.pop(slot, None)

@@ -59,7 +59,7 @@ class PooledLowRank(SiteParts[LowRank]):
             raise ValueError(f"{self.site.members[member]}: a low-rank part was given no rank rows")
         first, count = rank_rows
         for pool, factor in zip((self.a[member], self.b[member]), prepared, strict=True):
-            pool[first : first + len(factor)].copy_(factor)
+            pool[first : first + len(factor)].copy_(factor, non_blocking=True)
             pool[first + len(factor) : first + count].zero_()
         self._written.setdefault(slot, {})[member] = rank_rows
 
@@ -113,7 +113,7 @@ class GatheredLowRank(SiteParts[LowRank]):
         self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
     ) -> None:
         """To tensors of their own."""
-        a, b = (tensor.to(self.site.device) for tensor in prepared)
+        a, b = (tensor.to(self.site.device, non_blocking=True) for tensor in prepared)
         self._written[slot] = (a, b)
 
     def bind(self, slot: int) -> None:

@@ -38,7 +38,7 @@ class VectorParts(SiteParts[P]):
     ) -> None:
         """See SiteParts."""
         (vector,) = prepared
-        self._written.setdefault(slot, {})[member] = vector.to(self.site.device)
+        self._written.setdefault(slot, {})[member] = vector.to(self.site.device, non_blocking=True)
 
     def bind(self, slot: int) -> None:
         """See SiteParts."""

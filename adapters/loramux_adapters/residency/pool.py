@@ -1,7 +1,7 @@
 """Which adapters are on the device: leases, single-flight loads, least recently used out first, kept ones last.
 
-Belongs to the engine thread, which never waits here: reading and copying happen on a loader thread that reports back
-through `poll`. Torch-free; tiers are injected.
+Belongs to the engine thread, which never waits here: a loader thread reads and prepares, the device's owner copies, and
+both report back through `poll`. Which slots count is recorded for that owner. Torch-free; tiers are injected.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
+from loramux_adapters.binding import Binding, RankRanges
 from loramux_adapters.errors import AdapterError, PoolExhausted
 from loramux_adapters.residency.pinned_set import PinnedSet, Size
 from loramux_adapters.residency.slots import Slot, SlotTable
-from loramux_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Rows, Weights
+from loramux_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Weights
 
 W = TypeVar("W", bound=Weights)
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 FAILURE_SECONDS = 5.0
 """How long a failed load is remembered for whoever asked; after that the next request tries again."""
-
 
 READY_TICKS = 64
 """Steps that a read adapter without a slot waits for somebody to ask again; then it starts anew from host memory."""
@@ -62,13 +62,13 @@ class Lease:
 
 @dataclass
 class _Load(Generic[W]):
-    """One adapter on its way: read from below, then given a slot, then written."""
+    """One adapter on its way: read from below, then given a slot, then copied to it."""
 
     digest: str
     started: float
     is_asked: bool  # by a request; otherwise it is only to be kept
     asked_at: int  # tick of the last request for it, or of its start
-    state: Literal["reading", "ready", "writing"] = "reading"
+    state: Literal["reading", "ready", "copying"] = "reading"
     weights: W | None = None
     size: Size | None = None
     slot: Slot | None = None
@@ -76,7 +76,7 @@ class _Load(Generic[W]):
 
 @dataclass(frozen=True)
 class _Report(Generic[W]):
-    """A loader thread's word that a stage of `digest` has ended."""
+    """A stage of `digest` has ended: it was read, or its copy has ended, or an error came."""
 
     digest: str
     weights: W | None = None
@@ -84,7 +84,7 @@ class _Report(Generic[W]):
 
 
 class AdapterPool(Generic[W]):
-    """Slots under budgets. `notify` is called from the loader thread when `poll` has something to take in."""
+    """Slots under budgets. `notify` is called from any thread when `poll` has something to take in."""
 
     def __init__(
         self,
@@ -104,6 +104,8 @@ class AdapterPool(Generic[W]):
         self._pinned = PinnedSet()
         self._reports: deque[_Report[W]] = deque()
         self._discards: deque[str] = deque()
+        self._bound: list[Binding] = []
+        self._unbound: list[int] = []
         self._tick = 0
         self._stats = PoolStats(rows_capacity=table.capacity)
 
@@ -153,6 +155,12 @@ class AdapterPool(Generic[W]):
             now = self._clock()
             self._failures = {d: (e, t) for d, (e, t) in self._failures.items() if now - t < FAILURE_SECONDS}
 
+    def take_bindings(self) -> tuple[tuple[int, ...], tuple[Binding, ...]]:
+        """(slots to unbind, then slots to bind) since the last call, for the next step."""
+        unbound, bound = tuple(self._unbound), tuple(self._bound)
+        self._unbound, self._bound = [], []
+        return unbound, bound
+
     def discard(self, digest: str) -> None:
         """Frees an adapter's slot and host bytes once its last lease is released. Any thread."""
         self._discards.append(digest)
@@ -198,23 +206,22 @@ class AdapterPool(Generic[W]):
     # On the loader thread.
 
     def _read(self, digest: str) -> None:
-        self._report(digest, lambda: self._host.load(digest))
-
-    def _write(self, slot: Slot, weights: W) -> None:
-        def write() -> W:
-            self._device.write(slot.number, weights, slot.rows)
-            return weights
-
-        self._report(slot.digest, write)
-
-    def _report(self, digest: str, work: Callable[[], W]) -> None:
         try:
-            report = _Report(digest, weights=work())
-        except AdapterError as error:
-            report = _Report(digest, error=error)
-        except Exception:
-            logger.exception("loading adapter %s failed", digest)
-            report = _Report(digest, error=AdapterError("the adapter could not be loaded", subject=digest))
+            report = _Report(digest, weights=self._host.load(digest))
+        except Exception as error:
+            report = _Report(digest, error=_told(digest, error))
+        self._take_report(report)
+
+    def _stage(self, slot: Slot, weights: W) -> None:
+        def done(error: AdapterError | None) -> None:
+            self._take_report(_Report(slot.digest, error=error))
+
+        try:
+            self._device.stage(slot.number, weights, slot.rows, done)
+        except Exception as error:
+            done(_told(slot.digest, error))
+
+    def _take_report(self, report: _Report[W]) -> None:
         self._reports.append(report)
         self._notify()
 
@@ -249,7 +256,7 @@ class AdapterPool(Generic[W]):
             load.weights, load.state = report.weights, "ready"
             self._place(load)
         elif load.slot is not None:
-            self._device.bind(load.slot.number, load.slot.rows)
+            self._bound.append(Binding(load.slot.number, load.digest, load.slot.rows))
             load.slot.used_at = load.slot.bound_at = self._tick
             self._slots[report.digest] = load.slot
             self._pinned.came(report.digest)
@@ -276,10 +283,10 @@ class AdapterPool(Generic[W]):
         if taken is None:
             return
         number, rows = taken
-        load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "writing"
-        self._loader.submit(self._write, load.slot, weights)
+        load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "copying"
+        self._loader.submit(self._stage, load.slot, weights)
 
-    def _take_from_idle(self, size: Size, *, may_take_kept: bool) -> tuple[int, Rows] | None:
+    def _take_from_idle(self, size: Size, *, may_take_kept: bool) -> tuple[int, RankRanges] | None:
         """Evicts idle slots until there is room; none at all where that cannot help, kept ones where nothing else can.
 
         A kept adapter gives way to a request, or others would starve, but never to another kept one.
@@ -319,7 +326,7 @@ class AdapterPool(Generic[W]):
         return sorted(idle, key=lambda slot: slot.used_at)
 
     def _evict(self, slot: Slot) -> None:
-        self._device.unbind(slot.number)
+        self._unbound.append(slot.number)
         self._table.free(slot.number)
         del self._slots[slot.digest]
         self._count(evictions=1)
@@ -350,6 +357,14 @@ class AdapterPool(Generic[W]):
 
     def _count(self, **more: float) -> None:
         self._stats = replace(self._stats, **{key: getattr(self._stats, key) + value for key, value in more.items()})
+
+
+def _told(digest: str, error: Exception) -> AdapterError:
+    """What whoever asked is told; of an error that was not foreseen, nothing but that it came."""
+    if isinstance(error, AdapterError):
+        return error
+    logger.error("loading adapter %s failed", digest, exc_info=error)
+    return AdapterError("the adapter could not be loaded", subject=digest)
 
 
 def _numbers(slots: Iterable[Slot]) -> set[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from loramux_adapters.binding import RankRanges
 from loramux_adapters.residency.rows import RowSpace
-from loramux_adapters.residency.tiers import Rows
 
 ROW_MULTIPLE = 8
 """A rank is rounded up to this many rows, so that products keep aligned, row-invariant shapes."""
@@ -18,7 +18,7 @@ class Slot:
 
     number: int
     digest: str
-    rows: Rows
+    rows: RankRanges
     nbytes: int  # as uploaded
     leases: int = 0
     used_at: int = 0  # tick of the last acquisition or of the binding
@@ -33,7 +33,7 @@ class SlotTable:
         self._spaces = {name: RowSpace(capacity) for name in modules}
         self._free_numbers = list(range(max_slots - 1, -1, -1))
         self._extra_used = 0
-        self._taken: dict[int, tuple[Rows, int]] = {}
+        self._taken: dict[int, tuple[RankRanges, int]] = {}
 
     def needs(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Rank rows per linear module; modules without a pool (embeddings) need none."""
@@ -55,7 +55,7 @@ class SlotTable:
             for name, count in needs.items()
         )
 
-    def try_take(self, needs: Mapping[str, int], extra_bytes: int) -> tuple[int, Rows] | None:
+    def try_take(self, needs: Mapping[str, int], extra_bytes: int) -> tuple[int, RankRanges] | None:
         """A slot number and its rows, or None and no change."""
         if not self._free_numbers or self._extra_used + extra_bytes > self._extra_budget:
             return None

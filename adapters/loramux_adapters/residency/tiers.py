@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
+from loramux_adapters.binding import RankRanges
+from loramux_adapters.errors import AdapterError
 from loramux_adapters.spec import AdapterSpec
-
-Rows = Mapping[str, tuple[int, int]]
-"""Linear module name -> (first rank row, rows)."""
 
 
 class Weights(Protocol):
@@ -46,23 +45,22 @@ class HostTier(Protocol[W_co]):
         ...
 
 
+CopyDone = Callable[[AdapterError | None], None]
+"""Called once, on any thread: an adapter's tensors are on the device, or why they are not."""
+
+
 class DeviceTier(Protocol[W_contra]):
-    """The device's slots. `write` runs on the loader thread, the others on the engine thread."""
+    """Where slots get their tensors from. When a slot counts is not decided here: the pool records it."""
 
     def cost(self, weights: W_contra) -> tuple[Mapping[str, int], int]:
-        """(rank rows by module, device bytes beside them). Raises AdapterError."""
+        """(rank rows by module, device bytes beside them). Engine thread. Raises AdapterError."""
         ...
 
-    def write(self, slot: int, weights: W_contra, rows: Rows) -> None:
-        """Fills rank rows nobody uses. Raises AdapterError."""
-        ...
+    def stage(self, slot: int, weights: W_contra, rank_ranges: RankRanges, done: CopyDone) -> None:
+        """Prepares the tensors for rank rows nobody uses and leaves them to be copied. Loader thread.
 
-    def bind(self, slot: int, rows: Rows) -> None:
-        """Makes a written slot usable by the next step."""
-        ...
-
-    def unbind(self, slot: int) -> None:
-        """Takes a slot out of use before its rows are given to another."""
+        Raises AdapterError, and calls `done` only if it does not raise.
+        """
         ...
 
 

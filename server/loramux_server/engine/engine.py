@@ -1,7 +1,7 @@
-"""The loop: plan, run, commit, publish. One thread, from `start` to `stop` or to its death.
+"""The loop: plan, execute, commit, publish. One thread, from `start` to `stop` or to its death.
 
 Knows the order of things and what to do when the loop itself breaks; what to run is the
-scheduler's matter, how to compute it the runner's, who listens the client's.
+scheduler's matter, how to compute it the worker's, who listens the client's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from loramux_server.engine.execution import Runner, run_contained
+from loramux_server.engine.execution import Worker, execute_contained
 from loramux_server.engine.mailbox import Abort, Command, Finish, Mailbox, MailboxClosed, Stop, Submit
 from loramux_server.engine.plan import StepPlan, StepResult
 from loramux_server.engine.scheduler import Routed, Scheduler
@@ -36,7 +36,7 @@ class Listener(Protocol):
 
 
 class Engine:
-    """Joins a scheduler, a runner, a mailbox and a listener into a thread.
+    """Joins a scheduler, a worker, a mailbox and a listener into a thread.
 
     `on_death` is called on the engine thread, once, if the loop dies of `error`; a failing step is no death.
     While idle the thread sleeps in the mailbox, at most `heartbeat_seconds` at a time.
@@ -45,7 +45,7 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: Runner,
+        worker: Worker,
         mailbox: Mailbox,
         listener: Listener,
         *,
@@ -55,7 +55,7 @@ class Engine:
         heartbeat_seconds: float = 0.5,
     ) -> None:
         self._scheduler = scheduler
-        self._runner = runner
+        self._worker = worker
         self._mailbox = mailbox
         self._listener = listener
         self._observer = observer if observer is not None else NoObserver()
@@ -112,15 +112,16 @@ class Engine:
         plan = self._scheduler.plan(started)
         planned = ran = self._clock()
         result = None
-        if plan.chunks:
-            result = run_contained(self._runner, plan)
+        if plan.chunks or plan.has_commands or self._worker.is_busy:
+            result = execute_contained(self._worker, plan)
             ran = self._clock()
+        if plan.chunks and result is not None:
             self._scheduler.commit(plan, result, ran)
         committed = self._clock()
         events = self._scheduler.take_events()
         if events:
             self._listener.publish(events)
-        if result is not None or events:
+        if plan.chunks or events:
             self._report(plan, result, (started, planned, ran, committed, self._clock()))
         self._did_run = result is not None
 

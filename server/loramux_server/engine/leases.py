@@ -1,11 +1,14 @@
-"""What the scheduler asks of the adapter pool: a lease, or not yet.
+"""What the scheduler asks of the adapter pool and of the merged adapters, and what it carries to the worker for them.
 
-The pool itself is `loramux_adapters.residency.pool`; these are the two faces the engine sees of it.
+The pool itself is `loramux_adapters.residency.pool`, merged adapters are kept by `loramux_server.model.merged_weights`.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
+
+from loramux_adapters.binding import Binding
+from loramux_server.engine.plan import Merge
 
 
 class Lease(Protocol):
@@ -34,3 +37,31 @@ class Adapters(Protocol):
     def poll(self) -> None:
         """Take in what loaders have reported."""
         ...
+
+    def take_bindings(self) -> tuple[tuple[int, ...], tuple[Binding, ...]]:
+        """(slots to unbind, then slots to bind) since the last call."""
+        ...
+
+
+class MergedAdapters(Protocol):
+    """Which adapters have merged weights. Methods may be called from any thread."""
+
+    def ready(self) -> frozenset[str]:
+        """Digests a step may use."""
+        ...
+
+    def take_merges(self) -> tuple[tuple[int, ...], tuple[Merge, ...]]:
+        """(numbers to drop, then merges to begin) since the last call."""
+        ...
+
+
+class NothingMerged:
+    """Implements `MergedAdapters` where no adapter is ever merged."""
+
+    def ready(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def take_merges(self) -> tuple[tuple[int, ...], tuple[Merge, ...]]:
+        """None."""
+        return (), ()

@@ -1,7 +1,7 @@
 """The border between deciding and computing: what one step shall do, and what it did.
 
-Integers and frozen parameters only, no tensor and no live object, so that scheduler and
-runner can be tested apart and a process boundary could stand here.
+Plain data only, no tensor and no live object: scheduler and worker are tested apart, and a worker in another process
+that holds the same base and adapters can follow the plans of this one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loramux_adapters.binding import Binding
 from loramux_server.requests import RequestFailure, SamplingParams, TokenLogprob
 
 BASE_SLOT = -1
@@ -16,10 +17,14 @@ BASE_SLOT = -1
 
 
 class StepOutOfMemory(Exception):
-    """The runner could not hold this step. The same chunks may run again, fewer."""
+    """The worker could not hold this step. The same chunks may run again, fewer."""
 
 
-class DeviceLost(Exception):
+class WorkerLost(Exception):
+    """Nobody knows any more what the worker holds: no later step may run on it."""
+
+
+class DeviceLost(WorkerLost):
     """The device computes nothing any more until the process ends, as after an illegal access on CUDA."""
 
 
@@ -45,14 +50,34 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One forward. `merged` is the digest of a merged adapter or None for the shared base."""
+class Merge:
+    """Merged weights of the adapter `digest` are to be built; `number` is never used again."""
 
-    step: int
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything a worker does from one step to the next: commands, then one forward, if there are chunks.
+
+    Commands come in the order unmerge, merge, unbind, bind and take effect once, before the forward, whatever becomes
+    of the chunks. `merged` is the digest of the merged adapter that all chunks use, or None for the shared base.
+    """
+
+    step: int  # no two plans have the same
     chunks: tuple[Chunk, ...]
     merged: str | None = None
-    retired: tuple[str, ...] = ()  # chunk request ids whose per-request state the runner may drop; told once,
-    # and again if every request of that step failed
+    retired: tuple[str, ...] = ()  # chunk request ids whose per-request state the worker may drop
+    unbind: tuple[int, ...] = ()  # slots
+    bind: tuple[Binding, ...] = ()
+    unmerge: tuple[int, ...] = ()  # numbers of merges
+    merge: tuple[Merge, ...] = ()
+
+    @property
+    def has_commands(self) -> bool:
+        """Whether there is something to do besides the chunks; retired ids can wait for chunks."""
+        return bool(self.unbind or self.bind or self.unmerge or self.merge)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ policy's order. Knows no thread, no clock and no device: times come in, events a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.engine.leases import Adapters
+from loramux_server.engine.leases import Adapters, MergedAdapters, NothingMerged
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import Sampled, StepPlan, StepResult
 from loramux_server.engine.policies import AdapterAdmission, FirstComeFirstServed, insert_ordered, remove_ordered
@@ -25,29 +24,15 @@ Routed = tuple[int, TokenEvent]
 """An event and the ticket of the submission it belongs to."""
 
 
-def nothing_merged() -> frozenset[str]:
-    """No adapter is merged."""
-    return frozenset()
-
-
 class Scheduler:
-    """All live requests of one engine. One thread calls everything.
+    """All live requests of one engine. One thread calls everything."""
 
-    `ready_merged` gives the digests that have merged weights now.
-    """
-
-    def __init__(
-        self,
-        limits: EngineLimits,
-        adapters: Adapters,
-        *,
-        ready_merged: Callable[[], frozenset[str]] = nothing_merged,
-    ) -> None:
+    def __init__(self, limits: EngineLimits, adapters: Adapters, merged: MergedAdapters | None = None) -> None:
         self.limits = limits
         self.tables = BlockTables(limits)
         self._adapters = adapters
         self._policy = FirstComeFirstServed()
-        self._ready_merged = ready_merged
+        self._merged = merged if merged is not None else NothingMerged()
         self._live: dict[str, Request] = {}
         self._tickets: dict[int, list[Request]] = {}
         self._running: list[Request] = []  # kept by `order`
@@ -95,7 +80,7 @@ class Scheduler:
     # One step.
 
     def plan(self, now: float) -> StepPlan:
-        """What the next step computes; no chunks when nothing can run."""
+        """What the next step does; no chunks when nothing can run."""
         self._adapters.poll()
         self._expire(now)
         builder = StepBuilder(self.limits, self.tables)
@@ -108,12 +93,17 @@ class Scheduler:
         elif len(self._policy):
             # Blocks just taken from one request are not for the next in the queue.
             self._waiting_for["blocks"] = len(self._policy)
-        if not builder.chunks:
-            return StepPlan(self._step, ())
+        return self._make_plan(builder)
+
+    def _make_plan(self, builder: StepBuilder) -> StepPlan:
+        unbind, bind = self._adapters.take_bindings()
+        unmerge, merge = self._merged.take_merges()  # before `ready`: what is dropped here is not used any more
+        merged = builder.find_merged(self._merged.ready())
         self._step += 1
-        retired, self._retired = tuple(self._retired), []
-        merged = builder.find_merged(self._ready_merged)
-        return StepPlan(self._step, tuple(builder.chunks), merged, retired)
+        retired: tuple[str, ...] = ()
+        if builder.chunks:
+            retired, self._retired = tuple(self._retired), []
+        return StepPlan(self._step, tuple(builder.chunks), merged, retired, unbind, bind, unmerge, merge)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what the step gave. Each chunk's request goes on, ends, or fails alone."""

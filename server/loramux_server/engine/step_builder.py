@@ -5,7 +5,7 @@ Cuts requests into chunks and nothing else; who may run is the scheduler's decis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import BASE_SLOT, Chunk
@@ -69,12 +69,12 @@ class StepBuilder:
         self._left -= end - start
         self._digests.add(request.submission.digest)
 
-    def find_merged(self, ready: Callable[[], frozenset[str]]) -> str | None:
+    def find_merged(self, ready: frozenset[str]) -> str | None:
         """The digest of all rows, if it is one and has merged weights; never in exact mode: paths must not vary."""
         if len(self._digests) != 1 or self._exact_chunk is not None:
             return None
         (digest,) = self._digests
-        return digest if digest is not None and digest in ready() else None
+        return digest if digest is not None and digest in ready else None
 
     def _find_chunk_end(self, request: Request) -> int | None:
         """Where the next chunk ends. Exact mode cuts by the request alone and waits for room rather than cut else."""

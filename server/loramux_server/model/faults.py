@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+from loramux_adapters.errors import AdapterError
+from loramux_server.engine.plan import DeviceLost
+
+logger = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -24,6 +31,25 @@ def is_device_lost(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(fault in text for fault in _STICKY)
+
+
+def explain_background(error: Exception, work: str) -> AdapterError:
+    """What those are told whose adapter was worked on between steps, when `error` ended it.
+
+    Raises DeviceLost where no step can follow. Of an error that was not foreseen they are told that it came.
+    """
+    if isinstance(error, AdapterError):
+        return error
+    if is_device_lost(error):
+        raise DeviceLost(str(error)) from error
+    if is_out_of_memory(error):
+        logger.warning("%s: out of memory", work)
+        return AdapterError(
+            "there is not enough device memory for the adapter",
+            remedy="lower --kv-bytes, --adapter-device-bytes or --merged-bytes, so that all of them fit",
+        )
+    logger.error("%s failed", work, exc_info=error)
+    return AdapterError("the adapter could not be put on the device; see the server's log")
 
 
 _STICKY = (

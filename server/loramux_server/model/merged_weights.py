@@ -1,11 +1,12 @@
 """Merged adapters: which are desired, being built, ready or refused, under one byte budget.
 
-Built on a thread of its own from the frozen base; the engine thread only reads. Keyed by digest for the one base this
-server holds. Who desires them is known elsewhere.
+A thread of its own reads the adapters; the worker merges them. Keyed by digest for the one base this server holds. Who
+desires them is known elsewhere.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -13,14 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from loramux_adapters.apply.batch import MergedWeights
-from loramux_adapters.apply.inject import AdaptedModel
-from loramux_adapters.apply.merge import merge, merged_bytes
-from loramux_adapters.device import use_device
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.weights import AdapterWeights
+from loramux_server.engine.plan import Merge
+from loramux_server.model.merging import Merges
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +35,8 @@ class SetState:
 class _Set:
     """One merge on its way: dropped and desired again, a digest gets another, and the first is void."""
 
+    number: int
     state: SetState
-    dense: MergedWeights | None = None
     lacking: int | None = None  # bytes, where it was refused for them
 
 
@@ -48,19 +45,28 @@ class MergedWeightsCache:
 
     def __init__(
         self,
-        adapted: AdaptedModel,
+        merges: Merges,
+        measure: Callable[[AdapterWeights], int],
         load: Callable[[str], AdapterWeights],
+        notify: Callable[[], None],
         budget_bytes: int,
         refusal: str = "",
     ) -> None:
-        """`load` reads an adapter's weights (may raise AdapterError); a `refusal` is the answer to all."""
-        self._adapted, self._load, self._budget, self._refusal = adapted, load, budget_bytes, refusal
+        """`load` reads an adapter's weights (may raise AdapterError), `measure` says how many bytes merging them takes,
+        `notify` is called when the engine has something to take; a `refusal` is the answer to all.
+        """
+        self._merges, self._measure, self._load, self._notify = merges, measure, load, notify
+        self._budget, self._refusal = budget_bytes, refusal
         self._sets: dict[str, _Set] = {}
         self._ready: frozenset[str] = frozenset()
+        self._numbers = itertools.count()
+        self._to_begin: dict[int, Merge] = {}
+        self._begun: set[int] = set()  # by the worker, and not dropped
+        self._to_drop: list[int] = []
         self._builds = {"built": 0, "refused": 0}
         self._is_closed = False
         self._lock = threading.Lock()
-        self._builder = ThreadPoolExecutor(1, "loramux-merge", initializer=use_device, initargs=(adapted.base.device,))
+        self._loader = ThreadPoolExecutor(1, "loramux-merge")
 
     def reconcile(self, digests: frozenset[str], retry: str | None = None) -> None:
         """From now on `digests`, and no others, have sets: drops what is not desired, builds what is missing.
@@ -91,10 +97,15 @@ class MergedWeightsCache:
         """Digests a step may use."""
         return self._ready
 
-    def find(self, digest: str) -> MergedWeights | None:
-        """The set, None when it was dropped meanwhile."""
-        known = self._sets.get(digest)
-        return None if known is None else known.dense
+    def take_merges(self) -> tuple[tuple[int, ...], tuple[Merge, ...]]:
+        """See `engine.leases.MergedAdapters`."""
+        if not (self._to_drop or self._to_begin):  # nearly always; whatever comes now is for the next step
+            return (), ()
+        with self._lock:
+            drop, begin = tuple(self._to_drop), tuple(self._to_begin.values())
+            self._begun |= self._to_begin.keys()
+            self._to_drop, self._to_begin = [], {}
+            return drop, begin
 
     def usage(self) -> tuple[int, int, dict[str, int]]:
         """(ready sets, bytes of these and of those being built, builds by outcome)."""
@@ -102,10 +113,10 @@ class MergedWeightsCache:
             return len(self._ready), self._held(), dict(self._builds)
 
     def close(self) -> None:
-        """Ends the builder after the build under way."""
+        """Ends the thread after the read under way."""
         with self._lock:
             self._is_closed = True
-        self._builder.shutdown(wait=True, cancel_futures=True)
+        self._loader.shutdown(wait=True, cancel_futures=True)
 
     # With the lock held.
 
@@ -115,10 +126,10 @@ class MergedWeightsCache:
     def _start(self, digest: str, nbytes: int = 0) -> None:
         """A new set, with `nbytes` set aside for it where they are known."""
         if self._refusal:
-            self._sets[digest] = _Set(SetState("refused", self._refusal))
+            self._sets[digest] = _Set(next(self._numbers), SetState("refused", self._refusal))
         elif not self._is_closed:
-            begun = self._sets[digest] = _Set(SetState("building", nbytes=nbytes))
-            self._builder.submit(self._build, digest, begun)
+            begun = self._sets[digest] = _Set(next(self._numbers), SetState("building", nbytes=nbytes))
+            self._loader.submit(self._build, digest, begun)
 
     def _start_what_fits(self) -> None:
         """Gives bytes that have become free to those that were refused for want of them."""
@@ -129,28 +140,46 @@ class MergedWeightsCache:
                 free -= known.lacking
 
     def _drop(self, digest: str) -> None:
-        self._sets.pop(digest, None)
+        dropped = self._sets.pop(digest, None)
         self._ready -= {digest}
+        if dropped is None:
+            return
+        if self._to_begin.pop(dropped.number, None) is not None:
+            self._merges.discard(dropped.number)
+        elif dropped.number in self._begun:
+            self._begun.discard(dropped.number)
+            self._to_drop.append(dropped.number)
+            self._notify()
 
-    # On the builder's thread.
+    # On the loading thread.
 
-    @torch.inference_mode()
     def _build(self, digest: str, begun: _Set) -> None:
         try:
             if not self._is_desired(digest, begun):  # or the bytes of a deleted adapter would come back into memory
                 return
             weights = self._load(digest)
-            needed = merged_bytes(self._adapted, weights)
-            if not self._set_aside(digest, begun, needed):
+            if not self._set_aside(digest, begun, self._measure(weights)):
                 return
-            dense = merge(self._adapted, weights)
         except AdapterError as error:
             self._refuse(digest, begun, str(error))
         except Exception:
             logger.exception("merging %s failed", digest)
             self._refuse(digest, begun, "the merged weights could not be built; see the server's log")
         else:
-            self._publish(digest, begun, dense)
+            self._hand_over(digest, begun, weights)
+
+    def _hand_over(self, digest: str, begun: _Set, weights: AdapterWeights) -> None:
+        def done(error: AdapterError | None) -> None:  # on the worker's thread
+            if error is None:
+                self._publish(digest, begun)
+            else:
+                self._refuse(digest, begun, str(error))
+
+        with self._lock:
+            if self._is_desired(digest, begun):
+                self._merges.put(begun.number, weights, done)
+                self._to_begin[begun.number] = Merge(begun.number, digest)
+        self._notify()
 
     def _is_desired(self, digest: str, begun: _Set) -> bool:
         return self._sets.get(digest) is begun
@@ -170,15 +199,16 @@ class MergedWeightsCache:
             begun.state = SetState("building", nbytes=needed)
             return True
 
-    def _publish(self, digest: str, begun: _Set, dense: MergedWeights) -> None:
+    def _publish(self, digest: str, begun: _Set) -> None:
         with self._lock:
             if self._is_desired(digest, begun):
-                begun.dense, begun.state = dense, SetState("ready", nbytes=begun.state.nbytes)
+                begun.state = SetState("ready", nbytes=begun.state.nbytes)
                 self._ready |= {digest}
                 self._builds["built"] += 1
 
     def _refuse(self, digest: str, begun: _Set, reason: str) -> None:
         with self._lock:
+            self._begun.discard(begun.number)  # the worker keeps nothing of a merge that failed
             if self._is_desired(digest, begun):
                 begun.state = SetState("refused", reason)
                 self._builds["refused"] += 1

@@ -1,26 +1,24 @@
-"""Runs one plan on the device: the only class that touches it while serving.
+"""Computes the chunks of one step: prepare -> forward -> sample.
 
-prepare -> forward -> sample. Knows chunks and slots; not who asked, nor why this step looks as it does.
+Knows chunks and slots; not who asked, nor why this step looks as it does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from loramux_adapters.apply.batch import AdapterBatch, MergedWeights, RowMap
 from loramux_adapters.apply.inject import AdaptedModel
-from loramux_adapters.device import use_device
 from loramux_adapters.guard.rope import RopeChoice
 from loramux_adapters.kernels.protocol import Kernels
-from loramux_server.engine.plan import DeviceLost, Sampled, StepOutOfMemory, StepPlan, StepResult, StepTiming
+from loramux_server.engine.plan import Chunk, Sampled, StepResult, StepTiming
 from loramux_server.model.attention import use_paged_attention
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import select_decode
-from loramux_server.model.faults import is_device_lost, is_out_of_memory
 from loramux_server.model.forward import forward
 from loramux_server.model.forward_batch import ForwardBatch, build_batch
 from loramux_server.model.sampler import Sampler
@@ -39,75 +37,53 @@ class RunnerConfig:
 
 
 class ModelRunner:
-    """Implements `engine.execution.Runner` for an injected Hugging Face model."""
+    """One injected Hugging Face model, its KV cache and what its sampler remembers of requests."""
 
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        cache: PagedCache,
-        kernels: Kernels,
-        config: RunnerConfig,
-        merged: Callable[[str], MergedWeights | None] = lambda digest: None,
-    ) -> None:
+    def __init__(self, adapted: AdaptedModel, cache: PagedCache, kernels: Kernels, config: RunnerConfig) -> None:
         use_paged_attention(adapted.model)
-        self._adapted, self._cache, self._kernels, self._config = adapted, cache, kernels, config
-        self._merged = merged
+        self.adapted = adapted
+        self._cache, self._kernels, self._config = cache, kernels, config
         self._decode = select_decode(adapted.base.device, adapted.base.compute_dtype)
         self._sampler = Sampler(adapted.spec.vocab_size, adapted.base.device)
 
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """One forward and one draw. Whatever it raises, the same chunks may run again: what a request remembers of a
-        step is entered once, by position.
+    def retire(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that have ended."""
+        self._sampler.retire(request_ids)
 
-        Raises StepOutOfMemory, and DeviceLost after a fault that the process cannot recover from.
+    def run(self, step: int, chunks: Sequence[Chunk], merged: MergedWeights | None) -> StepResult:
+        """One forward of at least one chunk, and one draw. Whatever it raises, the same chunks may run again: what a
+        request remembers of a step is entered once, by position.
         """
-        use_device(self._adapted.base.device)  # of the thread that calls: the engine's
         try:
-            return self._run(plan)
-        except BaseException as error:
-            self._adapted.forget()
-            if is_out_of_memory(error):
-                raise StepOutOfMemory(str(error)) from error
-            if is_device_lost(error):
-                raise DeviceLost(str(error)) from error
+            return self._run(step, chunks, merged)
+        except BaseException:
+            self.adapted.forget()
             raise
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, step: int, chunks: Sequence[Chunk], merged: MergedWeights | None) -> StepResult:
         started = time.perf_counter()
-        self._sampler.retire(plan.retired)
-        if not plan.chunks:
-            return StepResult(plan.step, {})
         batch = build_batch(
-            plan.chunks,
+            chunks,
             self._cache,
             self._cache.blocks - 1,
             tiled=self._config.deterministic,
             decode=self._decode,
         )
-        adapters = self._adapter_batch(batch, plan.merged)
+        adapters = AdapterBatch(self._map(batch.token_slots), self._map(batch.logit_slots), merged)
         prepared = time.perf_counter()
         logits = self._forward(batch, adapters)
         forwarded = time.perf_counter()
         sampled, prompt_logprobs, failures = self._sample(batch, logits)
         timing = StepTiming(prepared - started, forwarded - prepared, time.perf_counter() - forwarded)
-        return StepResult(plan.step, sampled, prompt_logprobs, failures, timing)
+        return StepResult(step, sampled, prompt_logprobs, failures, timing)
 
-    def _adapter_batch(self, batch: ForwardBatch, merged: str | None) -> AdapterBatch:
-        device = self._adapted.base.device
-        dense = None
-        if merged is not None:
-            dense = self._merged(merged)  # may have been dropped since the plan: the slots serve as well
-        return AdapterBatch(
-            RowMap(batch.token_slots, self._kernels, device, self._adapted.slot_kinds),
-            RowMap(batch.logit_slots, self._kernels, device, self._adapted.slot_kinds),
-            dense,
-        )
+    def _map(self, slots: Sequence[int]) -> RowMap:
+        return RowMap(slots, self._kernels, self.adapted.base.device, self.adapted.slot_kinds)
 
     def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:
         """Logits [n, vocab] of the batch's logit rows."""
-        with self._adapted.cell.running(adapters):
-            return forward(self._adapted.model, batch, self._config.rope)
+        with self.adapted.cell.running(adapters):
+            return forward(self.adapted.model, batch, self._config.rope)
 
     def _sample(
         self, batch: ForwardBatch, logits: torch.Tensor

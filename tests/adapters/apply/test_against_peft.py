@@ -130,7 +130,7 @@ def test_an_adapter_leaves_nothing_when_it_goes(tmp_path: Path) -> None:
         assert_equal_to_peft(engine, [truth])
         for digest in engine.digests.values():
             engine.pool.discard(digest)
-        engine.pool.poll()
+        engine.step()
         assert engine.pool.stats().resident == 0
         places = [at for at, _ in engine.adapted.sites.values()]
         biased = [at for at in places if at.site.kind != "embedding"]

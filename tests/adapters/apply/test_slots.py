@@ -24,6 +24,7 @@ from loramux_adapters.residency.slots import SlotTable
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
 from support.adapters import files_of
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
+from support.parts import fill_slot
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.0.self_attn.v_proj"
@@ -76,7 +77,7 @@ def test_written_rows_hold_the_factors_and_zeros(checkpoint: Path, weights: Adap
         group.parts.of(LowRank).a.fill_(3)
     table = table_of(adapted)
     number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
-    SlotTensors(adapted).write(number, weights, rows)
+    fill_slot(SlotTensors(adapted), number, weights, rows)
     group, member = adapted.linears[V]
     first, count = rows[V]
     low_rank = weights.modules[V].get(LowRank)
@@ -102,17 +103,16 @@ def test_values_beyond_the_dtype_are_refused_and_reach_no_pool(
     table, slots = table_of(adapted), SlotTensors(adapted)
     number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
     with pytest.raises(AdapterIncompatible, match=f"{V}.*not finite in float16.*--dtype float32") as refused:
-        slots.write(number, changed(weights, V, broken), rows)
+        slots.prepare(changed(weights, V, broken))
     assert refused.value.subject == V
     assert pools_are_finite(adapted)
-    slots.write(number, weights, rows)
-    slots.bind(number, rows)
+    fill_slot(slots, number, weights, rows)
 
 
 @pytest.mark.parametrize("part", ["bias", "embedding"])
 def test_so_are_those_outside_the_rank_rows(checkpoint: Path, weights: AdapterWeights, part: str) -> None:
     adapted = adapted_of(checkpoint, torch.float16)
-    slots, table = SlotTensors(adapted), table_of(adapted)
+    slots = SlotTensors(adapted)
     if part == "embedding":
         name = "model.embed_tokens"
         low_rank = weights.modules[name].get(LowRank)
@@ -121,9 +121,8 @@ def test_so_are_those_outside_the_rank_rows(checkpoint: Path, weights: AdapterWe
     else:
         name = Q
         broken = changed(weights, name, Bias(torch.full((128,), 1e6)))
-    number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
     with pytest.raises(AdapterIncompatible, match="not finite"):
-        slots.write(number, broken, rows)
+        slots.prepare(broken)
 
 
 def test_a_written_slot_is_used_by_nobody_before_it_is_bound(checkpoint: Path, weights: AdapterWeights) -> None:
@@ -139,9 +138,10 @@ def test_a_written_slot_is_used_by_nobody_before_it_is_bound(checkpoint: Path, w
             return adapted.model(ids, use_cache=False).logits
 
     base = logits(-1)
-    slots.write(number, weights, rows)
-    assert torch.equal(logits(number), base)
-    slots.bind(number, rows)
+    adapter = slots.prepare(weights)
+    for _ in slots.copy(number, adapter, rows):
+        assert torch.equal(logits(number), base)
+    slots.bind(number, adapter)
     assert not torch.allclose(logits(number), base, atol=1e-2)
     assert torch.equal(logits(-1), base)
     slots.unbind(number)
@@ -154,8 +154,7 @@ def test_modules_whose_slots_lie_alike_share_a_layout(checkpoint: Path, weights:
     empty = {layout for group in adapted.groups for layout in group.parts.of(LowRank).rank_rows}
     for _ in range(3):
         number, rows = table.try_take(table.needs(weights.spec.ranks), 0) or (-1, {})
-        slots.write(number, weights, rows)
-        slots.bind(number, rows)
+        fill_slot(slots, number, weights, rows)
     layouts = {layout for group in adapted.groups for layout in group.parts.of(LowRank).rank_rows}
     assert {len(layout.ranges) for layout in layouts} == {0, 3}
     places = [adapted.linears[name] for name in weights.spec.ranks if "proj" in name]
@@ -198,8 +197,7 @@ def test_an_adapter_of_biases_only_takes_no_rows(checkpoint: Path, weights: Adap
     spec = replace(weights.spec, ranks={})
     only = AdapterWeights(spec, {Q: ModuleWeights((Bias(torch.ones(128)),))})
     number, rows = table.try_take(table.needs(spec.ranks), slots.cost(only)[1]) or (-1, {})
-    slots.write(number, only, rows)
-    slots.bind(number, rows)
+    fill_slot(slots, number, only, rows)
     group, member = adapted.linears[Q]
     own = group.frozen.bias
     assert own is not None

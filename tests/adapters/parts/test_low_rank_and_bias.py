@@ -10,7 +10,7 @@ import torch
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.parts.bias import Bias
 from loramux_adapters.parts.low_rank import LowRank
-from support.parts import PartsBench, numbers
+from support.parts import PartsBench, fill_slot, numbers
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
 
@@ -50,7 +50,7 @@ def test_merged_weights_are_the_same(bench: PartsBench) -> None:
         )
 
 
-def test_a_failed_write_leaves_nothing_for_the_next_of_its_slot(
+def test_a_failed_copy_leaves_nothing_for_the_next_of_its_slot(
     bench: PartsBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, _ = bench.frozen(Q)
@@ -63,9 +63,9 @@ def test_a_failed_write_leaves_nothing_for_the_next_of_its_slot(
     with monkeypatch.context() as patch:
         patch.setattr(at.of(Bias), "write", fail)
         with pytest.raises(MemoryError):
-            bench.slots.write(0, bench.weights({Q: biases[Q], OUT: biases[OUT]}), {})
-    bench.slots.write(0, bench.weights({K: biases[K]}), {})  # a sibling: its parts are kept with those of q
-    bench.slots.bind(0, {})
+            fill_slot(bench.slots, 0, bench.weights({Q: biases[Q], OUT: biases[OUT]}), {})
+    bench.slots.unbind(0)
+    fill_slot(bench.slots, 0, bench.weights({K: biases[K]}), {})  # a sibling: its parts are kept with those of q
     x = numbers(2, weight.shape[1], seed=3)
     assert torch.equal(bench.run(Q, x, [0, 0]), bench.run(Q, x, [-1, -1]))
     assert not torch.allclose(bench.run(K, x, [0, 0]), bench.run(K, x, [-1, -1]), atol=1e-2)

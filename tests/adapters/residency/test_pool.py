@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from loramux_adapters.binding import Binding
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
 from loramux_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS
 from loramux_adapters.residency.tiers import ResidencyView
@@ -173,7 +174,10 @@ def test_a_discarded_adapter_stays_until_its_last_lease_goes() -> None:
     assert world.notices == before + 1  # an idle engine must come and free it
     world.pool.poll()
     assert world.pool.residency("8-a") == ResidencyView("registered")
-    assert (world.device.bound, world.host.usage) == (set(), (0, 0))
+    unbound, bound = world.pool.take_bindings()
+    assert (unbound, bound) == ((second.slot,), (Binding(second.slot, "8-a", {"q": (0, 8)}),))
+    assert world.pool.take_bindings() == ((), ())
+    assert world.host.usage == (0, 0)
 
 
 def test_a_discard_during_the_load_lets_the_waiting_request_run_once() -> None:

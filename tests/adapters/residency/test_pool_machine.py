@@ -1,5 +1,5 @@
-"""AdapterPool as a state machine: loads end late, fail and are discarded while leases come and go and pins change; the
-books add up."""
+"""AdapterPool as a state machine: loads and copies end late, fail and are discarded while leases come and go and pins
+change; the books add up."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loramux_adapters.binding import Binding, RankRanges
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, PoolExhausted
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pinned_set import LONGEST_SECONDS, RETRY_SECONDS
 from loramux_adapters.residency.pool import FAILURE_SECONDS, READY_TICKS, AdapterPool, Lease
-from loramux_adapters.residency.slots import SlotTable
-from loramux_adapters.residency.tiers import Rows
+from loramux_adapters.residency.slots import Slot, SlotTable
+from loramux_adapters.residency.tiers import CopyDone
 from loramux_adapters.spec import AdapterSpec
 
 CAPACITY, SLOTS, EXTRA = 64, 4, 100
@@ -49,32 +50,40 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.content: dict[tuple[str, int], str] = {}
-        self.written: dict[int, tuple[str, Rows]] = {}
-        self.bound: dict[int, tuple[str, Rows]] = {}
-        self.failing: set[str] = set()
-        self.on_unbind: Callable[[str], None] = lambda digest: None
+        self.copied: dict[int, tuple[str, RankRanges]] = {}
+        self.bound: dict[int, tuple[str, RankRanges]] = {}
+        self.staged: list[tuple[int, str, RankRanges, CopyDone]] = []
+        self.failing: set[str] = set()  # in what the loader thread does
+        self.failing_copies: set[str] = set()
 
     def cost(self, weights: FakeWeights) -> tuple[Mapping[str, int], int]:
         return weights.spec.ranks, SHAPES[weights.spec.digest][1]
 
-    def write(self, slot: int, weights: FakeWeights, rows: Rows) -> None:
+    def stage(self, slot: int, weights: FakeWeights, rank_ranges: RankRanges, done: CopyDone) -> None:
+        if weights.spec.digest in self.failing:
+            raise AdapterIncompatible("not finite", subject=weights.spec.digest)
+        self.staged.append((slot, weights.spec.digest, dict(rank_ranges), done))
+
+    def copy(self, index: int) -> None:
+        slot, digest, rows, done = self.staged.pop(index)
         assert slot not in self.bound
         cells = cells_of(rows)
         assert not cells & {cell for _, taken in self.bound.values() for cell in cells_of(taken)}
         for cell in cells:
-            self.content[cell] = weights.spec.digest
-        if weights.spec.digest in self.failing:
-            raise AdapterIncompatible("not finite", subject=weights.spec.digest)
-        self.written[slot] = (weights.spec.digest, dict(rows))
+            self.content[cell] = digest
+        if digest in self.failing_copies:
+            done(AdapterError("no memory", subject=digest))
+            return
+        self.copied[slot] = (digest, rows)
+        done(None)
 
-    def bind(self, slot: int, rows: Rows) -> None:
-        assert self.written[slot][1] == rows
-        assert slot not in self.bound
-        self.bound[slot] = self.written.pop(slot)
+    def bind(self, binding: Binding) -> None:
+        assert self.copied[binding.slot] == (binding.digest, binding.rank_ranges)
+        assert binding.slot not in self.bound
+        self.bound[binding.slot] = self.copied.pop(binding.slot)
 
     def unbind(self, slot: int) -> None:
-        digest, _ = self.bound.pop(slot)
-        self.on_unbind(digest)
+        del self.bound[slot]
 
 
 class Later(Executor):
@@ -89,7 +98,7 @@ class Later(Executor):
         return Future()
 
 
-def cells_of(rows: Rows) -> set[tuple[str, int]]:
+def cells_of(rows: RankRanges) -> set[tuple[str, int]]:
     return {(name, row) for name, (first, count) in rows.items() for row in range(first, first + count)}
 
 
@@ -114,14 +123,19 @@ class PoolMachine(RuleBasedStateMachine):
         self.kept: frozenset[str] = frozenset()  # the desired state of the last poll
         self.discarded: set[str] = set()
         self.acquiring = ""
-        self.device.on_unbind = self.see_who_leaves
+        self.evict = self.pool._evict
+        self.pool._evict = self.watch_evict  # type: ignore[method-assign]
+
+    def watch_evict(self, slot: Slot) -> None:
+        self.evict(slot)
+        self.see_who_leaves(slot.digest)
 
     def see_who_leaves(self, digest: str) -> None:
         """A kept one leaves last, and for a request alone."""
         if digest not in self.kept or digest in self.discarded:
             return
         leased = {lease.digest for lease, _ in self.leases}
-        others = {other for other, _ in self.device.bound.values()} - leased - self.kept - {self.acquiring}
+        others = set(self.pool._slots) - leased - self.kept - {self.acquiring}
         assert {other for other in others if self.pool._slots[other].bound_at != self.pool._tick} == set()
         assert self.asked
 
@@ -136,7 +150,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.asked.add(digest)
         self.may_have_failed |= self.failed & {digest}
         try:
-            lease = self.pool.try_acquire(digest)
+            try:
+                lease = self.pool.try_acquire(digest)
+            finally:
+                self.execute()
         except PoolExhausted:
             assert digest in TOO_LARGE
             self.asked.discard(digest)
@@ -173,6 +190,15 @@ class PoolMachine(RuleBasedStateMachine):
         self.kept = self.desired
         self.failed.clear()
         self.pool.poll()
+        self.execute()
+
+    def execute(self) -> None:
+        """What a worker does with the next plan, before it copies anything."""
+        unbind, bind = self.pool.take_bindings()
+        for slot in unbind:
+            self.device.unbind(slot)
+        for binding in bind:
+            self.device.bind(binding)
 
     @precondition(lambda self: self.loader.work)
     @rule(data=st.data())
@@ -186,14 +212,31 @@ class PoolMachine(RuleBasedStateMachine):
             self.may_have_failed |= self.asked & {digest}
         work()
 
+    @precondition(lambda self: self.device.staged)
+    @rule(data=st.data())
+    def copy(self, data: st.DataObject) -> None:
+        self.copy_one(data.draw(st.integers(0, len(self.device.staged) - 1)))
+
+    def copy_one(self, index: int) -> None:
+        digest = self.device.staged[index][1]
+        if digest in self.device.failing_copies:
+            self.failed.add(digest)
+            self.may_have_failed |= self.asked & {digest}
+        self.device.copy(index)
+
     @rule(digest=DIGESTS)
     def insist(self, digest: str) -> None:
         """Asks until the adapter is there, has failed, or finds no room."""
         for _ in range(3):
             self.acquire(digest)
-            while self.loader.work:
-                self.do(0)
+            self.do_all()
             self.turn()
+
+    def do_all(self) -> None:
+        while self.loader.work:
+            self.do(0)
+        while self.device.staged:
+            self.copy_one(0)
 
     @rule(digest=DIGESTS)
     def discard(self, digest: str) -> None:
@@ -205,9 +248,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.desired = digests
         self.pool.pin(digests, retry)
 
-    @rule(digest=DIGESTS, where=st.sampled_from(["store", "device"]), is_broken=st.booleans())
+    @rule(digest=DIGESTS, where=st.sampled_from(["store", "device", "copy"]), is_broken=st.booleans())
     def break_or_mend(self, digest: str, where: str, is_broken: bool) -> None:
-        members = self.broken if where == "store" else self.device.failing
+        members = {"store": self.broken, "device": self.device.failing, "copy": self.device.failing_copies}[where]
         (members.add if is_broken else members.discard)(digest)
 
     @invariant()
@@ -233,7 +276,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def one_load_at_a_time_per_adapter(self) -> None:
-        assert all(count == 1 for count in Counter(digest for digest, _ in self.loader.work).values())
+        loading = [*(digest for digest, _ in self.loader.work), *(digest for _, digest, _, _ in self.device.staged)]
+        assert all(count == 1 for count in Counter(loading).values())
         digests = [digest for digest, _ in self.device.bound.values()]
         assert len(digests) == len(set(digests))
 
@@ -249,12 +293,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.leases.clear()
         self.broken.clear()
         self.device.failing.clear()
+        self.device.failing_copies.clear()
         self.pin(frozenset({"small", "bias"}), None)
         self.now += LONGEST_SECONDS
         for _ in range(READY_TICKS + 10):
             self.now += 1.0
-            while self.loader.work:
-                self.do(0)
+            self.do_all()
             self.turn()
         assert {"small", "bias"} <= {digest for digest, _ in self.device.bound.values()}
         self.pin(frozenset(), None)

@@ -65,7 +65,7 @@ def test_all_of_it_is_given_back(world: tuple[Path, dict[str, Path], list[Truth]
     assert engine.pool.stats().resident == 4
     for digest in engine.digests.values():
         engine.pool.discard(digest)
-    engine.pool.poll()
+    engine.step()
     stats = engine.pool.stats()
     assert (stats.resident, stats.rows_used, stats.loading) == (0, 0, 0)
     assert all(not layout.ranges for group in engine.adapted.groups for layout in group.parts.of(LowRank).rank_rows)

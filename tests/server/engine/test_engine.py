@@ -9,7 +9,7 @@ import time
 import pytest
 
 from loramux_adapters.errors import AdapterCorrupt
-from loramux_server.engine.plan import StepPlan
+from loramux_server.engine.plan import StepPlan, StepResult
 from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import Unavailable
 from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
@@ -36,6 +36,40 @@ async def until_asked(server: Running, digest_: str) -> None:
             return
         await asyncio.sleep(0.005)
     raise AssertionError("the pool was never asked")
+
+
+@pytest.mark.parametrize("what", ["commands", "background"])
+async def test_an_idle_engine_does_what_waits_and_sleeps_again(what: str):
+    """Adapters come and go without a request; none of it is reported as a step."""
+    async with running() as server:
+        await read(server.client.submit(submission()))
+        seen = len(server.runner.plans)
+        while len(server.watch.steps) < seen:  # a step is reported after its tokens are out
+            await asyncio.sleep(0.005)
+        done = threading.Event()
+        if what == "commands":
+            server.pool.take_bindings = lambda: ((3,), ()) if not done.is_set() else ((), ())  # type: ignore[method-assign]
+        else:
+            server.runner.is_busy = True
+        execute = server.runner.execute
+
+        def executing(plan: StepPlan) -> StepResult:
+            if len(server.runner.plans) == seen + 4:
+                server.runner.is_busy = False
+                done.set()
+            return execute(plan)
+
+        server.runner.execute = executing  # type: ignore[method-assign]
+        server.mailbox.notify()
+        assert await asyncio.to_thread(done.wait, 20)
+        await asyncio.sleep(0.2)
+        plans = server.runner.plans[seen:]
+        assert len(plans) <= 6
+        assert all(not plan.chunks for plan in plans)
+        assert len({plan.step for plan in plans}) == len(plans)
+        assert all((plan.unbind == (3,)) == (what == "commands") for plan in plans[:4])
+        assert len(server.watch.steps) == seen
+        await read(server.client.submit(submission("again")))
 
 
 async def test_an_idle_engine_sleeps_and_its_heart_beats():

@@ -16,7 +16,7 @@ CHUNK = 8
 
 def exact(**changes: object) -> Drive:
     bounds = {"deterministic": True, "max_batch_tokens": 16, "max_running": 4, **changes}
-    return Drive(limits(**bounds), ready_merged=lambda: frozenset({digest(1)}))
+    return Drive(limits(**bounds), ready=lambda: frozenset({digest(1)}))
 
 
 def cuts(drive: Drive, ticket: int, since: int = 0) -> set[tuple[int, int]]:

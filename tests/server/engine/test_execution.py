@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_server.engine.execution import run_contained
+from loramux_server.engine.execution import execute_contained
 from loramux_server.engine.plan import (
     BASE_SLOT,
     Chunk,
@@ -34,7 +34,9 @@ class Picky:
         self.error = error
         self.seen: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> StepResult:
+    is_busy = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
         self.seen.append(plan)
         keys = [chunk.request_id for chunk in plan.chunks]
         if len(keys) > self.most or self.bad & set(keys):
@@ -44,7 +46,7 @@ class Picky:
 
 def test_a_step_that_fits_runs_once():
     runner = Picky(8)
-    result = run_contained(runner, plan_of(5))
+    result = execute_contained(runner, plan_of(5))
     assert len(runner.seen) == 1
     assert len(result.sampled) == 5
 
@@ -52,7 +54,7 @@ def test_a_step_that_fits_runs_once():
 @pytest.mark.parametrize("error", [StepOutOfMemory, MemoryError])
 def test_out_of_memory_is_retried_in_halves_and_nobody_fails(error: type[Exception]):
     runner = Picky(3, error=error)
-    result = run_contained(runner, plan_of(7))
+    result = execute_contained(runner, plan_of(7))
     assert [len(plan.chunks) for plan in runner.seen] == [7, 3, 4, 2, 2]
     assert [plan.retired for plan in runner.seen] == [("gone",), ("gone",), (), (), ()]
     assert {plan.step for plan in runner.seen} == {7}
@@ -61,21 +63,21 @@ def test_out_of_memory_is_retried_in_halves_and_nobody_fails(error: type[Excepti
 
 
 def test_who_does_not_fit_alone_fails_alone():
-    result = run_contained(Picky(8, frozenset({"r2"})), plan_of(6))
+    result = execute_contained(Picky(8, frozenset({"r2"})), plan_of(6))
     assert {key: failure.code for key, failure in result.failures.items()} == {"r2": "OUT_OF_MEMORY"}
     assert set(result.sampled) == {"r0", "r1", "r3", "r4", "r5"}
 
 
 def test_any_other_error_ends_only_the_request_that_meets_it_alone():
     runner = Picky(8, frozenset({"r2"}), ZeroDivisionError)
-    result = run_contained(runner, plan_of(6))
+    result = execute_contained(runner, plan_of(6))
     assert {key: failure.code for key, failure in result.failures.items()} == {"r2": "INTERNAL"}
     assert set(result.sampled) == {"r0", "r1", "r3", "r4", "r5"}
     assert [plan.retired for plan in runner.seen][1:] == [("gone",), ("gone",), (), (), (), ()]
 
 
 def test_an_error_that_every_request_meets_ends_all_and_says_nothing_of_itself():
-    result = run_contained(Picky(0, error=ZeroDivisionError), plan_of(3))
+    result = execute_contained(Picky(0, error=ZeroDivisionError), plan_of(3))
     assert {failure.code for failure in result.failures.values()} == {"INTERNAL"}
     assert set(result.failures) == {"r0", "r1", "r2"}
     assert "Zero" not in str(result.failures)
@@ -84,5 +86,5 @@ def test_an_error_that_every_request_meets_ends_all_and_says_nothing_of_itself()
 def test_a_lost_device_is_passed_on_and_not_tried_again():
     runner = Picky(0, error=DeviceLost)
     with pytest.raises(DeviceLost):
-        run_contained(runner, plan_of(4))
+        execute_contained(runner, plan_of(4))
     assert len(runner.seen) == 1

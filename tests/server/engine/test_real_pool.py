@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from loramux_adapters.binding import RankRanges
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
-from loramux_adapters.residency.tiers import Rows
+from loramux_adapters.residency.tiers import CopyDone
 from loramux_adapters.spec import AdapterSpec
-from loramux_server.engine.execution import run_contained
+from loramux_server.engine.execution import execute_contained
+from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
 from support.engine_drive import digest, limits, submission
 from support.fake_runner import FakeRunner, solo
@@ -52,20 +54,22 @@ class Device:
 
     def __init__(self) -> None:
         self.bound: dict[int, str] = {}
-        self.written: dict[int, str] = {}
+        self.copied: dict[int, str] = {}
 
     def cost(self, weights: Weights) -> tuple[Mapping[str, int], int]:
         return weights.spec.ranks, 0
 
-    def write(self, slot: int, weights: Weights, rows: Rows) -> None:
-        assert slot not in self.bound
-        self.written[slot] = weights.spec.digest
+    def stage(self, slot: int, weights: Weights, rank_ranges: RankRanges, done: CopyDone) -> None:
+        self.copied[slot] = weights.spec.digest
+        done(None)
 
-    def bind(self, slot: int, rows: Rows) -> None:
-        self.bound[slot] = self.written[slot]
-
-    def unbind(self, slot: int) -> None:
-        del self.bound[slot]
+    def take_commands(self, plan: StepPlan) -> None:
+        for slot in plan.unbind:
+            del self.bound[slot]
+        for binding in plan.bind:
+            assert binding.slot not in self.bound
+            assert self.copied[binding.slot] == binding.digest
+            self.bound[binding.slot] = binding.digest
 
 
 class Later(Executor):
@@ -108,8 +112,9 @@ def test_every_request_gets_its_turn_and_its_own_adapter(seed: int):
             scheduler.submit(ticket, submitted[ticket], float(turn))
             tokens[ticket] = []
         plan = scheduler.plan(float(turn))
+        device.take_commands(plan)
         if plan.chunks:
-            scheduler.commit(plan, run_contained(runner, plan), float(turn))
+            scheduler.commit(plan, execute_contained(runner, plan), float(turn))
         for ticket, event in scheduler.take_events():
             assert ticket not in ends
             if event.token is not None:

@@ -244,7 +244,7 @@ def test_a_step_that_forgets_a_request_fails_it():
     drive = Drive()
     ticket = drive.submit(submission(prompt=5))
     plan = drive.scheduler.plan(1.0)
-    drive.scheduler.commit(plan, type(drive.runner.run(plan))(plan.step, {}), 1.0)
+    drive.scheduler.commit(plan, type(drive.runner.execute(plan))(plan.step, {}), 1.0)
     ((_, event),) = drive.scheduler.take_events()
     assert event.failure is not None
     assert event.failure.code == "INTERNAL"
@@ -298,7 +298,7 @@ def test_rows_carry_their_slot_and_leases_end_with_requests():
 
 def test_a_merged_serves_steps_of_its_adapter_alone():
     ready: set[str] = set()
-    drive = Drive(ready_merged=lambda: frozenset(ready))
+    drive = Drive(ready=lambda: frozenset(ready))
     drive.submit(submission("a", digest=digest(1), max_tokens=20))
     assert drive.step().merged is None
     ready.add(digest(1))

@@ -42,7 +42,7 @@ class Traffic(RuleBasedStateMachine):
             deterministic=deterministic,
             prefix_cache=caching,
         )
-        self.drive = Drive(bounds, FakePool(slots), ready_merged=lambda: frozenset({digest(1)}))
+        self.drive = Drive(bounds, FakePool(slots), ready=lambda: frozenset({digest(1)}))
 
     @rule(
         prefix=st.integers(0, 12),

@@ -1,75 +1,24 @@
-"""Merged adapters: built beside the loop within a budget, dropped at any time, the same answers either way."""
+"""Merged adapters: built between steps within a budget, dropped at any time, the same answers either way."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loramux_adapters.apply.merge import merge, merged_bytes
+from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.model import merged_weights
-from loramux_server.model.merged_weights import MergedWeightsCache, SetState
-from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
-from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
+from loramux_server.model.merged_weights import SetState
+from support.merged_sets import Sets, in_order, settle, small_engine
 from support.model_engine import ModelEngine
-
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "attention": ("llama", {"r": 8, "target_modules": ["q_proj", "v_proj"]}),
-    "rslora": ("llama", {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"}),
-    "patterns": ("llama", {"r": 4, "target_modules": ["up_proj", "o_proj"], "rank_pattern": {"up_proj": 24}}),
-    "ends": ("llama", {"r": 4, "target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
-    "qwen2 bias": ("qwen2", {"r": 4, "target_modules": ["k_proj", "o_proj"], "bias": "all"}),
-    "gpt2 bias": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj"], "bias": "all", "fan_in_fan_out": True}),
-}
-
-
-def settle(sets: MergedWeightsCache) -> None:
-    """Waits for the builds asked for so far."""
-    sets._builder.submit(lambda: None).result(60)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_dense_path_answers_as_peft_and_as_the_gathered_path(kind: str, tmp_path: Path) -> None:
-    architecture, options = KINDS[kind]
-    checkpoint = save_checkpoint(wide_model(architecture), tmp_path / "base")
-    adapters = {
-        "hot": make_adapter_for(checkpoint, tmp_path / "hot", seed=1, **options),
-        "cold": make_adapter_for(checkpoint, tmp_path / "cold", seed=2, r=4, target_modules="all-linear"),
-    }
-    rows = [("hot", prompt) for prompt in prompts(4)]
-    truths = ask_peft(checkpoint, adapters, [*rows, ("cold", prompts(1)[0]), (None, prompts(2)[1])], count=4)
-    engine = engine_for(checkpoint, adapters)
-    engine.merged_weights.reconcile(frozenset({engine.digests["hot"]}))
-    settle(engine.merged_weights)
-    assert_equal_to_peft(engine, truths[:4])  # all its own: the dense path
-    assert {plan.merged for plan in engine.plans} == {engine.digests["hot"]}
-    assert_equal_to_peft(engine, truths)  # mixed
-    engine.merged_weights.reconcile(frozenset())
-    count = len(engine.plans)
-    assert_equal_to_peft(engine, truths[:4])  # dropped: the gathered path
-    assert {plan.merged for plan in engine.plans[count:]} == {None}
-    assert engine.adapted.refingerprint() == engine.adapted.spec.fingerprint
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> ModelEngine:
-    root = tmp_path_factory.mktemp("sets")
-    checkpoint = save_checkpoint(wide_model("llama"), root / "base")
-    adapters = {
-        name: make_adapter_for(checkpoint, root / name, seed=seed, r=4, target_modules=["q_proj"])
-        for seed, name in enumerate("abc")
-    }
-    return engine_for(checkpoint, adapters)
-
-
-def in_order(engine: ModelEngine) -> list[str]:
-    """The digests in the order in which one desired state for all is fulfilled."""
-    return sorted(engine.digests.values())
+    return small_engine(tmp_path_factory.mktemp("sets"))
 
 
 class Gate:
@@ -89,15 +38,15 @@ class Gate:
         return self.passed[-1]
 
 
-Make = Callable[..., MergedWeightsCache]
+Make = Callable[..., Sets]
 
 
 @pytest.fixture
 def make(engine: ModelEngine) -> Iterator[Make]:
-    made: list[MergedWeightsCache] = []
+    made: list[Sets] = []
 
-    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> MergedWeightsCache:
-        made.append(MergedWeightsCache(engine.adapted, load or engine.weights.__getitem__, budget, refusal))
+    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> Sets:
+        made.append(Sets(engine, load or engine.weights.__getitem__, budget, refusal))
         return made[-1]
 
     yield make
@@ -119,11 +68,15 @@ def test_states_and_books(engine: ModelEngine, make: Make) -> None:
     assert sets.ready() == {digest}
     assert sets.find(digest) is not None
     assert sets.usage() == (1, size, {"built": 1, "refused": 0})
+    assert sets.notices
     sets.reconcile(frozenset({digest}))  # again: nothing is built twice
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 0}
+    before = sets.notices
     sets.reconcile(frozenset())
     sets.reconcile(frozenset())
+    assert sets.notices == before + 1  # an idle engine must come and free it
+    settle(sets)
     assert (sets.state(digest), sets.ready(), sets.find(digest)) == (SetState(), frozenset(), None)
     assert sets.usage()[:2] == (0, 0)
 
@@ -236,28 +189,37 @@ def test_dropped_before_its_turn_it_is_not_read(engine: ModelEngine, make: Make)
     assert sets.ready() == {first}
 
 
-@pytest.mark.parametrize("where", ["load", "merge"])
-def test_desired_again_while_the_dropped_build_goes_on(
-    where: str, engine: ModelEngine, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("where", ["read", "handed over", "begun", "merged"])
+def test_desired_again_while_the_dropped_build_goes_on(where: str, engine: ModelEngine, make: Make) -> None:
     """The first build is void wherever the drop met it: one set appears, once, and its bytes are counted once."""
     size, digest = bytes_of(engine, "a"), engine.digests["a"]
-    gate = Gate(engine.weights.__getitem__ if where == "load" else merge)
-    sets = make(size, gate if where == "load" else None)
-    if where == "merge":
-        monkeypatch.setattr(merged_weights, "merge", gate)
+    gate = Gate(engine.weights.__getitem__)
+    sets = make(size, gate if where == "read" else None)
     sets.reconcile(frozenset({digest}))
-    assert gate.reached.wait(60)
+    if where == "read":
+        assert gate.reached.wait(60)
+    else:
+        sets.wait()
+    if where in ("begun", "merged"):
+        sets.take()
+        sets.merges.advance()
+        assert sets.state(digest).state == "building"
+    if where == "merged":
+        settle(sets)
+        assert sets.state(digest).state == "ready"
+    first = sets.find(digest)
     sets.reconcile(frozenset())
     assert sets.usage()[1] == 0
     sets.reconcile(frozenset({digest}))
     gate.open.set()
     settle(sets)
     assert sets.state(digest) == SetState("ready", nbytes=size)
-    assert sets.usage() == (1, size, {"built": 1, "refused": 0})
-    assert len(gate.passed) == 2
-    if where == "merge":
-        assert sets.find(digest) is gate.passed[1]
+    assert sets.usage() == (1, size, {"built": 2 if where == "merged" else 1, "refused": 0})
+    found = sets.find(digest)
+    assert found is not None
+    assert found is not first
+    assert len(sets.merges._begun) == 1
+    assert not sets.merges._orders
 
 
 def test_nothing_is_begun_after_the_close(engine: ModelEngine, make: Make) -> None:
@@ -306,24 +268,3 @@ def test_a_failed_build_is_refused_with_a_reason(
     sets.reconcile(frozenset({digest}), retry=digest)  # nothing to mend
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 1}
-
-
-def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> None:
-    """The set is gone when the runner looks for it: the slot serves as well."""
-    digest = engine.digests["a"]
-    engine.merged_weights.reconcile(frozenset({digest}))
-    settle(engine.merged_weights)
-    assert engine.merged_weights.state(digest).state == "ready"
-    prompt = prompts(2)[1]
-    ticket = engine.submit("a", prompt, 3)
-    plan = engine.scheduler.plan(0.0)
-    while not plan.chunks:
-        plan = engine.scheduler.plan(0.0)
-    assert plan.merged == digest
-    engine.merged_weights.reconcile(frozenset())
-    engine.scheduler.commit(plan, engine.runner.run(plan), 0.0)
-    engine.run()
-    again = engine.submit("a", prompt, 3)
-    engine.run()
-    assert engine.tokens(ticket) == engine.tokens(again)
-    assert len(engine.tokens(ticket)) == 3

@@ -120,7 +120,7 @@ def test_an_ill_request_cancelled_before_its_logits_harms_nobody(world: World) -
 def test_an_ill_merged_adapter_fails_alone_too(world: World) -> None:
     engine = world.engine()
     engine.merged_weights.reconcile(frozenset({engine.digests["ill"]}))
-    engine.merged_weights._builder.submit(lambda: None).result()
+    engine.settle_merges()
     ticket = engine.submit("ill", prompts(1)[0], 4)
     engine.run()
     failure = engine.events[ticket, 0][-1].failure

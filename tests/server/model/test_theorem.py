@@ -165,7 +165,7 @@ def test_merged_adapter_gives_the_same_text(world: World) -> None:
     engine = engine_of(world)
     hot = "r16-rs"
     engine.merged_weights.reconcile(frozenset({engine.digests[hot]}))
-    engine.merged_weights._builder.submit(lambda: None).result()
+    engine.settle_merges()
     assert engine.merged_weights.state(engine.digests[hot]).state == "ready"
     row = ORDER.index(hot)
     ticket = engine.submit(hot, prompt_of(row), COUNT)
