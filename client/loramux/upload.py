@@ -1,6 +1,6 @@
 """What a push sends: the files of an adapter directory, an id that a later attempt finds again, the messages.
 
-Reads files and counts bytes; knows no channel and does not judge what is in the files (see `adapter_directory`).
+Reads files and counts bytes; knows no channel and does not check what is in the files (see `adapter_directory`).
 """
 
 from __future__ import annotations
