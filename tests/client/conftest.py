@@ -19,8 +19,9 @@ def fake() -> Iterator[FakeServer]:
 
 @pytest.fixture(autouse=True)
 def no_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands against an address where nobody is fail at once."""
-    monkeypatch.setattr("loramux.cli.connecting.START_SECONDS", 0.0)
+    """Commands against an address where no server is fail at once."""
+    for name in ("START_SECONDS", "GENERATE_START_SECONDS"):
+        monkeypatch.setattr(f"loramux.cli.connecting.{name}", 0.0)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from loramux.cli.checks import examine
-from loramux.cli.connecting import WarmUpPatience
+from loramux.cli.connecting import StartRetryPolicy
 from loramux.cli.main import app
 from loramux.errors import ErrorDetails, Unavailable
 from loramux.terminal.failures import CommandError, ExitCode, Failure, explain
@@ -233,9 +233,9 @@ def test_commands_wait_for_a_server_that_warms_up(fake: FakeServer, tmp_path: Pa
 
 def test_patience_ends_and_is_for_warming_up_alone() -> None:
     warming = Unavailable("the server is warming up", ErrorDetails(reason="WARMING_UP"))
-    assert WarmUpPatience().pause(warming, 99, idempotent=False) == 0.5
-    assert WarmUpPatience(seconds=0.0).pause(warming, 1, idempotent=True) is None
-    assert WarmUpPatience().pause(Unavailable("x", ErrorDetails(reason="DRAINING")), 99, idempotent=True) is None
+    assert StartRetryPolicy().pause(warming, 99, idempotent=False) == 0.5
+    assert StartRetryPolicy(warm_up_seconds=0.0).pause(warming, 1, idempotent=True) is None
+    assert StartRetryPolicy().pause(Unavailable("x", ErrorDetails(reason="DRAINING")), 99, idempotent=True) is None
 
 
 def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path: Path) -> None:

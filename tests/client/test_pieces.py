@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loramux import convert
 from loramux.channel import channel_options
-from loramux.cli.connecting import WarmUpPatience
+from loramux.cli.connecting import StartRetryPolicy
 from loramux.download import Download
 from loramux.errors import (
     DeadlineExceeded,
@@ -92,7 +92,7 @@ def test_a_try_cut_by_the_deadline_tells_what_the_one_before_it_failed_of() -> N
 
 
 def test_warming_up_uses_up_no_attempt() -> None:
-    attempts = Attempts(WarmUpPatience())
+    attempts = Attempts(StartRetryPolicy())
     for _ in range(20):
         assert attempts.pause(Unavailable("x", ErrorDetails(reason="WARMING_UP")), idempotent=False) == 0.5
     assert attempts.pause(Unavailable("x"), idempotent=True) > 0

@@ -18,7 +18,7 @@ from loramux import AsyncClient, Client
 from loramux.channel import channel_options, find_proxy
 from loramux.cli import connecting
 from loramux.cli.main import app
-from loramux.errors import ClientClosed, InvalidArgument, LoramuxError, Unavailable
+from loramux.errors import ClientClosed, ErrorDetails, InvalidArgument, LoramuxError, Unavailable
 from loramux.retry import NO_RETRY
 from loramux.unreachable import explain_too_large, explain_transport
 from support.fake_service import FakeServer, serve_fake
@@ -169,18 +169,23 @@ def test_a_request_over_the_servers_size_is_an_invalid_argument(fake: FakeServer
     assert result.exit_code == 3
 
 
-def test_a_command_waits_for_a_server_that_is_about_to_listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connecting, "START_SECONDS", 30.0)
+def _free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    started = threading.Event()
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("flags", [[], ["--wait", "30"]])
+def test_generate_waits_for_a_server_that_is_about_to_listen(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    if not flags:
+        monkeypatch.setattr(connecting, "GENERATE_START_SECONDS", 30.0)
+    address = _free_address()
+    started, done = threading.Event(), threading.Event()
 
     def serve() -> None:
         started.wait()
         with serve_fake(address):
             done.wait()
 
-    done = threading.Event()
     thread = threading.Thread(target=serve)
     thread.start()
     said: list[str] = []
@@ -191,13 +196,46 @@ def test_a_command_waits_for_a_server_that_is_about_to_listen(monkeypatch: pytes
 
     monkeypatch.setattr(connecting, "say", say)
     try:
-        result = CliRunner().invoke(app, ["generate", "hi", "--address", address])
+        result = CliRunner().invoke(app, ["generate", "hi", "--address", address, *flags])
     finally:
         started.set()
         done.set()
         thread.join()
     assert (result.exit_code, result.stdout) == (0, "hi\n")
-    assert said == ["no server is listening yet; waiting up to 30 s for it"]
+    assert said == [f"no server is listening at {address} yet; waiting up to 30 s for it"]
+
+
+def test_the_wait_for_a_server_is_bounded_and_can_be_left_out() -> None:
+    address = _free_address()
+    for wait, lines in (("0", 0), ("0.6", 1)):
+        result = CliRunner().invoke(app, ["generate", "hi", "--address", address, "--wait", wait])
+        assert result.exit_code == 5
+        assert result.stderr.count("no server is listening") == lines
+        assert f"no server reachable at {address}; start one with `loramux serve`" in result.stderr
+
+
+def test_only_a_server_of_this_machine_is_waited_for_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connecting, "GENERATE_START_SECONDS", 30.0)
+    found = [connecting.generate_start_seconds(address) for address in ("127.0.0.1:1", "unix:/a", "gpu.example:1")]
+    assert found == [30.0, 30.0, 0.0]
+
+
+def test_the_warm_up_is_waited_for_from_when_the_server_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(connecting.time, "monotonic", lambda: now[0])
+    policy = connecting.StartRetryPolicy(warm_up_seconds=60.0, start_seconds=30.0)
+    absent = Unavailable("x", ErrorDetails(metadata={"transport": "Connection refused"}))
+    warming = Unavailable("x", ErrorDetails(reason="WARMING_UP"))
+    assert policy.pause(absent, 1, idempotent=False) == 0.5
+    now[0] = 29.9
+    assert policy.pause(absent, 2, idempotent=False) == pytest.approx(0.1)
+    now[0] = 80.0
+    assert policy.pause(absent, 3, idempotent=False) is None
+    assert policy.pause(warming, 1, idempotent=False) == 0.5
+    now[0] = 139.0
+    assert policy.pause(warming, 2, idempotent=False) == 0.5
+    now[0] = 140.0
+    assert policy.pause(warming, 3, idempotent=False) is None
 
 
 @pytest.mark.parametrize(

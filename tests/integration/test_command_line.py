@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from loramux.cli.main import app
-from loramux.local_server import LocalServer
+from loramux.local_server import LocalServer, free_ports
 from loramux.terminal.failures import ExitCode
 from loramux_adapters.embedded.tiny import tiny_path
 
@@ -146,3 +146,25 @@ def test_a_terminated_bench_leaves_no_process_and_no_file(tmp_path: Path) -> Non
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
     assert not list(tmp_path.glob("loramux-bench-*"))
+
+
+def test_generate_may_be_started_before_its_server_listens(tmp_path: Path) -> None:
+    """As in `loramux serve & loramux generate "..."`, the worst way round."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    loramux = [sys.executable, "-m", "loramux.cli.main"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
+    ask = [*loramux, "generate", "--chat", "green river", "-t", "0", "-m", "16", "-a", address, "--wait", "240"]
+    serve = [*loramux, "serve", f"--listen={address}", "--metrics-listen=none", f"--data-dir={tmp_path}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
+    with subprocess.Popen(ask, **pipes) as asking:
+        try:
+            assert asking.stderr.readline() == f"no server is listening at {address} yet; waiting up to 240 s for it\n"
+            with subprocess.Popen(serve, stdout=subprocess.DEVNULL, env=environ) as serving:
+                try:
+                    text, _ = asking.communicate(timeout=240)
+                finally:
+                    serving.terminate()
+        finally:
+            asking.kill()
+    assert asking.returncode == 0
+    assert text.startswith("You wrote:")

@@ -72,10 +72,18 @@ def command(
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for the whole answer, repeats and warm-up included.")
     ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="30, or 0 for another machine's",
+            help="Seconds to wait for a server that does not listen yet; 0 does not wait.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON, once it is complete.")] = False,
 ) -> None:
     """Generate text on the base or with an adapter, streaming it to the terminal."""
-    from loramux.cli.connecting import connect
+    from loramux.cli.connecting import connect, generate_start_seconds
 
     text = _read_prompt(prompt)
     given = {
@@ -89,7 +97,7 @@ def command(
     if chat or system is not None:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-    with connect(address) as client:
+    with connect(address, generate_start_seconds(address) if wait is None else wait) as client:
         plain = None if messages else text
         if not as_json and (n is None or n == 1):
             aborted = _stream(client, plain, messages, adapter, timeout, options)
