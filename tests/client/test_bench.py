@@ -27,7 +27,8 @@ from loramux.bench.stats import Sample, Trace, percentile, sample, summarize
 from loramux.bench.workload import AdapterPlan, Scenario, WorkloadInvalid, parse_workload, read_workload, shipped
 from loramux.machine import describe
 from loramux_adapters.kernels.native_low_rank import find_native
-from loramux_adapters.kernels.protocol import Segment
+from loramux_adapters.kernels.protocol import LowRankPools, SlotSegment
+from loramux_adapters.parts.rank_rows import RankRows
 
 TEXT = """
 name = "t"
@@ -327,12 +328,14 @@ def test_shares_are_of_the_whole_step() -> None:
 def test_compiled_kernels_are_marked_while_it_is_asked_for() -> None:
     kernels = find_native()
     assert kernels is not None
-    plan = kernels.plan([Segment(0, 2, 0, 8)], torch.zeros(2, dtype=torch.int32), torch.zeros(8, dtype=torch.int32))
+    prepared = kernels.prepare(2, [SlotSegment(0, 2, 0)], torch.device("cpu"))
+    rank_rows = RankRows({0: (0, 8)}, 8, torch.device("cpu"))
 
     def run() -> Any:
         a, b = torch.zeros(1, 8, 16), [torch.zeros(8, 4)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            kernels.add_low_rank(torch.zeros(2, 4), torch.zeros(2, 16), a, b, [(0, 4)], [plan])
+            pools = LowRankPools(a, b, [(0, 4)], [rank_rows])
+            kernels.add(torch.zeros(2, 4), torch.zeros(2, 16), pools, prepared)
         return profiler.key_averages()
 
     with marked_kernels():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from loramux_adapters.kernels import invariant
-from loramux_adapters.kernels.protocol import Segment
+from loramux_adapters.kernels.protocol import LowRankPools, SlotSegment
 from loramux_adapters.kernels.reference import ReferenceKernels
+from loramux_adapters.parts.rank_rows import RankRows
 
 SHAPES = ((128, 192), (384, 128), (256, 1), (8, 320), (768, 2304))
 COUNTS = (1, 2, 7, 8, 31, 32, 33, 70)
@@ -35,19 +36,16 @@ def check_reference(dtype: torch.dtype) -> None:
     a, b = torch.randn(1, 48, 256, generator=generator).to(dtype), torch.randn(48, 192, generator=generator).to(dtype)
     x = torch.randn(50, 256, generator=generator).to(dtype)
     y = torch.randn(50, 192, generator=generator).to(dtype)
-    kernels, row_slots = ReferenceKernels(), torch.arange(48, dtype=torch.int32) // 16
-    token_slots = torch.tensor([0] * 11 + [1] * 30 + [2] * 9, dtype=torch.int32)
+    kernels, cpu = ReferenceKernels(), torch.device("cpu")
+    pools = LowRankPools(a, [b], [(0, 192)], [RankRows({0: (0, 16), 1: (16, 16), 2: (32, 16)}, 48, cpu)])
+    segments = [SlotSegment(0, 11, 0), SlotSegment(11, 41, 1), SlotSegment(41, 50, 2)]
     together = y.clone()
-    plan = kernels.plan(
-        [Segment(0, 11, 0, 16), Segment(11, 41, 16, 16), Segment(41, 50, 32, 16)], token_slots, row_slots
-    )
-    kernels.add_low_rank(together, x, a, [b], [(0, 192)], [plan])
-    for row in range(50):
-        slot = int(token_slots[row])
-        alone = y[row : row + 1].clone()
-        plan = kernels.plan([Segment(0, 1, slot * 16, 16)], token_slots[row : row + 1], row_slots)
-        kernels.add_low_rank(alone, x[row : row + 1], a, [b], [(0, 192)], [plan])
-        assert torch.equal(alone[0], together[row]), row
+    kernels.add(together, x, pools, kernels.prepare(50, segments, cpu))
+    for start, stop, slot in segments:
+        for row in range(start, stop):
+            alone = y[row : row + 1].clone()
+            kernels.add(alone, x[row : row + 1], pools, kernels.prepare(1, [SlotSegment(0, 1, slot)], cpu))
+            assert torch.equal(alone[0], together[row]), row
 
 
 def main() -> None:

@@ -13,11 +13,9 @@ from typing import NamedTuple
 import torch
 
 from loramux_adapters.frozen import DenseLinear
-from loramux_adapters.kernels.protocol import Kernels, RankPlan, Segment
+from loramux_adapters.kernels.protocol import Kernels, LowRankPools, SlotSegment
 from loramux_adapters.parts.part import Kind
-from loramux_adapters.parts.rank_rows import RankRows
 from loramux_adapters.parts.registry import KINDS
-from loramux_adapters.parts.site import SlotSegment
 
 ALL_KINDS = frozenset(KINDS)
 
@@ -41,8 +39,7 @@ class RowMap:
         self.count = len(slots)
         self.segments = segments_of(slots)
         self._kernels = kernels
-        self._token_slots = torch.tensor(slots, dtype=torch.int32, device=device) if self.segments else None
-        self._plans: dict[RankRows, RankPlan | None] = {}
+        self._prepared = kernels.prepare(self.count, self.segments, device) if self.segments else None
         acting: Set[Kind] = frozenset()
         for segment in self.segments:
             acting = acting | (ALL_KINDS if kinds_of is None else kinds_of.get(segment.slot, frozenset()))
@@ -50,35 +47,10 @@ class RowMap:
         self.input_kinds = tuple(kind for kind in self.kinds if kind.changes_input)
         self.changes_inputs = bool(self.input_kinds)
 
-    def plan(self, rank_rows: RankRows) -> RankPlan | None:
-        """The step's plan for modules of these rank rows; None when no row has any there."""
-        if rank_rows not in self._plans:
-            self._plans[rank_rows] = self._make_plan(rank_rows)
-        return self._plans[rank_rows]
-
-    def add_low_rank(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        columns: Sequence[tuple[int, int]],
-        rank_rows: Sequence[RankRows | None],
-    ) -> None:
+    def add_low_rank(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools) -> None:
         """See `StepRows.add_low_rank`."""
-        plans = [None if rows is None else self.plan(rows) for rows in rank_rows]
-        if any(plan is not None for plan in plans):
-            self._kernels.add_low_rank(y, x, a, b, columns, plans)
-
-    def _make_plan(self, rank_rows: RankRows) -> RankPlan | None:
-        used = [
-            Segment(segment.start, segment.stop, *rank_rows.ranges[segment.slot])
-            for segment in self.segments
-            if segment.slot in rank_rows.ranges
-        ]
-        if not used or self._token_slots is None:
-            return None
-        return self._kernels.plan(used, self._token_slots, rank_rows.row_slots)
+        if self.segments:
+            self._kernels.add(y, x, pools, self._prepared)
 
 
 def segments_of(slots: Sequence[int]) -> tuple[SlotSegment, ...]:

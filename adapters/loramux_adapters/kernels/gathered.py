@@ -2,59 +2,90 @@
 
 Few rows and many adapters (decode): one product against all rank rows in use, the foreign ones dropped, one product
 back. Many rows per adapter (prefill): one pair of products per segment at its true rank. The cheaper way is chosen
-once per step and layout. Products accumulate in float32 inside the library; shrunk values are in the compute dtype.
+once per step and content of rank rows. Products accumulate in float32 inside the library; shrunk values are in the
+compute dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.kernels.protocol import RankPlan, Segment
+from loramux_adapters.kernels.prepared import PreparedStep, Segment
+from loramux_adapters.kernels.protocol import LowRankPools, RankRowsOfSlots, SlotSegment
 
 SEGMENT_COST = 4000
 """What walking one segment costs beyond its arithmetic, in tokens x rank rows of a product against the whole pool:
 about 15 us on 2 cores with AMX, in which a pool product does some 4000 of them at in + out = 2000."""
 
 
+@dataclass(frozen=True, eq=False)
+class GatheredPlan:
+    """Tokens before `first` have no adapter. Where `drop` is None the segments are walked one by one; otherwise the
+    products run over the rank rows [low, high) at once and `drop` [T - first, high - low] is True where a rank row is
+    not the token's own.
+    """
+
+    segments: tuple[Segment, ...]
+    first: int = 0
+    low: int = 0
+    high: int = 0
+    drop: torch.Tensor | None = None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """One map: y [T, out], x [T, in], a [C, in], b [C, out]."""
+        if self.drop is not None:
+            # One product per map, not one for all siblings: a batched product and its transposed result cost a third
+            # more at 16 rows and 16 adapters (11.6 against 8.6 ms a step of the 125M shape on one core).
+            shrunk = x[self.first :] @ a[self.low : self.high].T
+            shrunk.masked_fill_(self.drop, 0)  # selects: a NaN in a foreign rank row stays there
+            y[self.first :].addmm_(shrunk, b[self.low : self.high])
+            return
+        for start, stop, row, rows in self.segments:
+            y[start:stop].addmm_(x[start:stop] @ a[row : row + rows].T, b[row : row + rows])
+
+
+Planner = Callable[[tuple[Segment, ...], RankRowsOfSlots], GatheredPlan]
+
+
+def planner(rows: int, segments: Sequence[SlotSegment], device: torch.device) -> Planner:
+    """Chooses the way of a step: compares tokens x rank rows of both."""
+    token_slots: list[torch.Tensor] = []
+
+    def plan(used: tuple[Segment, ...], rank_rows: RankRowsOfSlots) -> GatheredPlan:
+        first = used[0].start
+        low = min(segment.row for segment in used)
+        high = max(segment.row + segment.rows for segment in used)
+        walked = sum((segment.stop - segment.start) * segment.rows + SEGMENT_COST for segment in used)
+        if walked < (rows - first) * (high - low):
+            return GatheredPlan(used)
+        if not token_slots:
+            token_slots.append(_slots_of(rows, segments).to(device))
+        drop = token_slots[0][first:, None] != rank_rows.row_slots[None, low:high]
+        return GatheredPlan(used, first, low, high, drop)
+
+    return plan
+
+
 class GatheredKernels:
     """The default on every device without kernels of its own."""
 
-    def plan(self, segments: Sequence[Segment], token_slots: torch.Tensor, row_slots: torch.Tensor) -> RankPlan:
-        """Compares tokens x rank rows of both ways."""
-        first = segments[0].start
-        low = min(segment.row for segment in segments)
-        high = max(segment.row + segment.rows for segment in segments)
-        walked = sum((segment.stop - segment.start) * segment.rows + SEGMENT_COST for segment in segments)
-        drop = None
-        if walked >= (token_slots.shape[0] - first) * (high - low):
-            drop = token_slots[first:, None] != row_slots[None, low:high]
-        return RankPlan(tuple(segments), first, low, high, drop)
+    def prepare(self, rows: int, segments: Sequence[SlotSegment], device: torch.device) -> PreparedStep[GatheredPlan]:
+        """See `Kernels.prepare`."""
+        return PreparedStep(rows, segments, planner(rows, segments, device))
 
-    def add_low_rank(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        columns: Sequence[tuple[int, int]],
-        plans: Sequence[RankPlan | None],
-    ) -> None:
-        """See `Kernels.add_low_rank`."""
-        for member, plan in enumerate(plans):
+    def add(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools, prepared: PreparedStep[GatheredPlan]) -> None:
+        """See `Kernels.add`."""
+        for member, plan in enumerate(prepared.plans(y, x, pools)):
             if plan is not None:
-                _add_one(y[:, slice(*columns[member])], x, a[member], b[member], plan)
+                plan.add(y[:, slice(*pools.columns[member])], x, pools.a[member], pools.b[member])
 
 
-def _add_one(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: RankPlan) -> None:
-    """One map: y [T, out], x [T, in], a [C, in], b [C, out]."""
-    if plan.drop is not None:
-        # One product per map, not one for all siblings: a batched product and its transposed result cost a third more
-        # at 16 rows and 16 adapters (11.6 against 8.6 ms a step of the 125M shape on one core).
-        shrunk = x[plan.first :] @ a[plan.low : plan.high].T
-        shrunk.masked_fill_(plan.drop, 0)  # selects: a NaN in a foreign rank row stays there
-        y[plan.first :].addmm_(shrunk, b[plan.low : plan.high])
-        return
-    for start, stop, row, rows in plan.segments:
-        y[start:stop].addmm_(x[start:stop] @ a[row : row + rows].T, b[row : row + rows])
+def _slots_of(rows: int, segments: Sequence[SlotSegment]) -> torch.Tensor:
+    """[rows] int32: the slot of each row, -1 where it has none."""
+    slots = torch.full((rows,), -1, dtype=torch.int32)
+    for start, stop, slot in segments:
+        slots[start:stop] = slot
+    return slots

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.kernels.gathered import GatheredPlan, planner
 from loramux_adapters.kernels.native_build import find_library
-from loramux_adapters.kernels.protocol import RankPlan, Segment
+from loramux_adapters.kernels.prepared import PreparedStep, Segment
+from loramux_adapters.kernels.protocol import LowRankPools, RankRowsOfSlots, SlotSegment
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -45,11 +46,12 @@ class _Map(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class NativePlan(RankPlan):
-    """`segments` are those left to the library; the native ones are ready for the call."""
+class NativePlan:
+    """Segments ready for the native call, and those left to the library."""
 
-    native: Any = None  # ctypes array of _Segment
-    count: int = 0
+    native: Any  # ctypes array of _Segment, None where there is none
+    count: int
+    rest: GatheredPlan | None
 
 
 class NativeKernels:
@@ -61,48 +63,43 @@ class NativeKernels:
         self._calls = {torch.bfloat16: library.loramux_low_rank_bf16, torch.float32: library.loramux_low_rank_f32}
         for call in self._calls.values():
             call.argtypes, call.restype = arguments, ctypes.c_int
-        self._products = GatheredKernels()
 
-    def plan(self, segments: Sequence[Segment], token_slots: torch.Tensor, row_slots: torch.Tensor) -> RankPlan:
+    def prepare(self, rows: int, segments: Sequence[SlotSegment], device: torch.device) -> PreparedStep[NativePlan]:
         """Natively but for long segments of high rank, which go to matrix products."""
-        native: list[Segment] = []
-        left: list[Segment] = []
-        for segment in segments:
-            walked = segment.rows <= NATIVE_ROWS or segment.stop - segment.start <= FEW_TOKENS
-            (native if walked else left).append(segment)
-        if not native:
-            return self._products.plan(segments, token_slots, row_slots)
-        return NativePlan(
-            segments=tuple(left),
-            first=segments[0].start,
-            low=0,
-            high=0,
-            drop=None,
-            native=(_Segment * len(native))(*[_Segment(*segment) for segment in native]),
-            count=len(native),
-        )
+        plan_products = planner(rows, segments, device)
 
-    def add_low_rank(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        columns: Sequence[tuple[int, int]],
-        plans: Sequence[RankPlan | None],
-    ) -> None:
-        """See `Kernels.add_low_rank`."""
-        native = [(member, plan) for member, plan in enumerate(plans) if isinstance(plan, NativePlan)]
-        if native:
+        def make(used: tuple[Segment, ...], rank_rows: RankRowsOfSlots) -> NativePlan:
+            native: list[Segment] = []
+            left: list[Segment] = []
+            for segment in used:
+                walked = segment.rows <= NATIVE_ROWS or segment.stop - segment.start <= FEW_TOKENS
+                (native if walked else left).append(segment)
+            if not native:
+                return NativePlan(None, 0, plan_products(used, rank_rows))
+            array = (_Segment * len(native))(*[_Segment(*segment) for segment in native])
+            return NativePlan(array, len(native), GatheredPlan(tuple(left)) if left else None)
+
+        return PreparedStep(rows, segments, make)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools, prepared: PreparedStep[NativePlan]) -> None:
+        """See `Kernels.add`. Raises MemoryError when there is no scratch memory."""
+        maps = []
+        for member, plan in enumerate(prepared.plans(y, x, pools)):
+            if plan is None:
+                continue
+            a, b, columns = pools.a[member], pools.b[member], pools.columns[member]
+            if plan.count:
+                maps.append(_map(y, a, b, columns[0], plan))
+            if plan.rest is not None:
+                plan.rest.add(y[:, slice(*columns)], x, a, b)
+        if maps:
             rows = x if x.stride(1) == 1 else x.contiguous()
-            maps = (_Map * len(native))(*[_map(y, a[m], b[m], columns[m][0], plan) for m, plan in native])
             failed = self._calls[x.dtype](
-                maps, len(native), rows.data_ptr(), rows.stride(0), x.shape[1], y.stride(0), torch.get_num_threads()
-            )
+                (_Map * len(maps))(*maps), len(maps), rows.data_ptr(), rows.stride(0), x.shape[1], y.stride(0),
+                torch.get_num_threads(),
+            )  # fmt: skip
             if failed:
                 raise MemoryError("no memory for the shrunk rows of a step")
-        if len(native) < len(plans) or any(plan is not None and plan.segments for plan in plans):
-            self._products.add_low_rank(y, x, a, b, columns, plans)
 
 
 def _map(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, column: int, plan: NativePlan) -> _Map:

@@ -10,31 +10,26 @@ from collections.abc import Sequence
 import torch
 
 from loramux_adapters.kernels import invariant
-from loramux_adapters.kernels.protocol import RankPlan, Segment
+from loramux_adapters.kernels.prepared import PreparedStep, Segment
+from loramux_adapters.kernels.protocol import LowRankPools, SlotSegment
 
 
 class ReferenceKernels:
     """Walks the segments; cost grows with the number of adapters in the step."""
 
-    def plan(self, segments: Sequence[Segment], token_slots: torch.Tensor, row_slots: torch.Tensor) -> RankPlan:
-        """Always segment by segment."""
-        return RankPlan(tuple(segments), segments[0].start, 0, 0, None)
+    def prepare(
+        self, rows: int, segments: Sequence[SlotSegment], device: torch.device
+    ) -> PreparedStep[tuple[Segment, ...]]:
+        """Segments as they are."""
+        return PreparedStep(rows, segments, lambda used, _: used)
 
-    def add_low_rank(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        columns: Sequence[tuple[int, int]],
-        plans: Sequence[RankPlan | None],
+    def add(
+        self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools, prepared: PreparedStep[tuple[Segment, ...]]
     ) -> None:
-        """See `Kernels.add_low_rank`."""
-        for member, plan in enumerate(plans):
-            if plan is None:
-                continue
-            begin, end = columns[member]
-            for start, stop, row, rows in plan.segments:
-                shrunk = invariant.linear(x[start:stop].float(), a[member, row : row + rows].float())
-                delta = invariant.linear(shrunk, b[member][row : row + rows].float().T)
+        """See `Kernels.add`."""
+        for member, segments in enumerate(prepared.plans(y, x, pools)):
+            begin, end = pools.columns[member]
+            for start, stop, row, rows in segments or ():
+                shrunk = invariant.linear(x[start:stop].float(), pools.a[member, row : row + rows].float())
+                delta = invariant.linear(shrunk, pools.b[member][row : row + rows].float().T)
                 y[start:stop, begin:end] = (y[start:stop, begin:end].float() + delta).to(y.dtype)

@@ -7,11 +7,12 @@ are gathered by token id.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from loramux_adapters.kernels import invariant
+from loramux_adapters.kernels.protocol import LowRankPools
 from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
 from loramux_adapters.parts.site import Site, StepRows
 
@@ -38,6 +39,7 @@ class PooledLowRank(SiteParts[LowRank]):
         self.a = torch.zeros(len(site.members), capacity, site.in_features, dtype=dtype, device=device)
         self.b = [torch.zeros(capacity, end - begin, dtype=dtype, device=device) for begin, end in site.columns]
         self.rank_rows = [site.rank_rows.empty for _ in site.members]
+        self._pools = LowRankPools(self.a, self.b, site.columns, self.rank_rows)
         self._written: dict[int, dict[int, tuple[int, int]]] = {}  # slot -> member -> its rank rows
 
     def cost(self, part: LowRank) -> PartCost:
@@ -81,13 +83,12 @@ class PooledLowRank(SiteParts[LowRank]):
 
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """One gathered product for all members that read the same input."""
-        columns = self.site.columns
         if not step.changes_inputs:
-            step.add_low_rank(y, inputs[0], self.a, self.b, columns, self.rank_rows)
+            step.add_low_rank(y, inputs[0], self._pools)
             return
         for member, x in enumerate(inputs):
             alone = [rows if index == member else None for index, rows in enumerate(self.rank_rows)]
-            step.add_low_rank(y, x, self.a, self.b, columns, alone)
+            step.add_low_rank(y, x, replace(self._pools, rank_rows=alone))
 
 
 class GatheredLowRank(SiteParts[LowRank]):

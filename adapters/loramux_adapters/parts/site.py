@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from loramux_adapters.parts.rank_rows import RankRows, RankRowsTable
+from loramux_adapters.kernels.protocol import LowRankPools, SlotSegment
+from loramux_adapters.parts.rank_rows import RankRowsTable
 
 SiteKind = Literal["linear", "embedding", "norm"]
 
@@ -33,14 +34,6 @@ class Site:
         return None if self.bias is None else self.bias[begin:end]
 
 
-class SlotSegment(NamedTuple):
-    """Rows [start, stop) belong to `slot`."""
-
-    start: int
-    stop: int
-    slot: int
-
-
 class StepRows(Protocol):
     """The rows of a step that one site sees."""
 
@@ -54,14 +47,6 @@ class StepRows(Protocol):
         """Whether members of a site may read inputs of their own in this step."""
         ...
 
-    def add_low_rank(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        columns: Sequence[tuple[int, int]],
-        rank_rows: Sequence[RankRows | None],
-    ) -> None:
-        """y[:, columns[m]] += (x @ a[m].T) @ b[m], restricted to each row's own rank rows; None: not that member."""
+    def add_low_rank(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools) -> None:
+        """See `Kernels.add`."""
         ...

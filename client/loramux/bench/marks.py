@@ -13,6 +13,7 @@ import torch
 
 from loramux_adapters.kernels.native_linear import NativeLinear
 from loramux_adapters.kernels.native_low_rank import NativeKernels
+from loramux_adapters.kernels.protocol import LowRankPools
 from loramux_server.model.native_decode import NativeDecode
 
 PREFIX = "loramux::"
@@ -21,7 +22,7 @@ PREFIX = "loramux::"
 _KERNELS: tuple[tuple[type, str, str, tuple[int, ...]], ...] = (
     (NativeLinear, "nf4", "nf4_product", (0, 1)),
     (NativeLinear, "dense", "dense_product", (0, 1)),
-    (NativeKernels, "add_low_rank", "low_rank", (1, 2)),
+    (NativeKernels, "add", "low_rank", (1, 2)),
     (NativeDecode, "__call__", "decode_attention", (2,)),
 )
 
@@ -47,8 +48,12 @@ def split_mark(key: str) -> tuple[str, str]:
 
 def _marked(kernel: Callable[..., Any], name: str, shown: tuple[int, ...]) -> Callable[..., Any]:
     def marked(self: Any, *arguments: Any) -> Any:
-        shapes = " ".join(str(list(arguments[place].shape)) for place in shown)
+        shapes = " ".join(str(list(_tensor_of(arguments[place]).shape)) for place in shown)
         with torch.profiler.record_function(f"{PREFIX}{name} {shapes}"):
             return kernel(self, *arguments)
 
     return marked
+
+
+def _tensor_of(argument: torch.Tensor | LowRankPools) -> torch.Tensor:
+    return argument.a if isinstance(argument, LowRankPools) else argument

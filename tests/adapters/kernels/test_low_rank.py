@@ -12,9 +12,9 @@ import torch
 
 from loramux_adapters.apply.batch import segments_of
 from loramux_adapters.kernels import gathered
-from loramux_adapters.kernels.gathered import GatheredKernels
+from loramux_adapters.kernels.gathered import GatheredKernels, GatheredPlan
 from loramux_adapters.kernels.native_low_rank import NativeKernels, find_native
-from loramux_adapters.kernels.protocol import Kernels, RankPlan, Segment
+from loramux_adapters.kernels.protocol import Kernels, LowRankPools, SlotSegment
 from loramux_adapters.kernels.reference import ReferenceKernels
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.parts.rank_rows import RankRows
@@ -87,17 +87,17 @@ class Case:
 
     def run(self, kernels: Kernels, force: str | None = None) -> torch.Tensor:
         """What `kernels` make of it; `force` overrides the choice between one product and segments."""
-        token_slots = torch.tensor(self.slots, dtype=torch.int32)
-        plans: dict[RankRows, RankPlan | None] = {}
         cost = {None: gathered.SEGMENT_COST, "one product": 1 << 40, "segments": -(1 << 40)}[force]
-        for layout in self.layouts:
-            used = [Segment(s.start, s.stop, *layout.ranges[s.slot]) for s in segments_of(self.slots)
-                    if s.slot in layout.ranges]  # fmt: skip
-            with patch.object(gathered, "SEGMENT_COST", cost):
-                plans[layout] = kernels.plan(used, token_slots, layout.row_slots) if used else None
         y = self.y.clone()
-        kernels.add_low_rank(y, self.x, self.a, self.b, self.columns, [plans[layout] for layout in self.layouts])
+        segments = segments_of(self.slots)
+        if segments:
+            with patch.object(gathered, "SEGMENT_COST", cost):
+                kernels.add(y, self.x, self.pools, kernels.prepare(len(self.slots), segments, CPU))
         return y
+
+    @property
+    def pools(self) -> LowRankPools:
+        return LowRankPools(self.a, self.b, self.columns, self.layouts)
 
 
 def _layout(present: Sequence[int], rank: int, draw: random.Random, skip: float) -> RankRows:
@@ -185,6 +185,27 @@ def test_huge_values_overflow_only_for_their_own_rows() -> None:
     assert not actual[1].isfinite().all()
 
 
+@pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernels(), find_native()], ids=["a", "b", "c"])
+def test_what_was_prepared_for_other_rows_or_pools_is_refused(kernels: Kernels | None) -> None:
+    """Or rows would get another's delta, or none, or a native kernel would leave its memory."""
+    if kernels is None:
+        pytest.skip("this machine has no C compiler")
+    case = Case.make([-1, 0, 1, 1], 8, torch.float32)
+    prepared = kernels.prepare(4, segments_of(case.slots), CPU)
+    for rows in (3, 5):
+        with pytest.raises(ValueError, match="in a step of 4"):
+            kernels.add(case.y.repeat(2, 1)[:rows], case.x.repeat(2, 1)[:rows], case.pools, prepared)
+        with pytest.raises(ValueError, match="in a step of 4"):
+            kernels.add(case.y.repeat(2, 1)[:rows], case.x, case.pools, prepared)
+    longer = kernels.prepare(4, [SlotSegment(1, 5, 0)], CPU)
+    with pytest.raises(ValueError, match="leaves the step"):
+        kernels.add(case.y, case.x, case.pools, longer)
+    first, count = case.layouts[0].ranges[1]
+    small = LowRankPools(case.a[:, : first + count - 1], case.b, case.columns, case.layouts)
+    with pytest.raises(ValueError, match="rank rows of the pool"):
+        kernels.add(case.y, case.x, small, kernels.prepare(4, segments_of(case.slots), CPU))
+
+
 def test_nothing_to_do_changes_nothing() -> None:
     case = Case.make([-1, -1, -1], 8, torch.float32)
     for kernels in (GatheredKernels(), ReferenceKernels()):
@@ -192,10 +213,12 @@ def test_nothing_to_do_changes_nothing() -> None:
 
 
 def test_the_cheaper_way_is_chosen() -> None:
-    def chosen(slots: list[int], rank: int) -> RankPlan:
+    def chosen(slots: list[int], rank: int) -> GatheredPlan:
         case = Case.make(slots, rank, torch.float32)
-        segments = [Segment(s.start, s.stop, *case.layouts[0].ranges[s.slot]) for s in segments_of(slots)]
-        return GatheredKernels().plan(segments, torch.tensor(slots, dtype=torch.int32), case.layouts[0].row_slots)
+        prepared = GatheredKernels().prepare(len(slots), segments_of(slots), CPU)
+        plan = prepared.plans(case.y, case.x, case.pools)[0]
+        assert plan is not None
+        return plan
 
     assert chosen(list(range(16)), 8).drop is not None  # decode: one row each
     assert chosen([0] * 2000 + [1] * 2000 + [2] * 2000, 64).drop is None  # prefill: many rows each

@@ -10,10 +10,12 @@ import pytest
 import torch
 from adapters.kernels.test_low_rank import POPULARITIES, Case, assert_close, slots_of
 
+from loramux_adapters.apply.batch import segments_of
 from loramux_adapters.kernels import native_build
 from loramux_adapters.kernels.native_build import BuildFailed, build, find_library
 from loramux_adapters.kernels.native_low_rank import SOURCE, NativeKernels, NativePlan, find_native
-from loramux_adapters.kernels.protocol import Segment
+from loramux_adapters.kernels.prepared import Segment
+from loramux_adapters.parts.rank_rows import RankRows
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="this machine has no C compiler")
 
@@ -83,10 +85,13 @@ def test_rows_that_are_not_contiguous() -> None:
 @needs_compiler
 @pytest.mark.parametrize(("tokens", "rank", "walked"), [(1, 200, True), (100, 8, True), (100, 200, False)])
 def test_long_segments_of_high_rank_are_left_to_the_library(tokens: int, rank: int, walked: bool) -> None:
-    segments = [Segment(0, 1, 0, 8), Segment(1, 1 + tokens, 8, rank)]
-    plan = kernels().plan(segments, torch.zeros(1 + tokens, dtype=torch.int32), torch.zeros(256, dtype=torch.int32))
+    case = Case.make([0] + [1] * tokens, 8, torch.float32)
+    case.layouts = [RankRows({0: (0, 8), 1: (8, rank)}, case.a.shape[1], torch.device("cpu"))] * 3
+    prepared = kernels().prepare(1 + tokens, segments_of(case.slots), torch.device("cpu"))
+    plan = prepared.plans(case.y, case.x, case.pools)[0]
     assert isinstance(plan, NativePlan)
-    assert (plan.count, plan.segments) == ((2, ()) if walked else (1, (segments[1],)))
+    left = () if plan.rest is None else plan.rest.segments
+    assert (plan.count, left) == ((2, ()) if walked else (1, (Segment(1, 1 + tokens, 8, rank),)))
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

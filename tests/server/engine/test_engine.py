@@ -44,8 +44,9 @@ async def test_an_idle_engine_does_what_waits_and_sleeps_again(what: str):
     async with running() as server:
         await read(server.client.submit(submission()))
         seen = len(server.runner.plans)
-        while len(server.watch.steps) < seen:  # a step is reported after its tokens are out
-            await asyncio.sleep(0.005)
+        for _ in range(1000):  # a step is reported after its tokens are out
+            if len(server.watch.steps) < seen:
+                await asyncio.sleep(0.005)
         done = threading.Event()
         if what == "commands":
             server.pool.take_bindings = lambda: ((3,), ()) if not done.is_set() else ((), ())  # type: ignore[method-assign]
