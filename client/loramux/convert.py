@@ -245,7 +245,7 @@ def _residency(message: adapters_pb2.Residency) -> types.Residency:
 
 def file_progress(response: adapters_pb2.QueryUploadResponse) -> tuple[types.FileProgress, ...]:
     """The typed answer of QueryUpload."""
-    return tuple(types.FileProgress(f.file, f.committed, f.size) for f in response.files)
+    return tuple(types.FileProgress(f.file, f.received, f.size) for f in response.files)
 
 
 def _word(enum: Any, value: int, prefix: str) -> str:

@@ -234,7 +234,7 @@ class FileProgress:
     """How much of one file of an upload the server holds durably."""
 
     file: str
-    committed: int
+    received: int
     size: int
 
 

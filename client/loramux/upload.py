@@ -80,7 +80,7 @@ def _upload_id(name: str, files: tuple[FileEntry, ...], labels: Mapping[str, str
 def held_bytes(bundle: Bundle, progress: tuple[FileProgress, ...]) -> dict[str, int]:
     """Bytes per file that the server holds from an earlier attempt."""
     names = {entry.file for entry in bundle.files}
-    return {entry.file: entry.committed for entry in progress if entry.file in names}
+    return {entry.file: entry.received for entry in progress if entry.file in names}
 
 
 def messages(
