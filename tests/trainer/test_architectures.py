@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from loramux_adapters.apply.trainable import attach
-from loramux_adapters.base import load_base
+from loramux_adapters.base.load import load_base
 from loramux_adapters.guard.examine import examine
 from loramux_trainer.batches import collate
 from loramux_trainer.errors import JobInvalid

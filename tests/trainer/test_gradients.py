@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
-from loramux_adapters.base import LoadedBase
-from loramux_adapters.bnb import Linear4bit
+from loramux_adapters.base.bitsandbytes_compat import Linear4bit
+from loramux_adapters.base.frozen import Nf4Linear, logical_nf4
+from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.errors import AdapterIncompatible
-from loramux_adapters.frozen import Nf4Linear, logical_nf4
 from loramux_trainer.batches import Batch, collate
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.examples import IGNORE, Example

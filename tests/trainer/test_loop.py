@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
-from loramux_adapters.base import LoadedBase
+from loramux_adapters.base.load import LoadedBase
 from loramux_trainer.data import DataReport, DataSet
 from loramux_trainer.job import LoopJob
 from loramux_trainer.loop import Loop

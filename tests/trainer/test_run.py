@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from loramux_adapters.apply.trainable import attach
-from loramux_adapters.base import LoadedBase
+from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_trainer import run
 from loramux_trainer.checkpoints import list_checkpoints, read_checkpoint

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loramux_adapters.apply.trainable import attach
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
+from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.guard.examine import examine

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
-from loramux_adapters.base import LoadedBase
-from loramux_adapters.bnb import Linear4bit
-from loramux_adapters.fingerprint import QuantizedModule, fingerprint
-from loramux_adapters.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats
+from loramux_adapters.base.bitsandbytes_compat import Linear4bit
+from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint
+from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats
+from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.parts.site import Site, SiteKind
