@@ -1,6 +1,6 @@
 """What can be seen of a directory before it is pushed: why it holds no adapter, and whether its adapter does nothing.
 
-Looks at names and bytes; knows no tensor library and no server. The server judges what is sent.
+Looks at names and bytes; knows no tensor library and no server. The server checks what is sent.
 """
 
 from __future__ import annotations

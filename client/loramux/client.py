@@ -164,7 +164,7 @@ class Client:
                 return Pushed(adapter, response.created, sent, resumed, bundle.left_out, bundle.remark)
 
     def query_upload(self, upload_id: str) -> tuple[FileProgress, ...]:
-        """What the server durably holds of an upload that was not committed yet; NotFound when it knows none."""
+        """What the server has durably received of an upload that is not published yet; NotFound when it knows none."""
         request = adapters_pb2.QueryUploadRequest(upload_id=upload_id)
         return convert.file_progress(self._call(self._adapters.QueryUpload, request, idempotent=True))
 

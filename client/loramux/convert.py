@@ -193,7 +193,7 @@ def _finish(finish: inference_pb2.Finish) -> types.Finish:
 
 def model_info(response: inference_pb2.GetModelResponse) -> types.ModelInfo:
     """The typed answer of GetModel."""
-    names = types.Limits.__dataclass_fields__
+    names = types.ServerLimits.__dataclass_fields__
     return types.ModelInfo(
         response.model_id,
         response.architecture,
@@ -202,7 +202,7 @@ def model_info(response: inference_pb2.GetModelResponse) -> types.ModelInfo:
         response.compute_dtype,
         response.device,
         response.deterministic,
-        types.Limits(**{name: getattr(response.limits, name) for name in names}),
+        types.ServerLimits(**{name: getattr(response.limits, name) for name in names}),
         types.WeightCounts(response.weights.nf4, response.weights.unquantized, response.weights.experts),
     )
 
@@ -245,7 +245,7 @@ def _residency(message: adapters_pb2.Residency) -> types.Residency:
 
 def file_progress(response: adapters_pb2.QueryUploadResponse) -> tuple[types.FileProgress, ...]:
     """The typed answer of QueryUpload."""
-    return tuple(types.FileProgress(f.file, f.committed, f.size) for f in response.files)
+    return tuple(types.FileProgress(f.file, f.received, f.size) for f in response.files)
 
 
 def _word(enum: Any, value: int, prefix: str) -> str:

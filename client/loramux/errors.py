@@ -70,7 +70,7 @@ class InvalidArgument(LoramuxError):
 
 
 class OutOfRange(InvalidArgument):
-    """The caller must resume an upload at the committed size."""
+    """The caller must resume an upload at the bytes received."""
 
     code = "OUT_OF_RANGE"
 

@@ -1,7 +1,7 @@
-"""Python values into request fields: each judged by its own kind, and all that do not fit refused at once, by name.
+"""Python values into request fields: each checked by its own kind, and all that do not fit refused at once, by name.
 
-What a message cannot hold is refused, and what every server refuses, so that all of it is told together; what depends
-on the base and on a server's limits is the server's to judge. Knows no channel.
+What a message cannot hold is refused, and what every server refuses, so that one error names all of it; what depends
+on the base and on a server's limits is the server's to check. Knows no channel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A server of our own: started as a process on free ports, waited for, and surely ended.
 
-For the demo and the bench; whoever serves for real runs `loramux serve`.
+For the demo and the bench; to serve for real, run `loramux serve`.
 """
 
 from __future__ import annotations

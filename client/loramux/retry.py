@@ -18,7 +18,7 @@ from loramux.errors import DeadlineExceeded, LoramuxError, ResourceExhausted, Un
 class RetryPolicy:
     """Bounds: at most `attempts` calls in all; pauses double from `first` to `longest` seconds.
 
-    A RetryInfo longer than `longest` is not waited for: the caller hears of it instead.
+    A RetryInfo longer than `longest` is not waited for: the caller gets the error.
     """
 
     attempts: int = 4

@@ -153,7 +153,7 @@ class StreamPart:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """What the server accepts and holds."""
 
     context_tokens: int
@@ -191,7 +191,7 @@ class ModelInfo:
     compute_dtype: str
     device: str
     deterministic: bool
-    limits: Limits
+    limits: ServerLimits
     weights: WeightCounts
 
 
@@ -234,7 +234,7 @@ class FileProgress:
     """How much of one file of an upload the server holds durably."""
 
     file: str
-    committed: int
+    received: int
     size: int
 
 

@@ -1,6 +1,6 @@
 """What a push sends: the files of an adapter directory, an id that a later attempt finds again, the messages.
 
-Reads files and counts bytes; knows no channel and does not judge what is in the files (see `adapter_directory`).
+Reads files and counts bytes; knows no channel and does not check what is in the files (see `adapter_directory`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _upload_id(name: str, files: tuple[FileEntry, ...], labels: Mapping[str, str
 def held_bytes(bundle: Bundle, progress: tuple[FileProgress, ...]) -> dict[str, int]:
     """Bytes per file that the server holds from an earlier attempt."""
     names = {entry.file for entry in bundle.files}
-    return {entry.file: entry.committed for entry in progress if entry.file in names}
+    return {entry.file: entry.received for entry in progress if entry.file in names}
 
 
 def messages(

@@ -1,7 +1,7 @@
 """The composition root: what is started in which order, and stopped in the reverse.
 
 gRPC listens first, so that health can say NOT_SERVING while the base loads; then store, base,
-adapter pool, runner and engine (see `assembly`), one warm-up step, and the doors open.
+adapter pool, runner and engine (see `assembly`), one warm-up step, and calls are accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loramux_adapters.threads import SPINS, limit_spinning
 from loramux_server.api.adapter_service import AdapterService
 from loramux_server.api.gate import Gate, Services
 from loramux_server.api.generate import GenerateUseCase
-from loramux_server.api.grpc_server import GrpcOptions, GrpcServer
+from loramux_server.api.grpc_server import GrpcOptions, GrpcServer, Shutdown
 from loramux_server.api.inference_service import InferenceService
 from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.tokenizer_pool import TokenizerPool
@@ -59,7 +59,7 @@ def build_engine(config: ServeConfig, hooks: EngineCallbacks, lock: DirectoryLoc
 class App:
     """One server. `start`, then `serve` until a signal or the engine's death, then `stop`.
 
-    `lock` goes to `build`. `ends_process`: the process ends after that, see `GrpcOptions`.
+    `lock` goes to `build`. `ends_process`: the process ends after that, see `Shutdown`.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class App:
         self._config = config
         self._build = build
         self._lock = lock
+        self._ends_process = ends_process
         self._built: ServerRuntime | None = None
         self._exporter: Exporter | None = None
         self._stopping = asyncio.Event()
@@ -88,9 +89,6 @@ class App:
                 config.listen,
                 max_message_bytes=config.max_message_bytes,
                 stall_seconds=config.stall_seconds,
-                readiness_seconds=config.readiness_seconds,
-                drain_seconds=config.drain_seconds,
-                ends_process=ends_process,
             ),
             self._gate,
             InferenceService(self._gate, _tenant_of, generate, tokenizers),
@@ -147,13 +145,14 @@ class App:
         self._set_serving(False)
         built, self._built = self._built, None
         if built is None:
-            await self._server.kill()
-        elif self._exit_code:
-            await self._server.shut()  # the engine is dead or hangs: nothing is left to wait for
+            await self._server.shut_down(Shutdown(flush_seconds=0.0))
+        elif self._exit_code:  # the engine is dead or hangs: nothing is left to wait for
             built.services.engine.drain()
-            await self._server.stop_now()
+            await self._server.shut_down(Shutdown(keeps_port=self._ends_process))
         else:
-            await self._server.drain(lambda seconds: _end_engine(built, seconds))
+            config = self._config
+            in_order = Shutdown(config.readiness_seconds, config.drain_seconds, keeps_port=self._ends_process)
+            await self._server.shut_down(in_order, lambda seconds: _end_engine(built, seconds))
             await asyncio.to_thread(built.close)
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
@@ -189,14 +188,14 @@ class App:
         await self.stop()
 
     async def _watch(self) -> None:
-        """A step that takes longer than any step may hangs: say so, tell those who wait, and go."""
+        """A step that takes longer than any step may hangs: log it, fail what waits, and stop."""
         built = self._built
         while built is not None:
             await asyncio.sleep(_WATCH_SECONDS)
             age = time.monotonic() - built.engine.heartbeat
             if age > self._config.step_timeout_seconds:
                 _LOG.critical("a step hangs", extra={"fields": {"seconds": age}})
-                await self._server.shut()
+                await self._server.refuse_work()
                 built.services.engine.fail_all(RequestFailure("ENGINE_DEAD", "a step did not end"))
                 self.request_stop(exit_code=1)
                 return
@@ -206,7 +205,7 @@ class App:
         self.metrics.serving(serving)
 
     def _engine_died(self, error: BaseException) -> None:
-        """On the engine thread; those who wait have been told by the engine itself."""
+        """On the engine thread; the engine itself has failed its requests."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.request_stop, 1)
 
@@ -253,7 +252,7 @@ async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
 
     def on_signal(number: int) -> None:
         nonlocal signals
-        # A terminal that closes sends SIGHUP beside another signal, or twice, in any order: that hurries nobody.
+        # A terminal that closes sends SIGHUP beside another signal, or twice, in any order: no reason to hurry.
         signals += number != signal.SIGHUP
         if signals > 1:
             _LOG.warning("stopping at once", extra={"fields": {"signal": number}})
@@ -277,12 +276,12 @@ async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End here: streams are told, the store is closed. The interpreter's own end would only free memory, for over a
+    """End here: streams have ended, the store is closed. The interpreter's own end would only free memory, for over a
     second with torch in it, and would wait for a base that is still being loaded; the event loop's would stop gRPC.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads it any more
+        with suppress(OSError, ValueError):  # closed, or without a reader
             stream.flush()
     os._exit(code)
 
@@ -350,7 +349,7 @@ async def _warm_up(services: Services, seconds: float) -> None:
 
 
 async def _end_engine(built: ServerRuntime, seconds: float) -> None:
-    """Let running requests end; whatever is left after `seconds` is told ABORTED."""
+    """Let running requests end; whatever is left after `seconds` ends with ABORTED."""
     built.services.engine.drain()
     if not await asyncio.to_thread(built.engine.stop, seconds, seconds + _JOIN_SECONDS):
         _LOG.error("the engine did not end")
@@ -358,5 +357,5 @@ async def _end_engine(built: ServerRuntime, seconds: float) -> None:
 
 
 def _tenant_of(context: Any) -> str:
-    """Everyone is one tenant until callers are told apart by credentials."""
+    """All callers are one tenant until credentials distinguish them."""
     return _TENANT

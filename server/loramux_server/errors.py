@@ -183,7 +183,7 @@ class ConfigInvalid(StartError):
 
 @dataclass(frozen=True)
 class StatusMapping:
-    """How an error is told: gRPC code, HTTP status, stable reason for programs."""
+    """How an error is answered: gRPC code, HTTP status, stable reason for programs."""
 
     code: Code
     http: int

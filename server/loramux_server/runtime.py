@@ -1,4 +1,4 @@
-"""What the composition root gets from whoever assembles a server's inside, and what it gives them.
+"""What the composition root gives to what assembles a server's runtime, and what it gets back.
 
 Torch-free: `app` knows these, `assembly` makes the real ones, tests make others.
 """

@@ -212,7 +212,7 @@ def test_a_push_given_up_is_resumed_by_the_next_one(fake: FakeServer, adapter_di
         impatient.push(adapter_dir, "bot")
     with Client(fake.address) as client:
         [upload_id] = fake.state.uploads
-        assert {entry.file: entry.committed > 0 for entry in client.query_upload(upload_id)} == {
+        assert {entry.file: entry.received > 0 for entry in client.query_upload(upload_id)} == {
             "adapter_config.json": True,
             "adapter_model.safetensors": True,
         }

@@ -168,7 +168,7 @@ def test_row_10_unknown_and_unfinished_adapters_are_never_the_base(server: Local
         messages = upload_messages("half", tiny_files(1), "upload-half")
         _refused(lambda: stub.UploadAdapter(iter(messages[:-1]), timeout=20))
         progress = stub.QueryUpload(adapters_pb2.QueryUploadRequest(upload_id="upload-half"), timeout=20)
-    assert all(entry.committed == entry.size for entry in progress.files)  # every byte is there, only no commit
+    assert all(entry.received == entry.size for entry in progress.files)  # every byte is there, only no commit
     digest = client.adapter("small").digest
     other = f"{(int(digest[:12], 16) + 1) % (1 << 48):012x}"
     for reference in ("nobody", "half", f"half@{digest}", f"small@{other}", f"nobody@{digest}"):

@@ -51,9 +51,9 @@ def _refused(call: Callable[[], object]) -> dict[str, Any]:
     return details(caught.value)  # type: ignore[arg-type]
 
 
-def _committed(stub: Any, upload_id: str) -> dict[str, int]:
+def _received(stub: Any, upload_id: str) -> dict[str, int]:
     progress = stub.QueryUpload(adapters_pb2.QueryUploadRequest(upload_id=upload_id), timeout=20)
-    return {entry.file: entry.committed for entry in progress.files}
+    return {entry.file: entry.received for entry in progress.files}
 
 
 def _cut_by(end: str, stub: Any, messages: list[Message]) -> None:
@@ -80,10 +80,10 @@ def _cut_by(end: str, stub: Any, messages: list[Message]) -> None:
 
     def has_arrived() -> bool:
         try:
-            committed = _committed(stub, upload_id)
+            received = _received(stub, upload_id)
         except grpc.RpcError:  # not begun yet
             return False
-        return sum(committed.values()) == sum(len(message.chunk.data) for message in messages)
+        return sum(received.values()) == sum(len(message.chunk.data) for message in messages)
 
     try:
         if end == "deadline":
@@ -106,25 +106,25 @@ def test_row_24_a_cut_upload_is_invisible_and_resumes(client: Client, stub: Any,
     messages = _messages(upload_id)
     _cut_by(end, stub, messages[: 2 + SENT])  # begin, config, and some of the weights
     assert "cut" not in {adapter.name for adapter in client.adapters()}
-    assert _committed(stub, upload_id) == {CONFIG: len(FILES[CONFIG]), WEIGHTS: SENT * CHUNK}
+    assert _received(stub, upload_id) == {CONFIG: len(FILES[CONFIG]), WEIGHTS: SENT * CHUNK}
     done = stub.UploadAdapter(iter([messages[0], *messages[2 + SENT :]]), timeout=20)
     assert done.created
     whole = client.push(write_files(tmp_path / "whole", FILES), "whole").adapter
     assert done.adapter.digest == whole.digest == client.verify("cut").digest
-    assert _refused(lambda: _committed(stub, upload_id))["code"] is grpc.StatusCode.NOT_FOUND
+    assert _refused(lambda: _received(stub, upload_id))["code"] is grpc.StatusCode.NOT_FOUND
     client.delete("cut")
     client.delete("whole")
 
 
 @pytest.mark.parametrize("offset", [0, CHUNK - 1, CHUNK + 1, SIZE])
-def test_row_25_a_gap_or_an_overlap_tells_the_committed_size(client: Client, stub: Any, offset: int) -> None:
+def test_row_25_a_gap_or_an_overlap_tells_the_size_received(client: Client, stub: Any, offset: int) -> None:
     upload_id = _id()
     begin, config, first, *rest = _messages(upload_id)
     astray = [begin, config, first, _chunk(WEIGHTS, offset, b"x")]
     error = _refused(lambda: stub.UploadAdapter(iter(astray), timeout=20))
     assert (error["code"], error["ErrorInfo"].reason) == (grpc.StatusCode.OUT_OF_RANGE, "UPLOAD_OFFSET")
-    assert error["ErrorInfo"].metadata["committed"] == str(CHUNK)
-    assert _committed(stub, upload_id)[WEIGHTS] == CHUNK
+    assert error["ErrorInfo"].metadata["received"] == str(CHUNK)
+    assert _received(stub, upload_id)[WEIGHTS] == CHUNK
     assert stub.UploadAdapter(iter([begin, *rest]), timeout=20).created
     client.delete("cut")
 
@@ -192,7 +192,7 @@ def test_row_25_a_wrong_file_is_sent_again_and_the_other_is_kept(client: Client,
     wrong = [*messages]
     wrong[2] = _chunk(WEIGHTS, 0, b"\1" * CHUNK)
     assert _refused(lambda: stub.UploadAdapter(iter(wrong), timeout=20))["code"] is grpc.StatusCode.INVALID_ARGUMENT
-    assert _committed(stub, upload_id) == {CONFIG: len(FILES[CONFIG]), WEIGHTS: 0}
+    assert _received(stub, upload_id) == {CONFIG: len(FILES[CONFIG]), WEIGHTS: 0}
     assert stub.UploadAdapter(iter([messages[0], *messages[2:]]), timeout=20).created
     client.delete("cut")
 

@@ -226,10 +226,10 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
             if step == "begin":
                 upload = self._begin(message.begin)
             elif step == "chunk" and upload is not None:
-                committed = upload.data[message.chunk.file]
-                if message.chunk.offset != len(committed):
-                    refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"the upload stands at {len(committed)}")
-                committed += message.chunk.data
+                file = upload.data[message.chunk.file]
+                if message.chunk.offset != len(file):
+                    refuse(context, grpc.StatusCode.OUT_OF_RANGE, f"the upload stands at {len(file)}")
+                file += message.chunk.data
                 received += len(message.chunk.data)
                 cut = self._state.faults.cut_upload_after
                 if cut is not None and received >= cut:
@@ -272,7 +272,7 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
             refuse(context, grpc.StatusCode.NOT_FOUND, "no such upload")
         return adapters_pb2.QueryUploadResponse(
             files=[
-                adapters_pb2.FileProgress(file=file, committed=len(data), size=upload.sizes[file])
+                adapters_pb2.FileProgress(file=file, received=len(data), size=upload.sizes[file])
                 for file, data in upload.data.items()
             ]
         )

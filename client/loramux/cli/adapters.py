@@ -246,7 +246,7 @@ def _refuse_existing(directory: Path) -> None:
     """In the words of the command line, before anybody is called; the client says it in those of Python."""
     from loramux.download import find_existing
 
-    with suppress(OSError):  # what cannot be looked at, the client tells
+    with suppress(OSError):  # the client reports what cannot be looked at
         if existing := find_existing(directory):
             raise CommandError(
                 f"{directory} already holds {', '.join(existing)}",

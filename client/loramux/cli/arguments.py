@@ -14,13 +14,13 @@ def _check_address(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     if separator and scheme in ("http", "https", "grpc", "grpcs"):
         raise CommandError(
-            f"{address!r} is a URL, and no address of a gRPC server",
+            f"invalid address {address!r}: it is a URL",
             remedy=f"leave out {scheme}://, as in {rest.rstrip('/')}",
             code=ExitCode.USAGE,
         )
     if ":" not in address:
         raise CommandError(
-            f"{address!r} is no address of a server: it has no port",
+            f"invalid address {address!r}: it has no port",
             remedy="-a/--address takes HOST:PORT or unix:PATH; an adapter is chosen with -A/--adapter",
             code=ExitCode.USAGE,
         )

@@ -1,6 +1,6 @@
 """The checks of `loramux doctor`: each looks at one thing and says ok, note, warn or fail, and what to do.
 
-They change nothing and contact nobody.
+They change nothing and open no connection.
 """
 
 from __future__ import annotations

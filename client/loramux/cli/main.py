@@ -23,7 +23,7 @@ _ADDRESS = "LORAMUX_ADDRESS"
 
 
 class _Group(TyperGroup):
-    """Tells expected failures in words and turns them into exit codes; a bug keeps its traceback."""
+    """Shows expected failures in words and turns them into exit codes; a bug keeps its traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         refuse_renamed(args)

@@ -1,4 +1,4 @@
-"""`loramux serve`: check what can be checked, then run the server until it is told to stop."""
+"""`loramux serve`: check what can be checked, then run the server until a signal stops it."""
 
 from __future__ import annotations
 

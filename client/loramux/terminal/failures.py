@@ -1,6 +1,6 @@
-"""Exit codes, and how an expected failure is told: what, why and what to do, in place of a traceback.
+"""Exit codes, and how an expected failure is shown: what, why and what to do, in place of a traceback.
 
-Looks only at error families whose house is already imported, so that telling an error loads nothing.
+Looks only at error families whose package is already imported, so that showing an error loads nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class ExitCode(IntEnum):
-    """What the process tells its caller; documented in the README."""
+    """What the process returns to its caller; documented in the README."""
 
     OK = 0
     NO = 1  # it ran, and the answer is no: not healthy, a bar missed, a difference found
@@ -45,7 +45,7 @@ _OF_EXTRAS = frozenset({
     "accelerate", "bitsandbytes", "grpc_reflection", "jinja2", "numpy", "prometheus_client", "psutil", "regex",
     "safetensors", "tokenizers", "torch", "transformers",
 })  # fmt: skip
-_EXTRA_OF_HOUSE = {"loramux.bench": "bench", "loramux.demo": "serve,train", "loramux_trainer": "train"}
+_EXTRA_OF_PACKAGE = {"loramux.bench": "bench", "loramux.demo": "serve,train", "loramux_trainer": "train"}
 
 
 def install_hint(extra: str) -> str:
@@ -60,7 +60,7 @@ def explain(error: BaseException) -> Failure | None:
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted", ExitCode.INTERRUPTED)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _OF_EXTRAS:
-        extra = next((extra for house, extra in _EXTRA_OF_HOUSE.items() if _loaded(house)), "serve")
+        extra = next((extra for package, extra in _EXTRA_OF_PACKAGE.items() if _loaded(package)), "serve")
         return Failure(f"this command needs {error.name}", ExitCode.USAGE, install_hint(extra))
     return _client(error) or _server(error) or _adapters(error) or _trainer(error)
 

@@ -207,7 +207,7 @@ class UploadChunk(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     file: _builtins.str
     offset: _builtins.int
-    """Must equal the committed size of `file`."""
+    """Must equal the bytes of `file` received so far."""
     data: _builtins.bytes
     """At most 1 MiB."""
     def __init__(
@@ -288,21 +288,22 @@ class FileProgress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_FIELD_NUMBER: _builtins.int
-    COMMITTED_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     file: _builtins.str
-    committed: _builtins.int
+    received: _builtins.int
+    """Where the next chunk starts."""
     size: _builtins.int
     def __init__(
         self,
         *,
         file: _builtins.str = ...,
-        committed: _builtins.int = ...,
+        received: _builtins.int = ...,
         size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "file", b"file", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "received", b"received", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,6 @@
 """What a caller asks of the server, in plain values: every transport reads its requests into these.
 
-Nothing here is checked yet: `validate` judges it. A field that the caller left out has its default.
+Nothing here is checked yet: `validate` checks it. A field that the caller left out has its default.
 """
 
 from __future__ import annotations

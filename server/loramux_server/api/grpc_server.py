@@ -26,7 +26,6 @@ from loramux_server.options import is_unix, unix_path
 
 _LOG = logging.getLogger("loramux_server.api")
 _WINDOW_BYTES = 4 << 20  # 80 MB/s at a round trip of 50 ms
-_FLUSH_SECONDS = 2.0  # for last messages to reach clients after the engine is idle
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -35,22 +34,31 @@ _SERVICES = (
 
 @dataclass(frozen=True)
 class GrpcOptions:
-    """How the transport behaves. Seconds and bytes.
-
-    `ends_process`: nothing goes on after the stop, and the port is left to the end of the process. Until then new calls
-    are refused; gRPC's own stop would end with CANCELLED those that it has accepted and not handed over.
-    """
+    """How the transport behaves. Seconds and bytes."""
 
     address: str
     max_message_bytes: int = 4 << 20
     stall_seconds: float = 30.0
-    readiness_seconds: float = 1.0
-    drain_seconds: float = 30.0
-    ends_process: bool = False
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """How long each step of the one sequence of a stop may take, in seconds.
+
+    `readiness_seconds`: health says NOT_SERVING and new work is still accepted, until load balancers have noticed.
+    `drain_seconds`: running work may end by itself. `flush_seconds`: last messages may reach clients.
+    `keeps_port`: the port is left to the end of the process. Until then new calls are refused; gRPC's own stop would
+    end with CANCELLED those that it has accepted and not handed over.
+    """
+
+    readiness_seconds: float = 0.0
+    drain_seconds: float = 0.0
+    flush_seconds: float = 2.0
+    keeps_port: bool = False
 
 
 class GrpcServer:
-    """Listens from `start`, serves from `open`, and leaves in order with `drain`."""
+    """Listens from `start`, serves from `open`, and ends with `shut_down`."""
 
     def __init__(
         self,
@@ -90,42 +98,33 @@ class GrpcServer:
         await self._server.start()
 
     async def open(self, services: Services) -> None:
-        """The engine is warm: take work and say SERVING."""
+        """The engine is warm: accept work and say SERVING."""
         self._gate.open(services)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
-    async def drain(self, end_work: Callable[[float], Awaitable[None]]) -> None:
+    async def refuse_work(self) -> None:
+        """Say NOT_SERVING and refuse new work, at once; running calls go on."""
+        self._gate.drain()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def shut_down(self, shutdown: Shutdown, end_work: Callable[[float], Awaitable[None]] | None = None) -> None:
         """Say NOT_SERVING, wait the readiness period, refuse new work while running work ends, close.
 
-        `end_work(seconds)` waits for the engine to become idle and aborts what is left after `seconds`;
-        the calls themselves then end with their last message.
+        `end_work(seconds)` waits for the engine to become idle and aborts what is left after `seconds`; None where no
+        engine is left to end work. The calls then end with their last message, those that are left with UNAVAILABLE.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self._gate.is_open:
-            await asyncio.sleep(self._options.readiness_seconds)
+        if self._gate.is_open and shutdown.readiness_seconds:
+            await asyncio.sleep(shutdown.readiness_seconds)
         self._gate.drain()
-        _LOG.info("draining", extra={"fields": {"seconds": self._options.drain_seconds}})
-        await end_work(self._options.drain_seconds)
-        await self.stop_now()
-
-    async def shut(self) -> None:
-        """Say NOT_SERVING and refuse new work, at once; stay reachable."""
-        self._gate.drain()
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-
-    async def stop_now(self) -> None:
-        """Close; calls have a moment for their last message, those that are left then are told UNAVAILABLE."""
-        await self._calls.end(_FLUSH_SECONDS)
-        if not self._options.ends_process:
-            await self._server.stop(None)
-        else:
+        if end_work is not None:
+            _LOG.info("draining", extra={"fields": {"seconds": shutdown.drain_seconds}})
+            await end_work(shutdown.drain_seconds)
+        await self._calls.end(shutdown.flush_seconds)
+        if shutdown.keeps_port:
             _remove_socket(self.address)
-
-    async def kill(self) -> None:
-        """Close at once, gRPC too; every call is told UNAVAILABLE."""
-        self._gate.drain()
-        await self._calls.end(0.0)
-        await self._server.stop(None)
+        else:
+            await self._server.stop(None)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         for service in ("", *_SERVICES):

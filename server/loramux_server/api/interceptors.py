@@ -1,7 +1,7 @@
 """The one interceptor: every call is timed, logged, and ends in a status of the error table.
 
 Wraps the request deserializer, because grpc.aio answers malformed protobuf with UNKNOWN
-before any handler runs, and the behavior, because it tells clients the exceptions of handlers.
+before any handler runs, and the behavior, because it sends clients the exceptions of handlers.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _Wrapped(_Handler):
                 try:
                     return await run(behavior, self._checked(request), context)
                 except asyncio.CancelledError:
-                    if not self._calls.take_told():
+                    if not self._calls.take_ended():
                         call.code = "CANCELLED"
                         raise
                     await _refuse(Draining(), call, call_id, context)
@@ -148,7 +148,7 @@ class _Wrapped(_Handler):
         return await answer
 
     async def _run_stream(self, behavior: Any, request: Any, context: Any) -> None:
-        """A write blocks after about 4 MB that nobody reads; unbounded, it would hold its request for ever."""
+        """A write blocks after about 4 MB that the client does not read; unbounded, it would hold its request."""
         answer = behavior(request, context)
         if not hasattr(answer, "__aiter__"):  # health's Watch writes to the context itself
             await answer

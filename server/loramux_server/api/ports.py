@@ -84,7 +84,7 @@ class AdapterStates(Protocol):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The base as GetModel tells it."""
+    """The base as GetModel shows it."""
 
     model_id: str
     architecture: str

@@ -1,4 +1,4 @@
-"""The calls under way, so that a stop can wait for them, and tell those that are left.
+"""The calls under way, so that a stop can wait for them, and end those that are left with a status of ours.
 
 Knows no service. gRPC's own stop ends with CANCELLED whatever is still open: clients take that for their own doing, and
 do not try elsewhere.
@@ -15,36 +15,36 @@ class RunningCalls:
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[Any], bool] = {}  # whether the call ends by itself
-        self._told: set[asyncio.Task[Any]] = set()
+        self._ended: set[asyncio.Task[Any]] = set()
 
     def enter(self, *, endless: bool) -> None:
         """The current task serves a call; `endless` ones (a watch) are not waited for."""
         task = asyncio.current_task()
         if task is not None and task not in self._tasks:
             self._tasks[task] = not endless
-            task.add_done_callback(self._forget)
+            task.add_done_callback(self._discard)
 
-    def take_told(self) -> bool:
-        """Whether the current task was cancelled by `end`; it goes on then, and says so to its caller."""
+    def take_ended(self) -> bool:
+        """Whether the current task was cancelled by `end`; it goes on then, and gives its caller a status."""
         task = asyncio.current_task()
-        if task is None or task not in self._told:
+        if task is None or task not in self._ended:
             return False
-        self._told.discard(task)
+        self._ended.discard(task)
         task.uncancel()
         return True
 
-    async def end(self, seconds: float, telling_seconds: float = 1.0) -> None:
-        """Wait for calls to end by themselves; after `seconds` cancel the rest, and wait until they have told it."""
+    async def end(self, seconds: float, status_seconds: float = 1.0) -> None:
+        """Wait for calls to end by themselves; after `seconds` cancel the rest, and wait for their statuses."""
         finite = [task for task, ends in self._tasks.items() if ends]
         if finite and seconds > 0:
             await asyncio.wait(finite, timeout=seconds)
         left = [task for task in self._tasks if not task.done()]
         for task in left:
-            self._told.add(task)
+            self._ended.add(task)
             task.cancel()
         if left:
-            await asyncio.wait(left, timeout=telling_seconds)
+            await asyncio.wait(left, timeout=status_seconds)
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
+    def _discard(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
-        self._told.discard(task)
+        self._ended.discard(task)

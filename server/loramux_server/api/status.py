@@ -57,7 +57,7 @@ class Answer:
 
 
 def answer_error(error: Exception, call_id: str) -> Answer:
-    """The status of `error`. `call_id` is the only thing told of an error outside the table."""
+    """The status of `error`. Of an error outside the table it has `call_id` alone."""
     mapping = status_of(error)
     if mapping is INTERNAL:
         message = f"internal error; request id {call_id}"
@@ -86,7 +86,7 @@ def _facts(error: Exception) -> dict[str, str]:
     if isinstance(error, AdapterError):
         facts |= {key: value for key, value in (("subject", error.subject), ("remedy", error.remedy)) if value}
     if isinstance(error, UploadOffset):
-        facts["committed"] = str(error.committed)
+        facts["received"] = str(error.committed)
     return {key: _cut(value) for key, value in facts.items()}
 
 

@@ -42,7 +42,7 @@ def check(*rules: Iterable[InvalidRequest]) -> None:
 
 
 def check_generate(call: GenerateCall, limits: ServerLimits) -> None:
-    """Everything that can be judged without tokenizing."""
+    """Everything that can be checked without tokenizing."""
     check(
         request_id("request_id", call.request_id) if call.request_id else (),
         reference("adapter", call.adapter) if call.adapter else (),
@@ -113,7 +113,7 @@ def chat(field: str, turns: Sequence[ChatTurn]) -> Wrong:
 
 
 def token_ids(field: str, ids: Collection[int], vocabulary: int) -> Wrong:
-    """Every id must be in the vocabulary: an id out of it would read past the embedding. Tells the first."""
+    """Every id must be in the vocabulary: an id out of it would read past the embedding. Names the first."""
     if ids and (max(ids) >= vocabulary or min(ids) < 0):
         index, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocabulary)
         yield InvalidRequest(
@@ -148,7 +148,7 @@ def _input(call: GenerateCall, limits: ServerLimits) -> Wrong:
         try:
             limits.fit_tokens(len(call.token_ids), call.max_tokens)
         except InvalidRequest as error:
-            if error.field == "input" or _is_possible(call.max_tokens, limits):  # else told of by its own rule
+            if error.field == "input" or _is_possible(call.max_tokens, limits):  # else its own rule names it
                 yield error
         yield from token_ids("token_ids.ids", call.token_ids, limits.vocabulary)
 

@@ -1,4 +1,4 @@
-"""What is asked over HTTP, on a port of its own and a daemon thread: metrics, liveness, readiness.
+"""What is served over HTTP, on a port of its own and a daemon thread: metrics, liveness, readiness.
 
 Prometheus text or OpenMetrics on /metrics; /healthz and /readyz as Kubernetes probes them.
 """
@@ -100,4 +100,4 @@ def _text(respond: Respond, status: str, text: str, *headers: tuple[str, str]) -
 
 class _Silent(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """A scrape is no event."""
+        """A scrape is not worth a line."""

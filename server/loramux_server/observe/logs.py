@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any, TextIO
 
 CALL_ID: ContextVar[str] = ContextVar("loramux_call_id", default="")
-"""The id of the call that the current task serves; INTERNAL errors tell it to the client."""
+"""The id of the call that the current task serves; INTERNAL errors give it to the client."""
 
 _NOTED: ContextVar[dict[str, Any] | None] = ContextVar("loramux_call_noted", default=None)
 
@@ -25,7 +25,7 @@ ROOTS = ("loramux_server", "loramux_adapters")
 DIGITS = 12
 """Hex digits of a digest in logs and metrics, as the command line shows them; 8 are enough for NAME@DIGEST."""
 
-_MOST_NOTED = 256  # characters: notes hold what callers wrote, unjudged
+_MOST_NOTED = 256  # characters: notes hold what callers wrote, unchecked
 
 
 def configure_logs(level: str, form: str, stream: TextIO | None = None) -> None:

@@ -54,6 +54,6 @@ class TopSeries:
                 self._own[key] = 0.0
 
     def _decay(self) -> None:
-        """Halve the scores and forget who is idle, so that the table stays small and follows the present."""
+        """Halve the scores and drop idle keys, so that the table stays small and follows the present."""
         halved = {key: score / 2 for key, score in self._scores.items()}
         self._scores = {key: score for key, score in halved.items() if score >= 1.0 or key in self._own}

@@ -58,9 +58,9 @@ async def _names(server: Served) -> list[str]:
     return [adapter.name for adapter in listed.adapters]
 
 
-async def _committed(server: Served, upload_id: str = "upload-1") -> dict[str, int]:
+async def _received(server: Served, upload_id: str = "upload-1") -> dict[str, int]:
     progress = await server.adapters.QueryUpload(adapters_pb2.QueryUploadRequest(upload_id=upload_id))
-    return {entry.file: entry.committed for entry in progress.files}
+    return {entry.file: entry.received for entry in progress.files}
 
 
 def _chunk(file: str, offset: int, data: bytes) -> Message:
@@ -128,7 +128,7 @@ async def test_row_24_a_cut_upload_is_invisible_and_resumes(tmp_path: Path, end:
             with pytest.raises(asyncio.CancelledError):
                 await call
         assert await _names(server) == []
-        assert await _committed(server) == {CONFIG_FILE: 2, WEIGHTS_FILE: 100_000}
+        assert await _received(server) == {CONFIG_FILE: 2, WEIGHTS_FILE: 100_000}
         done = await _upload(server, [messages[0], *messages[4:]])
         assert done.created
         assert await _names(server) == ["german"]
@@ -147,7 +147,7 @@ async def test_row_24_a_silent_uploader_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 99_999, 100_001])
-async def test_row_25_gap_and_overlap_tell_the_committed_size(tmp_path: Path, offset: int) -> None:
+async def test_row_25_gap_and_overlap_tell_the_size_received(tmp_path: Path, offset: int) -> None:
     async with served(tmp_path) as server:
         begin, config, *_ = upload_messages("german", FILES)
         data = FILES[WEIGHTS_FILE]
@@ -157,8 +157,8 @@ async def test_row_25_gap_and_overlap_tell_the_committed_size(tmp_path: Path, of
             )
         )
         assert found["code"] is grpc.StatusCode.OUT_OF_RANGE
-        assert found["ErrorInfo"].metadata["committed"] == "100000"
-        assert (await _committed(server))[WEIGHTS_FILE] == 100_000
+        assert found["ErrorInfo"].metadata["received"] == "100000"
+        assert (await _received(server))[WEIGHTS_FILE] == 100_000
 
 
 async def test_row_25_wrong_hash_size_or_order(tmp_path: Path) -> None:
