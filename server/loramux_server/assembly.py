@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.slots import SlotTensors
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base
-from loramux_adapters.base_source import explain_load
+from loramux_adapters.base.frozen import Nf4Linear, select_weight_formats
+from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base
+from loramux_adapters.base.source import explain_load
+from loramux_adapters.base.weight_counts import count_weights, is_mixture
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.frozen import Nf4Linear, select_weight_formats
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import Examined, examine, refusals_of
 from loramux_adapters.kernels.select import select_kernels
@@ -37,7 +38,6 @@ from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
-from loramux_adapters.weight_counts import count_weights, is_mixture
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from loramux_adapters.base_source import find_base
+from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_server.config import ServeConfig
 from loramux_server.errors import StartError

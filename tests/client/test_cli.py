@@ -21,7 +21,7 @@ from loramux_protos.v1 import inference_pb2
 from loramux_server.config import resolve_config
 from support.fake_service import DIGEST, FakeServer
 
-HEAVY = ("torch", "transformers", "grpc", "loramux_adapters.base", "peft")
+HEAVY = ("torch", "transformers", "grpc", "loramux_adapters.base.load", "peft")
 
 
 def invoke(*arguments: str, input: str | None = None) -> Result:

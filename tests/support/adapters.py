@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramux_adapters.adapter_files import CONFIG_FILE, MAX_FILE_BYTES, WEIGHTS_FILE
-from loramux_adapters.fingerprint import rounded_hashes
+from loramux_adapters.base.fingerprint import rounded_hashes
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec, ParameterSpec
 
 CONFIG, WEIGHTS = CONFIG_FILE, WEIGHTS_FILE

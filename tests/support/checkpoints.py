@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from loramux_adapters.base import LoadedBase, load_base
+from loramux_adapters.base.load import LoadedBase, load_base
 from support.adapters import peft_warnings_ignored, randomize, save, tiny_model, wrap
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 320, "max_position_embeddings": 256}

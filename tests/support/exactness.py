@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from loramux_adapters.apply.inject import inject
-from loramux_adapters.base import BaseRefused, load_base
+from loramux_adapters.base.load import BaseRefused, load_base
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import examine, refusals_of
 from loramux_adapters.guard.products import own_products

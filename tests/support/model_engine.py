@@ -16,10 +16,10 @@ from loramux_adapters.apply.batch import AdapterBatch
 from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.slots import SlotTensors
-from loramux_adapters.base import LoadedBase
+from loramux_adapters.base.frozen import WeightFormats
+from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
-from loramux_adapters.frozen import WeightFormats
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.residency.host import HostCache

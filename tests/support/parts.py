@@ -12,7 +12,7 @@ from loramux_adapters.apply.batch import AdapterBatch, RowMap
 from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.merge import merge
 from loramux_adapters.apply.slots import SlotTensors
-from loramux_adapters.base import load_base
+from loramux_adapters.base.load import load_base
 from loramux_adapters.binding import RankRanges
 from loramux_adapters.kernels.gathered import GatheredKernels
 from loramux_adapters.parts.part import Part

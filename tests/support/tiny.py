@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from loramux_adapters.base import LoadedBase, load_base
+from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_trainer.examples import ExampleEncoder
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loramux_adapters.base import LoadedBase
+from loramux_adapters.base.load import LoadedBase
 from loramux_trainer.job import TrainJob, parse_job
 from support.tiny import conversation, load_tiny, tiny_tokenizer, write_jsonl
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
-from loramux_adapters.base import LoadedBase
+from loramux_adapters.base.load import LoadedBase
 from loramux_trainer.data import DataReport, DataSet
 from loramux_trainer.job import LoopJob
 from loramux_trainer.loop import Loop
@@ -32,7 +32,7 @@ def data(tokenizer: Any) -> DataSet:
 @pytest.fixture
 def adapter(base: LoadedBase) -> Iterator[TrainableAdapter]:
     ranks, scales = dict.fromkeys(MODULES, 4), dict.fromkeys(MODULES, 2.0)
-    with attach(base.model, base.spec, ranks, scales=scales) as attached:
+    with attach(base, ranks, scales=scales) as attached:
         torch.manual_seed(0)
         attached.load_state({n: (a, 0.1 * torch.randn_like(b)) for n, (a, b) in attached.state().items()})
         yield attached

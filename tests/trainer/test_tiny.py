@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from loramux_adapters.base import LoadedBase
+from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_trainer.demo_tasks import DEMO_TASKS, DemoTask, Question, demo_job, held_out_questions, training_records
 from loramux_trainer.run import train

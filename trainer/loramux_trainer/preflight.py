@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from loramux_adapters.adapter_files import CONFIG_FILE
-from loramux_adapters.base_source import find_base
+from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loramux_adapters.apply.trainable import attach
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
+from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.guard.examine import examine
@@ -107,8 +107,7 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
     with (
         torch.random.fork_rng(devices=devices),
         attach(
-            base.model,
-            base.spec,
+            base,
             dict.fromkeys(names, job.lora.rank),
             scales=dict.fromkeys(names, job.scale),
             dropout=job.lora.dropout,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from loramux_adapters.frozen import DenseLinear
+from loramux_adapters.base.frozen import DenseLinear
 from loramux_adapters.kernels.protocol import Kernels, LowRankPools, SlotSegment
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.registry import KINDS

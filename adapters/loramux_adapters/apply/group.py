@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.apply.batch import RowMap, StepCell
-from loramux_adapters.frozen import FrozenLinear
+from loramux_adapters.base.frozen import FrozenLinear
 from loramux_adapters.parts.part import Kind, Part, SiteParts
 from loramux_adapters.parts.registry import KIND_OF, KINDS
 from loramux_adapters.parts.site import Site

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from loramux_adapters.base import BaseRefused, LoadedBase
+from loramux_adapters.base.load import BaseRefused, LoadedBase
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.guard.products import own_products
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loramux_adapters.base import BaseRefused, LoadedBase
+from loramux_adapters.base.load import BaseRefused, LoadedBase
 from loramux_adapters.guard.exactness import ask_untouched, check_exact
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.guard.probe import probe_attention

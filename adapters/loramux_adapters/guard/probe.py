@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from loramux_adapters.base import BaseRefused
+from loramux_adapters.base.load import BaseRefused
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.guard.masks import MaskFunction, MaskRefused, read_window
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from loramux_adapters.bnb import Linear4bit
-from loramux_adapters.frozen import Nf4Linear
+from loramux_adapters.base.bitsandbytes_compat import Linear4bit
+from loramux_adapters.base.frozen import Nf4Linear
 
 
 @contextmanager

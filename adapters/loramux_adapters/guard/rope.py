@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from loramux_adapters.base import BaseRefused
+from loramux_adapters.base.load import BaseRefused
 
 
 class RopeChoice:

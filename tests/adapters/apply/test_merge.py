@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.inject import AdaptedModel, inject
 from loramux_adapters.apply.merge import merge, merged_bytes
-from loramux_adapters.base import load_base
+from loramux_adapters.base.load import load_base
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from support.adapters import files_of, load_in_peft

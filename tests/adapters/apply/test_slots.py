@@ -12,7 +12,7 @@ import torch
 from loramux_adapters.apply.batch import AdapterBatch, RowMap
 from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from loramux_adapters.apply.slots import SlotTensors
-from loramux_adapters.base import load_base
+from loramux_adapters.base.load import load_base
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read

@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from loramux_adapters.apply.inject import inject
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base, refingerprint
+from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base, refingerprint
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.guard.exactness import Truth, ask_untouched
 from loramux_adapters.guard.examine import examine

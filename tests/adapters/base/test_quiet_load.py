@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 from loramux_adapters.embedded.tiny import tiny_path
 from support.tiny import load_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LOAD = f"""
 import torch
-from loramux_adapters.base import load_base
+from loramux_adapters.base.load import load_base
 load_base({str(tiny_path())!r}, compute_dtype=torch.float32)
 """
 
@@ -64,4 +64,4 @@ def test_bitsandbytes_comes_through_one_door() -> None:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 importers += [path.name for name in names if name.partition(".")[0] == "bitsandbytes"]
-    assert set(importers) == {"bnb.py"}
+    assert set(importers) == {"bitsandbytes_compat.py"}

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import errors as hub
 from transformers import AutoConfig
 
-from loramux_adapters.base_source import explain_load, find_base
+from loramux_adapters.base.source import explain_load, find_base
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.errors import BaseInvalid
 from support.hub_cache import COMMIT, cache_tiny

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from loramux_adapters.base import context_length, model_id, module_specs, refuse_foreign_quantization
+from loramux_adapters.base.load import context_length, model_id, module_specs, refuse_foreign_quantization
 from loramux_adapters.spec import ModuleSpec
 
 

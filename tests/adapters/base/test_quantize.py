@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters import quantize
-from loramux_adapters.base import load_base
-from loramux_adapters.bnb import functional
-from loramux_adapters.quantize import quantize_nf4
+from loramux_adapters.base import quantize
+from loramux_adapters.base.bitsandbytes_compat import functional
+from loramux_adapters.base.load import load_base
+from loramux_adapters.base.quantize import quantize_nf4
 from support.checkpoints import save_checkpoint, wide_model
 
 

@@ -1,21 +1,25 @@
-"""The frozen maps of the base: y = W x + b over NF4 codes or a plain weight, in the layout that is fastest here.
+"""The frozen maps of the base: y = W x + b over NF4 codes or a plain weight, by the product that is fastest here.
 
 The logical content (codes [out, in], float32 absmax) is kept as loaded and never written; a packed or a dense layout
-stands beside it. bitsandbytes' own forward repacks weights in place on some CPUs, so it is never called.
+stands beside it. Which product serves how many rows is settled when the formats are built. bitsandbytes' own forward
+repacks weights in place on some CPUs, so it is never called.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from loramux_adapters.bnb import Linear4bit, matmul_4bit
-from loramux_adapters.bnb import functional as bnb_functional
+from loramux_adapters.base.bitsandbytes_compat import Linear4bit, matmul_4bit
+from loramux_adapters.base.bitsandbytes_compat import functional as bnb_functional
 from loramux_adapters.kernels import invariant
 from loramux_adapters.kernels.native_linear import (
     BLOCK_MULTIPLE,
@@ -31,6 +35,12 @@ every row (2 cores with AVX512-BF16 and AMX, 75M weights: 3, 5 and 17 ms at 1, 4
 
 PACKED_ROWS_ALONE = 16
 """Up to here the packed layout beats dequantizing into a scratch weight on each call (16 rows: 17.5 against 18 ms)."""
+
+NATIVE_ROWS_ALONE = 512
+NATIVE_ROWS_ALONE_WITH_TILES = 128
+"""Up to here our own product from the codes beats dequantizing into a scratch weight on each call (two cores of Zen 4
+without AMX, 4096 x 4096: 14, 27, 115 and 242 ms at 64, 128, 512 and 1024 rows, against 32, 44, 120 and 223; with AMX
+the figures below put the crossing near 100 rows)."""
 
 NATIVE_ROWS_BESIDE_DENSE = 192
 NATIVE_ROWS_BESIDE_TILES = 8
@@ -71,6 +81,25 @@ def select_weight_formats(device: torch.device, dtype: torch.dtype, *, dense: bo
     return WeightFormats(packed=packed, dense=dense, invariant=invariant, native=native)
 
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""[T, in] contiguous, T >= 1 -> a new tensor [T, out], the bias added."""
+
+
+class Products:
+    """Products by the number of rows up to which each is the fastest; the last one takes any number."""
+
+    def __init__(self, *products: tuple[float, Product]) -> None:
+        self._products = products
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See Product."""
+        rows = x.shape[0]
+        for most, product in self._products:
+            if rows <= most:
+                return product(x)
+        raise ValueError(f"no product takes {rows} rows")
+
+
 class FrozenLinear(Protocol):
     """One or several stacked frozen linear maps over the same input."""
 
@@ -80,6 +109,9 @@ class FrozenLinear(Protocol):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> a new tensor [T, out]."""
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of y [T, out] -> that of x [T, in], by the weights that `forward` multiplies by."""
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`; a new tensor the caller may write to."""
@@ -113,9 +145,7 @@ class Nf4Linear:
         )
         self._packed: tuple[torch.Tensor, Any] | None = None
         self._dense: torch.Tensor | None = None
-        self._invariant = False
-        self._native: NativeLinear | None = None
-        self._native_rows = 0
+        self._products = Products((math.inf, self._largest_product()))
 
     @classmethod
     def from_module(cls, module: Linear4bit, compute_dtype: torch.dtype) -> Nf4Linear:
@@ -155,28 +185,62 @@ class Nf4Linear:
         )
 
     def build(self, weight_formats: WeightFormats) -> None:
-        """Builds the formats once and checks each against the codes."""
+        """Builds the formats once, each checked against the codes, and settles which product serves how many rows."""
         if weight_formats.dense:
             self._dense = self.dequantize(self.compute_dtype)
-        packable = self.out_features % 32 == 0 and self.in_features % self.block_size == 0
-        self._invariant = weight_formats.invariant
-        if weight_formats.packed and not weight_formats.invariant and packable and self.compute_dtype == torch.bfloat16:
-            self._packed = self._pack()
-        if weight_formats.native and not weight_formats.invariant:
-            self._native = self._find_native()
+        if weight_formats.invariant:
+            self._products = Products((math.inf, self._multiply_invariant))
+            return
+        few: list[tuple[float, Product]] = []
+        native = self._find_native() if weight_formats.native else None
+        if native is not None:
+            beside = NATIVE_ROWS_BESIDE_TILES if native.has_tiles else NATIVE_ROWS_BESIDE_DENSE
+            alone = NATIVE_ROWS_ALONE_WITH_TILES if native.has_tiles else NATIVE_ROWS_ALONE
+            few.append((alone if self._dense is None else beside, self._native_product(native)))
+        elif weight_formats.packed and self._is_packable():
+            packed, state = self._packed = self._pack()
+            rows = PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE
+            few.append((rows, self._fused_product(packed, state)))
+        self._products = Products(*few, (math.inf, self._largest_product()))
+
+    def _largest_product(self) -> Product:
+        if self._dense is None and self.codes.is_cuda:
+            return self._fused_product(self.codes.reshape(-1, 1), self._state)
+        return self._multiply_dense
 
     def _find_native(self) -> NativeLinear | None:
-        native = find_native_linear()
-        if (
-            native is None
-            or self.compute_dtype != torch.bfloat16
-            or self.in_features % self.block_size
-            or self.block_size % BLOCK_MULTIPLE
-            or self.out_features % OUT_MULTIPLE
-        ):
-            return None
-        self._native_rows = NATIVE_ROWS_BESIDE_TILES if native.has_tiles else NATIVE_ROWS_BESIDE_DENSE
-        return native
+        fits = self.compute_dtype == torch.bfloat16 and self.in_features % self.block_size == 0
+        fits = fits and self.block_size % BLOCK_MULTIPLE == 0 and self.out_features % OUT_MULTIPLE == 0
+        return find_native_linear() if fits else None
+
+    def _is_packable(self) -> bool:
+        fits = self.out_features % 32 == 0 and self.in_features % self.block_size == 0
+        return fits and self.compute_dtype == torch.bfloat16
+
+    def _native_product(self, native: NativeLinear) -> Product:
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            return native.nf4(x, self.codes, self.absmax, self.block_size, self._state.code, self.bias)
+
+        return multiply
+
+    def _fused_product(self, codes: torch.Tensor, state: Any) -> Product:
+        """bitsandbytes' own, which on a CPU reads a unit inner stride without a check."""
+
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = matmul_4bit(x.contiguous(), codes, quant_state=state)
+            return y if self.bias is None else y.add_(self.bias)
+
+        return multiply
+
+    def _multiply_dense(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight(x.dtype), self.bias)
+
+    def _multiply_invariant(self, x: torch.Tensor) -> torch.Tensor:
+        return invariant.linear(x, self._weight(x.dtype), self.bias)
+
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense copy, or a scratch weight for this call."""
+        return self.dequantize(dtype) if self._dense is None else self._dense
 
     def _pack(self) -> tuple[torch.Tensor, Any]:
         flat = self.codes.reshape(-1, 1)
@@ -196,24 +260,11 @@ class Nf4Linear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] contiguous, T >= 1 -> [T, out]."""
-        if self._invariant:
-            weight = self.dequantize(x.dtype) if self._dense is None else self._dense
-            return invariant.linear(x, weight, self.bias)
-        rows = x.shape[0]
-        if self._native is not None and (self._dense is None or rows <= self._native_rows):
-            return self._native.nf4(x, self.codes, self.absmax, self.block_size, self._state.code, self.bias)
-        if self._packed is not None and rows <= (
-            PACKED_ROWS_ALONE if self._dense is None else PACKED_ROWS_BESIDE_DENSE
-        ):
-            # The packed kernel reads a unit inner stride without a check.
-            y: torch.Tensor = matmul_4bit(x.contiguous(), self._packed[0], quant_state=self._packed[1])
-            return y if self.bias is None else y.add_(self.bias)
-        if self._dense is not None:
-            return F.linear(x, self._dense, self.bias)
-        if x.is_cuda:
-            y = matmul_4bit(x, self.codes.reshape(-1, 1), quant_state=self._state)
-            return y if self.bias is None else y.add_(self.bias)
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        return self._products(x)
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[T, out] -> [T, in]."""
+        return gradient @ self._weight(gradient.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]; rounds once, to `dtype`."""
@@ -240,9 +291,17 @@ class DenseLinear:
         self, weight: torch.Tensor, bias: torch.Tensor | None, weight_formats: WeightFormats = WeightFormats()
     ) -> None:
         self.weight, self.bias = weight, bias
-        self._linear = invariant.linear if weight_formats.invariant else F.linear
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
-        self._native = self._find_native() if weight_formats.native and not weight_formats.invariant else None
+        self._products = self._choose(weight_formats)
+
+    def _choose(self, weight_formats: WeightFormats) -> Products:
+        if weight_formats.invariant:
+            return Products((math.inf, lambda x: invariant.linear(x, self.weight, self.bias)))
+        any_rows: tuple[float, Product] = (math.inf, lambda x: F.linear(x, self.weight, self.bias))
+        native = self._find_native() if weight_formats.native else None
+        if native is None:
+            return Products(any_rows)
+        return Products((NATIVE_ROWS_OF_DENSE_WEIGHT, lambda x: native.dense(x, self.weight, self.bias)), any_rows)
 
     def _find_native(self) -> NativeLinear | None:
         native = find_native_linear()
@@ -252,9 +311,11 @@ class DenseLinear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]."""
-        if self._native is not None and x.shape[0] <= NATIVE_ROWS_OF_DENSE_WEIGHT:
-            return self._native.dense(x, self.weight, self.bias)
-        return self._linear(x, self.weight, self.bias)
+        return self._products(x)
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[T, out] -> [T, in]."""
+        return gradient @ self.weight
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the weight in `dtype`."""
@@ -277,3 +338,11 @@ def logical_nf4(module: Linear4bit) -> tuple[torch.Tensor, torch.Tensor, int]:
     out_features, in_features = state.shape
     codes = module.weight.data.view(torch.uint8).reshape(out_features, in_features // 2)
     return codes, absmax.float(), int(state.blocksize)
+
+
+def freeze(module: nn.Module, compute_dtype: torch.dtype, weight_formats: WeightFormats) -> FrozenLinear:
+    """The map of a Linear4bit, Linear or Conv1D over the module's own storage; an NF4 one is still to be built."""
+    if isinstance(module, Linear4bit):
+        return Nf4Linear.from_module(module, compute_dtype)
+    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
+    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, weight_formats)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from loramux_adapters.base_files import check_base_files
+from loramux_adapters.base.files import check_base_files
 from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.errors import BaseInvalid
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from loramux_adapters.base import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
-from loramux_adapters.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
+from loramux_adapters.base.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
+from loramux_adapters.base.frozen import select_weight_formats, supports_packed
+from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
-from loramux_adapters.frozen import select_weight_formats, supports_packed
 from support.adapters import files_of, peft_warnings_ignored, save, wrap
 from support.checkpoints import float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from loramux_adapters.bnb import Params4bit, functional
+from loramux_adapters.base.bitsandbytes_compat import Params4bit, functional
 
 _CHUNK = 1 << 24  # weights worked on at a time: three float32 copies of them are in memory
 _LEAST = 1e-38  # divides blocks of zeros

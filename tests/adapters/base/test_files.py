@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loramux_adapters import base_files
-from loramux_adapters.base_files import INDEX, WEIGHTS, check_base_files
+from loramux_adapters.base import files
+from loramux_adapters.base.files import INDEX, WEIGHTS, check_base_files
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.errors import BaseInvalid
 
@@ -142,7 +142,7 @@ BROKEN: dict[str, tuple[list[Break], str]] = {
 @pytest.fixture(autouse=True)
 def no_sentencepiece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether or not it is installed here."""
-    monkeypatch.setattr(base_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -182,7 +182,7 @@ def test_sentencepiece_alone_passes_where_it_can_be_read(base: Path, monkeypatch
     remove("tokenizer.json")(base)
     write("tokenizer.model", b"\n\x0e")(base)
     installed = {"sentencepiece"}
-    monkeypatch.setattr(base_files, "find_spec", lambda name: ModuleSpec(name, None) if name in installed else None)
+    monkeypatch.setattr(files, "find_spec", lambda name: ModuleSpec(name, None) if name in installed else None)
     check_base_files(base)
     installed.clear()
     with pytest.raises(BaseInvalid, match="sentencepiece is not installed"):
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_no_traceback(base: Path) -> None:
 
 
 def test_looking_imports_no_torch() -> None:
-    script = "import sys, loramux_adapters.base_files as b, pathlib; b.check_base_files(pathlib.Path(sys.argv[1])); "
+    script = "import sys, loramux_adapters.base.files as b, pathlib; b.check_base_files(pathlib.Path(sys.argv[1])); "
     script += "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     command = [sys.executable, "-c", script, str(tiny_path())]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
 
-from loramux_adapters.bnb import Linear4bit
-from loramux_adapters.fingerprint import QuantizedModule, fingerprint, parameter_spec, rounded_hashes
-from loramux_adapters.frozen import logical_nf4
-from loramux_adapters.quantize import exact_quantizer
+from loramux_adapters.base.bitsandbytes_compat import Linear4bit
+from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, parameter_spec, rounded_hashes
+from loramux_adapters.base.frozen import logical_nf4
+from loramux_adapters.base.quantize import exact_quantizer
 from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramux_adapters.base import BaseRefused, load_base
+from loramux_adapters.base.load import BaseRefused, load_base
+from loramux_adapters.base.outline import read_outline
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_adapters.outline import read_outline
 from support.checkpoints import save_checkpoint, wide_model
 
 
