@@ -61,7 +61,7 @@ class LocalStore:
     catalog and sweeps what a killed process left: files that the catalog does not know move to `lost/`, open uploads
     younger than `Quotas.upload_ttl_seconds` are kept for a resume.
     Raises StoreUnavailable (in use, read-only, full) and StoreCorrupt with the repair command.
-    `disk`, `connect` and `clock` (seconds since the epoch) are the doors to the outside.
+    `disk`, `connect` and `clock` (seconds since the epoch) are what a test replaces.
     """
 
     def __init__(

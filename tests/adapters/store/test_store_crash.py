@@ -1,4 +1,4 @@
-"""kill -9 at every step of publish and delete, and at random moments (faults.md rows 24, 26, 35).
+"""kill -9 at every step of publish and delete, and at random moments.
 
 After each kill: every acknowledged change is there with intact bytes, what was under way is old or new,
 no file is left over, and the upload that was cut can be completed.

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or failing: a clear error, old versions served, recovery (row 34)."""
+"""A disk that is full, read-only or failing: a clear error, old versions served, recovery."""
 
 import errno
 import os
