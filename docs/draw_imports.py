@@ -1,7 +1,7 @@
 """Draws the import graph as Mermaid: `python docs/draw_imports.py --write` puts it into docs/structure.md.
 
-A box is a package or a file directly in a house; an arrow is "imports", left out where a longer way says the same.
-Exits with 1 where there is a cycle.
+A box is a subpackage or a module directly in a top-level package. An arrow is "imports", left out where a longer way
+says the same. Exits with 1 where there is a cycle.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from pathlib import Path
 
 import grimp
 
-HOUSES = ("loramux_protos", "loramux_adapters", "loramux_server", "loramux_trainer", "loramux")
+PACKAGES = ("loramux_protos", "loramux_adapters", "loramux_server", "loramux_trainer", "loramux")
 
 
-def room_of(module: str) -> str:
-    """The first two components: `loramux_server.engine`, or the house itself for its face."""
+def box_of(module: str) -> str:
+    """The first two components: `loramux_server.engine`, or the top-level package itself for its public API."""
     return ".".join(module.split(".")[:2])
 
 
-def rooms() -> dict[str, set[str]]:
-    """Room -> the rooms it imports."""
-    graph = grimp.build_graph(*HOUSES, include_external_packages=False)
+def boxes() -> dict[str, set[str]]:
+    """Box -> the boxes it imports."""
+    graph = grimp.build_graph(*PACKAGES, include_external_packages=False)
     found: dict[str, set[str]] = defaultdict(set)
     for module in graph.modules:
         if not module.endswith("__main__"):
-            found[room_of(module)] |= {room_of(other) for other in graph.find_modules_directly_imported_by(module)}
-    return {room: others - {room} for room, others in found.items() if others - {room} or room not in HOUSES}
+            found[box_of(module)] |= {box_of(other) for other in graph.find_modules_directly_imported_by(module)}
+    return {box: others - {box} for box, others in found.items() if others - {box} or box not in PACKAGES}
 
 
 def reduce(found: dict[str, set[str]]) -> dict[str, set[str]]:
     """Without the arrows that a longer way implies (transitive reduction of an acyclic graph)."""
     reach: dict[str, set[str]] = {}
-    for room in graphlib.TopologicalSorter(found).static_order():
-        reach[room] = {far for other in found.get(room, ()) for far in (other, *reach[other])}
+    for box in graphlib.TopologicalSorter(found).static_order():
+        reach[box] = {far for other in found.get(box, ()) for far in (other, *reach[other])}
     return {
-        room: {other for other in others if not any(other in reach[near] for near in others)}
-        for room, others in found.items()
+        box: {other for other in others if not any(other in reach[near] for near in others)}
+        for box, others in found.items()
     }
 
 
 def mermaid(found: dict[str, set[str]]) -> str:
-    """Rooms grouped by house."""
+    """Boxes grouped by top-level package."""
     lines = ["graph TD"]
-    for house in HOUSES:
-        members = sorted(room for room in found if room.split(".")[0] == house)
-        lines.append(f"  subgraph {house}")
-        lines += [f'    {room.replace(".", "_")}["{room.partition(".")[2] or "(face)"}"]' for room in members]
+    for package in PACKAGES:
+        members = sorted(box for box in found if box.split(".")[0] == package)
+        lines.append(f"  subgraph {package}")
+        lines += [f'    {box.replace(".", "_")}["{box.partition(".")[2] or "(public API)"}"]' for box in members]
         lines.append("  end")
     lines += [
-        f"  {room.replace('.', '_')} --> {other.replace('.', '_')}"
-        for room in sorted(found)
-        for other in sorted(found[room] & set(found))
+        f"  {box.replace('.', '_')} --> {other.replace('.', '_')}"
+        for box in sorted(found)
+        for other in sorted(found[box] & set(found))
     ]
     return "\n".join(lines)
 
@@ -66,7 +66,7 @@ def write(drawing: str, page: Path) -> None:
 
 
 if __name__ == "__main__":
-    drawn = rooms()
+    drawn = boxes()
     try:
         drawing = mermaid(reduce(drawn))
     except graphlib.CycleError as error:

@@ -21,7 +21,7 @@ def client(fake: FakeServer):
         yield connected
 
 
-def test_the_face_loads_neither_torch_nor_the_servers() -> None:
+def test_the_public_api_loads_neither_torch_nor_the_servers() -> None:
     script = (
         "import sys, loramux; loramux.Client; loramux.AsyncClient;"
         "print([m for m in ('torch', 'loramux_server', 'loramux_adapters', 'loramux_trainer') if m in sys.modules])"

@@ -70,7 +70,7 @@ async def upload(registry: Registry, name: str, files: Files, upload_id: str = I
     """Everything but the commit."""
     progress = await registry.begin_upload(TENANT, upload_id, manifest_of(name, files, **options))
     for entry in progress.files:
-        await registry.write_chunk(TENANT, upload_id, entry.file, entry.committed, files[entry.file][entry.committed :])
+        await registry.write_chunk(TENANT, upload_id, entry.file, entry.received, files[entry.file][entry.received :])
 
 
 async def push(registry: Registry, name: str, files: Files) -> None:

@@ -1,4 +1,4 @@
-"""A job from beginning to end: base, data, adapter, loop, checkpoints, export. The trainer's front door.
+"""A job from beginning to end: base, data, adapter, loop, checkpoints, export. The trainer's entry point.
 
 The base is fingerprinted at load and again before anything is exported.
 """

@@ -16,7 +16,7 @@ class EngineLimits:
     """Bounds of one engine. `ValueError` when they contradict each other.
 
     With `deterministic`, a prefill chunk is always the `prefill_chunk` tokens that start at a multiple
-    of it (or the rest of the prompt), whoever else runs: a request is cut the same way alone and in company.
+    of it (or the rest of the prompt), whoever else runs: a request is cut the same way alone and among batch mates.
     """
 
     kv_blocks: int

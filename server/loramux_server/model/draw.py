@@ -1,7 +1,7 @@
 """Drawing one token per row from the filtered distribution, without sorting the vocabulary.
 
 Probabilities become integers first: integer sums are exact in any order, so a row gives the same
-token alone and in company, on every device. Knows distributions, not requests.
+token alone and among batch mates, on every device. Knows distributions, not requests.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import Unavailable
 from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
 from support.engine_client import count_choices, count_submissions
-from support.engine_drive import digest, limits, submission
 from support.engine_thread import Running, running
 from support.fake_pool import FakePool
 from support.fake_runner import solo
+from support.scheduler_harness import digest, limits, submission
 
 pytestmark = pytest.mark.asyncio
 

@@ -19,8 +19,8 @@ from loramux_adapters.spec import AdapterSpec
 from loramux_server.engine.execution import execute_contained
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
-from support.engine_drive import digest, limits, submission
 from support.fake_runner import FakeRunner, solo
+from support.scheduler_harness import digest, limits, submission
 
 OVERTAKES = 2
 

@@ -1,4 +1,4 @@
-"""The house's rules that are not about imports between our modules, executed (see CONTRIBUTING.md)."""
+"""The rules that are not about imports between our modules, executed (see CONTRIBUTING.md)."""
 
 import ast
 import importlib.metadata
@@ -89,7 +89,7 @@ def _modules_under(package: str, root: Path) -> list[str]:
     ]
 
 
-def test_there_is_a_house_to_check() -> None:
+def test_there_are_sources_to_check() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == {root.name for root in PACKAGES.values()}
 
 
