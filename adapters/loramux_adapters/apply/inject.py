@@ -48,10 +48,10 @@ class AdaptedModel:
         """Facts of the base."""
         return self.base.spec
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops activations that a failed forward left in the groups."""
         for group in self.groups:
-            group.forget()
+            group.reset()
 
     def refingerprint(self) -> str:
         """The base's fingerprint recomputed from the content that serves now; equals `spec.fingerprint` for ever."""
