@@ -57,25 +57,27 @@ class Section(Protocol):
         ...
 
 
-def build(cls: type[Any], values: Any, key: str) -> Any:
+def build(cls: type[Any], values: Any, key: str, hints: Mapping[str, str]) -> Any:
     """An instance of the dataclass `cls`. Raises JobInvalid for a missing, unknown, mistyped or out-of-range value,
-    and SeveralInvalid where there are several.
+    and SeveralInvalid where there are several. `hints`: what is said of an unknown dotted key, and of `key=value`.
     """
     if not isinstance(values, Mapping):
         raise JobInvalid(key, f"must be a mapping of {', '.join(f.name for f in dataclasses.fields(cls))}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    types_of = typing.get_type_hints(cls)
     problems = Problems()
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(fields)}"
-            problems.add(JobInvalid(_join(key, str(name)), f"unknown key{hint}"))
+            dotted = _join(key, str(name))
+            problems.add(JobInvalid(dotted, hints.get(dotted, f"unknown key{hint}")))
     arguments = {}
     for name, field in fields.items():
         with problems.collecting():
             if name in values:
-                arguments[name] = _convert(hints[name], values[name], _join(key, name), field.metadata.get("bounds"))
+                bounds = field.metadata.get("bounds")
+                arguments[name] = _convert(types_of[name], values[name], _join(key, name), bounds, hints)
             elif field.default is dataclasses.MISSING:
                 raise JobInvalid(_join(key, name), "is required")
             else:
@@ -91,32 +93,37 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _convert(hint: Any, value: Any, key: str, bounds: Bounds | None) -> Any:
+def _convert(hint: Any, value: Any, key: str, bounds: Bounds | None, hints: Mapping[str, str]) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value, key)
+        return build(hint, value, key, hints)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, key, bounds)
+        return _convert_union(arguments, value, key, bounds, hints)
     if origin is Literal:
         if value not in arguments:
-            raise JobInvalid(key, f"must be one of {', '.join(arguments)}, not {value!r}")
+            refusal = f"must be one of {', '.join(arguments)}, not {value!r}"
+            raise JobInvalid(key, hints.get(f"{key}={value}", refusal))
         return value
     if origin is tuple:
-        return _convert_tuple(arguments, value, key, bounds)
+        return _convert_tuple(arguments, value, key, bounds, hints)
     return _convert_scalar(hint, value, key, bounds)
 
 
-def _convert_union(arguments: tuple[Any, ...], value: Any, key: str, bounds: Bounds | None) -> Any:
+def _convert_union(
+    arguments: tuple[Any, ...], value: Any, key: str, bounds: Bounds | None, hints: Mapping[str, str]
+) -> Any:
     if value is None and type(None) in arguments:
         return None
     choices = [argument for argument in arguments if argument is not type(None)]
     for choice in choices:
         if isinstance(value, list) == (typing.get_origin(choice) is tuple):
-            return _convert(choice, value, key, bounds)
+            return _convert(choice, value, key, bounds, hints)
     raise JobInvalid(key, f"cannot be {value!r}")
 
 
-def _convert_tuple(arguments: tuple[Any, ...], value: Any, key: str, bounds: Bounds | None) -> tuple[Any, ...]:
+def _convert_tuple(
+    arguments: tuple[Any, ...], value: Any, key: str, bounds: Bounds | None, hints: Mapping[str, str]
+) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise JobInvalid(key, f"must be a list, not {value!r}")
     variadic = len(arguments) == 2 and arguments[1] is Ellipsis
@@ -126,7 +133,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, key: str, bounds: Bou
     items, problems = [], Problems()
     for index, (hint, item) in enumerate(zip(item_hints, value, strict=True)):
         with problems.collecting():
-            items.append(_convert(hint, item, f"{key}[{index}]", bounds))
+            items.append(_convert(hint, item, f"{key}[{index}]", bounds, hints))
     problems.raise_any()
     return tuple(items)
 
