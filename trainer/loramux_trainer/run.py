@@ -107,8 +107,7 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
     with (
         torch.random.fork_rng(devices=devices),
         attach(
-            base.model,
-            base.spec,
+            base,
             dict.fromkeys(names, job.lora.rank),
             scales=dict.fromkeys(names, job.scale),
             dropout=job.lora.dropout,

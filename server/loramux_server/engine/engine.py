@@ -106,8 +106,8 @@ class Engine:
                 self._on_death(error)
 
     def _turn(self) -> None:
-        for command in self._mailbox.take(self._patience()):
-            self._obey(command)
+        for command in self._mailbox.take(self._poll_timeout()):
+            self._handle(command)
         started = self._heartbeat = self._clock()
         plan = self._scheduler.plan(started)
         planned = ran = self._clock()
@@ -125,7 +125,7 @@ class Engine:
             self._report(plan, result, (started, planned, ran, committed, self._clock()))
         self._did_run = result is not None
 
-    def _obey(self, command: Command) -> None:
+    def _handle(self, command: Command) -> None:
         match command:
             case Submit(ticket, submission, arrived):
                 self._scheduler.submit(ticket, submission, arrived)
@@ -139,7 +139,7 @@ class Engine:
     def _may_stop(self) -> bool:
         return self._stop_by is not None and (self._scheduler.is_idle or self._clock() >= self._stop_by)
 
-    def _patience(self) -> float:
+    def _poll_timeout(self) -> float:
         """Seconds to wait for a command: none while steps follow each other, else until something is due."""
         if self._did_run:
             return 0.0

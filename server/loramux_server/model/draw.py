@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loramux_server.model.rows import put_rows, take_rows
+from loramux_server.model.row_selection import put_rows, take_rows
 
 SCALE: Final = 2**40
 """Weight of a row's likeliest token; tokens 2^40 times less likely are never drawn."""

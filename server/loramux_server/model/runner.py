@@ -57,7 +57,7 @@ class ModelRunner:
         try:
             return self._run(step, chunks, merged)
         except BaseException:
-            self.adapted.forget()
+            self.adapted.reset()
             raise
 
     def _run(self, step: int, chunks: Sequence[Chunk], merged: MergedWeights | None) -> StepResult:

@@ -153,6 +153,17 @@ def test_what_fits_is_never_over_a_limit_and_left_out_means_what_is_left(prompt:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "asked", "granted"),
+    [(10, None, 23), (32, None, 1), (33, None, 64), (10, 40, 40)],  # the last token's KV is never written
+)
+def test_what_is_left_out_ends_at_a_longrope_bases_original_context(
+    prompt: int, asked: int | None, granted: int
+) -> None:
+    limits = replace(LIMITS, original_context_tokens=32)
+    assert limits.fit_tokens(prompt, asked) == granted
+
+
+@pytest.mark.parametrize(
     "name", ["../x", "a/b", "a,b", "a\0b", "x" * 300, "\u202eabc", "", " a", "a b", ".a", "-a", "é", "a\n"]
 )
 def test_hostile_names_are_refused(name: str) -> None:

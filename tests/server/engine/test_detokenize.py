@@ -55,7 +55,7 @@ def run(
     prompt: Sequence[int] = (),
 ) -> list[Delta]:
     """All events of a choice, the last token with the engine's own finish; `stop_token` comes after `tokens`."""
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, stop, prompt)
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, stop, prompt)
     tokens = [*tokens] if stop_token is None else [*tokens, stop_token]
     deltas = []
     for i, token in enumerate(tokens):
@@ -216,7 +216,7 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
 
 def test_nothing_comes_after_the_end() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(stop_strings=("b",)))
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, StopConditions(stop_strings=("b",)))
     tokens = [choice.push(TokenEvent(0, ord(c))) for c in "abc"]
     assert [delta is None for delta in tokens] == [False, False, True]
     assert choice.push(TokenEvent(0, finish=FinishReason.LENGTH)) is None
@@ -253,7 +253,7 @@ def test_an_end_in_the_middle_of_a_character_says_so() -> None:
 
 def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(stop_strings=("abc",)))
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, StopConditions(stop_strings=("abc",)))
     choice.push(TokenEvent(0, ord("a")))
     delta = choice.push(TokenEvent(0, finish=FinishReason.ABORTED, usage=Usage(1, 1, 0)))
     assert delta == Delta(0, "a", finish=FinishReason.ABORTED, usage=Usage(1, 1, 0))
@@ -261,7 +261,7 @@ def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
 
 def test_failures_and_logprobs_pass_through() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions())
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, StopConditions())
     prompt = (None, TokenLogprob(5, -1.0))
     assert choice.push(TokenEvent(3, prompt_logprobs=prompt)) == Delta(3, prompt_logprobs=prompt)
     logprob = TokenLogprob(ord("a"), -0.25, ((97, -0.25),))

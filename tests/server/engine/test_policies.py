@@ -44,7 +44,7 @@ def test_one_pass_asks_once_per_adapter():
     turns = AdapterAdmission(bound=2, tries=8)
     first, same, other = (request(number, digest=digest(kind)) for number, kind in ((1, 1), (2, 1), (3, 2)))
     assert turns.may_ask(first)
-    turns.refuse(first)
+    turns.skip(first)
     assert not turns.may_ask(same)
     assert turns.may_ask(other)
 
@@ -53,29 +53,29 @@ def test_a_pass_ends_when_enough_adapters_were_asked_for():
     turns = AdapterAdmission(bound=9, tries=2)
     for number in (1, 2):
         assert not turns.is_over
-        turns.refuse(request(number, digest=digest(number)))
+        turns.skip(request(number, digest=digest(number)))
     assert turns.is_over
 
 
 def test_after_the_bound_nobody_else_may_ask():
     waiting = request(1, digest=digest(1))
-    for overtaken in range(2):
+    for skipped in range(2):
         turns = AdapterAdmission(bound=2, tries=8)
-        turns.refuse(waiting)
+        turns.skip(waiting)
         other = request(2, digest=digest(2))
         assert turns.may_ask(other)
         turns.admit(other)
-        assert waiting.overtaken == overtaken + 1
+        assert waiting.skips == skipped + 1
     turns = AdapterAdmission(bound=2, tries=8)
-    turns.refuse(waiting)
+    turns.skip(waiting)
     assert not turns.may_ask(request(3, digest=digest(3)))
     AdapterAdmission(bound=2, tries=8).admit(waiting)
-    assert waiting.overtaken == 0
+    assert waiting.skips == 0
 
 
 def test_the_bound_holds_within_one_pass():
     turns = AdapterAdmission(bound=1, tries=8)
-    turns.refuse(request(1, digest=digest(1)))
+    turns.skip(request(1, digest=digest(1)))
     turns.admit(request(2, digest=digest(2)))
     assert not turns.may_ask(request(3, digest=digest(3)))
 
@@ -83,7 +83,7 @@ def test_the_bound_holds_within_one_pass():
 def test_a_stream_of_lucky_adapters_cannot_starve_an_unlucky_one():
     """Two slots, two popular adapters with new requests before each step: the third gets its slot all the same."""
     pool = FakePool(2)
-    harness = SchedulerHarness(limits(max_overtakes=3, max_running=4), pool)
+    harness = SchedulerHarness(limits(max_skips=3, max_running=4), pool)
     for number in (1, 2):
         harness.submit(submission(f"warm{number}", digest=digest(number), max_tokens=1))
     harness.step()
@@ -109,7 +109,7 @@ def test_a_stream_of_lucky_adapters_cannot_starve_an_unlucky_one():
 
 
 def test_requests_for_the_base_pass_also_when_a_turn_is_taken():
-    harness = SchedulerHarness(limits(max_overtakes=0), FakePool(2))
+    harness = SchedulerHarness(limits(max_skips=0), FakePool(2))
     harness.submit(submission("waits", digest=digest(1)))
     harness.submit(submission("barred", digest=digest(2)))
     base = harness.submit(submission("base", prompt=[5] * 3))
@@ -121,7 +121,7 @@ def test_requests_for_the_base_pass_also_when_a_turn_is_taken():
 
 
 def test_many_adapters_through_few_slots_all_end():
-    harness = SchedulerHarness(limits(max_overtakes=2), FakePool(3))
+    harness = SchedulerHarness(limits(max_skips=2), FakePool(3))
     tickets = [
         harness.submit(submission(f"r{number}", prompt=[number % 60] * 4, digest=digest(number % 17)))
         for number in range(68)

@@ -1,7 +1,7 @@
 """Mixed traffic at random: submissions, aborts, deadlines, failures, slow loads, more adapters than slots, tiny KV.
 
 Whatever happens to its neighbors, a request's tokens are the beginning of its solo run, all of it
-if it ended by itself; each choice ends once; blocks and leases come back; nobody is overtaken for ever.
+if it ended by itself; each choice ends once; blocks and leases come back; nobody is skipped for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.fake_pool import FakePool
 from support.fake_runner import solo
 from support.scheduler_harness import SchedulerHarness, digest, limits, submission
 
-OVERTAKES = 2
+SKIPS = 2
 LIKELY_PREFIX = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
@@ -37,7 +37,7 @@ class Traffic(RuleBasedStateMachine):
             kv_blocks=kv_blocks,
             max_running=running,
             max_batch_tokens=tokens,
-            max_overtakes=OVERTAKES,
+            max_skips=SKIPS,
             max_loads_tried=4,
             deterministic=deterministic,
             prefix_cache=caching,
@@ -133,7 +133,7 @@ class Traffic(RuleBasedStateMachine):
         assert len(scheduler._running) <= self.harness.limits.max_running
         assert self.harness.pool.leased == sum(request.digest is not None for request in scheduler._running)
         for request in scheduler._live.values():
-            assert request.overtaken <= OVERTAKES
+            assert request.skips <= SKIPS
         for plan in self.harness.runner.plans[-4:]:
             assert sum(len(chunk.tokens) for chunk in plan.chunks) <= self.harness.limits.max_batch_tokens
 

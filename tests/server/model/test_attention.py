@@ -14,11 +14,11 @@ import torch
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_server.engine.plan import Chunk
 from loramux_server.model.attention import paged_attention
+from loramux_server.model.attention_metadata import AttentionParams, DecodeAttention, DecodeBatch
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
 from loramux_server.model.forward_batch import build_batch
 from loramux_server.model.native_decode import find_native_decode
-from loramux_server.model.paged_context import DecodeAttention, DecodeRows, Limits
 from loramux_server.requests import SamplingParams
 
 WIDTH, SIZE, BLOCKS = 16, 4, 97
@@ -241,14 +241,14 @@ def test_a_nan_of_its_own_reaches_its_row_and_no_other(width: int) -> None:
     cache = PagedCache([AttentionLayer(2, width, width)], 8, 16, torch.bfloat16, torch.device("cpu"))
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_(generator=torch.Generator().manual_seed(width))
-    rows = DecodeRows(None, torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([20, 31, 16]))
+    rows = DecodeBatch(None, torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([20, 31, 16]))
     query = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    sound = native(cache, 0, query, rows, Limits(0.1))
-    assert torch.allclose(sound.float(), attend_rows(cache, 0, query, rows, Limits(0.1)).float(), atol=0.02)
+    sound = native(cache, 0, query, rows, AttentionParams(0.1))
+    assert torch.allclose(sound.float(), attend_rows(cache, 0, query, rows, AttentionParams(0.1)).float(), atol=0.02)
     for tensor in (cache.keys[0], cache.values[0]):
         kept = tensor[2, 1, 7, 0].clone()
         tensor[2, 1, 7, 0] = float("nan")
-        found = native(cache, 0, query, rows, Limits(0.1))
+        found = native(cache, 0, query, rows, AttentionParams(0.1))
         assert torch.equal(found[[0, 2]], sound[[0, 2]])
         assert torch.equal(found[1, :2], sound[1, :2])
         assert found[1, 2:].isnan().any(-1).all()

@@ -19,10 +19,10 @@ from loramux_adapters.guard.exactness import Truth, ask_untouched
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.guard.reference import ReferencePacked
+from loramux_server.model.attention_metadata import DecodeAttention
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
 from loramux_server.model.guard import self_check
-from loramux_server.model.paged_context import DecodeAttention
 from support.against_peft import ask_model, assert_equal_to_peft
 from support.checkpoints import float_base, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
