@@ -62,7 +62,7 @@ def _gpus() -> bool:
     return Path("/dev/nvidia0").exists()
 
 
-def test_rows_09_42_44_a_small_server_from_its_start_to_its_drain(tmp_path: Path) -> None:
+def test_a_small_server_from_its_start_to_its_drain(tmp_path: Path) -> None:
     port, metrics = free_ports(2)
     address = f"127.0.0.1:{port}"
     options = {**OPTIONS, "kv_bytes": "2MiB", "data_dir": str(tmp_path / "data"), "listen": address}
