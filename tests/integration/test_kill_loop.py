@@ -25,10 +25,10 @@ from loramux.retry import NO_RETRY
 from loramux.types import TransferProgress
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
+from support.processes import environment
 from support.tiny import load_tiny
 from support.tiny_adapters import tiny_files, write_files
 
-TESTS = Path(__file__).resolve().parents[1]
 KILLS = 55
 UPLOADERS = 4
 VERSIONS = 6  # contents of each name, taken in turn
@@ -50,7 +50,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env=environment(),
         )
         self._pid = 0
         self._expect("here")

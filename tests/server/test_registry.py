@@ -1,4 +1,4 @@
-"""The registry: references, pins, the publish flow, downloads; over the real store."""
+"""The registry: references, holds, the publish flow, downloads; over the real store."""
 
 import asyncio
 import statistics
@@ -155,7 +155,7 @@ async def test_a_request_keeps_its_version_when_the_name_is_replaced_or_deleted(
 
 
 @pytest.mark.asyncio
-async def test_a_release_is_idempotent_and_gives_back_only_its_own_pin(registry: Registry, tmp_path: Path) -> None:
+async def test_a_release_is_idempotent_and_gives_back_only_its_own_hold(registry: Registry, tmp_path: Path) -> None:
     await push(registry, "one", FILES)
     first, second = registry.resolve(TENANT, "one"), registry.resolve(TENANT, "one")
     await registry.delete(TENANT, "one")

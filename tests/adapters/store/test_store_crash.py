@@ -19,9 +19,9 @@ import pytest
 from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.store.local import LocalStore
 from support.crash_server import NAMES, QUOTAS, files_of, upload_id_of
+from support.processes import environment
 from support.stores import BASE, TENANT, blob_files, digest_of, entries_of, manifest_of, send, spec_of, stored
 
-TESTS = Path(__file__).resolve().parents[2]
 KILLED = -signal.SIGKILL
 
 
@@ -41,7 +41,7 @@ class CrashServer:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env=environment(),
         )
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ class SlowReader(sqlite3.Connection):
         return cursor
 
 
-def test_a_delete_between_lookup_and_pin_removes_no_bytes(tmp_path: Path) -> None:
+def test_a_delete_between_lookup_and_hold_removes_no_bytes(tmp_path: Path) -> None:
     def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         return schema.connect(path, busy_seconds, factory=SlowReader)
 
