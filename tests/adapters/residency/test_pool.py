@@ -220,6 +220,16 @@ def test_a_lease_is_a_context_manager() -> None:
     assert harness.pool.residency("8-a") == ResidencyView("resident", lease.slot, 0)
 
 
+def test_a_lease_that_is_released_again_gives_back_nobody_elses() -> None:
+    harness = PoolHarness()
+    first, second = harness.bring("8-a"), harness.bring("8-a")
+    first.release()
+    first.release()
+    assert harness.pool.stats().leases == 1
+    second.release()
+    assert harness.pool.stats().leases == 0
+
+
 def test_twice_as_many_adapters_as_slots_all_get_their_turn() -> None:
     harness = PoolHarness(capacity=32)
     names = [f"8-{index}" for index in range(8)]

@@ -91,6 +91,15 @@ async def test_what_is_too_much_is_refused_at_once_with_a_delay():
     assert count_choices(harness.client) == 3
 
 
+async def test_every_choice_of_a_submission_takes_a_place():
+    harness = ClientHarness(max_running=2, max_batch_tokens=8, max_queued=1)
+    harness.client.submit(submission("a", n=2))
+    with pytest.raises(Overloaded):
+        harness.client.submit(submission("b", n=2))
+    assert count_choices(harness.client) == 2
+    harness.client.submit(submission("b"))
+
+
 async def test_the_retry_delay_follows_throughput_while_busy():
     harness = ClientHarness(max_queued=15)
     for number in range(1, 5):

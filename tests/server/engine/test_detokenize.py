@@ -200,6 +200,14 @@ def test_the_first_end_wins_and_then_the_longest() -> None:
         assert text_of(run(tokenizer, [256], StopConditions(stop_strings=stops))) == text
 
 
+@pytest.mark.parametrize(("stop", "text"), [("aab", "aaab"), ("abac", "ababac"), ("aabaaac", "aabaaabaaac")])
+def test_a_stop_string_that_begins_within_a_failed_match_is_found(stop: str, text: str) -> None:
+    tokenizer = ByteTokenizer()
+    deltas = run(tokenizer, tokenizer.encode(text), StopConditions(stop_strings=(stop,)))
+    assert text_of(deltas) == text.removesuffix(stop)
+    assert deltas[-1].stop_string == stop
+
+
 def test_stop_strings_count_from_min_tokens_on() -> None:
     tokenizer = ByteTokenizer()
     stop = StopConditions(min_tokens=4, stop_strings=("ab",))
