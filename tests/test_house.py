@@ -200,7 +200,7 @@ def test_the_distribution_is_what_it_says() -> None:
         if "extra ==" not in requirement
     }
     grpc = {"grpcio", "grpcio-health-checking", "grpcio-status", "googleapis-common-protos", "protobuf"}
-    assert light == grpc | {"typer", "rich", "pyyaml", "platformdirs"}
+    assert light == grpc | {"typer", "rich", "pyyaml", "platformdirs", "pydantic"}
 
 
 def test_there_is_one_command() -> None:
