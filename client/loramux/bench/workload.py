@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -16,9 +15,8 @@ from typing import Annotated
 
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
+from loramux_adapters.names import NAME
 from loramux_adapters.validation import Section, Text, ValuesInvalid, read
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class WorkloadInvalid(Exception):
@@ -63,8 +61,8 @@ class Workload(Section):
     @field_validator("name")
     @classmethod
     def _can_name_a_file(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError("use letters, digits, dot, dash and underscore; results are files of this name")
+        if not NAME.allows(name):
+            raise ValueError(f"must be {NAME.words}: results are files of this name")
         return name
 
     @field_validator("scenarios")
