@@ -53,7 +53,7 @@ demo: setup ## Train adapters, serve them together, print what came of it
 test: setup-dev ## The test suite
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-mutants: setup-dev ## Put forty faults into copies of the tree; a test must notice each (MUTANTS='words of some')
+mutants: setup-dev ## Put faults into copies of the tree; a test must notice each (MUTANTS='words of some')
 	$(BIN)/python tests/mutants $(MUTANTS)
 
 bench: setup-dev ## Mixed batches against base only, and against PEFT

@@ -1,4 +1,4 @@
-"""Forty faults that core logic could have, each with the tests that must notice it.
+"""Faults that core logic could have, each with the tests that must notice it.
 
 A mutant is one exact replacement in one file. One that changes nothing that can be observed is no mutant: replace it.
 """
@@ -90,6 +90,16 @@ MUTANTS = (
         "replace(plan, chunks=plan.chunks[:middle])", "StepPlan(plan.step, plan.chunks[:middle], plan.merged)",
         (TEST_ENGINE + "test_execution.py", TEST_MODEL + "test_worker.py"),
     ),
+    Mutant(
+        "the second half of a failed step loses its merged weights", ENGINE + "execution.py",
+        "StepPlan(plan.step, plan.chunks[middle:], plan.merged)", "StepPlan(plan.step, plan.chunks[middle:])",
+        (TEST_ENGINE + "test_execution.py",),
+    ),
+    Mutant(
+        "of many choices one counts against the queue", ENGINE + "client.py",
+        "if self._live + submission.n > self._limits.max_live:", "if self._live + 1 > self._limits.max_live:",
+        (TEST_ENGINE + "test_client.py",),
+    ),
     # Terminal events
     Mutant(
         "a choice ends twice", ENGINE + "stream.py",
@@ -112,7 +122,18 @@ MUTANTS = (
         "self.matched = self._shorter[self.matched]\n        if", "self.matched = 0\n        if",
         (TEST_ENGINE + "test_detokenize.py",),
     ),
+    Mutant(
+        "a stop string that begins within a failed match is missed", ENGINE + "stop_strings.py",
+        "            matched = shorter[matched]\n", "            matched = 0\n",
+        (TEST_ENGINE + "test_detokenize.py",),
+    ),
     # Pool, slots, rank rows
+    Mutant(
+        "a lease that is released twice gives back another's", ADAPTERS + "residency/pool.py",
+        "        if self._live:\n            self._live = False\n",
+        "        if self._slot:\n            self._live = False\n",
+        (TEST_ADAPTERS + "residency/test_pool.py",),
+    ),
     Mutant(
         "an adapter with a lease is evicted", ADAPTERS + "residency/pool.py",
         "return not slot.leases and slot.bound_at != self._tick", "return slot.bound_at != self._tick",
@@ -165,6 +186,11 @@ MUTANTS = (
         "positions=torch.tensor(positions, device=device)", "positions=torch.tensor(positions)",
         (TEST_MODEL + "test_fake_cuda.py",),
     ),
+    Mutant(
+        "an output gain scales the base's bias too", ADAPTERS + "parts/output_gain.py",
+        "(y[rows, begin:end] - own) * gain + own", "y[rows, begin:end] * gain",
+        (TEST_ADAPTERS + "parts/test_output_gain.py",),
+    ),
     # Worker, staging, merging
     Mutant(
         "a chunk may use a slot to which nothing is bound", MODEL + "worker.py",
@@ -202,7 +228,28 @@ MUTANTS = (
         "(likelier.sum(dim=1) >= nucleus)", "(likelier.sum(dim=1) + level.flatten() >= nucleus)",
         (TEST_MODEL + "test_sampler.py", TEST_MODEL + "test_sampler_draw.py"),
     ),
+    Mutant(
+        "choices of one seed draw the same", MODEL + "sampler.py",
+        "(c.params.seed, c.params.choice, c.start + len(c.tokens))", "(c.params.seed, 0, c.start + len(c.tokens))",
+        (TEST_MODEL + "test_sampler.py",),
+    ),
     # Store, digest, fingerprint
+    Mutant(
+        "bytes of a version that a request holds are removed", ADAPTERS + "store/local.py",
+        "for version, digest in unreachable.items() if digest not in self._holds]",
+        "for version, digest in unreachable.items() if digest]",
+        (TEST_ADAPTERS + "store/test_store_holds.py",),
+    ),
+    Mutant(
+        "bytes of an upload that were received are written again", ADAPTERS + "store/staged_upload.py",
+        "if offset != received:", "if offset > received:",
+        (TEST_ADAPTERS + "store/test_store_uploads.py",),
+    ),
+    Mutant(
+        "one adapter more than the quota is published", ADAPTERS + "store/changes.py",
+        "if count >= quotas.max_adapters:", "if count > quotas.max_adapters:",
+        (TEST_ADAPTERS + "store/test_store_quotas.py",),
+    ),
     Mutant(
         "a publish is acknowledged without being synced", ADAPTERS + "store/local.py",
         "            upload.sync()\n            with self._changing:", "            with self._changing:",
@@ -227,6 +274,11 @@ MUTANTS = (
     Mutant(
         "a tensor of another shape is accepted", ADAPTERS + "formats/peft_tensors.py",
         "if entry.shape != expected:", "if len(entry.shape) != len(expected):",
+        (TEST_ADAPTERS + "formats/test_registry.py",),
+    ),
+    Mutant(
+        "an adapter of another base is accepted without consent", ADAPTERS + "formats/declared_base.py",
+        "if differs and not allow:", "if differs and allow:",
         (TEST_ADAPTERS + "formats/test_registry.py",),
     ),
     Mutant(
