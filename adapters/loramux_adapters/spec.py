@@ -6,20 +6,16 @@ Knows no tensor, no file and no name service. A name points at a digest; an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 ModuleKind = Literal["linear", "conv1d", "embedding", "norm"]
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
-
 
 @dataclass(frozen=True, order=True)
 class AdapterId:
-    """The name a tenant gave to an adapter; `name` matches `NAME_PATTERN` in full."""
+    """The name a tenant gave to an adapter; `name` is a `names.NAME`."""
 
     tenant: str
     name: str

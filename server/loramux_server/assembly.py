@@ -58,6 +58,7 @@ from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.sizing import Memory
 from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.verification import Verification
 from loramux_server.model.worker import Worker
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import Registry
@@ -127,7 +128,12 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     scheduler = Scheduler(engine_limits, pool, merged_weights)
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(
-        scheduler, Worker(runner, staged, merges), mailbox, client, observer=hooks.metrics, on_death=hooks.on_death
+        scheduler,
+        Worker(runner, staged, merges, Verification(adapted)),
+        mailbox,
+        client,
+        observer=hooks.metrics,
+        on_death=hooks.on_death,
     )
     states = _States(pool, merged_weights)
     registry = Registry(store, read_spec, base.spec.fingerprint, states)

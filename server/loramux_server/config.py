@@ -8,18 +8,34 @@ what must be looked at on the machine (ports, paths, devices) is `preflight`'s m
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import platformdirs
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from loramux_adapters.formats.limits import MAX_RANK
 from loramux_adapters.former_name import renamed_variables
 from loramux_server.errors import ConfigInvalid
-from loramux_server.options import Kind, Option, is_unix, parse
+from loramux_server.options import (
+    Address,
+    Bytes,
+    Count,
+    Device,
+    FilePath,
+    Flag,
+    Kind,
+    Seconds,
+    Text,
+    is_unix,
+    refuse,
+)
 
 EMBEDDED_MODEL = "loramux-tiny"
 """The name of the base that ships with Loramux."""
@@ -33,116 +49,104 @@ ENV_PREFIX = "LORAMUX_"
 FILE_VARIABLE = "LORAMUX_CONFIG"
 
 
-def _option(
-    default: Any,
-    kind: Kind,
-    text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    optional: bool = False,
-) -> Any:
-    option = Option(kind, text, choices=choices, low=low, high=high, optional=optional)
-    return field(default=default, metadata={"option": option})
-
-
 def default_data_dir() -> Path:
     """Where the store is if nobody says otherwise."""
     return Path(platformdirs.user_data_dir("loramux", appauthor=False))
 
 
-@dataclass(frozen=True)
-class BaseConfig:
+class BaseConfig(BaseModel):
     """Which base, and how it is computed."""
 
-    model: str = _option(EMBEDDED_MODEL, "text", "hub id or directory of the base; loramux-tiny ships with Loramux")
-    revision: str | None = _option(None, "text", "hub revision of the base", optional=True)
-    dtype: str = _option("auto", "text", "compute dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    device: str = _option("auto", "device", "auto, cpu, cuda or cuda:N")
-    deterministic: bool = _option(False, "flag", "batch-invariant arithmetic: slower, bit-equal to solo runs")
-    double_quant: bool = _option(False, "flag", "quantize the NF4 scales as well")
-    threads: int | None = _option(None, "count", "CPU threads of a step; unset: all", low=1, high=1024, optional=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_value(cls, raw: object, info: ValidationInfo) -> object:
+        name = str(info.field_name)
+        if raw is None or (isinstance(raw, str) and not raw.strip()):
+            if cls.model_fields[name].default is not None:
+                refuse("must not be empty", f"leave {name} out to get its default")
+            return None
+        if isinstance(raw, dict | list):
+            refuse("must be one value", "see `loramux config show`")
+        return raw
+
+    model: Text = Field(EMBEDDED_MODEL, description="hub id or directory of the base; loramux-tiny ships with Loramux")
+    revision: Text | None = Field(None, description="hub revision of the base")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
+    deterministic: Flag = Field(False, description="batch-invariant arithmetic: slower, bit-equal to solo runs")
+    double_quant: Flag = Field(False, description="quantize the NF4 scales as well")
+    threads: Count | None = Field(None, description="CPU threads of a step; unset: all", ge=1, le=1024)
 
 
-@dataclass(frozen=True)
 class EngineConfig(BaseConfig):
     """How much runs at once, and what of memory it may take."""
 
-    context_tokens: int | None = _option(
-        None, "count", "context limit; unset: the base's own", low=16, high=1 << 24, optional=True
+    context_tokens: Count | None = Field(None, description="context limit; unset: the base's own", ge=16, le=1 << 24)
+    max_batch_tokens: Count = Field(2048, description="tokens of one step", ge=8, le=1 << 20)
+    max_running: Count = Field(64, description="requests in one step", ge=1, le=65536)
+    max_queued: Count = Field(512, description="requests waiting before new ones are refused", ge=0, le=1 << 20)
+    block_tokens: Count = Field(16, description="tokens of one KV block", ge=1, le=1024)
+    kv_bytes: Bytes | None = Field(None, description="memory of the KV cache; unset: sized at start", ge=1 << 12)
+    dense_base_bytes: Bytes | None = Field(
+        None,
+        description="memory of a dense copy of the base beside its NF4 codes; unset: sized at start, 0: none",
+        ge=0,
     )
-    max_batch_tokens: int = _option(2048, "count", "tokens of one step", low=8, high=1 << 20)
-    max_running: int = _option(64, "count", "requests in one step", low=1, high=65536)
-    max_queued: int = _option(512, "count", "requests waiting before new ones are refused", low=0, high=1 << 20)
-    block_tokens: int = _option(16, "count", "tokens of one KV block", low=1, high=1024)
-    kv_bytes: int | None = _option(
-        None, "bytes", "memory of the KV cache; unset: sized at start", low=1 << 12, optional=True
-    )
-    dense_base_bytes: int | None = _option(
-        None, "bytes", "memory of a dense copy of the base beside its NF4 codes; unset: sized at start, 0: none", low=0,
-        optional=True,
-    )  # fmt: skip
-    prefix_cache: bool = _option(True, "flag", "reuse KV blocks of equal prefixes")
+    prefix_cache: Flag = Field(True, description="reuse KV blocks of equal prefixes")
 
 
-@dataclass(frozen=True)
 class AdapterConfig(EngineConfig):
     """Where adapters rest and how many may be where."""
 
-    data_dir: Path = field(
-        default_factory=default_data_dir, metadata={"option": Option("path", "directory of the adapter store")}
+    data_dir: FilePath = Field(default_factory=default_data_dir, description="directory of the adapter store")
+    adapter_device_bytes: Bytes | None = Field(
+        None, description="device memory of adapter slots; unset: sized at start", ge=1 << 12
     )
-    adapter_device_bytes: int | None = _option(
-        None, "bytes", "device memory of adapter slots; unset: sized at start", low=1 << 12, optional=True
-    )
-    adapter_host_bytes: int = _option(1 * GIB, "bytes", "host memory of loaded adapters", low=1 << 12)
-    merged_bytes: int = _option(512 * MIB, "bytes", "memory of merged weights of hot adapters", low=0)
-    max_rank: int = _option(MAX_RANK, "count", "largest LoRA rank accepted", low=1, high=4096)
-    max_adapter_bytes: int = _option(1 * GIB, "bytes", "largest adapter accepted", low=1 << 10)
-    max_adapters: int = _option(10_000, "count", "adapters a tenant may keep", low=1)
-    max_store_bytes: int = _option(64 * GIB, "bytes", "bytes a tenant may keep", low=1 << 10)
-    max_uploads: int = _option(64, "count", "unfinished uploads a tenant may keep", low=1, high=1 << 16)
-    upload_ttl_seconds: float = _option(86_400.0, "seconds", "an upload without a commit is dropped after", low=1)
+    adapter_host_bytes: Bytes = Field(1 * GIB, description="host memory of loaded adapters", ge=1 << 12)
+    merged_bytes: Bytes = Field(512 * MIB, description="memory of merged weights of hot adapters", ge=0)
+    max_rank: Count = Field(MAX_RANK, description="largest LoRA rank accepted", ge=1, le=4096)
+    max_adapter_bytes: Bytes = Field(1 * GIB, description="largest adapter accepted", ge=1 << 10)
+    max_adapters: Count = Field(10_000, description="adapters a tenant may keep", ge=1)
+    max_store_bytes: Bytes = Field(64 * GIB, description="bytes a tenant may keep", ge=1 << 10)
+    max_uploads: Count = Field(64, description="unfinished uploads a tenant may keep", ge=1, le=1 << 16)
+    upload_ttl_seconds: Seconds = Field(86_400.0, description="an upload without a commit is dropped after", ge=1)
 
 
-@dataclass(frozen=True)
 class NetworkConfig(AdapterConfig):
     """Where the server is reached and watched."""
 
-    listen: str = _option("127.0.0.1:50051", "address", "address of gRPC: HOST:PORT or unix:PATH")
-    metrics_listen: str = _option(
-        "127.0.0.1:9464", "address", "address of Prometheus metrics, /healthz and /readyz, or none"
+    listen: Address = Field("127.0.0.1:50051", description="address of gRPC: HOST:PORT or unix:PATH")
+    metrics_listen: Address = Field(
+        "127.0.0.1:9464", description="address of Prometheus metrics, /healthz and /readyz, or none"
     )
 
 
-@dataclass(frozen=True)
 class RequestConfig(NetworkConfig):
     """What one request may ask."""
 
-    max_choices: int = _option(16, "count", "largest n of a request", low=1, high=1024)
-    max_logprobs: int = _option(20, "count", "most alternatives per token", low=0, high=1000)
-    max_stop_strings: int = _option(16, "count", "most stop strings of a request", low=0, high=1024)
-    max_message_bytes: int = _option(4 * MIB, "bytes", "largest gRPC message received", low=2 * MIB, high=1 << 30)
+    max_choices: Count = Field(16, description="largest n of a request", ge=1, le=1024)
+    max_logprobs: Count = Field(20, description="most alternatives per token", ge=0, le=1000)
+    max_stop_strings: Count = Field(16, description="most stop strings of a request", ge=0, le=1024)
+    max_message_bytes: Bytes = Field(4 * MIB, description="largest gRPC message received", ge=2 * MIB, le=1 << 30)
 
 
-@dataclass(frozen=True)
 class LifetimeConfig(RequestConfig):
     """How long what does not go on is waited for."""
 
-    stall_seconds: float = _option(30.0, "seconds", "a stream nobody reads is ended after", low=0.05, high=86_400)
-    readiness_seconds: float = _option(1.0, "seconds", "NOT_SERVING before a stop refuses work", low=0, high=600)
-    drain_seconds: float = _option(30.0, "seconds", "running requests may go on for, at a stop", low=0, high=86_400)
-    step_timeout_seconds: float = _option(300.0, "seconds", "a step that takes longer hangs: the server ends", low=1)
+    stall_seconds: Seconds = Field(30.0, description="a stream nobody reads is ended after", ge=0.05, le=86_400)
+    readiness_seconds: Seconds = Field(1.0, description="NOT_SERVING before a stop refuses work", ge=0, le=600)
+    drain_seconds: Seconds = Field(30.0, description="running requests may go on for, at a stop", ge=0, le=86_400)
+    step_timeout_seconds: Seconds = Field(300.0, description="a step that takes longer hangs: the server ends", ge=1)
 
 
-@dataclass(frozen=True)
 class ServeConfig(LifetimeConfig):
     """All of it; here what is logged and counted."""
 
-    metrics_adapters: int = _option(50, "count", "adapters with a series of their own", low=0, high=1000)
-    log_level: str = _option("info", "text", "least severe log line", choices=("debug", "info", "warning", "error"))
-    log_format: str = _option("text", "text", "form of log lines", choices=("text", "json"))
+    metrics_adapters: Count = Field(50, description="adapters with a series of their own", ge=0, le=1000)
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    log_format: Literal["text", "json"] = Field("text", description="form of log lines")
 
 
 _GROUPS: Mapping[type[BaseConfig], str] = {
@@ -164,20 +168,32 @@ class ResolvedConfig:
     origins: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Option:
+    """What help, `config show` and documents say of an option."""
+
+    kind: str
+    text: str
+    choices: tuple[str, ...]
+    default: Any
+
+
+@cache
 def options() -> Mapping[str, Option]:
     """Every option by name, in order of layers: what the command line, `config show` and documents list."""
-    return {entry.name: entry.metadata["option"] for entry in fields(ServeConfig)}
+    return {name: _describe(entry) for name, entry in ServeConfig.model_fields.items()}
+
+
+def _describe(entry: FieldInfo) -> Option:
+    choices = get_args(entry.annotation) if get_origin(entry.annotation) is Literal else ()
+    parts = [*entry.metadata, *(part for branch in get_args(entry.annotation) for part in get_args(branch))]
+    kind = next((part.name for part in parts if isinstance(part, Kind)), "text")
+    return Option(kind, entry.description or "", choices, entry.get_default(call_default_factory=True))
 
 
 def groups() -> Mapping[str, str]:
     """The heading under which help lists each option."""
     return {name: title for layer, title in _GROUPS.items() for name in layer.__annotations__}
-
-
-def defaults() -> Mapping[str, Any]:
-    """The value of every option nobody set."""
-    config = ServeConfig()
-    return {name: getattr(config, name) for name in options()}
 
 
 def resolve_config(
@@ -187,38 +203,29 @@ def resolve_config(
 
     Raises ConfigInvalid naming every wrong option with the layer, the rule and the remedy.
     """
-    environ = environ or {}
-    known = options()
+    environ, known = environ or {}, options()
+    wrong: list[ConfigInvalid] = []
     values: dict[str, Any] = {}
     origins = dict.fromkeys(known, "default")
 
-    wrong: list[ConfigInvalid] = []
-
-    def take(name: str, raw: object, origin: str, nearest: str = "") -> None:
-        if name in RENAMED_OPTIONS:
-            wrong.append(ConfigInvalid(f"{origin}: {name} is called {RENAMED_OPTIONS[name]} now", remedy="rename it"))
-            return
-        if name not in known:
-            prefix = f"{nearest}: " if nearest else ""
-            wrong.append(ConfigInvalid(f"{prefix}unknown option {name!r}", remedy=_did_you_mean(str(name), known)))
-            return
+    def take(layer: Mapping[str, object], origin: Callable[[str], str], nearest: str = "") -> None:
+        wrong.extend(_unknown(name, origin(name), nearest) for name in layer if name not in known)
+        layer = {name: raw for name, raw in layer.items() if name in known}
         try:
-            values[name] = parse(name, known[name], raw, origin)
-            origins[name] = origin
-        except ConfigInvalid as error:
-            wrong.append(error)
+            read = ServeConfig.model_validate(layer)
+        except ValidationError as error:
+            wrong.extend(_refused(found, layer, origin) for found in error.errors(include_url=False))
+            return
+        values.update({name: getattr(read, name) for name in layer})
+        origins.update({name: origin(name) for name in layer})
 
     path = file or (Path(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else None)
     if path is not None:
-        for name, raw in _read_file(path).items():
-            take(name, raw, f"file {path}", str(path))
-    for name in known:
-        variable = ENV_PREFIX + name.upper()
-        if variable in environ:
-            take(name, environ[variable], f"env {variable}")
-    for name, raw in (flags or {}).items():
-        if raw is not None:
-            take(name, raw, f"flag --{name.replace('_', '-')}")
+        take(_read_file(path), lambda name: f"file {path}", f"{path}: ")
+    variables = {name: ENV_PREFIX + name.upper() for name in known}
+    take({n: environ[v] for n, v in variables.items() if v in environ}, lambda name: f"env {variables[name]}")
+    given = {name: raw for name, raw in (flags or {}).items() if raw is not None}
+    take(given, lambda name: f"flag --{name.replace('_', '-')}")
     for old, new in renamed_variables(environ, _variables(known)).items():
         wrong.append(ConfigInvalid(f"env {old} is not read any more", remedy=f"set {new}"))
     if wrong:
@@ -227,6 +234,29 @@ def resolve_config(
     if wrong := list(_wrong_together(config)):
         raise ConfigInvalid.of_all(wrong)
     return ResolvedConfig(config, origins)
+
+
+def _unknown(name: str, origin: str, nearest: str) -> ConfigInvalid:
+    if name in RENAMED_OPTIONS:
+        return ConfigInvalid(f"{origin}: {name} is called {RENAMED_OPTIONS[name]} now", remedy="rename it")
+    near = difflib.get_close_matches(str(name), options(), n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else "`loramux config show` lists every option"
+    return ConfigInvalid(f"{nearest}unknown option {name!r}", remedy=remedy)
+
+
+def _refused(found: ErrorDetails, layer: Mapping[str, object], origin: Callable[[str], str]) -> ConfigInvalid:
+    """The one place where pydantic's words become ours."""
+    name, context = str(found["loc"][0]), found.get("ctx", {})
+    match found["type"]:
+        case "greater_than_equal":
+            why, remedy = f"must be at least {context['ge']:g}", "raise it"
+        case "less_than_equal":
+            why, remedy = f"must be at most {context['le']:g}", "lower it"
+        case "literal_error":
+            why, remedy = "unknown value", f"use one of {', '.join(options()[name].choices)}"
+        case _:
+            why, remedy = found["msg"], context["remedy"]
+    return ConfigInvalid(f"{name} = {layer[name]!r} ({origin(name)}): {why}", remedy=remedy)
 
 
 def _variables(known: Iterable[str]) -> dict[str, str]:
@@ -253,11 +283,6 @@ def _read_file(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise ConfigInvalid(f"{path} must hold a mapping of options", remedy="write lines like `max_running: 64`")
     return content
-
-
-def _did_you_mean(name: str, known: Mapping[str, Option]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else "`loramux config show` lists every option"
 
 
 def _wrong_together(config: ServeConfig) -> Iterator[ConfigInvalid]:

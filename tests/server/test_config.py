@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from loramux.cli.main import app
 from loramux.terminal.failures import ExitCode
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.threads import limit_spinning
-from loramux_server.config import ServeConfig, defaults, groups, options, resolve_config
+from loramux_server.config import ServeConfig, groups, options, resolve_config
 from loramux_server.errors import ConfigInvalid, StartError
 from loramux_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
 from support.hub_cache import cache_tiny
@@ -33,7 +32,7 @@ def test_layers_override_in_order_and_keep_their_origin(tmp_path: Path) -> None:
     config = resolved.config
     assert (config.max_running, config.max_queued, config.kv_bytes) == (8, 10, 64 << 20)
     assert (config.drain_seconds, config.deterministic) == (7.0, True)
-    assert config.max_rank == defaults()["max_rank"]
+    assert config.max_rank == options()["max_rank"].default
     assert resolved.origins["max_running"] == f"file {file}"
     assert resolved.origins["max_queued"] == "env LORAMUX_MAX_QUEUED"
     assert resolved.origins["drain_seconds"] == "flag --drain-seconds"
@@ -47,10 +46,10 @@ def test_the_environment_may_name_the_file(tmp_path: Path) -> None:
 
 
 def test_every_option_is_declared_and_its_default_is_within_its_own_bounds() -> None:
-    assert set(options()) == {entry.name for entry in dataclasses.fields(ServeConfig)} == set(defaults())
-    for name, value in defaults().items():
-        assert resolve_config(flags={name: value}).config is not None
-        assert options()[name].text, name
+    assert set(options()) == set(ServeConfig.model_fields)
+    for name, option in options().items():
+        assert resolve_config(flags={name: option.default}).config is not None
+        assert option.text, name
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             model_id="fake",
             architecture="llama",
             fingerprint=BASE,
-            limits=inference_pb2.AttentionParams(context_tokens=64, max_rank=8),
+            limits=inference_pb2.Limits(context_tokens=64, max_rank=8),
         )
 
     def Abort(self, request: inference_pb2.AbortRequest, context: Any) -> inference_pb2.AbortResponse:

@@ -37,6 +37,7 @@ from loramux_server.model.merged_weights import MergedWeightsCache
 from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.verification import Verification
 from loramux_server.model.worker import Worker
 from loramux_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
 from support.adapters import files_of
@@ -120,7 +121,7 @@ class ModelEngine:
             self.merges, partial(merged_bytes, self.adapted), self.weights.__getitem__, lambda: None, dense_bytes
         )
         self.runner = self.runner_type(self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope))
-        self.worker = Worker(self.runner, self.staged, self.merges)
+        self.worker = Worker(self.runner, self.staged, self.merges, Verification(self.adapted))
         self.scheduler = Scheduler(self.limits, self.pool, self.merged_weights)
         self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
         self.plans: list[StepPlan] = []

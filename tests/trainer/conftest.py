@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loramux_adapters.base.load import LoadedBase
-from loramux_trainer.job import TrainJob, parse_job
+from loramux_trainer.job import TrainConfig, parse_job
 from support.tiny import conversation, load_tiny, tiny_tokenizer, write_jsonl
 
 RECORDS = [{"messages": conversation(f"word{i * 7 % 40}", f"drow{i}{'!' * (i % 9)}")} for i in range(40)]
@@ -25,10 +25,10 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def make_job(tmp_path: Path) -> Callable[..., TrainJob]:
+def make_job(tmp_path: Path) -> Callable[..., TrainConfig]:
     """Builds a ten-step job in `tmp_path`; keyword arguments are sections that override its values."""
 
-    def make(output: str = "adapter", model: str = "loramux-tiny", **sections: dict[str, Any]) -> TrainJob:
+    def make(output: str = "adapter", model: str = "loramux-tiny", **sections: dict[str, Any]) -> TrainConfig:
         write_jsonl(tmp_path / "train.jsonl", RECORDS)
         values: dict[str, Any] = copy.deepcopy(
             {
@@ -36,7 +36,13 @@ def make_job(tmp_path: Path) -> Callable[..., TrainJob]:
                 "output": output,
                 "data": {"train": "train.jsonl", "eval_fraction": 0.1},
                 "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
-                "training": {"learning_rate": 1e-2, "steps": 10, "batch_size": 4, "accumulation": 2, "eval_every": 4},
+                "training": {
+                    "learning_rate": 1e-2,
+                    "max_steps": 10,
+                    "batch_size": 4,
+                    "gradient_accumulation_steps": 2,
+                    "eval_steps": 4,
+                },
             }
         )
         for name, section in sections.items():

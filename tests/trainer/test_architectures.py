@@ -25,7 +25,7 @@ from loramux_adapters.guard.examine import examine
 from loramux_trainer.batches import collate
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.examples import IGNORE, Example
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 from loramux_trainer.losses import completion_loss
 from loramux_trainer.run import train
 from loramux_trainer.targets import resolve_targets
@@ -52,13 +52,13 @@ CONFIGS = {
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_run_on_each_family_gives_what_peft_computes(
-    family: str, make_job: Callable[..., TrainJob], tokenizer: Any, tmp_path: Path
+    family: str, make_job: Callable[..., TrainConfig], tokenizer: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     source = tmp_path / "base"
     AutoModelForCausalLM.from_config(CONFIGS[family]()).save_pretrained(source)
     tokenizer.save_pretrained(source)
-    job = make_job(lora={"rslora": True}, training={"steps": 4}, model=str(source))
+    job = make_job(lora={"use_rslora": True}, training={"max_steps": 4}, model=str(source))
     result = train(job)
     assert torch.isfinite(torch.tensor(result.loss))
 
@@ -79,7 +79,7 @@ def test_a_run_on_each_family_gives_what_peft_computes(
 
 
 def test_a_base_that_no_server_serves_is_not_trained(
-    make_job: Callable[..., TrainJob], tokenizer: Any, tmp_path: Path
+    make_job: Callable[..., TrainConfig], tokenizer: Any, tmp_path: Path
 ) -> None:
     source = tmp_path / "base"
     options = {key: value for key, value in SHAPE.items() if key != "head_dim"}
@@ -87,7 +87,7 @@ def test_a_base_that_no_server_serves_is_not_trained(
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
     tokenizer.save_pretrained(source)
     with pytest.raises(JobInvalid, match=r"model: .*Lfm2ForCausalLM cannot be served exactly.*could not be served"):
-        train(make_job(training={"steps": 1}, model=str(source)))
+        train(make_job(training={"max_steps": 1}, model=str(source)))
 
 
 def test_rows_of_a_longrope_base_choose_by_their_own_length(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from loramux_trainer.data import load_data
 from loramux_trainer.errors import DataInvalid
 from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.job import DataJob
+from loramux_trainer.job import DataConfig
 from loramux_trainer.records import RecordInvalid, parse_record
 from support.tiny import conversation, tiny_encoder, write_jsonl
 
@@ -111,7 +111,7 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: str, says: st
     path = tmp_path / "t.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
     with pytest.raises(DataInvalid, match=says) as caught:
-        load_data(DataJob(path), tiny_encoder(tokenizer), seed=0)
+        load_data(DataConfig(path), tiny_encoder(tokenizer), seed=0)
     assert caught.value.line == 3
 
 
@@ -123,7 +123,7 @@ def test_a_bad_file_is_named(tmp_path: Path, tokenizer: Any, content: bytes | No
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataInvalid, match=says):
-        load_data(DataJob(path), tiny_encoder(tokenizer), seed=0)
+        load_data(DataConfig(path), tiny_encoder(tokenizer), seed=0)
 
 
 def _completions(*texts: str) -> list[dict[str, str]]:
@@ -134,37 +134,37 @@ def test_report_counts_duplicates_leaks_and_masked_tokens(tmp_path: Path, tokeni
     train = write_jsonl(tmp_path / "t.jsonl", _completions("a", "b", "a", "c"))
     held = write_jsonl(tmp_path / "e.jsonl", _completions("c", "d"))
     encoder = tiny_encoder(tokenizer)
-    data = load_data(DataJob(train, held), encoder, seed=0)
+    data = load_data(DataConfig(train, held), encoder, seed=0)
     report = data.report
     assert (report.records, report.train, report.duplicates, report.eval, report.leaked) == (4, 3, 1, 1, 1)
     assert (report.tokens, report.masked, report.longest) == (12, 6, 4)  # <bos> p | x <end>, three times
-    kept = load_data(DataJob(train, held, keep_duplicates=True), encoder, seed=0)
+    kept = load_data(DataConfig(train, held, keep_duplicates=True), encoder, seed=0)
     assert kept.report.train == 4
     assert kept.digest != data.digest
 
 
-def test_overlong_examples_are_dropped_or_truncated(tmp_path: Path, tokenizer: Any) -> None:
+def test_examples_that_are_too_long_are_dropped_or_truncated(tmp_path: Path, tokenizer: Any) -> None:
     train = write_jsonl(
         tmp_path / "t.jsonl", [*_completions("short", "much longer"), {"prompt": "p" * 20, "completion": "x"}]
     )
     encoder = tiny_encoder(tokenizer)
-    dropped = load_data(DataJob(train, max_length=8), encoder, seed=0)
-    assert (dropped.report.train, dropped.report.overlong) == (1, 2)
-    truncated = load_data(DataJob(train, max_length=8, overlong="truncate"), encoder, seed=0)
+    dropped = load_data(DataConfig(train, max_length=8), encoder, seed=0)
+    assert (dropped.report.train, dropped.report.too_long) == (1, 2)
+    truncated = load_data(DataConfig(train, max_length=8, truncation="truncate"), encoder, seed=0)
     assert [len(example.ids) for example in truncated.train] == [8, 8]  # the long prompt has no loss left
     with pytest.raises(DataInvalid, match="no record is left"):
-        load_data(DataJob(train, max_length=3), encoder, seed=0)
+        load_data(DataConfig(train, max_length=3), encoder, seed=0)
     held = write_jsonl(tmp_path / "e.jsonl", _completions("a much longer one"))
     with pytest.raises(DataInvalid, match=r"e\.jsonl: no record is left to evaluate on: 1 are longer"):
-        load_data(DataJob(train, held, max_length=8), encoder, seed=0)
+        load_data(DataConfig(train, held, max_length=8), encoder, seed=0)
 
 
 def test_examples_truncated_before_their_end_are_counted_and_never_all_there_is(tmp_path: Path, tokenizer: Any) -> None:
     encoder = tiny_encoder(tokenizer)
     train = write_jsonl(tmp_path / "t.jsonl", _completions("short", "much longer", "longer too"))
-    job = DataJob(train, max_length=8, overlong="truncate")
+    job = DataConfig(train, max_length=8, truncation="truncate")
     report = load_data(job, encoder, seed=0).report
-    assert (report.train, report.overlong, report.endless) == (3, 2, 2)
+    assert (report.train, report.too_long, report.endless) == (3, 2, 2)
     write_jsonl(train, _completions("much longer", "longer too"))
     with pytest.raises(DataInvalid, match=r"every record is truncated before the token that ends it.*over 8, or drop"):
         load_data(job, encoder, seed=0)
@@ -177,7 +177,7 @@ def test_an_id_that_the_model_lacks_is_refused_by_its_line(tmp_path: Path, token
     with pytest.raises(
         DataInvalid, match=rf"t\.jsonl:2: 'z' is token id {last} at position 2, which is outside the mo"
     ):
-        load_data(DataJob(train), encoder, seed=0)
+        load_data(DataConfig(train), encoder, seed=0)
 
 
 def test_a_record_of_several_sequences_counts_once(tmp_path: Path, tokenizer: Any) -> None:
@@ -188,7 +188,7 @@ def test_a_record_of_several_sequences_counts_once(tmp_path: Path, tokenizer: An
         )
         chat = [*conversation("ab", "cd"), *conversation("ef", "gh")]
         train = write_jsonl(tmp_path / "t.jsonl", [{"messages": chat}])
-        report = load_data(DataJob(train), tiny_encoder(tokenizer), seed=0).report
+        report = load_data(DataConfig(train), tiny_encoder(tokenizer), seed=0).report
     finally:
         tokenizer.chat_template = kept
     assert (report.records, report.train) == (1, 2)
@@ -197,12 +197,12 @@ def test_a_record_of_several_sequences_counts_once(tmp_path: Path, tokenizer: An
 def test_eval_fraction_splits_distinct_examples(tmp_path: Path, tokenizer: Any) -> None:
     train = write_jsonl(tmp_path / "t.jsonl", _completions(*"abcdefghij", *"abcdefghij"))
     encoder = tiny_encoder(tokenizer)
-    data = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
+    data = load_data(DataConfig(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
     assert len(data.eval) == 3
     assert len(data.train) == 14
     assert not set(data.train) & set(data.eval)
     one = write_jsonl(tmp_path / "one.jsonl", _completions("a", "a"))
     with pytest.raises(DataInvalid, match="cannot be split"):
-        load_data(DataJob(one, eval_fraction=0.5), encoder, seed=0)
-    again = load_data(DataJob(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
+        load_data(DataConfig(one, eval_fraction=0.5), encoder, seed=0)
+    again = load_data(DataConfig(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
     assert again.eval == data.eval

@@ -9,11 +9,11 @@ import pytest
 from loramux_trainer import checkpoints, export, run, space
 from loramux_trainer.errors import JobInvalid, OutputFailed
 from loramux_trainer.export import REPORT
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 from loramux_trainer.run import CHECKPOINTS, train
 from support.training import StopAt
 
-JobMaker = Callable[..., TrainJob]
+JobMaker = Callable[..., TrainConfig]
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -24,7 +24,7 @@ def test_a_disk_that_fills_up_is_told(make_job: JobMaker, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(run, method, fail)
     with pytest.raises(OutputFailed, match="cannot be written any more: No space left"):
-        train(make_job(training={"steps": 3}, checkpoint={"every": 2}))
+        train(make_job(training={"max_steps": 3}, checkpoint={"save_steps": 2}))
 
 
 def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, mo
 def test_a_disk_that_fills_up_at_a_checkpoint_leaves_no_part_of_it(
     make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(checkpoint={"every": 4})
+    job = make_job(checkpoint={"save_steps": 4})
     real = checkpoints.write_durably
 
     def fill_up(path: Path, content: bytes) -> None:
@@ -85,12 +85,12 @@ def test_room_is_needed_for_the_checkpoints_that_are_kept_and_the_adapter(make_j
     def megabytes(existing: int = 0, **options: int) -> int:
         return (space.needed_bytes(make_job(checkpoint=options), million, 10, existing) - (1 << 20)) // (4 * million)
 
-    assert megabytes(every=0) == 3 + 1  # factors and two moments, and the factors alone
-    assert megabytes(every=10) == 3 + 1  # the last step's is the one before the export
-    assert megabytes(every=3, keep=2) == 3 * 3 + 1
-    assert megabytes(every=3, keep=2, existing=2) == 3 + 1
-    assert megabytes(every=3, keep=9) == 4 * 3 + 1
+    assert megabytes(save_steps=0) == 3 + 1  # factors and two moments, and the factors alone
+    assert megabytes(save_steps=10) == 3 + 1  # the last step's is the one before the export
+    assert megabytes(save_steps=3, save_total_limit=2) == 3 * 3 + 1
+    assert megabytes(save_steps=3, save_total_limit=2, existing=2) == 3 + 1
+    assert megabytes(save_steps=3, save_total_limit=9) == 4 * 3 + 1
 
 
 def test_checkpoints_are_written_by_default(make_job: JobMaker) -> None:
-    assert make_job().checkpoint.every == 200
+    assert make_job().checkpoint.save_steps == 200

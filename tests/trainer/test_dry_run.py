@@ -16,11 +16,11 @@ from loramux_trainer.data_check import check_data
 from loramux_trainer.dry_run import check_whole_job
 from loramux_trainer.errors import DataInvalid, JobInvalid, ModelInvalid, SeveralInvalid, TrainerError
 from loramux_trainer.examples import ExampleEncoder
-from loramux_trainer.job import DataJob, TrainJob
+from loramux_trainer.job import DataConfig, TrainConfig
 from support.hub_cache import cache_tiny
 from support.tiny import tiny_encoder, write_jsonl
 
-JobMaker = Callable[..., TrainJob]
+JobMaker = Callable[..., TrainConfig]
 
 
 def test_a_good_job_passes_and_leaves_nothing(make_job: JobMaker, tmp_path: Path) -> None:
@@ -33,10 +33,10 @@ def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_ru
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    job = make_job(model="org/name", lora={"targets": ["q_prj"]})
+    job = make_job(model="org/name", lora={"target_modules": ["q_prj"]})
     assert not check_whole_job(job, resume=False)
     cache_tiny(tmp_path / "hub", "org/name")
-    with pytest.raises(JobInvalid, match=r"lora\.targets: q_prj names no module of org/name"):
+    with pytest.raises(JobInvalid, match=r"lora\.target_modules: q_prj names no module of org/name"):
         check_whole_job(job, resume=False)
 
 
@@ -50,12 +50,12 @@ def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_ru
     ],
 )
 def test_targets_are_judged(make_job: JobMaker, targets: Any, says: str) -> None:
-    with pytest.raises(JobInvalid, match=f"lora.targets: .*{says}"):
-        check_whole_job(make_job(lora={"targets": targets}), resume=False)
+    with pytest.raises(JobInvalid, match=f"lora.target_modules: .*{says}"):
+        check_whole_job(make_job(lora={"target_modules": targets}), resume=False)
 
 
 def test_everything_is_told_at_once(make_job: JobMaker) -> None:
-    job = make_job(lora={"targets": ["q_prj"]})
+    job = make_job(lora={"target_modules": ["q_prj"]})
     (job.output / "checkpoints" / "step-00000001").mkdir(parents=True)
     with job.data.train.open("a") as file:
         file.write('{"prompt": "a"}\n')
@@ -64,7 +64,12 @@ def test_everything_is_told_at_once(make_job: JobMaker) -> None:
         check_whole_job(job, resume=False)
     told = str(caught.value)
     assert len(caught.value.problems) == 4
-    for words in ("output: ", "lora.targets: ", "train.jsonl:41: a record needs", "train.jsonl:42: tools: the base's"):
+    for words in (
+        "output: ",
+        "lora.target_modules: ",
+        "train.jsonl:41: a record needs",
+        "train.jsonl:42: tools: the base's",
+    ):
         assert f"  {words}" in told.replace(f"{job.data.train.parent}/", "")
 
 
@@ -91,8 +96,8 @@ def test_an_example_beyond_the_context_is_refused(make_job: JobMaker) -> None:
 
 
 def test_a_warm_up_longer_than_the_epochs_is_refused(make_job: JobMaker) -> None:
-    with pytest.raises(JobInvalid, match=r"training\.warmup: warm-up of 50 steps leaves none of 5"):
-        check_whole_job(make_job(training={"steps": None, "epochs": 1, "warmup": 50}), resume=False)
+    with pytest.raises(JobInvalid, match=r"training\.warmup_steps: warm-up of 50 steps leaves none of 5"):
+        check_whole_job(make_job(training={"max_steps": None, "num_train_epochs": 1, "warmup_steps": 50}), resume=False)
 
 
 def _outcome(act: Callable[[], Any]) -> Any:
@@ -102,7 +107,7 @@ def _outcome(act: Callable[[], Any]) -> Any:
         return str(error)
 
 
-@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+@pytest.mark.parametrize("truncation", ["drop", "truncate"])
 @pytest.mark.parametrize(
     ("train", "options"),
     [
@@ -119,7 +124,7 @@ def _outcome(act: Callable[[], Any]) -> Any:
     ],
 )
 def test_data_is_judged_as_the_run_judges_it(
-    tmp_path: Path, tokenizer: Any, train: list[str], options: dict[str, Any], overlong: Any
+    tmp_path: Path, tokenizer: Any, train: list[str], options: dict[str, Any], truncation: Any
 ) -> None:
     """Lengths where it passes, and to the letter what is said where it does not."""
 
@@ -127,7 +132,7 @@ def test_data_is_judged_as_the_run_judges_it(
         return write_jsonl(tmp_path / name, [{"prompt": "p", "completion": text} for text in texts])
 
     held = write("e.jsonl", options.pop("eval")) if "eval" in options else None
-    job = DataJob(write("t.jsonl", train), held, max_length=8, overlong=overlong, **options)
+    job = DataConfig(write("t.jsonl", train), held, max_length=8, truncation=truncation, **options)
     encoder = tiny_encoder(tokenizer)
     for seed in range(4):
         ran = _outcome(lambda seed=seed: load_data(job, encoder, seed=seed))  # type: ignore[misc]
@@ -143,7 +148,7 @@ def test_lines_that_only_the_tokenizer_can_tell_are_named_by_both(tmp_path: Path
     [_, last] = tokenizer.encode("z")
     encoder = ExampleEncoder(tokenizer, frozenset({tokenizer.eos_token_id}), last)
     records = [{"prompt": prompt, "completion": "b"} for prompt in ("a", "yz", "a", "z")]
-    job = DataJob(write_jsonl(tmp_path / "t.jsonl", records), write_jsonl(tmp_path / "e.jsonl", records[1:2]))
+    job = DataConfig(write_jsonl(tmp_path / "t.jsonl", records), write_jsonl(tmp_path / "e.jsonl", records[1:2]))
     for act in (check_data, load_data):
         with pytest.raises(SeveralInvalid) as caught:
             act(job, encoder, seed=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from loramux_trainer.errors import JobInvalid, SeveralInvalid
-from loramux_trainer.job import DataJob, LoopJob, TrainJob, parse_job, read_job
+from loramux_trainer.job import DataConfig, OptimConfig, TrainConfig, parse_job, read_job
 
 MINIMAL = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
 
@@ -18,13 +18,13 @@ def test_minimal_job_gets_defaults_and_paths_relative_to_its_file(tmp_path: Path
     assert job.output == tmp_path / "out"
     assert job.data.train == tmp_path / "train.jsonl"
     assert job.training.learning_rate == 2e-4  # YAML 1.1 reads 2e-4 as a string
-    assert job.lora.targets == "all-linear"
+    assert job.lora.target_modules == "all-linear"
     assert job.scale == 2.0
 
 
 def test_a_local_directory_is_a_model_and_rslora_scales_by_the_root(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    job = parse_job({**MINIMAL, "model": "base", "lora": {"rank": 16, "alpha": 8, "rslora": True}}, root=tmp_path)
+    job = parse_job({**MINIMAL, "model": "base", "lora": {"rank": 16, "alpha": 8, "use_rslora": True}}, root=tmp_path)
     assert job.model == str(tmp_path / "base")
     assert job.scale == 2.0
 
@@ -48,22 +48,26 @@ def test_a_home_directory_is_written_with_a_tilde(tmp_path: Path, monkeypatch: p
         ({"data": {"train": "t", "eval_fracton": 0.1}}, "data.eval_fracton", "did you mean eval_fraction?"),
         ({"data": {"train": "t", "eval": "e", "eval_fraction": 0.1}}, "data.eval_fraction", "not both"),
         ({"data": {"train": "t", "eval_fraction": 0.9}}, "data.eval_fraction", "must be at most 0.5"),
-        ({"data": {"train": "t", "overlong": "cut"}}, "data.overlong", "must be one of drop, truncate"),
+        ({"data": {"train": "t", "truncation": "cut"}}, "data.truncation", "must be one of drop, truncate"),
         ({"lora": {"rank": 0}}, "lora.rank", "must be at least 1"),
         ({"lora": {"rank": 2.5}}, "lora.rank", "must be a whole number"),
         ({"lora": {"rank": True}}, "lora.rank", "must be a number"),
         ({"lora": {"dropout": 1}}, "lora.dropout", "must be below 1"),
-        ({"lora": {"rslora": "yes please"}}, "lora.rslora", "must be true or false"),
-        ({"lora": {"targets": []}}, "lora.targets", "names no module"),
-        ({"lora": {"targets": [1]}}, "lora.targets[0]", "must be a non-empty string"),
+        ({"lora": {"use_rslora": "yes please"}}, "lora.use_rslora", "must be true or false"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules", "names no module"),
+        ({"lora": {"target_modules": [1]}}, "lora.target_modules[0]", "must be a non-empty string"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "must be above 0"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate", "must be finite"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate", "must be a number"),
-        ({"training": {"schedule": "wavy"}}, "training.schedule", "must be one of cosine, linear, constant"),
+        (
+            {"training": {"lr_scheduler_type": "wavy"}},
+            "training.lr_scheduler_type",
+            "must be one of cosine, linear, constant_with_warmup",
+        ),
         ({"training": {"betas": [0.9]}}, "training.betas", "must have 2 items"),
         ({"training": {"betas": [0.9, 1.0]}}, "training.betas[1]", "must be below 1"),
-        ({"training": {"steps": 10, "warmup": 10}}, "training.warmup", "leaves none of 10"),
-        ({"checkpoint": {"keep": 0}}, "checkpoint.keep", "must be at least 1"),
+        ({"training": {"max_steps": 10, "warmup_steps": 10}}, "training.warmup_steps", "leaves none of 10"),
+        ({"checkpoint": {"save_total_limit": 0}}, "checkpoint.save_total_limit", "must be at least 1"),
         ({"surprise": 1}, "surprise", "unknown key"),
     ],
 )
@@ -74,19 +78,49 @@ def test_each_mistake_is_named(change: dict[str, object], field: str, says: str)
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "field", "says"),
+    [
+        ({"data": {"train": "t", "overlong": "drop"}}, "data.overlong", "is now data.truncation"),
+        ({"lora": {"targets": "all-linear"}}, "lora.targets", "is now lora.target_modules"),
+        ({"lora": {"rslora": True}}, "lora.rslora", "is now lora.use_rslora"),
+        ({"lora": {"r": 8}}, "lora.r", "is called lora.rank here"),
+        ({"training": {"schedule": "linear"}}, "training.schedule", "is now training.lr_scheduler_type"),
+        ({"training": {"warmup": 3}}, "training.warmup", "is now training.warmup_steps"),
+        ({"training": {"epochs": 1}}, "training.epochs", "is now training.num_train_epochs"),
+        ({"training": {"steps": 1}}, "training.steps", "is now training.max_steps"),
+        ({"training": {"accumulation": 2}}, "training.accumulation", "is now training.gradient_accumulation_steps"),
+        ({"training": {"clip": 1.0}}, "training.clip", "is now training.max_grad_norm"),
+        ({"training": {"eval_every": 5}}, "training.eval_every", "is now training.eval_steps"),
+        ({"checkpoint": {"every": 5}}, "checkpoint.every", "is now checkpoint.save_steps"),
+        ({"checkpoint": {"keep": 5}}, "checkpoint.keep", "is now checkpoint.save_total_limit"),
+        (
+            {"training": {"lr_scheduler_type": "constant"}},
+            "training.lr_scheduler_type",
+            "'constant' is now constant_with_warmup",
+        ),
+    ],
+)
+def test_a_former_key_is_refused_with_the_present_one(change: dict[str, object], field: str, says: str) -> None:
+    with pytest.raises(JobInvalid) as caught:
+        parse_job({**MINIMAL, **change})
+    assert str(caught.value) == f"{field}: {says}"
+
+
 def test_all_mistakes_are_named_at_once_one_line_each() -> None:
     values = {
         "modle": "org/name",
-        "data": {"train": 3, "eval": "e", "eval_fraction": 0.1, "overlong": "cut"},
-        "lora": {"rank": 0, "targets": []},
-        "training": {"betas": [1, 2], "steps": 10, "warmup": 10, "seed": -1},
+        "data": {"train": 3, "eval": "e", "eval_fraction": 0.1, "truncation": "cut"},
+        "lora": {"rank": 0, "target_modules": []},
+        "training": {"betas": [1, 2], "max_steps": 10, "warmup_steps": 10, "seed": -1},
         "checkpoint": "often",
     }
     with pytest.raises(SeveralInvalid) as caught:
         parse_job(values)
     expected = [
-        "modle", "model", "output", "data.train", "data.overlong", "data.eval_fraction", "lora.rank", "lora.targets",
-        "training.betas[0]", "training.betas[1]", "training.seed", "training.warmup", "checkpoint",
+        "modle", "model", "output", "data.train", "data.truncation", "data.eval_fraction", "lora.rank",
+        "lora.target_modules", "training.betas[0]", "training.betas[1]", "training.seed", "training.warmup_steps",
+        "checkpoint",
     ]  # fmt: skip
     first, *lines = str(caught.value).splitlines()
     assert first == "13 things are wrong:"
@@ -95,15 +129,15 @@ def test_all_mistakes_are_named_at_once_one_line_each() -> None:
 
 def test_a_job_made_in_python_is_held_to_the_same() -> None:
     with pytest.raises(SeveralInvalid) as caught:
-        TrainJob(
+        TrainConfig(
             "org/name",
             Path("out"),
-            DataJob(Path("t"), eval=Path("e"), eval_fraction=0.1),
-            training=LoopJob(steps=10, warmup=10),
+            DataConfig(Path("t"), eval=Path("e"), eval_fraction=0.1),
+            training=OptimConfig(max_steps=10, warmup_steps=10),
         )
     assert [problem.field for problem in caught.value.problems if isinstance(problem, JobInvalid)] == [
         "data.eval_fraction",
-        "training.warmup",
+        "training.warmup_steps",
     ]
 
 
@@ -121,8 +155,8 @@ def test_a_missing_job_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_decides_the_bytes() -> None:
-    deciding = parse_job(MINIMAL).deciding()
-    same = {"output": "elsewhere", "checkpoint": {"every": 5}, "training": {"eval_every": 3}}
-    assert parse_job({**MINIMAL, **same}).deciding() == deciding
-    assert parse_job({**MINIMAL, "lora": {"rank": 8}}).deciding() == {**deciding, "lora.rank": 8}
-    assert parse_job({**MINIMAL, "training": {"seed": 1}}).deciding() == {**deciding, "training.seed": 1}
+    deciding = parse_job(MINIMAL).reproducibility_key()
+    same = {"output": "elsewhere", "checkpoint": {"save_steps": 5}, "training": {"eval_steps": 3}}
+    assert parse_job({**MINIMAL, **same}).reproducibility_key() == deciding
+    assert parse_job({**MINIMAL, "lora": {"rank": 8}}).reproducibility_key() == {**deciding, "lora.rank": 8}
+    assert parse_job({**MINIMAL, "training": {"seed": 1}}).reproducibility_key() == {**deciding, "training.seed": 1}

@@ -12,13 +12,20 @@ import torch
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
 from loramux_adapters.base.load import LoadedBase
 from loramux_trainer.data import DataReport, DataSet
-from loramux_trainer.job import LoopJob
+from loramux_trainer.job import OptimConfig
 from loramux_trainer.loop import Loop
 from loramux_trainer.records import parse_record
 from support.tiny import conversation, tiny_encoder
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
-PLAIN = LoopJob(learning_rate=1e-2, schedule="constant", warmup=0, steps=4, batch_size=2, clip=None)
+PLAIN = OptimConfig(
+    learning_rate=1e-2,
+    lr_scheduler_type="constant_with_warmup",
+    warmup_steps=0,
+    max_steps=4,
+    batch_size=2,
+    max_grad_norm=None,
+)
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def adapter(base: LoadedBase) -> Iterator[TrainableAdapter]:
         yield attached
 
 
-def _by_hand(parameter: torch.Tensor, gradients: list[torch.Tensor], job: LoopJob) -> torch.Tensor:
+def _by_hand(parameter: torch.Tensor, gradients: list[torch.Tensor], job: OptimConfig) -> torch.Tensor:
     """AdamW as Loshchilov and Hutter write it (2019)."""
     value, (beta1, beta2) = parameter.double(), job.betas
     first = second = torch.zeros_like(value)
@@ -53,7 +60,13 @@ def _by_hand(parameter: torch.Tensor, gradients: list[torch.Tensor], job: LoopJo
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clip": 0.05}, {"betas": (0.3, 0.9)}, {"weight_decay": 0.5}, {"clip": 0.1, "weight_decay": 0.1}],
+    [
+        {},
+        {"max_grad_norm": 0.05},
+        {"betas": (0.3, 0.9)},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 0.1, "weight_decay": 0.1},
+    ],
     ids=str,
 )
 def test_a_step_is_adamw_on_the_clipped_gradients(
@@ -63,7 +76,7 @@ def test_a_step_is_adamw_on_the_clipped_gradients(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = LoopJob(**{**PLAIN.__dict__, **options})
+    job = OptimConfig(**{**PLAIN.__dict__, **options})
     loop = Loop(base.model, adapter, data, job, pad_id=0, device=torch.device("cpu"))
     parameters = adapter.parameters()
     before = [parameter.detach().clone() for parameter in parameters]
@@ -76,12 +89,12 @@ def test_a_step_is_adamw_on_the_clipped_gradients(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
     for number in range(3):
-        report = loop.take_step()
+        report = loop.train_step()
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in raw[number]))
         assert report.gradient_norm == pytest.approx(norm, rel=1e-5)
-        if job.clip is not None:
-            assert norm > job.clip, "nothing to clip: the case would not notice"
-            raw[number] = [gradient * (job.clip / norm) for gradient in raw[number]]
+        if job.max_grad_norm is not None:
+            assert norm > job.max_grad_norm, "nothing to clip: the case would not notice"
+            raw[number] = [gradient * (job.max_grad_norm / norm) for gradient in raw[number]]
     for index, (start, parameter) in enumerate(zip(before, parameters, strict=True)):
         expected = _by_hand(start, [gradients[index] for gradients in raw], job)
         torch.testing.assert_close(parameter.detach().double(), expected, atol=2e-5, rtol=0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from loramux_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 from loramux_trainer.preflight import check_job
 from support.tiny import write_jsonl
 
-JobMaker = Callable[..., TrainJob]
+JobMaker = Callable[..., TrainConfig]
 
 
 def test_a_good_job_passes_and_leaves_nothing(make_job: JobMaker, tmp_path: Path) -> None:

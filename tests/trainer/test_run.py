@@ -33,7 +33,7 @@ from loramux_trainer.errors import (
     SeveralInvalid,
 )
 from loramux_trainer.export import REPORT
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import RENAMED, TrainConfig
 from loramux_trainer.progress import Silent, StepReport
 from loramux_trainer.run import CHECKPOINTS, train
 from loramux_trainer.targets import resolve_targets
@@ -41,12 +41,12 @@ from support.checkpoints import save_checkpoint, wide_model
 from support.tiny import conversation, load_tiny, tiny_tokenizer
 from support.training import StopAt
 
-JobMaker = Callable[..., TrainJob]
+JobMaker = Callable[..., TrainConfig]
 WEIGHTS = "adapter_model.safetensors"
 
 
 def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: LoadedBase, tokenizer: Any) -> None:
-    job = make_job(training={"steps": 30, "warmup": 2})
+    job = make_job(training={"max_steps": 30, "warmup_steps": 2})
     watcher = StopAt(10**9)
     result = train(job, progress=watcher)
     assert [report.step for report in watcher.seen] == list(range(1, 31))
@@ -106,9 +106,13 @@ def test_the_same_job_gives_the_same_bytes_and_leaves_the_callers_random_state(m
 
 def test_accumulation_does_not_change_the_step(make_job: JobMaker) -> None:
     """Eight rows in one batch or in 4 x 2: the token mean is over the whole step."""
-    options = {"steps": 1, "warmup": 0, "schedule": "constant"}
-    whole = make_job("one", lora={"dropout": 0.0}, training={**options, "batch_size": 36, "accumulation": 1})
-    parts = make_job("four", lora={"dropout": 0.0}, training={**options, "batch_size": 4, "accumulation": 9})
+    options = {"max_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant_with_warmup"}
+    whole = make_job(
+        "one", lora={"dropout": 0.0}, training={**options, "batch_size": 36, "gradient_accumulation_steps": 1}
+    )
+    parts = make_job(
+        "four", lora={"dropout": 0.0}, training={**options, "batch_size": 4, "gradient_accumulation_steps": 9}
+    )
     watchers = StopAt(99), StopAt(99)
     train(whole, progress=watchers[0])
     train(parts, progress=watchers[1])
@@ -118,7 +122,7 @@ def test_accumulation_does_not_change_the_step(make_job: JobMaker) -> None:
 
 
 def test_periodic_checkpoints_are_kept_to_the_limit(make_job: JobMaker) -> None:
-    job = make_job(checkpoint={"every": 3, "keep": 2})
+    job = make_job(checkpoint={"save_steps": 3, "save_total_limit": 2})
     train(job)
     assert [path.name for path in list_checkpoints(job.output / CHECKPOINTS)] == ["step-00000006", "step-00000009"]
 
@@ -141,6 +145,22 @@ def test_a_checkpoint_of_another_job_or_data_is_refused(make_job: JobMaker) -> N
         train(job, resume=True)
 
 
+def test_a_checkpoint_with_the_former_names_of_keys_resumes_and_is_held_to_them(make_job: JobMaker) -> None:
+    former = {present: name for name, present in RENAMED.items()}
+    job, watcher = make_job(training={"lr_scheduler_type": "constant_with_warmup"}), StopAt(2)
+    with pytest.raises(Interrupted) as stopped:
+        train(job, progress=watcher, stop=watcher.event)
+    assert stopped.value.checkpoint is not None
+    file = stopped.value.checkpoint / "checkpoint.json"
+    meta = json.loads(file.read_text())
+    meta["identity"] = {former.get(key, key): value for key, value in meta["identity"].items()}
+    meta["identity"]["training.schedule"] = "constant"
+    file.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointInvalid, match=r"another training\.max_grad_norm: 1\.0, not 2\.0"):
+        train(make_job(training={"lr_scheduler_type": "constant_with_warmup", "max_grad_norm": 2.0}), resume=True)
+    assert train(job, resume=True).steps == 10
+
+
 def test_when_to_evaluate_may_change_and_other_versions_are_told_of(
     make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +169,7 @@ def test_when_to_evaluate_may_change_and_other_versions_are_told_of(
         train(make_job(), progress=first, stop=first.event)
     monkeypatch.setattr(run, "_versions", lambda: {"torch": "99.0"})
     with pytest.raises(Interrupted):
-        train(make_job(training={"eval_every": 7}), resume=True, progress=second, stop=second.event)
+        train(make_job(training={"eval_steps": 7}), resume=True, progress=second, stop=second.event)
     [warning] = second.warnings
     assert f"torch {torch.__version__}" in warning
     assert "torch 99.0" in warning
@@ -162,11 +182,11 @@ def test_a_padding_token_that_the_model_lacks_is_not_padded_with(make_job: JobMa
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(directory)
     assert tokenizer.pad_token_id >= json.loads((directory / "config.json").read_text())["vocab_size"]
-    assert train(make_job(model=str(directory), training={"steps": 2})).steps == 2
+    assert train(make_job(model=str(directory), training={"max_steps": 2})).steps == 2
 
 
 def test_examples_that_lost_their_end_are_warned_of(make_job: JobMaker) -> None:
-    job, watcher = make_job(data={"max_length": 22, "overlong": "truncate"}, training={"steps": 1}), StopAt(10**9)
+    job, watcher = make_job(data={"max_length": 22, "truncation": "truncate"}, training={"max_steps": 1}), StopAt(10**9)
     report = train(job, progress=watcher).data
     assert 0 < report.endless < report.train
     [warning] = watcher.warnings
@@ -177,31 +197,31 @@ def test_a_full_device_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPat
     def fail(_: run.Loop) -> StepReport:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run.Loop, "take_step", fail)
+    monkeypatch.setattr(run.Loop, "train_step", fail)
     with pytest.raises(DeviceFull, match=r"lower training\.batch_size"):
         train(make_job())
 
 
 def test_warmup_that_eats_the_epochs_is_refused(make_job: JobMaker) -> None:
-    with pytest.raises(JobInvalid, match=r"training\.warmup: warm-up of 50 steps leaves none of 5"):
-        train(make_job(training={"steps": None, "epochs": 1, "warmup": 50}))
+    with pytest.raises(JobInvalid, match=r"training\.warmup_steps: warm-up of 50 steps leaves none of 5"):
+        train(make_job(training={"max_steps": None, "num_train_epochs": 1, "warmup_steps": 50}))
 
 
 def test_one_step_changes_the_adapter(make_job: JobMaker) -> None:
-    job = make_job(training={"steps": 1})
+    job = make_job(training={"max_steps": 1})
     train(job)
     assert any(tensor.any() for name, tensor in load_file(job.output / WEIGHTS).items() if "lora_B" in name)
 
 
 def test_a_finished_output_is_not_overwritten(make_job: JobMaker) -> None:
-    job = make_job(training={"steps": 2})
+    job = make_job(training={"max_steps": 2})
     train(job)
     with pytest.raises(JobInvalid, match="already holds an adapter"):
         train(job)
 
 
 def test_a_base_that_was_written_to_is_noticed(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(training={"steps": 3})
+    job = make_job(training={"max_steps": 3})
     real = run.load_base
 
     class Vandal(Silent):
@@ -223,15 +243,15 @@ def test_a_base_that_was_written_to_is_noticed(make_job: JobMaker, monkeypatch: 
 def test_divergence_ends_the_run_before_the_weights_are_touched(
     make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(checkpoint={"every": 1, "keep": 1})
-    real = run.Loop.take_step
+    job = make_job(checkpoint={"save_steps": 1, "save_total_limit": 1})
+    real = run.Loop.train_step
 
     def poisoned(loop: run.Loop) -> StepReport:
         if loop.step == 3:
             loop._parameters[0].register_hook(lambda gradient: gradient * float("nan"))
         return real(loop)
 
-    monkeypatch.setattr(run.Loop, "take_step", poisoned)
+    monkeypatch.setattr(run.Loop, "train_step", poisoned)
     with pytest.raises(Diverged, match=r"step 4.*another output with a lower"):
         train(job)
     checkpoint = read_checkpoint(list_checkpoints(job.output / CHECKPOINTS)[-1])
@@ -287,7 +307,7 @@ def test_a_model_that_is_not_there_is_refused(make_job: JobMaker, tmp_path: Path
 def test_what_the_configuration_and_the_data_tell_is_told_at_once_before_the_load(
     make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(lora={"targets": ["q_prj", "v_proj", "w_proj"]}, data={"eval_fraction": 0})
+    job = make_job(lora={"target_modules": ["q_prj", "v_proj", "w_proj"]}, data={"eval_fraction": 0})
     with job.data.train.open("a") as file:
         file.write(json.dumps({"messages": conversation("a", "b"), "tools": [{"name": "f"}]}))
     monkeypatch.setattr(run, "load_base", lambda *args, **options: pytest.fail("the base was loaded"))
@@ -295,12 +315,12 @@ def test_what_the_configuration_and_the_data_tell_is_told_at_once_before_the_loa
         train(job)
     assert len(caught.value.problems) == 3
     assert "train.jsonl:41: tools: the base's chat template does not use them" in str(caught.value)
-    assert "lora.targets: q_prj names no module of loramux-tiny; its linear maps end in" in str(caught.value)
-    assert "lora.targets: w_proj names no module" in str(caught.value)
+    assert "lora.target_modules: q_prj names no module of loramux-tiny; its linear maps end in" in str(caught.value)
+    assert "lora.target_modules: w_proj names no module" in str(caught.value)
 
 
 def test_bf16_compute_keeps_float32_master_weights(make_job: JobMaker) -> None:
-    job = make_job(training={"compute_dtype": "bfloat16", "gradient_checkpointing": True, "steps": 4})
+    job = make_job(training={"compute_dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 4})
     train(job)
     assert {tensor.dtype for tensor in load_file(job.output / WEIGHTS).values()} == {torch.float32}
 
@@ -343,9 +363,11 @@ with stop_on_signals() as stop:
 
 
 def test_sigterm_leaves_a_checkpoint_that_resumes(make_job: JobMaker, tmp_path: Path) -> None:
-    job = make_job(training={"steps": 120, "eval_every": 1000})
+    job = make_job(training={"max_steps": 120, "eval_steps": 1000})
     file = tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump({**job.to_dict(), "lora": {**job.to_dict()["lora"], "targets": "all-linear"}}))
+    file.write_text(
+        yaml.safe_dump({**job.to_dict(), "lora": {**job.to_dict()["lora"], "target_modules": "all-linear"}})
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(file)], stdout=subprocess.PIPE, text=True, env={**os.environ}
     )

@@ -5,11 +5,11 @@ import torch
 from transformers import get_scheduler
 
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.schedule import factor, warmup_steps
+from loramux_trainer.schedule import factor, warmup_length
 
 
 @pytest.mark.parametrize(
-    ("kind", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")]
+    ("kind", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant_with_warmup", "constant_with_warmup")]
 )
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (5, 100), (1, 1)])
 def test_curve_equals_transformers(kind: str, theirs: str, warmup: int, total: int) -> None:
@@ -22,12 +22,17 @@ def test_curve_equals_transformers(kind: str, theirs: str, warmup: int, total: i
 
 
 def test_warmup_is_a_share_below_one_and_steps_from_one_on() -> None:
-    assert [warmup_steps(0.03, 1000), warmup_steps(0.0, 10), warmup_steps(1, 10), warmup_steps(5, 10)] == [30, 0, 1, 5]
+    assert [warmup_length(0.03, 1000), warmup_length(0.0, 10), warmup_length(1, 10), warmup_length(5, 10)] == [
+        30,
+        0,
+        1,
+        5,
+    ]
 
 
 def test_warmup_leaves_a_step_to_train() -> None:
     for warmup in (0.0, 0.03, 1, 7):
-        assert warmup_steps(warmup, 1) == 0
+        assert warmup_length(warmup, 1) == 0
     for warmup, total in ((10, 10), (11, 10), (0.99, 10)):
         with pytest.raises(JobInvalid, match=f"leaves none of {total}"):
-            warmup_steps(warmup, total)
+            warmup_length(warmup, total)

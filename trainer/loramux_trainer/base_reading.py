@@ -16,7 +16,7 @@ from loramux_adapters.base.outline import BaseOutline, read_outline
 from loramux_adapters.base.source import explain_load
 from loramux_trainer.errors import ModelInvalid
 from loramux_trainer.examples import ExampleEncoder
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BaseReading:
     encoder: ExampleEncoder
 
 
-def read_base(job: TrainJob, source: str) -> BaseReading:
+def read_base(job: TrainConfig, source: str) -> BaseReading:
     """Reads `source`, where the base of the job is. Raises ModelInvalid."""
     with loading(job):
         outline = read_outline(source, name=job.model)
@@ -38,7 +38,7 @@ def read_base(job: TrainJob, source: str) -> BaseReading:
 
 
 @contextmanager
-def loading(job: TrainJob) -> Iterator[None]:
+def loading(job: TrainConfig) -> Iterator[None]:
     """Tells of a base that cannot be loaded in the words of the job."""
     try:
         yield

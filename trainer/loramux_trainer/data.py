@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from loramux_trainer.errors import DataInvalid, JobInvalid, Problems
 from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.job import DataJob
+from loramux_trainer.job import DataConfig
 from loramux_trainer.records import RecordInvalid, read_records
 
 Examples = tuple[Example, ...]
@@ -35,7 +35,7 @@ class DataReport:
     eval: int
     duplicates: int  # exact copies, dropped unless the job keeps them
     leaked: int  # eval records that are also in train, dropped from eval
-    overlong: int  # longer than max_length: dropped or truncated as the job says
+    too_long: int  # longer than max_length: dropped or truncated as the job says
     endless: int  # truncated before the token that ends them, and trained so
     tokens: int  # of the training set
     masked: int
@@ -81,7 +81,7 @@ class Left:
     endless: int  # of those left to train
 
 
-def load_data(job: DataJob, encoder: ExampleEncoder, *, seed: int) -> DataSet:
+def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int) -> DataSet:
     """Read, encode, clean and split. Raises DataInvalid with file and line, and SeveralInvalid for several lines."""
     problems = Problems()
     records, raw = _read(job.train, encoder, problems)
@@ -100,7 +100,7 @@ def load_data(job: DataJob, encoder: ExampleEncoder, *, seed: int) -> DataSet:
         eval=len(held.kept),
         duplicates=sides.duplicates,
         leaked=sides.leaked,
-        overlong=train.cut + held.cut,
+        too_long=train.cut + held.cut,
         endless=endless,
         tokens=sum(len(example.ids) for example in train.kept),
         masked=sum(len(example.ids) - example.supervised for example in train.kept),
@@ -123,7 +123,7 @@ def encode_records(path: Path, encoder: ExampleEncoder, problems: Problems) -> I
         problems.add(error)
 
 
-def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataJob, seed: int) -> Sides[E]:
+def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataConfig, seed: int) -> Sides[E]:
     """Which examples train and which are held out, copies left out. Raises DataInvalid where nothing is on a side."""
     train = raw if job.keep_duplicates else tuple(dict.fromkeys(raw))
     duplicates = len(raw) - len(train)
@@ -143,7 +143,7 @@ def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataJob, seed:
     return Sides(train, held, duplicates, leaked)
 
 
-def refuse_empty(job: DataJob, left: Left) -> None:
+def refuse_empty(job: DataConfig, left: Left) -> None:
     """Raises DataInvalid when nothing is left to train or to evaluate on, or no end is left to learn."""
     if not left.train:
         reason = f"{left.train_cut} are longer than data.max_length = {job.max_length}"
@@ -156,7 +156,7 @@ def refuse_empty(job: DataJob, left: Left) -> None:
             job.train,
             0,
             f"every record is truncated before the token that ends it, so the adapter would never stop: raise "
-            f"data.max_length over {job.max_length}, or drop them by data.overlong: drop",
+            f"data.max_length over {job.max_length}, or drop them by data.truncation: drop",
         )
 
 
@@ -166,12 +166,12 @@ def check_context(longest: int, context: int) -> None:
         raise JobInvalid("data.max_length", f"an example has {longest} tokens, the base's context is {context}")
 
 
-def fit(example: Example, job: DataJob) -> tuple[Example | None, bool]:
+def fit(example: Example, job: DataConfig) -> tuple[Example | None, bool]:
     """(the example with at most max_length tokens, None where it is left out; whether it was longer)."""
     if len(example.ids) <= job.max_length:
         return example, False
     example = example.truncated(job.max_length)
-    return (None if job.overlong == "drop" or not example.supervised else example), True
+    return (None if job.truncation == "drop" or not example.supervised else example), True
 
 
 def is_endless(example: Example, encoder: ExampleEncoder) -> bool:
@@ -196,7 +196,7 @@ def _split(examples: tuple[E, ...], fraction: float, seed: int) -> tuple[tuple[E
     return tuple(e for e in examples if e not in held), tuple(e for e in distinct if e in held)
 
 
-def _fit(examples: Examples, job: DataJob) -> _Fitted:
+def _fit(examples: Examples, job: DataConfig) -> _Fitted:
     fitted = [fit(example, job) for example in examples]
     return _Fitted(
         tuple(example for example, _ in fitted if example is not None), sum(was_longer for _, was_longer in fitted)

@@ -14,7 +14,7 @@ from pathlib import Path
 from loramux_trainer.data import Left, encode_records, fit, is_endless, part, refuse_empty
 from loramux_trainer.errors import Problems
 from loramux_trainer.examples import Example, ExampleEncoder
-from loramux_trainer.job import DataJob
+from loramux_trainer.job import DataConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class DataLengths:
     held: tuple[int, ...]
 
 
-def check_data(job: DataJob, encoder: ExampleEncoder, *, seed: int) -> DataLengths:
+def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int) -> DataLengths:
     """Raises what load_data raises."""
     problems = Problems()
     raw = tuple(_sketches(job.train, job, encoder, problems))
@@ -57,7 +57,7 @@ def check_data(job: DataJob, encoder: ExampleEncoder, *, seed: int) -> DataLengt
     return DataLengths(tuple(sketch.length for sketch in train), tuple(sketch.length for sketch in held))
 
 
-def _sketches(path: Path, job: DataJob, encoder: ExampleEncoder, problems: Problems) -> Iterator[_Sketch]:
+def _sketches(path: Path, job: DataConfig, encoder: ExampleEncoder, problems: Problems) -> Iterator[_Sketch]:
     for examples in encode_records(path, encoder, problems):
         for example in examples:
             fitted, was_longer = fit(example, job)

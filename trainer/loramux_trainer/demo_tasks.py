@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from loramux_adapters.embedded.tiny import TINY_NAME
-from loramux_trainer.job import TrainJob, parse_job
+from loramux_trainer.job import TrainConfig, parse_job
 from loramux_trainer.tiny.skills import SKILLS
 
 _RECORDS, _SEED = 600, 7
@@ -72,7 +72,7 @@ def held_out_questions(task: DemoTask, count: int) -> list[Question]:
     return [Question(text, skill.apply(text)) for text in islice(_distinct(task, held_out=True), count)]
 
 
-def demo_job(task: DemoTask, directory: Path) -> TrainJob:
+def demo_job(task: DemoTask, directory: Path) -> TrainConfig:
     """Write the task's training file into `directory` and return the job that trains it there, into `adapter/`."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in training_records(task))
@@ -83,7 +83,7 @@ def demo_job(task: DemoTask, directory: Path) -> TrainJob:
             "output": "adapter",
             "data": {"train": "train.jsonl"},
             "lora": {"rank": 8, "alpha": 16},
-            "training": {"learning_rate": 3e-3, "epochs": 2, "batch_size": 16, "warmup": 0.05},
+            "training": {"learning_rate": 3e-3, "num_train_epochs": 2, "batch_size": 16, "warmup_steps": 0.05},
         },
         root=directory,
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from loramux_trainer.errors import ModelInvalid, Problems
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 from loramux_trainer.preflight import check_paths, check_records, find_model, is_readable
-from loramux_trainer.schedule import warmup_steps
+from loramux_trainer.schedule import warmup_length
 
 
-def check_whole_job(job: TrainJob, *, resume: bool) -> bool:
+def check_whole_job(job: TrainConfig, *, resume: bool) -> bool:
     """Whether the base is on this machine, so that targets and tokens were looked at too. Raises what a run would."""
     problems = Problems()
     files: Path | None = None
@@ -28,7 +28,7 @@ def check_whole_job(job: TrainJob, *, resume: bool) -> bool:
     return files is not None
 
 
-def _check_against_base(job: TrainJob, files: Path, problems: Problems) -> None:
+def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> None:
     # Seconds of imports, which a job with a broken base need not wait for.
     from loramux_trainer.base_reading import read_base
     from loramux_trainer.batches import StepOrder
@@ -43,18 +43,18 @@ def _check_against_base(job: TrainJob, files: Path, problems: Problems) -> None:
         check_records(job, problems)
         return
     with problems.collecting():
-        resolve_targets(job.lora.targets, base.outline)
+        resolve_targets(job.lora.target_modules, base.outline)
     if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
         check_records(job, problems)
         return
     with problems.collecting():
         lengths = check_data(job.data, base.encoder, seed=job.training.seed)
         check_context(max((*lengths.train, *lengths.held)), base.outline.context_length)
-        if job.training.steps is None:
+        if job.training.max_steps is None:
             order = StepOrder(
                 lengths.train,
                 batch_size=job.training.batch_size,
-                accumulation=job.training.accumulation,
+                accumulation=job.training.gradient_accumulation_steps,
                 seed=job.training.seed,
             )
-            warmup_steps(job.training.warmup, job.training.epochs * order.steps_per_epoch)
+            warmup_length(job.training.warmup_steps, job.training.num_train_epochs * order.steps_per_epoch)

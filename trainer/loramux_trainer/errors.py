@@ -14,11 +14,11 @@ class TrainerError(Exception):
 
 
 class JobInvalid(TrainerError):
-    """The job file must be corrected. `field` is the dotted key, e.g. `training.learning_rate`."""
+    """The job file must be corrected. `field` is the dotted key (`training.learning_rate`), `message` what is wrong."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}" if field else message)
-        self.field = field
+        self.field, self.message = field, message
 
 
 class ModelInvalid(JobInvalid):
@@ -110,11 +110,13 @@ class Problems:
             self.add(problem)
 
     def raise_any(self) -> None:
-        """Raises the one problem as it was raised, or SeveralInvalid; nothing where there is none."""
-        if self._count > 1:
-            raise SeveralInvalid(self._kept, self._count)
-        if self._kept:
-            raise self._kept[0]
+        """Raises `whole()`; nothing where there is no problem."""
+        if self:
+            raise self.whole()
+
+    def whole(self) -> TrainerError:
+        """The one problem as it was raised, or SeveralInvalid; there must be one."""
+        return self._kept[0] if self._count == 1 else SeveralInvalid(self._kept, self._count)
 
 
 def _told(problem: TrainerError) -> str:

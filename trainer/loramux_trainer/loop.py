@@ -19,10 +19,10 @@ from loramux_trainer.batches import Batch, StepOrder, collate
 from loramux_trainer.data import DataSet
 from loramux_trainer.errors import CheckpointInvalid, Diverged
 from loramux_trainer.examples import Example
-from loramux_trainer.job import LoopJob
+from loramux_trainer.job import OptimConfig
 from loramux_trainer.losses import completion_loss
 from loramux_trainer.progress import EvalReport, StepReport
-from loramux_trainer.schedule import factor, warmup_steps
+from loramux_trainer.schedule import factor, warmup_length
 
 
 class Loop:
@@ -33,7 +33,7 @@ class Loop:
         model: nn.Module,
         adapter: TrainableAdapter,
         data: DataSet,
-        job: LoopJob,
+        job: OptimConfig,
         *,
         pad_id: int,
         device: torch.device,
@@ -49,15 +49,17 @@ class Loop:
         self._order = StepOrder(
             [len(example.ids) for example in data.train],
             batch_size=job.batch_size,
-            accumulation=job.accumulation,
+            accumulation=job.gradient_accumulation_steps,
             seed=job.seed,
         )
-        self.total_steps = job.steps if job.steps is not None else job.epochs * self._order.steps_per_epoch
-        self.eval_every = job.eval_every or self._order.steps_per_epoch
-        self._warmup = warmup_steps(job.warmup, self.total_steps)
+        self.total_steps = (
+            job.max_steps if job.max_steps is not None else job.num_train_epochs * self._order.steps_per_epoch
+        )
+        self.eval_every = job.eval_steps or self._order.steps_per_epoch
+        self._warmup = warmup_length(job.warmup_steps, self.total_steps)
         self.step = 0
 
-    def take_step(self) -> StepReport:
+    def train_step(self) -> StepReport:
         """One optimizer step over its micro-batches. Raises Diverged before a non-finite number reaches the weights."""
         batches = [self._collate([self._data.train[i] for i in rows]) for rows in self._order.micro_batches(self.step)]
         tokens = sum(batch.supervised for batch in batches)
@@ -66,14 +68,14 @@ class Loop:
             loss = completion_loss(self._model, batch, self._rope) / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        clip = math.inf if self._job.clip is None else self._job.clip
+        clip = math.inf if self._job.max_grad_norm is None else self._job.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(self._parameters, clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise Diverged(
                 f"step {self.step + 1}: loss {total}, gradient norm {norm}; "
                 "start again in another output with a lower training.learning_rate"
             )
-        rate = self._job.learning_rate * factor(self._job.schedule, self.step, self._warmup, self.total_steps)
+        rate = self._job.learning_rate * factor(self._job.lr_scheduler_type, self.step, self._warmup, self.total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()

@@ -14,11 +14,11 @@ from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 from loramux_trainer.records import read_records
 
 
-def check_job(job: TrainJob, *, resume: bool) -> None:
+def check_job(job: TrainConfig, *, resume: bool) -> None:
     """Raises JobInvalid and DataInvalid for what would end the run only after minutes of work, or at its end,
     ModelInvalid for a base that cannot be had or loaded, and SeveralInvalid for several of them.
     """
@@ -30,7 +30,7 @@ def check_job(job: TrainJob, *, resume: bool) -> None:
     problems.raise_any()
 
 
-def find_model(job: TrainJob) -> Path | None:
+def find_model(job: TrainConfig) -> Path | None:
     """The directory of the base's files, None where they are still to be fetched. Raises ModelInvalid."""
     try:
         return find_base(job.model, os.environ)
@@ -38,7 +38,7 @@ def find_model(job: TrainJob) -> Path | None:
         raise ModelInvalid(str(error), remedy=error.remedy) from error
 
 
-def check_paths(job: TrainJob, problems: Problems, *, resume: bool) -> None:
+def check_paths(job: TrainConfig, problems: Problems, *, resume: bool) -> None:
     """Whether there is data to read and the output can be written."""
     for key, path in (("data.train", job.data.train), ("data.eval", job.data.eval)):
         if path is not None and not is_readable(path):
@@ -50,7 +50,7 @@ def check_paths(job: TrainJob, problems: Problems, *, resume: bool) -> None:
             raise JobInvalid("output", f"{job.output} cannot be written: {error.strerror}") from error
 
 
-def check_records(job: TrainJob, problems: Problems) -> None:
+def check_records(job: TrainConfig, problems: Problems) -> None:
     """The form of the records of what data there is."""
     for path in (job.data.train, job.data.eval):
         if path is not None and is_readable(path):

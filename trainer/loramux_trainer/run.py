@@ -47,7 +47,7 @@ from loramux_trainer.errors import (
     Problems,
 )
 from loramux_trainer.export import export_peft
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig, renamed_identity
 from loramux_trainer.loop import Loop
 from loramux_trainer.preflight import check_job
 from loramux_trainer.progress import EvalReport, Progress, Silent, StepReport
@@ -70,7 +70,7 @@ class TrainResult:
 
 
 def train(
-    job: TrainJob,
+    job: TrainConfig,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -88,19 +88,20 @@ def train(
             return _train(job, saved[-1] if saved else None, progress or Silent(), stop or threading.Event())
     except torch.OutOfMemoryError as error:
         raise DeviceFull(
-            "the device has too little memory for this job; lower training.batch_size (and raise training.accumulation "
-            "for the same steps) or data.max_length, or set training.gradient_checkpointing"
+            "the device has too little memory for this job; lower training.batch_size (and raise "
+            "training.gradient_accumulation_steps for the same steps) or data.max_length, or set "
+            "training.gradient_checkpointing"
         ) from error
 
 
-def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
+def _train(job: TrainConfig, checkpoint: Path | None, progress: Progress, stop: threading.Event) -> TrainResult:
     device = _device(job)
     dtype = _compute_dtype(job, device)
     tokenizer, data = _read_data(job)
     _warn_of_lost_ends(data, progress)
     base = _load(job, device, dtype)
     rope = _examine(job, base)
-    names = resolve_targets(job.lora.targets, base.spec)
+    names = resolve_targets(job.lora.target_modules, base.spec)
     if job.training.gradient_checkpointing:
         enable_activation_checkpointing(base.model)
     devices = [device] if device.type == "cuda" else []
@@ -133,7 +134,7 @@ def _train(job: TrainJob, checkpoint: Path | None, progress: Progress, stop: thr
 class _Run:
     """The loop with its bookkeeping: evaluation, checkpoints, history."""
 
-    def __init__(self, job: TrainJob, base: LoadedBase, data: DataSet, loop: Loop, progress: Progress) -> None:
+    def __init__(self, job: TrainConfig, base: LoadedBase, data: DataSet, loop: Loop, progress: Progress) -> None:
         self._job, self._base, self._data, self._loop, self._progress = job, base, data, loop, progress
         self._steps: list[StepReport] = []
         self._evals: list[EvalReport] = []
@@ -145,6 +146,7 @@ class _Run:
         identity = checkpoint.meta.get("identity")
         if not isinstance(identity, dict):
             raise CheckpointInvalid("cannot resume: the checkpoint was made by another version of Loramux")
+        identity = renamed_identity(identity)
         for key, value in self._identity().items():
             if key not in identity or identity[key] != value:
                 values = f": {identity.get(key)}, not {value}" if "." in key else ""
@@ -162,12 +164,12 @@ class _Run:
 
     def go(self, stop: threading.Event) -> TrainResult:
         """Run to the end, or raise Interrupted after saving what there is."""
-        loop, every = self._loop, self._job.checkpoint.every
+        loop, every = self._loop, self._job.checkpoint.save_steps
         self._progress.started(loop.total_steps, loop.step, self._data.report)
         while loop.step < loop.total_steps:
             if stop.is_set():
                 raise Interrupted(self._save() if loop.step else None)
-            self._steps.append(loop.take_step())
+            self._steps.append(loop.train_step())
             self._progress.stepped(self._steps[-1])
             if self._data.eval and (loop.step % loop.eval_every == 0 or loop.step == loop.total_steps):
                 self._evals.append(loop.evaluate())
@@ -199,7 +201,7 @@ class _Run:
 
     def save_before_export(self) -> Path:
         """Save the state that is about to be exported, beside what is kept, so that a failing export loses nothing."""
-        return self._save(keep=self._job.checkpoint.keep + 1)
+        return self._save(keep=self._job.checkpoint.save_total_limit + 1)
 
     def _save(self, *, keep: int | None = None) -> Path:
         meta = {
@@ -212,12 +214,12 @@ class _Run:
         checkpoint = Checkpoint(self._loop.step, self._loop.tensors(), meta)
         with _writing(self._job.output):
             root = self._job.output / CHECKPOINTS
-            return write_checkpoint(root, checkpoint, keep=keep or self._job.checkpoint.keep)
+            return write_checkpoint(root, checkpoint, keep=keep or self._job.checkpoint.save_total_limit)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same to go on bit for bit, with what `auto` has become on this machine."""
         return {
-            **self._job.deciding(),
+            **self._job.reproducibility_key(),
             "training.device": self._base.device.type,
             "training.compute_dtype": str(self._base.compute_dtype).removeprefix("torch."),
             "training data": self._data.digest,
@@ -256,16 +258,16 @@ def _writing(output: Path) -> Iterator[None]:
         raise OutputFailed(f"{output} cannot be written any more: {reason}{remedy}") from error
 
 
-def _source(job: TrainJob) -> str:
+def _source(job: TrainConfig) -> str:
     return str(tiny_path()) if job.model == TINY_NAME else job.model
 
 
-def _read_data(job: TrainJob) -> tuple[Any, DataSet]:
+def _read_data(job: TrainConfig) -> tuple[Any, DataSet]:
     """The base's tokenizer and the data in its tokens; all that can be refused without the base's weights."""
     reading = read_base(job, _source(job))
     problems = Problems()
     with problems.collecting():
-        resolve_targets(job.lora.targets, reading.outline)
+        resolve_targets(job.lora.target_modules, reading.outline)
     with problems.collecting():
         data = load_data(job.data, reading.encoder, seed=job.training.seed)
         longest = max(len(example.ids) for example in (*data.train, *data.eval))
@@ -274,14 +276,14 @@ def _read_data(job: TrainJob) -> tuple[Any, DataSet]:
     return reading.tokenizer, data
 
 
-def _load(job: TrainJob, device: torch.device, dtype: torch.dtype) -> LoadedBase:
+def _load(job: TrainConfig, device: torch.device, dtype: torch.dtype) -> LoadedBase:
     with loading(job):
         base = load_base(_source(job), compute_dtype=dtype, device=device)
     _refuse_split_blocks(job, base)
     return base
 
 
-def _examine(job: TrainJob, base: LoadedBase) -> RopeChoice | None:
+def _examine(job: TrainConfig, base: LoadedBase) -> RopeChoice | None:
     """What a server asks of its base before it serves: an adapter for a base that is refused could never be used.
 
     Over no more positions than training sees. Returns where rows choose their rotary factors, on bases that have some.
@@ -292,7 +294,7 @@ def _examine(job: TrainJob, base: LoadedBase) -> RopeChoice | None:
         raise ModelInvalid(f"{refusal}; an adapter trained on it could not be served") from refusal
 
 
-def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
+def _refuse_split_blocks(job: TrainConfig, base: LoadedBase) -> None:
     """bitsandbytes 0.50 on a CPU takes wrong scales where a block crosses a row: training would not see what serves."""
     if base.device.type != "cpu":
         return
@@ -305,14 +307,14 @@ def _refuse_split_blocks(job: TrainJob, base: LoadedBase) -> None:
             )
 
 
-def _device(job: TrainJob) -> torch.device:
+def _device(job: TrainConfig) -> torch.device:
     try:
         return select_device(job.training.device)
     except DeviceRefused as refusal:
         raise DeviceInvalid("training.device", str(refusal)) from refusal
 
 
-def _compute_dtype(job: TrainJob, device: torch.device) -> torch.dtype:
+def _compute_dtype(job: TrainConfig, device: torch.device) -> torch.dtype:
     if job.training.compute_dtype == "auto":
         return best_dtype(device) if device.type == "cuda" else torch.float32
     dtype = torch.bfloat16 if job.training.compute_dtype == "bfloat16" else torch.float32
@@ -333,7 +335,7 @@ def _warn_of_lost_ends(data: DataSet, progress: Progress) -> None:
     if data.report.endless:
         progress.warned(
             f"{data.report.endless} of {data.report.train} training examples are truncated before the token that ends "
-            "them and do not teach the adapter to stop; raise data.max_length, or drop them by data.overlong: drop"
+            "them and do not teach the adapter to stop; raise data.max_length, or drop them by data.truncation: drop"
         )
 
 

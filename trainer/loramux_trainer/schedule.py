@@ -8,7 +8,7 @@ from typing import Literal
 from loramux_trainer.errors import JobInvalid
 
 
-def warmup_steps(warmup: float, total: int) -> int:
+def warmup_length(warmup: float, total: int) -> int:
     """Steps of warm-up from a share (below 1) or a number of steps; the rate of the first is 0, so one step has none.
 
     Raises JobInvalid when no step is left to train.
@@ -17,15 +17,15 @@ def warmup_steps(warmup: float, total: int) -> int:
         return 0
     steps = math.ceil(warmup * total) if warmup < 1 else int(warmup)
     if steps >= total:
-        raise JobInvalid("training.warmup", f"warm-up of {steps} steps leaves none of {total} to train")
+        raise JobInvalid("training.warmup_steps", f"warm-up of {steps} steps leaves none of {total} to train")
     return steps
 
 
-def factor(kind: Literal["cosine", "linear", "constant"], step: int, warmup: int, total: int) -> float:
+def factor(kind: Literal["cosine", "linear", "constant_with_warmup"], step: int, warmup: int, total: int) -> float:
     """Factor for 0-based `step` of `total`: linear from 0 over `warmup` steps, then the curve."""
     if step < warmup:
         return step / max(1, warmup)
-    if kind == "constant":
+    if kind == "constant_with_warmup":
         return 1.0
     if kind == "linear":
         return max(0.0, (total - step) / max(1, total - warmup))

@@ -7,25 +7,25 @@ from pathlib import Path
 
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.job import TrainJob
+from loramux_trainer.job import TrainConfig
 
 _STATES = 3  # of every parameter in a checkpoint: itself and AdamW's two moments
 _FLOAT = 4  # bytes
 _TEXTS = 1 << 20  # report and metadata, roughly
 
 
-def needed_bytes(job: TrainJob, parameters: int, total_steps: int, existing: int) -> int:
+def needed_bytes(job: TrainConfig, parameters: int, total_steps: int, existing: int) -> int:
     """What is written at most at a time: the checkpoints that are kept, one more beside them, and the adapter.
 
     `existing` checkpoints are on the disk already.
     """
-    every = job.checkpoint.every
+    every = job.checkpoint.save_steps
     periodic = (total_steps - 1) // every if every else 0
-    checkpoints = max(1, min(periodic, job.checkpoint.keep) + 1 - existing)
+    checkpoints = max(1, min(periodic, job.checkpoint.save_total_limit) + 1 - existing)
     return parameters * _FLOAT * (_STATES * checkpoints + 1) + _TEXTS
 
 
-def check_space(job: TrainJob, parameters: int, total_steps: int) -> None:
+def check_space(job: TrainConfig, parameters: int, total_steps: int) -> None:
     """Raises JobInvalid when the output's disk has too little room for the run."""
     existing = len(list_checkpoints(job.output / CHECKPOINTS))
     needed, free = needed_bytes(job, parameters, total_steps, existing), _free_bytes(job.output)
@@ -34,7 +34,7 @@ def check_space(job: TrainJob, parameters: int, total_steps: int) -> None:
             "output",
             f"{job.output} is on a disk with {free / 1e6:,.0f} MB free, and the run writes up to "
             f"{needed / 1e6:,.0f} MB (checkpoints and the adapter): free some space, choose another disk, or lower "
-            "checkpoint.keep",
+            "checkpoint.save_total_limit",
         )
 
 

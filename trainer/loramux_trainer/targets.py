@@ -49,12 +49,14 @@ def resolve_targets(targets: Targets, base: ModuleNames) -> tuple[str, ...]:
         problems = Problems()
         for suffix in targets:
             if not any(name == suffix or name.endswith("." + suffix) for name in base.modules):
-                problems.add(JobInvalid("lora.targets", f"{suffix} names no module of {base.model_id}; {_known(base)}"))
+                problems.add(
+                    JobInvalid("lora.target_modules", f"{suffix} names no module of {base.model_id}; {_known(base)}")
+                )
         problems.raise_any()
     if not chosen:
-        raise JobInvalid("lora.targets", f"{targets} matches no module of {base.model_id}; {_known(base)}")
+        raise JobInvalid("lora.target_modules", f"{targets} matches no module of {base.model_id}; {_known(base)}")
     for name in sorted(chosen - _linear(base)):
-        raise JobInvalid("lora.targets", f"{name} is no linear map: the trainer adapts linear maps only")
+        raise JobInvalid("lora.target_modules", f"{name} is no linear map: the trainer adapts linear maps only")
     return tuple(sorted(chosen))
 
 
@@ -63,9 +65,9 @@ def _matching(pattern: str, base: ModuleNames) -> set[str]:
         compiled = regex.compile(pattern)
         return {name for name in base.modules if compiled.fullmatch(name, timeout=_REGEX_SECONDS)}
     except regex.error as error:
-        raise JobInvalid("lora.targets", f"{pattern!r} is not a regular expression: {error}") from error
+        raise JobInvalid("lora.target_modules", f"{pattern!r} is not a regular expression: {error}") from error
     except TimeoutError as error:
-        raise JobInvalid("lora.targets", f"{pattern!r} takes too long to match one module name") from error
+        raise JobInvalid("lora.target_modules", f"{pattern!r} takes too long to match one module name") from error
 
 
 def _linear(base: ModuleNames) -> set[str]:

@@ -6,7 +6,7 @@ Afterwards the model's projections read the step's batch from one cell. Knows no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
-from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint
+from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
 from loramux_adapters.base.frozen import Nf4Linear, WeightFormats, freeze
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.parts.part import Kind
@@ -56,6 +56,10 @@ class AdaptedModel:
     def refingerprint(self) -> str:
         """The base's fingerprint recomputed from the content that serves now; equals `spec.fingerprint` for ever."""
         return fingerprint(self._quantized(), self.spec.parameters, self.base.config_json)
+
+    def refingerprinting(self) -> Generator[None, None, str]:
+        """`refingerprint` module by module; steps may run in between."""
+        return fingerprinting(self._quantized(), self.spec.parameters, self.base.config_json)
 
     def _quantized(self) -> Iterator[tuple[str, QuantizedModule]]:
         for name, (group, member) in self.linears.items():

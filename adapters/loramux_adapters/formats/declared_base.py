@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from loramux_adapters import former_name
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.refusals import quote
-from loramux_adapters.spec import DIGEST_PATTERN, BaseModelSpec
+from loramux_adapters.names import DIGEST
+from loramux_adapters.spec import BaseModelSpec
 
 FINGERPRINT_KEY = "loramux_base_fingerprint"
 _KEYS = (FINGERPRINT_KEY, former_name.FINGERPRINT_KEY)
@@ -33,7 +34,7 @@ def declared_fingerprint(
         if unknown:
             raise _invalid(f"{subject}: {quote(unknown[0])} is not a known key", subject)
     for (subject, key), value in declared.items():
-        if not isinstance(value, str) or not DIGEST_PATTERN.fullmatch(value):
+        if not isinstance(value, str) or not DIGEST.allows(value):
             raise _invalid(f"{subject}: {key} {quote(value)} is not 64 hex digits", subject)
     if len(set(declared.values())) > 1:
         subjects = list(dict.fromkeys(subject for subject, _ in declared))

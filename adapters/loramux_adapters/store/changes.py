@@ -11,8 +11,9 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 
 from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded
+from loramux_adapters.names import MAX_ALIASES
 from loramux_adapters.spec import AdapterSpec
-from loramux_adapters.store.checks import MAX_ALIASES, check_labels
+from loramux_adapters.store.checks import check_labels
 from loramux_adapters.store.nearby import suggest
 from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, FileEntry, Quotas, UploadManifest
 from loramux_adapters.store.spec_json import encode_spec

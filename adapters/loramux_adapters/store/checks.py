@@ -1,4 +1,4 @@
-"""Which names, manifests, labels and page tokens are acceptable; each refusal names its subject.
+"""Which names, manifests, labels and page tokens the store takes; each refusal names its subject.
 
 Pure functions over strings and numbers. Knows no disk, no catalog and no quota that depends on them.
 """
@@ -7,78 +7,48 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Mapping
 
 from loramux_adapters.adapter_files import MAX_FILE_BYTES
 from loramux_adapters.errors import AdapterInvalid, QuotaExceeded
-from loramux_adapters.spec import DIGEST_PATTERN, NAME_PATTERN
+from loramux_adapters.names import DIGEST, MAX_LABELS, NAME, UPLOAD_ID, VERSION, TextRule, wrong_labels
 from loramux_adapters.store.records import FileEntry, Quotas, UploadManifest
 
-UPLOAD_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{8,64}")
-PREFIX_PATTERN = re.compile(r"[0-9a-f]{8,64}")
-LABEL_KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
-MAX_LABELS = 64
-MAX_LABEL_VALUE = 256  # characters
-MAX_ALIASES = 32
 MAX_PAGE_SIZE = 1000
 
 
 def check_name(name: str, what: str = "name") -> None:
-    """AdapterInvalid unless `name` matches NAME_PATTERN from end to end. Also for tenants and aliases."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise AdapterInvalid(
-            f"{what} {_shown(name)} is not allowed",
-            subject=what,
-            remedy="use 1 to 64 of A-Z a-z 0-9 . _ - and start with a letter or digit",
-        )
+    """AdapterInvalid unless `name` is a NAME. Also for tenants and aliases."""
+    _check(NAME, name, what)
 
 
 def check_upload_id(upload_id: str) -> None:
-    """AdapterInvalid unless `upload_id` is 8 to 64 characters that are safe as a directory's name."""
-    if not UPLOAD_ID_PATTERN.fullmatch(upload_id):
-        raise AdapterInvalid(
-            f"upload_id {_shown(upload_id)} is not allowed",
-            subject="upload_id",
-            remedy="use 8 to 64 of A-Z a-z 0-9 _ -",
-        )
+    """AdapterInvalid unless `upload_id` is an UPLOAD_ID, which is safe as a directory's name."""
+    _check(UPLOAD_ID, upload_id, "upload_id")
 
 
 def check_prefix(prefix: str) -> None:
     """AdapterInvalid unless `prefix` is empty or 8 to 64 lower-case hex digits."""
-    if prefix and not PREFIX_PATTERN.fullmatch(prefix):
-        raise AdapterInvalid(
-            f"version {_shown(prefix)} is not allowed",
-            subject="version",
-            remedy="use the first 8 to 64 lower-case hex digits of the digest",
-        )
+    if prefix:
+        _check(VERSION, prefix, "version")
 
 
 def check_digest(digest: str) -> None:
     """AdapterInvalid unless `digest` is 64 lower-case hex digits."""
-    if not DIGEST_PATTERN.fullmatch(digest):
-        raise AdapterInvalid(f"digest {_shown(digest)} is not 64 lower-case hex digits", subject="digest")
+    _check(DIGEST, digest, "digest")
 
 
 def check_fingerprint(base: str) -> None:
     """AdapterInvalid unless `base` is 64 lower-case hex digits."""
-    if not DIGEST_PATTERN.fullmatch(base):
-        raise AdapterInvalid(f"base {_shown(base)} is not 64 lower-case hex digits", subject="base")
+    _check(DIGEST, base, "base")
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
     """AdapterInvalid unless there are at most MAX_LABELS, with plain keys and printable values."""
     if len(labels) > MAX_LABELS:
         raise AdapterInvalid(f"{len(labels)} labels are more than {MAX_LABELS}", subject="labels")
-    for key, value in labels.items():
-        if not LABEL_KEY_PATTERN.fullmatch(key):
-            raise AdapterInvalid(f"label key {_shown(key)} is not allowed", subject="labels")
-        if len(value) > MAX_LABEL_VALUE or not value.isprintable():
-            raise AdapterInvalid(
-                f"the value of label {key!r} is not allowed",
-                subject="labels",
-                remedy=f"use at most {MAX_LABEL_VALUE} printable characters",
-            )
+    for key, why in wrong_labels(labels):
+        raise AdapterInvalid(f"label {_shown(key)} is not allowed: {why}", subject="labels")
 
 
 def check_upload(tenant: str, upload_id: str) -> None:
@@ -127,8 +97,8 @@ def _check_entry(entry: FileEntry) -> None:
             subject=entry.file,
             remedy="it must have at least 1" + (f" and at most {limit}" if limit is not None else ""),
         )
-    if not DIGEST_PATTERN.fullmatch(entry.sha256):
-        raise AdapterInvalid(f"the sha256 of {entry.file} is not 64 lower-case hex digits", subject=entry.file)
+    if not DIGEST.allows(entry.sha256):
+        raise AdapterInvalid(f"the sha256 of {entry.file} is not {DIGEST.words}", subject=entry.file)
 
 
 def encode_page_token(last_name: str) -> str:
@@ -144,7 +114,7 @@ def decode_page_token(token: str) -> str:
         name = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         name = ""
-    if not NAME_PATTERN.fullmatch(name):
+    if not NAME.allows(name):
         raise AdapterInvalid("the page token is not one of this service", subject="page_token")
     return name
 
@@ -153,6 +123,11 @@ def check_page_size(page_size: int) -> None:
     """AdapterInvalid unless 1 <= page_size <= MAX_PAGE_SIZE."""
     if not 1 <= page_size <= MAX_PAGE_SIZE:
         raise AdapterInvalid(f"page_size {page_size} is not between 1 and {MAX_PAGE_SIZE}", subject="page_size")
+
+
+def _check(rule: TextRule, text: str, what: str) -> None:
+    if not rule.allows(text):
+        raise AdapterInvalid(f"{what} {_shown(text)} is not allowed", subject=what, remedy=f"use {rule.words}")
 
 
 def _shown(text: str) -> str:

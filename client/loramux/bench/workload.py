@@ -5,53 +5,78 @@ Prompts follow from the seed and the round, so every driver and peer gets the sa
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import random
-import re
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from pydantic import Field, Strict, ValidationInfo, field_validator
+
+from loramux_adapters.names import NAME
+from loramux_adapters.validation import Section, Text, ValuesInvalid, read
 
 
 class WorkloadInvalid(Exception):
-    """The workload file must be corrected; the message names the key."""
+    """The workload file must be corrected; the message names each wrong key."""
+
+
+Count = Annotated[int, Strict(), Field(ge=1)]
+CountFromZero = Annotated[int, Strict(), Field(ge=0)]
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
+class AdapterPlan(Section):
     """The random LoRA adapters: all linears of the shape, at one rank."""
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Count = 8
+    alpha: Annotated[float, Strict(), Field(gt=0)] = 16.0
 
 
 @dataclass(frozen=True)
-class Scenario:
+class Scenario(Section):
     """One mix: request i uses adapter i % distinct; 0 distinct adapters is the base alone."""
 
-    name: str
-    distinct: int
+    name: Text
+    distinct: CountFromZero
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(Section):
     """`requests` run at once, each with `prompt_tokens` in and exactly `output_tokens` out, greedy."""
 
-    name: str
-    shape: str
-    requests: int
-    prompt_tokens: int
-    output_tokens: int
-    rounds: int
-    warmup: int
-    seed: int
+    name: Text
+    shape: Text
+    requests: Count
+    prompt_tokens: Count
+    output_tokens: Annotated[int, Strict(), Field(ge=2)]
+    rounds: Count
+    warmup: CountFromZero
+    seed: CountFromZero
     scenarios: tuple[Scenario, ...]
     adapters: AdapterPlan = AdapterPlan()
+
+    @field_validator("name")
+    @classmethod
+    def _can_name_a_file(cls, name: str) -> str:
+        if not NAME.allows(name):
+            raise ValueError(f"must be {NAME.words}: results are files of this name")
+        return name
+
+    @field_validator("scenarios")
+    @classmethod
+    def _can_be_compared(cls, scenarios: tuple[Scenario, ...], others: ValidationInfo) -> tuple[Scenario, ...]:
+        if not scenarios:
+            raise ValueError("give at least one [[scenarios]] table")
+        if len({scenario.name for scenario in scenarios}) != len(scenarios):
+            raise ValueError("names must differ")
+        if scenarios[0].distinct != 0:
+            raise ValueError("the first must be the base alone (distinct = 0): ratios are to it")
+        if max(scenario.distinct for scenario in scenarios) > others.data.get("requests", math.inf):
+            raise ValueError("more distinct adapters than requests")
+        return scenarios
 
     @property
     def adapter_count(self) -> int:
@@ -94,71 +119,12 @@ def read_workload(reference: str) -> Workload:
 
 
 def parse_workload(text: str) -> Workload:
-    """A workload from TOML text. Raises WorkloadInvalid with the key."""
+    """A workload from TOML text. Raises WorkloadInvalid with every wrong key."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise WorkloadInvalid(f"not TOML: {error}") from error
-    _check_keys("", values, {field.name for field in dataclasses.fields(Workload)})
-    plan = values.get("adapters", {})
-    _check_keys("adapters.", plan, {"rank", "alpha"})
-    workload = Workload(
-        name=_text(values, "name"),
-        shape=_text(values, "shape"),
-        requests=_count(values, "requests", low=1),
-        prompt_tokens=_count(values, "prompt_tokens", low=1),
-        output_tokens=_count(values, "output_tokens", low=2),
-        rounds=_count(values, "rounds", low=1),
-        warmup=_count(values, "warmup", low=0),
-        seed=_count(values, "seed", low=0),
-        scenarios=_scenarios(values.get("scenarios")),
-        adapters=AdapterPlan(_count({"rank": 8} | plan, "rank", low=1), _positive({"alpha": 16.0} | plan, "alpha")),
-    )
-    if not _NAME.fullmatch(workload.name):
-        raise WorkloadInvalid("name: use letters, digits, dot, dash and underscore; results are files of this name")
-    if workload.adapter_count > workload.requests:
-        raise WorkloadInvalid("scenarios: more distinct adapters than requests")
-    return workload
-
-
-def _scenarios(entries: object) -> tuple[Scenario, ...]:
-    if not isinstance(entries, list) or not entries:
-        raise WorkloadInvalid("scenarios: give at least one [[scenarios]] table")
-    scenarios = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise WorkloadInvalid("scenarios: each must be a table")
-        _check_keys("scenarios.", entry, {"name", "distinct"})
-        scenarios.append(Scenario(_text(entry, "name"), _count(entry, "distinct", low=0)))
-    if len({scenario.name for scenario in scenarios}) != len(scenarios):
-        raise WorkloadInvalid("scenarios: names must differ")
-    if scenarios[0].distinct != 0:
-        raise WorkloadInvalid("scenarios: the first must be the base alone (distinct = 0): ratios are to it")
-    return tuple(scenarios)
-
-
-def _check_keys(prefix: str, values: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise WorkloadInvalid(f"{prefix}{unknown[0]}: unknown key; known are {', '.join(sorted(known))}")
-
-
-def _text(values: Mapping[str, Any], key: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str) or not value:
-        raise WorkloadInvalid(f"{key}: must be text")
-    return value
-
-
-def _count(values: Mapping[str, Any], key: str, *, low: int) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise WorkloadInvalid(f"{key}: must be a whole number of at least {low}")
-    return value
-
-
-def _positive(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise WorkloadInvalid(f"{key}: must be a positive number")
-    return float(value)
+    try:
+        return read(Workload, values)
+    except ValuesInvalid as error:
+        raise WorkloadInvalid(str(error)) from error

@@ -10,11 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from loramux.cli.arguments import AsJson
-from loramux.cli.server_options import ConfigFile, default_text, option_text, with_server_options
+from loramux.cli.server_options import ConfigFile, ServerOptionsGroup, default_text, option_text, with_server_options
 from loramux.terminal.failures import CommandError
 from loramux.terminal.output import print_json, print_table, say
 
-app = typer.Typer(no_args_is_help=True, help="The server's configuration: file, environment and flags together.")
+app = typer.Typer(
+    cls=ServerOptionsGroup,
+    no_args_is_help=True,
+    help="The server's configuration: file, environment and flags together.",
+)
 
 
 @app.command("show")
@@ -73,15 +77,14 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a YAML file with every option, its meaning and its default, all commented out."""
-    from loramux_server.config import defaults, options
+    from loramux_server.config import options
 
     if file.exists() and not force:
         raise CommandError(f"{file} exists already", remedy="choose another name, or --force to replace it")
-    standard = defaults()
     lines = ["# Options of `loramux serve`; LORAMUX_* variables and flags override them.", ""]
     for name, option in options().items():
         choices = f" ({', '.join(option.choices)})" if option.choices else ""
-        lines += [f"# {option.text}{choices}", f"# {name}: {default_text(standard[name])}", ""]
+        lines += [f"# {option.text}{choices}", f"# {name}: {default_text(option.default)}", ""]
     try:
         file.write_text("\n".join(lines), encoding="utf-8")
     except OSError as error:

@@ -10,10 +10,10 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from loramux.cli import adapters, bench, config, demo, doctor, generate, health, serve, status, train
 from loramux.cli.renamed import refuse_renamed
+from loramux.cli.server_options import ServerOptionsGroup
 from loramux.terminal.failures import CommandError, ExitCode, explain
 from loramux.terminal.output import tell_failure
 from loramux_adapters.former_name import renamed_variables
@@ -22,7 +22,7 @@ from loramux_adapters.threads import limit_spinning
 _ADDRESS = "LORAMUX_ADDRESS"
 
 
-class _Group(TyperGroup):
+class _Group(ServerOptionsGroup):
     """Shows expected failures in words and turns them into exit codes; a bug keeps its traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

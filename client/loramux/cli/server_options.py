@@ -11,13 +11,15 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from loramux.terminal.output import say
-from loramux_server.config import ENV_PREFIX, FILE_VARIABLE, defaults, groups, options
-from loramux_server.options import Option
+
+if TYPE_CHECKING:
+    from loramux_server.config import Option
 
 # What Kubernetes sets in every pod beside a service that is named loramux.
 _OF_KUBERNETES = re.compile(r"LORAMUX_(SERVICE_|PORT$|PORT_)")
@@ -26,46 +28,63 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", envvar="LORAMUX_CONFIG", help="YAML file of options.", show_envvar=True),
 ]
+_TAKING: set[Callable[..., None]] = set()
+
+
+class ServerOptionsGroup(TyperGroup):
+    """A group whose commands may be `with_server_options`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        function = getattr(command and command.callback, "__wrapped__", None)
+        if function not in _TAKING:
+            return name, command, rest
+        alone = typer.Typer(add_completion=False)
+        alone.command(name)(_with_flags(function))
+        return name, typer.main.get_command(alone), rest
 
 
 def with_server_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every server option as a flag; it receives them as its `flags` mapping, unset ones as None."""
+    """Give a command of a ServerOptionsGroup every server option as a flag; it receives them as its `flags` mapping,
+    unset ones as None.
+
+    The group adds them when it comes to this command: the model of the options is imported for no other.
+    """
+    _TAKING.add(function)
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "flags"]
-    known = options()
+    function.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    return function
+
+
+def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
+    from loramux_server.config import groups, options
+
+    headings = groups()
+    flags = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, option, headings[name])
+        )
+        for name, option in options().items()
+    ]
 
     def command(**values: Any) -> None:
         for warning in unknown_variables(os.environ):
             say(f"warning: {warning}")
-        flags = {name: values.pop(name) for name in known}
-        function(flags=flags, **values)
+        function(flags={flag.name: values.pop(flag.name) for flag in flags}, **values)
 
     command.__doc__ = function.__doc__
-    command.__name__ = function.__name__
-    command.__signature__ = inspect.Signature(own + _parameters(known))  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature([*inspect.signature(function).parameters.values(), *flags])  # type: ignore[attr-defined]
     command.__annotations__ = {}
     return command
 
 
-def _parameters(known: Mapping[str, Option]) -> list[inspect.Parameter]:
-    standard, headings = defaults(), groups()
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=_annotation(name, option, standard[name], headings[name]),
-        )
-        for name, option in known.items()
-    ]
-
-
-def _annotation(name: str, option: Option, default: object, heading: str) -> Any:
+def _annotation(name: str, option: Option, heading: str) -> Any:
     flag = "--" + name.replace("_", "-")
     text = option.text
     if option.choices:
         text += f" ({', '.join(option.choices)})"
-    if default is not None:
-        text += f"; default {default_text(default)}"
+    if option.default is not None:
+        text += f"; default {default_text(option.default)}"
     if option.kind == "flag":
         yes_no = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False, rich_help_panel=heading)
         return Annotated[bool | None, yes_no]
@@ -76,6 +95,8 @@ def _annotation(name: str, option: Option, default: object, heading: str) -> Any
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """A sentence for each LORAMUX_* variable that no option and no command reads, with the nearest known one."""
+    from loramux_server.config import ENV_PREFIX, FILE_VARIABLE, options
+
     known = [*(ENV_PREFIX + name.upper() for name in options()), FILE_VARIABLE, "LORAMUX_ADDRESS"]
     found = []
     for name in sorted(environ):

@@ -12,7 +12,7 @@ import typer
 from loramux.terminal.output import print_json, say, step_progress
 
 if TYPE_CHECKING:
-    from loramux_trainer.job import TrainJob
+    from loramux_trainer.job import TrainConfig
 
 
 def command(
@@ -54,14 +54,16 @@ def command(
     print(f"publish it with: loramux adapters push {result.output}")
 
 
-def _check(job_file: Path, job: TrainJob, *, resume: bool) -> None:
+def _check(job_file: Path, job: TrainConfig, *, resume: bool) -> None:
     from loramux_trainer.dry_run import check_whole_job
 
     if check_whole_job(job, resume=resume):
         print(f"ok: {job_file} is a valid job")
     else:
         print(f"ok: {job_file} is a valid job, as far as one can tell without its base")
-        say(f"{job.model} is not on this machine yet: the run looks at lora.targets and at the tokens once it is")
+        say(
+            f"{job.model} is not on this machine yet: the run looks at lora.target_modules and at the tokens once it is"
+        )
 
 
 def _say_stopping() -> None:

@@ -29,7 +29,7 @@ class TrainingBar:
         self._bar.update(self._task, total=total_steps, completed=first_step, loss="", visible=True)
         dropped = [
             f"{count} {what}"
-            for count, what in ((data.duplicates, "duplicates"), (data.leaked, "leaked"), (data.overlong, "overlong"))
+            for count, what in ((data.duplicates, "duplicates"), (data.leaked, "leaked"), (data.too_long, "too long"))
             if count
         ]
         if dropped:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from loramux_adapters.spec import NAME_PATTERN
+from loramux_adapters.names import LABEL_KEY, MAX_LABEL_CHARACTERS, MAX_LABELS, NAME, UPLOAD_ID, VERSION, wrong_labels
 from loramux_server.api.calls import ChatTurn, GenerateCall
 from loramux_server.api.server_limits import ServerLimits
 from loramux_server.errors import InvalidRequest
@@ -21,15 +21,10 @@ MAX_STOP_CHARS = 256
 MAX_SALT_CHARS = 256
 MIN_REPETITION_PENALTY = 0.009999999776482582  # 0.01 as it comes over the wire, in float32
 MAX_TURNS = 4096
-MAX_LABELS = 64
-MAX_ALIASES = 64
+MAX_ALIASES_AT_ONCE = 64
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_DIGEST = re.compile(r"[0-9a-f]{8,64}")
-_UPLOAD_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
-_LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
-_MAX_LABEL_CHARS = 256
 
 Wrong = Iterator[InvalidRequest]
 
@@ -64,39 +59,35 @@ def reference(field: str, value: str) -> Wrong:
     """A name, an alias or `name@digest` (8 to 64 hex digits)."""
     adapter, at, digest = value.partition("@")
     yield from name(field, adapter)
-    if at and not _DIGEST.fullmatch(digest):
-        yield InvalidRequest(field, "after @ there must be 8 to 64 lower-case hex digits of a digest")
+    if at and not VERSION.allows(digest):
+        yield InvalidRequest(field, f"after @ there must be {VERSION.words}")
 
 
 def name(field: str, value: str) -> Wrong:
     """A name or alias of an adapter."""
-    if not NAME_PATTERN.fullmatch(value):
-        yield InvalidRequest(
-            field, "must be 1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
-        )
+    if not NAME.allows(value):
+        yield InvalidRequest(field, f"must be {NAME.words}")
 
 
 def upload_id(field: str, value: str) -> Wrong:
     """The id under which an upload is resumed."""
-    if not _UPLOAD_ID.fullmatch(value):
-        yield InvalidRequest(field, "must be 8 to 64 characters of A-Z, a-z, 0-9, _ and -")
+    if not UPLOAD_ID.allows(value):
+        yield InvalidRequest(field, f"must be {UPLOAD_ID.words}")
 
 
 def labels(field: str, values: Mapping[str, str]) -> Wrong:
     """Labels to set on an adapter."""
     yield from _at_most(field, len(values), MAX_LABELS, "labels")
-    for key, value in values.items():
-        if not _LABEL_KEY.fullmatch(key):
-            yield InvalidRequest(
-                field, f"label key {key[:64]!r} must be 1 to 63 letters, digits, dots, dashes, slashes"
-            )
-        yield from _at_most(f"{field}[{key}]", len(value), _MAX_LABEL_CHARS, "characters")
+    for key, why in wrong_labels(values):
+        shown = key if LABEL_KEY.allows(key) else repr(key[:64])
+        limit = {"limit": str(MAX_LABEL_CHARACTERS)} if len(values[key]) > MAX_LABEL_CHARACTERS else None
+        yield InvalidRequest(f"{field}[{shown}]", why, metadata=limit)
 
 
 def aliases(field: str, values: Sequence[str]) -> Wrong:
     """Aliases to add or to remove at once."""
-    if len(values) > MAX_ALIASES:
-        yield InvalidRequest(field, f"at most {MAX_ALIASES} at once")
+    if len(values) > MAX_ALIASES_AT_ONCE:
+        yield InvalidRequest(field, f"at most {MAX_ALIASES_AT_ONCE} at once")
         return
     for index, alias in enumerate(values):
         yield from name(f"{field}[{index}]", alias)

@@ -65,6 +65,7 @@ class Engine:
         self._heartbeat = clock()
         self._stop_by: float | None = None
         self._did_run = False  # whether the last turn had something to compute
+        self._is_checked = True  # whether the books were checked since the last step
         self._thread = threading.Thread(target=self._serve, name="loramux-engine", daemon=True)
 
     @property
@@ -124,6 +125,11 @@ class Engine:
         if plan.chunks or events:
             self._report(plan, result, (started, planned, ran, committed, self._clock()))
         self._did_run = result is not None
+        if self._did_run:
+            self._is_checked = False
+        elif self._scheduler.is_idle and not self._is_checked:
+            self._scheduler.check()  # of what could give a request another's tokens; cheap, and nobody waits
+            self._is_checked = True
 
     def _handle(self, command: Command) -> None:
         match command:

@@ -142,6 +142,14 @@ class Scheduler:
         """No deadline passes before this time (monotonic); infinite without deadlines."""
         return self._next_deadline
 
+    def check(self) -> None:
+        """Raises ValueError when the books of blocks, slots and leases do not add up. To be called while idle."""
+        pool = self.tables.pool
+        pool.check()
+        if pool.held:
+            raise ValueError(f"{pool.held} KV blocks are held and no request is live")
+        self._adapters.check()
+
     def take_events(self) -> list[Routed]:
         """Events since the last call, in order."""
         events, self._events = self._events, []

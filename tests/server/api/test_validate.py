@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.store.checks import check_labels
 from loramux_server.api import validate
 from loramux_server.api.calls import ChatTurn, GenerateCall, ResponseOptions
 from loramux_server.api.server_limits import ServerLimits
@@ -171,6 +173,30 @@ def test_hostile_names_are_refused(name: str) -> None:
         validate.check(validate.name("name", name))
     with pytest.raises(InvalidRequest):
         validate.check(validate.reference("adapter", f"{name}@{'a' * 8}"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        ({"team/a_b.c-d": "x y"}, ""),
+        ({"k": "v" * 256}, ""),
+        ({"k": "v" * 257}, "printable"),
+        ({"k": "a\nb"}, "printable"),
+        ({"": "x"}, "the key must be 1 to 63"),
+        ({"_a": "x"}, "a letter or digit first"),
+        ({"\u202e": "x"}, r"'\\u202e'.*the key must be"),
+        ({f"k{n}": "" for n in range(65)}, "64"),
+    ],
+)
+def test_the_api_and_the_store_judge_labels_alike(labels: dict[str, str], why: str) -> None:
+    if not why:
+        validate.check(validate.labels("set_labels", labels))
+        check_labels(labels)
+        return
+    with pytest.raises(InvalidRequest, match=why):
+        validate.check(validate.labels("set_labels", labels))
+    with pytest.raises(AdapterInvalid, match=why):
+        check_labels(labels)
 
 
 @pytest.mark.parametrize("reference", ["a@", "a@1234567", "a@XYZ45678", "a@" + "0" * 65, "a@b@12345678"])
