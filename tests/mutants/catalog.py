@@ -169,7 +169,7 @@ MUTANTS = (
         "rows of the base after an adapter's are taken for its own", ADAPTERS + "apply/batch.py",
         'elif segments:\n            raise ValueError(f"row {row} has no adapter but follows rows that have one")',
         "elif segments:\n            segments[-1] = SlotSegment(segments[-1].start, row + 1, segments[-1].slot)",
-        (TEST_ADAPTERS + "apply", TEST_ADAPTERS + "kernels"),
+        (TEST_ADAPTERS + "kernels/test_plans.py",),
     ),
     Mutant(
         "a key is written one position late", MODEL + "forward_batch.py",
