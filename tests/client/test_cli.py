@@ -129,7 +129,7 @@ def test_an_unknown_variable_is_told_with_the_nearest(tmp_path: Path, monkeypatc
     result = invoke("config", "check", "--metrics-listen=none", "--listen=127.0.0.1:0", f"--data-dir={tmp_path}")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "warning: LORAMUX_MAX_RUNING is no option and is ignored; did you mean LORAMUX_MAX_RUNNING?"
+        "warning: LORAMUX_MAX_RUNING is not an option and is ignored; did you mean LORAMUX_MAX_RUNNING?"
     ]
 
 
