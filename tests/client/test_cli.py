@@ -352,7 +352,7 @@ def test_doctor_fails_on_what_must_change(tmp_path: Path) -> None:
 
 
 def test_an_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_failure(Failure("stopped after saving x; run again with --resume to go on", ExitCode.INTERRUPTED))
+    tell_failure(Failure("stopped after saving x; run again with --resume to continue", ExitCode.INTERRUPTED))
     assert capsys.readouterr().err.startswith("stopped after saving x")
 
 
