@@ -9,6 +9,7 @@ TORCH_INDEX ?=
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -18,7 +19,7 @@ PROTOS := $(wildcard $(PROTO_DIR)/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test bench format protos client clean lint lint-style lint-types lint-imports lint-protos lint-client lint-docker
+.PHONY: help setup setup-dev demo test mutants bench format protos client clean lint lint-style lint-types lint-imports lint-protos lint-client lint-docker
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +52,9 @@ demo: setup ## Train adapters, serve them together, print what came of it
 
 test: setup-dev ## The test suite
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+mutants: setup-dev ## Put faults into copies of the tree; a test must notice each (MUTANTS='words of some')
+	$(BIN)/python tests/mutants $(MUTANTS)
 
 bench: setup-dev ## Mixed batches against base only, and against PEFT
 	$(BIN)/loramux bench $(BENCH_ARGS)

@@ -38,11 +38,11 @@ class AdapterCorrupt(AdapterError):
 
 
 class UploadOffset(AdapterError):
-    """The uploader must resume: the chunk does not start at `committed` bytes of `subject`."""
+    """The uploader must resume: the chunk does not start at `received` bytes of `subject`."""
 
-    def __init__(self, message: str, *, committed: int, subject: str = "", remedy: str = "") -> None:
+    def __init__(self, message: str, *, received: int, subject: str = "", remedy: str = "") -> None:
         super().__init__(message, subject=subject, remedy=remedy)
-        self.committed = committed
+        self.received = received
 
 
 class QuotaExceeded(AdapterError):

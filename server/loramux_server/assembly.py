@@ -39,6 +39,7 @@ from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_adapters.weights import AdapterWeights
+from loramux_server.adapter_loader import AdapterLoader
 from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo
 from loramux_server.api.server_limits import ServerLimits
@@ -49,7 +50,6 @@ from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.mailbox import Mailbox
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.errors import StartError
-from loramux_server.loading import AdapterLoader
 from loramux_server.model.cache import PagedCache, bytes_per_token
 from loramux_server.model.decode_attention import select_decode
 from loramux_server.model.guard import self_check
@@ -58,11 +58,12 @@ from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.sizing import Memory
 from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.verification import Verification
 from loramux_server.model.worker import Worker
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import Registry
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
-from loramux_server.text import TextTokenizer
+from loramux_server.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger("loramux_server.assembly")
 _EXTRA_SHARE = 8  # one part in 8 of the device budget is for embedding factors and biases
@@ -127,7 +128,12 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     scheduler = Scheduler(engine_limits, pool, merged_weights)
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(
-        scheduler, Worker(runner, staged, merges), mailbox, client, observer=hooks.metrics, on_death=hooks.on_death
+        scheduler,
+        Worker(runner, staged, merges, Verification(adapted)),
+        mailbox,
+        client,
+        observer=hooks.metrics,
+        on_death=hooks.on_death,
     )
     states = _States(pool, merged_weights)
     registry = Registry(store, read_spec, base.spec.fingerprint, states)
@@ -309,7 +315,7 @@ class _States:
 
     def evict(self, digest: str) -> None:
         """Free its slot once the last lease is back, its host bytes and its merged weights."""
-        self._merged_weights.forget(digest)
+        self._merged_weights.evict(digest)
         self._pool.discard(digest)
 
 

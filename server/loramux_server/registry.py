@@ -271,7 +271,7 @@ class Registry:
             self._caches.evict(digest)
 
     def _release(self, digest: str) -> None:
-        if self._store.unpin(digest):
+        if self._store.release(digest):
             try:
                 self._worker.submit(self._collect)
             except RuntimeError:

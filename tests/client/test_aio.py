@@ -9,6 +9,7 @@ import pytest
 
 from loramux import AsyncClient, errors
 from loramux.retry import NO_RETRY, RetryPolicy
+from loramux.types import TransferProgress
 from support.fake_service import DIGEST, FakeServer
 
 QUICK = RetryPolicy(first=0.01, longest=0.1)
@@ -71,6 +72,16 @@ async def test_push_resume_pull_and_manage(fake: FakeServer, adapter_dir: Path, 
         await client.delete("bot")
         with pytest.raises(errors.NotFound):
             await client.adapter("bot")
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_vanishes_during_a_push_is_the_reason_given(fake: FakeServer, adapter_dir: Path) -> None:
+    def vanish(_: TransferProgress) -> None:
+        (adapter_dir / "adapter_model.safetensors").unlink(missing_ok=True)
+
+    async with AsyncClient(fake.address, retry=QUICK) as client:
+        with pytest.raises(errors.LocalFilesError, match=r"cannot read .*adapter_model.safetensors"):
+            await client.push(adapter_dir, "bot", progress=vanish)
 
 
 @pytest.mark.asyncio

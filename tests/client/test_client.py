@@ -21,7 +21,7 @@ def client(fake: FakeServer):
         yield connected
 
 
-def test_the_face_loads_neither_torch_nor_the_servers() -> None:
+def test_the_public_api_loads_neither_torch_nor_the_servers() -> None:
     script = (
         "import sys, loramux; loramux.Client; loramux.AsyncClient;"
         "print([m for m in ('torch', 'loramux_server', 'loramux_adapters', 'loramux_trainer') if m in sys.modules])"
@@ -217,6 +217,14 @@ def test_a_push_given_up_is_resumed_by_the_next_one(fake: FakeServer, adapter_di
             "adapter_model.safetensors": True,
         }
         assert client.push(adapter_dir, "bot").resumed_bytes >= 600_000
+
+
+def test_a_file_that_vanishes_during_a_push_is_the_reason_given(client: Client, adapter_dir: Path) -> None:
+    def vanish(_: TransferProgress) -> None:
+        (adapter_dir / "adapter_model.safetensors").unlink(missing_ok=True)
+
+    with pytest.raises(errors.LocalFilesError, match=r"cannot read .*adapter_model.safetensors"):
+        client.push(adapter_dir, "bot", progress=vanish)
 
 
 def test_changed_content_is_another_upload(fake: FakeServer, adapter_dir: Path) -> None:

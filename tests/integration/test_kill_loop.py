@@ -1,4 +1,4 @@
-"""kill -9 of a real gRPC server, fifty times and more, in the midst of uploads (faults.md rows 24, 26 and 35).
+"""kill -9 of a real gRPC server, fifty times and more, in the midst of uploads.
 
 After each restart: every acknowledged adapter is there with intact bytes, no torn one is visible, each name points at
 its old or its new version; and uploaders go on where they were cut.
@@ -25,10 +25,10 @@ from loramux.retry import NO_RETRY
 from loramux.types import TransferProgress
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
+from support.processes import environment
 from support.tiny import load_tiny
 from support.tiny_adapters import tiny_files, write_files
 
-TESTS = Path(__file__).resolve().parents[1]
 KILLS = 55
 UPLOADERS = 4
 VERSIONS = 6  # contents of each name, taken in turn
@@ -45,12 +45,12 @@ class Server:
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.mortal_server"],
+            [sys.executable, "-m", "support.killable_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env=environment(),
         )
         self._pid = 0
         self._expect("here")
@@ -133,7 +133,7 @@ class Uploader:
             return  # the life before did it and could not say so
 
 
-class House:
+class NamesChecker:
     """What must be true of all names after each restart."""
 
     def __init__(self, uploaders: list[Uploader], digests: dict[Path, str]) -> None:
@@ -188,7 +188,7 @@ def _contents(root: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
+def test_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "CHUNK_BYTES", CHUNK_BYTES)  # many messages, so that kills fall between them
@@ -202,7 +202,7 @@ def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
     uploaders = [
         Uploader(f"name-{index}", directories[index::UPLOADERS], random.Random(index)) for index in range(UPLOADERS)
     ]
-    house = House(uploaders, digests)
+    checker = NamesChecker(uploaders, digests)
     server = Server(tmp_path / "data")
     unexpected: list[LoramuxError] = []
 
@@ -216,7 +216,7 @@ def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
         for life in range(KILLS + 1):
             address = server.start()
             with Client(address, retry=NO_RETRY) as client:
-                house.check(client, tmp_path / f"back-{life}")
+                checker.check(client, tmp_path / f"back-{life}")
                 if life == KILLS:
                     break
                 stop, committing = threading.Event(), threading.Event()
@@ -236,6 +236,6 @@ def test_row_35_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
                 assert unexpected == []
     finally:
         server.close()
-    assert house.checked >= KILLS  # adapters were there to be looked at
+    assert checker.checked >= KILLS  # adapters were there to be looked at
     assert sum(uploader.done for uploader in uploaders) >= KILLS
     assert sum(uploader.resumed for uploader in uploaders) >= KILLS // 5

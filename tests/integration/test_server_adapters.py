@@ -1,4 +1,4 @@
-"""A thousand adapters in the real process, and what is held of those that go: rows 37, 40 and 45 of the fault list."""
+"""A thousand adapters in the real process, and what is held of those that are deleted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _timed_scrape(server: LocalServer, accept: str, parse: Callable[[str], objec
     return {family.name: family for family in families}, seconds
 
 
-def test_row_45_a_thousand_adapters_and_a_bounded_number_of_series(
+def test_a_thousand_adapters_give_a_bounded_number_of_series(
     server: LocalServer, client: Client, crowd: list[str]
 ) -> None:
     listed = [adapter.name for adapter in client.adapters(page_size=300)]
@@ -78,7 +78,7 @@ def test_row_45_a_thousand_adapters_and_a_bounded_number_of_series(
     assert counted >= len(used)  # those without a series of their own are counted all the same
 
 
-def test_row_40_a_deleted_adapter_leaves_slot_host_memory_and_dense_copy(
+def test_a_deleted_adapter_frees_its_slot_host_memory_and_merged_weights(
     server: LocalServer, client: Client, adapter_dirs: dict[str, Path]
 ) -> None:
     until_idle(server)
@@ -100,7 +100,7 @@ def test_row_40_a_deleted_adapter_leaves_slot_host_memory_and_dense_copy(
     ask(client, "large", 8).check_equals(alone)
 
 
-def test_row_37_a_dense_copy_follows_the_switch_of_its_name_and_nobody_notices(
+def test_merged_weights_follow_a_replaced_name_and_outputs_stay_equal(
     server: LocalServer, client: Client, adapter_dirs: dict[str, Path]
 ) -> None:
     until_idle(server)

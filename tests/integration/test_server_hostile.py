@@ -1,4 +1,4 @@
-"""Hostile adapters sent to the real process: rows 12 and 28 to 32 of the fault list.
+"""Hostile adapters sent to the real process.
 
 Each is refused with INVALID_ARGUMENT and its subject named, quickly and in flat memory, and leaves nothing behind.
 """
@@ -74,13 +74,13 @@ def refuse_all(server: LocalServer, client: Client) -> Callable[[Iterable[Hostil
     return refuse
 
 
-def test_row_12_well_formed_adapters_of_something_else(
+def test_well_formed_adapters_of_another_base_or_shape_are_refused(
     refuse_all: Callable[[Iterable[Hostile]], None], client: Client
 ) -> None:
     refuse_all(hostile.foreign(client.model().fingerprint))
 
 
-def test_row_28_other_formats_renamed_are_never_unpickled(
+def test_other_formats_renamed_to_safetensors_are_never_unpickled(
     refuse_all: Callable[[Iterable[Hostile]], None], tmp_path: Path
 ) -> None:
     trace = tmp_path / "unpickled"
@@ -88,27 +88,33 @@ def test_row_28_other_formats_renamed_are_never_unpickled(
     assert not trace.exists()
 
 
-def test_row_28_other_files_are_not_even_taken(refuse_all: Callable[[Iterable[Hostile]], None]) -> None:
+def test_files_that_are_not_of_an_adapter_are_refused_by_name(refuse_all: Callable[[Iterable[Hostile]], None]) -> None:
     refuse_all(
         Hostile(file, {**tiny_files(1), file: b"x"}, "manifest")
         for file in ("adapter_model.bin", "../adapter_config.json", "evil.py", "", "a/b")
     )
 
 
-def test_row_29_30_headers_that_lie(refuse_all: Callable[[Iterable[Hostile]], None], server: LocalServer) -> None:
+def test_safetensors_with_false_headers_are_refused(
+    refuse_all: Callable[[Iterable[Hostile]], None], server: LocalServer
+) -> None:
     with Peak(server.pid) as peak:
         refuse_all(hostile.lying_headers())
     assert peak.growth < 32 << 20
 
 
-def test_row_31_what_the_library_accepts(refuse_all: Callable[[Iterable[Hostile]], None], server: LocalServer) -> None:
+def test_malformed_files_that_safetensors_accepts_are_refused(
+    refuse_all: Callable[[Iterable[Hostile]], None], server: LocalServer
+) -> None:
     for case in hostile.accepted_by_the_library():
         with Peak(server.pid) as peak:
             refuse_all([case])
         assert peak.growth < (PARSED_BYTES if case.case == "65,000 tensors" else 40 << 20), case.case
 
 
-def test_row_32_configs_that_trap(refuse_all: Callable[[Iterable[Hostile]], None], server: LocalServer) -> None:
+def test_hostile_adapter_configs_are_refused(
+    refuse_all: Callable[[Iterable[Hostile]], None], server: LocalServer
+) -> None:
     with Peak(server.pid) as peak:
         refuse_all(hostile.configs())
     assert peak.growth < 32 << 20

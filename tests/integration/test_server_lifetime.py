@@ -1,4 +1,4 @@
-"""Starts and stops of the real process: rows 9 (the KV pool), 24, 26, 42, 43 and 44 of the fault list."""
+"""Starts and stops of the real process, and uploads across them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _serve(*flags: str) -> tuple[int, str, float]:
     return done.returncode, done.stdout + done.stderr, used
 
 
-def test_row_43_a_start_that_cannot_succeed_says_why_at_once(tmp_path: Path) -> None:
+def test_a_start_that_cannot_succeed_says_why_at_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -62,7 +62,7 @@ def _gpus() -> bool:
     return Path("/dev/nvidia0").exists()
 
 
-def test_rows_09_42_44_a_small_server_from_its_start_to_its_drain(tmp_path: Path) -> None:
+def test_a_small_server_from_its_start_to_its_drain(tmp_path: Path) -> None:
     port, metrics = free_ports(2)
     address = f"127.0.0.1:{port}"
     options = {**OPTIONS, "kv_bytes": "2MiB", "data_dir": str(tmp_path / "data"), "listen": address}
@@ -137,7 +137,7 @@ def _watch_health(address: str, seconds: float = 120.0) -> list[int]:
     return seen
 
 
-def test_row_42_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     server = LocalServer({**OPTIONS, "data_dir": str(tmp_path / "data")}, log=tmp_path / "log")
     with server, Client(server.address, retry=NO_RETRY) as client:
         stream = client.stream("x", max_tokens=2000, temperature=0.0, ignore_eos=True)
@@ -151,9 +151,7 @@ def test_row_42_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         assert _exit_code(server.pid) == 128 + signal.SIGTERM
 
 
-def test_row_24_26_an_upload_survives_the_death_of_client_and_server(
-    tmp_path: Path, adapter_dirs: dict[str, Path]
-) -> None:
+def test_an_upload_resumes_after_client_and_server_were_killed(tmp_path: Path, adapter_dirs: dict[str, Path]) -> None:
     directory = adapter_dirs["large"]
     options = {**OPTIONS, "data_dir": str(tmp_path / "data")}
     pusher = (

@@ -1,4 +1,4 @@
-"""Requests to the real process on the embedded base: rows 1, 2, 7 to 10 and 23 of the fault list."""
+"""Requests to the real process on the embedded base: what is refused, and how."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_mixed_burst_gives_each_request_what_it_gives_alone(client: Client, ad
 
 
 @pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", b"\x0a\x03\xff\xfe\xfd", b"\x1a\xff\xff\xff\xff\x0f"])
-def test_row_01_garbage_and_invalid_utf8(server: LocalServer, client: Client, garbage: bytes) -> None:
+def test_garbage_and_invalid_utf8_are_refused(server: LocalServer, client: Client, garbage: bytes) -> None:
     with grpc.insecure_channel(server.address) as channel:
         for call in (
             lambda: channel.unary_unary(GENERATE)(garbage, timeout=20),
@@ -57,7 +57,7 @@ def test_row_01_garbage_and_invalid_utf8(server: LocalServer, client: Client, ga
     assert client.is_healthy()
 
 
-def test_row_02_too_large_and_unknown(server: LocalServer, client: Client) -> None:
+def test_oversized_messages_and_unknown_methods_are_refused(server: LocalServer, client: Client) -> None:
     request = inference_pb2.GenerateRequest(text="x").SerializeToString()
     large = inference_pb2.GenerateRequest(text="x" * (5 << 20)).SerializeToString()
     too_much = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -92,7 +92,7 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_row_07_fields_are_refused_by_path_before_anything_is_allocated(server: LocalServer, client: Client) -> None:
+def test_fields_are_refused_by_path_before_anything_is_allocated(server: LocalServer, client: Client) -> None:
     with Peak(server.pid) as peak, grpc.insecure_channel(server.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         for path, options in FIELDS:
@@ -105,7 +105,7 @@ def test_row_07_fields_are_refused_by_path_before_anything_is_allocated(server: 
     assert is_idle(server)
 
 
-def test_row_08_ids_out_of_the_vocabulary_and_their_neighbors(client: Client, adapter_dirs: dict[str, Path]) -> None:
+def test_ids_out_of_the_vocabulary_leave_neighbors_equal(client: Client, adapter_dirs: dict[str, Path]) -> None:
     vocabulary = client.model().limits.vocabulary
     bad: list[tuple[str, dict[str, Any]]] = [
         ("token_ids.ids[1]", {"token_ids": [1, vocabulary]}),
@@ -131,7 +131,7 @@ def test_row_08_ids_out_of_the_vocabulary_and_their_neighbors(client: Client, ad
         answers[name].check_equals(alone[name])
 
 
-def test_row_09_inputs_that_cannot_be(server: LocalServer, client: Client) -> None:
+def test_impossible_inputs_are_refused_with_the_limit(server: LocalServer, client: Client) -> None:
     context = client.model().limits.context_tokens
     for path, request in (
         ("input", inference_pb2.GenerateRequest()),
@@ -155,14 +155,14 @@ def test_row_09_inputs_that_cannot_be(server: LocalServer, client: Client) -> No
         assert caught.value.metadata["context_tokens"] == str(context)
 
 
-def test_row_09_max_tokens_left_out_means_what_is_left(client: Client) -> None:
+def test_max_tokens_left_out_means_what_is_left(client: Client) -> None:
     context = client.model().limits.context_tokens
     rest = client.generate(token_ids=[5] * (context - 3), **GREEDY)
     assert rest.choices[0].finish.usage.completion == 3
     assert rest.choices[0].finish.reason == "length"
 
 
-def test_row_10_unknown_and_unfinished_adapters_are_never_the_base(server: LocalServer, client: Client) -> None:
+def test_unknown_and_unfinished_adapters_are_never_the_base(server: LocalServer, client: Client) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = adapters_pb2_grpc.AdapterServiceStub(channel)
         messages = upload_messages("half", tiny_files(1), "upload-half")
@@ -182,7 +182,7 @@ def test_row_10_unknown_and_unfinished_adapters_are_never_the_base(server: Local
     ask(client, f"small@{digest[:8]}").check_equals(ask(client, "small"))
 
 
-def test_row_23_a_duplicate_id_while_running(client: Client) -> None:
+def test_a_duplicate_request_id_while_running_is_refused(client: Client) -> None:
     stream = client.stream(PROMPT, max_tokens=1500, request_id="same", **GREEDY)
     next(stream)
     for call in (

@@ -1,4 +1,4 @@
-"""Streams of the real process that end otherwise, or see the world change: rows 17 to 19, 37, 38 and 41."""
+"""Streams of the real process that are ended early, or run while adapters change."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def _check_freed(server: LocalServer, client: Client) -> None:
     until(is_free, "requests, blocks or leases are still held")
 
 
-def test_row_17_a_deadline_shorter_than_the_prefill(server: LocalServer, client: Client) -> None:
+def test_a_deadline_shorter_than_the_prefill_frees_everything(server: LocalServer, client: Client) -> None:
     context = client.model().limits.context_tokens
     with pytest.raises(DeadlineExceeded):
         client.generate(token_ids=[7] * (context - 10), adapter="large", timeout=0.03, cache_salt="17", **GREEDY)
     _check_freed(server, client)
 
 
-def test_row_17_a_deadline_in_the_midst_of_an_answer(server: LocalServer, client: Client) -> None:
+def test_a_deadline_in_the_midst_of_an_answer_ends_it(server: LocalServer, client: Client) -> None:
     with pytest.raises(DeadlineExceeded):
         client.generate(PROMPT, adapter="large", max_tokens=LONG, timeout=0.3, **GREEDY)
     _check_freed(server, client)
 
 
-def test_row_18_a_cancelled_stream_frees_everything_and_touches_nobody(
+def test_a_cancelled_stream_frees_everything_and_leaves_others_equal(
     server: LocalServer, client: Client, pool: ThreadPoolExecutor
 ) -> None:
     alone = ask(client, "small", 150)
@@ -75,7 +75,7 @@ def test_row_18_a_cancelled_stream_frees_everything_and_touches_nobody(
     _check_freed(server, client)
 
 
-def test_row_18_a_killed_client_frees_everything(server: LocalServer, client: Client) -> None:
+def test_a_killed_client_frees_everything(server: LocalServer, client: Client) -> None:
     with subprocess.Popen([sys.executable, "-c", _LISTENER, server.address], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"part\n"
@@ -83,7 +83,7 @@ def test_row_18_a_killed_client_frees_everything(server: LocalServer, client: Cl
     _check_freed(server, client)
 
 
-def test_row_18_a_client_that_stops_reading_is_ended_and_holds_up_nobody(server: LocalServer, client: Client) -> None:
+def test_a_client_that_stops_reading_is_ended_and_delays_nobody(server: LocalServer, client: Client) -> None:
     """Seven choices with twenty alternatives a token are more than a window of 64 KiB holds."""
     request = inference_pb2.GenerateRequest(text=PROMPT)
     request.sampling.temperature, request.sampling.n, request.sampling.seed = 1.0, 7, 3
@@ -109,7 +109,7 @@ def test_row_18_a_client_that_stops_reading_is_ended_and_holds_up_nobody(server:
         assert details(caught.value)["ErrorInfo"].reason == "CLIENT_STALLED"  # type: ignore[arg-type]
 
 
-def test_row_19_overload_is_refused_at_once_with_a_retry(server: LocalServer) -> None:
+def test_overload_is_refused_at_once_with_a_retry(server: LocalServer) -> None:
     def one(_: int) -> tuple[str, float]:
         with Client(server.address, retry=NO_RETRY) as own:
             own.is_healthy()  # connected
@@ -129,7 +129,7 @@ def test_row_19_overload_is_refused_at_once_with_a_retry(server: LocalServer) ->
     until_idle(server)
 
 
-def test_row_37_a_replaced_or_deleted_adapter_ends_its_requests_on_their_version(
+def test_requests_of_a_replaced_or_deleted_adapter_end_on_their_version(
     client: Client, adapter_dirs: dict[str, Path], pool: ThreadPoolExecutor
 ) -> None:
     first = client.push(adapter_dirs["large"], "moving").adapter
@@ -165,7 +165,7 @@ def _rest(part: Any, stream: Iterator[Any]) -> Answer:
     )
 
 
-def test_row_38_hot_loads_leave_every_other_stream_as_it_was(
+def test_hot_loads_leave_every_other_stream_equal(
     server: LocalServer, client: Client, adapter_dirs: dict[str, Path], pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     names = ["", *adapter_dirs]
@@ -187,7 +187,7 @@ def test_row_38_hot_loads_leave_every_other_stream_as_it_was(
     until_idle(server)
 
 
-def test_row_41_cached_prefixes_are_shared_within_a_salt_and_a_digest_only(
+def test_cached_prefixes_are_shared_within_a_salt_and_a_digest_only(
     client: Client, adapter_dirs: dict[str, Path]
 ) -> None:
     text = "Once upon a time there was a river that ran uphill, and nobody who lived beside it found that odd. " * 2

@@ -176,7 +176,7 @@ def test_a_torch_that_is_there_already_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
-def test_row_43_port_in_use() -> None:
+def test_a_port_in_use_is_refused_at_start() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -187,7 +187,7 @@ def test_row_43_port_in_use() -> None:
     check_address("listen", address)
 
 
-def test_row_43_no_model(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused_at_start(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"GGUF")
     for model, why in (
         (str(tmp_path / "absent"), "no directory"),
@@ -202,18 +202,18 @@ def test_row_43_no_model(tmp_path: Path) -> None:
     check_model("loramux-tiny", {})
 
 
-def test_row_43_no_gpu_where_one_is_asked_for() -> None:
+def test_a_missing_gpu_is_refused_at_start() -> None:
     with pytest.raises(StartError, match="cuda:999"):
         check_cuda("cuda:999")
 
 
-def test_row_43_data_dir_that_cannot_be(tmp_path: Path) -> None:
+def test_an_unusable_data_dir_is_refused_at_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartError, match="data_dir"):
         check_data_dir(tmp_path / "file" / "below")
 
 
-def test_row_43_a_data_dir_of_another_server_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_the_data_dir_of_another_server_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path)
     command = [sys.executable, "-X", "importtime", "-m", "loramux.cli.main", "serve", "--data-dir", str(tmp_path)]
     try:

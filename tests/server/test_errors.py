@@ -49,7 +49,7 @@ def test_reasons_are_upper_snake_and_one_reason_has_one_http_class() -> None:
         (errors.WarmingUp(), Code.UNAVAILABLE, 503, "WARMING_UP"),
         (errors.Draining(), Code.UNAVAILABLE, 503, "DRAINING"),
         (errors.Overloaded(0.5), Code.RESOURCE_EXHAUSTED, 429, "OVERLOADED"),
-        (adapter_errors.UploadOffset("x", committed=3), Code.OUT_OF_RANGE, 416, "UPLOAD_OFFSET"),
+        (adapter_errors.UploadOffset("x", received=3), Code.OUT_OF_RANGE, 416, "UPLOAD_OFFSET"),
         (errors.RequestFailed(RequestFailure("NUMERIC", "NaN")), Code.FAILED_PRECONDITION, 409, "NUMERIC"),
         (errors.RequestFailed(RequestFailure("NEVER_HEARD_OF", "x")), Code.INTERNAL, 500, "INTERNAL"),
         (KeyError("secret"), Code.INTERNAL, 500, "INTERNAL"),

@@ -13,7 +13,7 @@ import pytest
 from loramux_adapters.errors import AdapterCorrupt, AdapterIncompatible, AdapterNotFound
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.local import LocalStore
-from loramux_server.loading import AdapterLoader
+from loramux_server.adapter_loader import AdapterLoader
 from support.stores import BASE, MODEL, OTHER_BASE, TENANT, content, digest_of, put, quick_store, spec_of, stage
 
 FILES = content("one")

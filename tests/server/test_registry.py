@@ -1,4 +1,4 @@
-"""The registry: references, pins, the publish flow, downloads; over the real store."""
+"""The registry: references, holds, the publish flow, downloads; over the real store."""
 
 import asyncio
 import statistics
@@ -70,7 +70,7 @@ async def upload(registry: Registry, name: str, files: Files, upload_id: str = I
     """Everything but the commit."""
     progress = await registry.begin_upload(TENANT, upload_id, manifest_of(name, files, **options))
     for entry in progress.files:
-        await registry.write_chunk(TENANT, upload_id, entry.file, entry.committed, files[entry.file][entry.committed :])
+        await registry.write_chunk(TENANT, upload_id, entry.file, entry.received, files[entry.file][entry.received :])
 
 
 async def push(registry: Registry, name: str, files: Files) -> None:
@@ -155,7 +155,7 @@ async def test_a_request_keeps_its_version_when_the_name_is_replaced_or_deleted(
 
 
 @pytest.mark.asyncio
-async def test_a_release_is_idempotent_and_gives_back_only_its_own_pin(registry: Registry, tmp_path: Path) -> None:
+async def test_a_release_is_idempotent_and_gives_back_only_its_own_hold(registry: Registry, tmp_path: Path) -> None:
     await push(registry, "one", FILES)
     first, second = registry.resolve(TENANT, "one"), registry.resolve(TENANT, "one")
     await registry.delete(TENANT, "one")

@@ -1,4 +1,4 @@
-"""Small random checkpoints on disk that go through the same door as any model, and their PEFT twins in NF4."""
+"""Small random checkpoints on disk that are loaded as any model is, and their PEFT twins in NF4."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.mailbox import Mailbox
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.stats import StepStats
-from support.engine_drive import limits
 from support.fake_pool import FakePool
 from support.fake_runner import FakeRunner
+from support.scheduler_harness import limits
 
 
 @dataclass

@@ -67,6 +67,9 @@ class FakePool:
         """Nothing: the runner looks into the slots."""
         return (), ()
 
+    def check(self) -> None:
+        """No books."""
+
     def report(self, digest: str, error: AdapterError | None = None) -> None:
         """The load of `digest` is over: visible at the next poll."""
         self._reported[digest] = error

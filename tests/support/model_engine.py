@@ -20,11 +20,12 @@ from loramux_adapters.base.frozen import WeightFormats
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
-from loramux_adapters.guard.examine import examine
+from loramux_adapters.guard.examine import Examined, examine
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
+from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.engine.execution import execute_contained
 from loramux_server.engine.limits import EngineLimits
@@ -36,6 +37,7 @@ from loramux_server.model.merged_weights import MergedWeightsCache
 from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner, RunnerConfig
 from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.verification import Verification
 from loramux_server.model.worker import Worker
 from loramux_server.requests import SamplingParams, StopConditions, Submission, TokenEvent
 from support.adapters import files_of
@@ -68,6 +70,8 @@ class RecordingRunner(ModelRunner):
 class ModelEngine:
     """One base and the adapters of some PEFT directories; submit, step, read tokens."""
 
+    runner_type: type[ModelRunner] = RecordingRunner
+
     def __init__(
         self,
         base: LoadedBase,
@@ -81,7 +85,7 @@ class ModelEngine:
         **limits: Any,
     ) -> None:
         kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
-        examined = examine(base, base.spec.context_length)
+        examined = self.examine(base)
         weight_formats = replace(weight_formats, invariant=deterministic)
         self.adapted = inject(base, capacity=capacity, weight_formats=weight_formats, stack=stack)
         self.limits = EngineLimits(
@@ -102,7 +106,7 @@ class ModelEngine:
         self.weights: dict[str, AdapterWeights] = {}
         self.digests: dict[str, str] = {}
         for name, path in adapters.items():
-            weights = read(files_of(path), base.spec, ReadLimits())
+            weights = self.read(path, base.spec)
             self.digests[name] = weights.spec.digest
             self.weights[weights.spec.digest] = weights
         self.staged, self.merges = StagedAdapters(SlotTensors(self.adapted), lambda: None), Merges(self.adapted)
@@ -116,13 +120,21 @@ class ModelEngine:
         self.merged_weights = MergedWeightsCache(
             self.merges, partial(merged_bytes, self.adapted), self.weights.__getitem__, lambda: None, dense_bytes
         )
-        self.runner = RecordingRunner(self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope))
-        self.worker = Worker(self.runner, self.staged, self.merges)
+        self.runner = self.runner_type(self.adapted, cache, kernels, RunnerConfig(deterministic, examined.rope))
+        self.worker = Worker(self.runner, self.staged, self.merges, Verification(self.adapted))
         self.scheduler = Scheduler(self.limits, self.pool, self.merged_weights)
         self.events: dict[tuple[int, int], list[TokenEvent]] = defaultdict(list)
         self.plans: list[StepPlan] = []
         self._tickets = 0
         self._now = 0.0
+
+    def examine(self, base: LoadedBase) -> Examined:
+        """How the base attends."""
+        return examine(base, base.spec.context_length)
+
+    def read(self, path: Path, base: BaseModelSpec) -> AdapterWeights:
+        """An adapter in host memory."""
+        return read(files_of(path), base, ReadLimits())
 
     def submit(self, adapter: str | None, prompt: Sequence[int], count: int, **more: Any) -> int:
         """Queues a greedy request (or `sampling`); returns its ticket."""
@@ -174,4 +186,5 @@ class ModelEngine:
 
     def logits(self, ticket: int) -> torch.Tensor:
         """[tokens, vocab]: what predicted each output token of a request that was never preempted."""
+        assert isinstance(self.runner, RecordingRunner)
         return torch.stack(self.runner.logits[f"{ticket}:r{ticket}#0"])

@@ -67,7 +67,7 @@ class PartsBench:
         rows = [RowMap(slots, GatheredKernels(), torch.device("cpu"), self.adapted.slot_kinds) for _ in range(2)]
         with torch.inference_mode(), self.adapted.cell.running(AdapterBatch(*rows)):
             y: torch.Tensor = self.adapted.model.get_submodule(name)(x[None])[0]
-        self.adapted.forget()
+        self.adapted.reset()
         return y
 
     def run_merged(self, name: str, x: torch.Tensor, parts: Mapping[str, Sequence[Part]]) -> torch.Tensor:
@@ -76,7 +76,7 @@ class PartsBench:
         rows = RowMap([], GatheredKernels(), torch.device("cpu"))
         with torch.inference_mode(), self.adapted.cell.running(AdapterBatch(rows, rows, merged)):
             y: torch.Tensor = self.adapted.model.get_submodule(name)(x[None])[0]
-        self.adapted.forget()
+        self.adapted.reset()
         return y
 
     def frozen(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

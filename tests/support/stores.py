@@ -68,7 +68,7 @@ def send(store: AdapterStore, upload_id: str, files: Files, *, tenant: str = TEN
     """Send what is still missing of an open upload."""
     for progress in store.query_upload(tenant, upload_id).files:
         data = files[progress.file]
-        for offset in range(progress.committed, len(data), chunk):
+        for offset in range(progress.received, len(data), chunk):
             store.write_chunk(tenant, upload_id, progress.file, offset, data[offset : offset + chunk])
 
 

@@ -33,7 +33,7 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes[i] for i in ids if i != self.eos).decode(errors="replace")
 
-    def spell(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         return "<|end|>" if token == self.eos else self.decode([token])
 
 

@@ -69,7 +69,7 @@ def test_a_run_on_each_family_gives_what_peft_computes(
     ids = torch.tensor([tokenizer.encode("a text of some length, longer than the sliding window")])
     with torch.no_grad():
         bare = base.model(input_ids=ids).logits
-        with attach(base.model, base.spec, dict.fromkeys(names, 4), scales=dict.fromkeys(names, job.scale)) as adapter:
+        with attach(base, dict.fromkeys(names, 4), scales=dict.fromkeys(names, job.scale)) as adapter:
             adapter.load_state(factors)
             adapter.train(False)
             ours = base.model(input_ids=ids).logits

@@ -1,17 +1,26 @@
 """The loop's loss and gradients against PEFT's LoRA on the same NF4 base and batch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from loramux_adapters.apply.batch import AdapterBatch, RowMap
+from loramux_adapters.apply.inject import inject
+from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
 from loramux_adapters.base.bitsandbytes_compat import Linear4bit
-from loramux_adapters.base.frozen import Nf4Linear, logical_nf4
-from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.base.frozen import Nf4Linear, logical_nf4, select_weight_formats
+from loramux_adapters.base.load import LoadedBase, load_base
+from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft_writer import TrainedModule, write_peft
+from loramux_adapters.formats.registry import read
+from loramux_adapters.kernels.select import select_kernels
 from loramux_trainer.batches import Batch, collate
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.examples import IGNORE, Example
@@ -19,6 +28,8 @@ from loramux_trainer.losses import completion_loss
 from loramux_trainer.records import parse_record
 from loramux_trainer.run import enable_activation_checkpointing
 from loramux_trainer.targets import resolve_targets
+from support.adapters import files_of
+from support.parts import fill_slot
 from support.tiny import conversation, load_tiny, tiny_encoder
 
 TEXTS = (("lantern", "a light"), ("a somewhat longer question", "yes"), ("x", "a long answer to a short question"))
@@ -43,9 +54,7 @@ def adapter(base: LoadedBase) -> Iterator[TrainableAdapter]:
 
 def _attached(base: LoadedBase, dropout: float = 0.0) -> TrainableAdapter:
     names = resolve_targets("all-linear", base.spec)
-    adapter = attach(
-        base.model, base.spec, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0), dropout=dropout, seed=3
-    )
+    adapter = attach(base, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0), dropout=dropout, seed=3)
     # B away from its zero, so that A has gradients too.
     adapter.load_state({name: (a, 0.02 * torch.randn_like(b)) for name, (a, b) in adapter.state().items()})
     return adapter
@@ -62,7 +71,12 @@ def test_loss_and_gradients_equal_peft(base: LoadedBase, adapter: TrainableAdapt
     loss.backward()  # type: ignore[no-untyped-call]
     ours = dict(zip(sorted(adapter.state()), zip(*[iter(_gradients(adapter))] * 2, strict=True), strict=True))
 
-    model = get_peft_model(load_tiny().model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    # In float64 on the dequantized weights: two float32 computations in other orders differ as both do from this one.
+    plain = load_tiny().model
+    _dequantize(plain)
+    targets = sorted({name.rpartition(".")[2] for name in adapter.state()})
+    model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    torch.nn.Module.to(model, torch.float64)
     with torch.no_grad():
         for name, (a, b) in adapter.state().items():
             layer = model.base_model.model.get_submodule(name)
@@ -71,13 +85,15 @@ def test_loss_and_gradients_equal_peft(base: LoadedBase, adapter: TrainableAdapt
     theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss * batch.supervised
     theirs.backward()
 
-    torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(loss, theirs.float(), atol=1e-4, rtol=1e-5)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(ours)
-    for name, (a, b) in ours.items():
+    for name, gradients in ours.items():
         layer = model.base_model.model.get_submodule(name)
-        torch.testing.assert_close(a, layer.lora_A["default"].weight.grad, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(b, layer.lora_B["default"].weight.grad, atol=1e-5, rtol=1e-4)
+        for ours_, theirs_ in zip(gradients, (layer.lora_A["default"], layer.lora_B["default"]), strict=True):
+            exact = theirs_.weight.grad
+            # Of the largest gradient; 1e-5 was measured of ours, and of PEFT's own in float32.
+            torch.testing.assert_close(ours_.double(), exact, atol=3e-5 * float(exact.abs().max()), rtol=0)
 
 
 def test_gradients_are_those_on_the_dequantized_weights(batch: Batch) -> None:
@@ -103,6 +119,32 @@ def _dequantize(model: torch.nn.Module) -> None:
         if module.bias is not None:
             plain.bias = module.bias
         model.set_submodule(name, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+def test_a_module_computes_in_training_what_it_computes_in_serving(
+    rows: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Bit for bit, for the adapter that the training exports: the same product, the same kernels, the same rounding."""
+    training, serving = (load_base(tiny_path(), compute_dtype=dtype) for _ in range(2))
+    inputs = {name: torch.randn(rows, spec.in_features).to(dtype) for name, spec in training.spec.modules.items()}
+    with _attached(training) as adapter:
+        adapter.train(False)
+        names = sorted(adapter.state())
+        trained = {name: training.model.get_submodule(name)(inputs[name][None])[0].detach() for name in names}
+        modules = {name: TrainedModule(a, b, 8) for name, (a, b) in adapter.state().items()}
+        write_peft(tmp_path, modules, training.spec, use_rslora=False)
+    weights = read(files_of(tmp_path), serving.spec, ReadLimits())
+    formats = select_weight_formats(serving.device, dtype, dense=False, invariant=False)
+    adapted = inject(serving, capacity=8, weight_formats=formats, stack=False)
+    fill_slot(SlotTensors(adapted), 0, weights, dict.fromkeys(names, (0, 8)))
+    kernels = select_kernels(deterministic=False, device=serving.device, dtype=dtype)
+    maps = (RowMap([0] * rows, kernels, serving.device, adapted.slot_kinds) for _ in range(2))
+    with torch.inference_mode(), adapted.cell.running(AdapterBatch(*maps)):
+        for name in names:
+            served = adapted.model.get_submodule(name)(inputs[name][None])[0]
+            assert torch.equal(served, trained[name]), name
 
 
 def test_padding_and_batching_change_nothing(
@@ -159,7 +201,7 @@ def test_a_fresh_adapter_changes_nothing_and_starts_as_peft_does(base: LoadedBas
     names = resolve_targets(("q_proj", "down_proj"), base.spec)
     with torch.no_grad():
         before = completion_loss(base.model, batch)
-        with attach(base.model, base.spec, dict.fromkeys(names, 8), scales=dict.fromkeys(names, 2.0), seed=1) as fresh:
+        with attach(base, dict.fromkeys(names, 8), scales=dict.fromkeys(names, 2.0), seed=1) as fresh:
             assert completion_loss(base.model, batch) == before
             for name, (a, b) in fresh.state().items():
                 bound = base.spec.modules[name].in_features ** -0.5
@@ -199,4 +241,4 @@ def test_a_regular_expression_matches_whole_names(base: LoadedBase) -> None:
 
 def test_attach_refuses_what_is_no_linear_map(base: LoadedBase) -> None:
     with pytest.raises(AdapterIncompatible, match=r"model\.norm is not a linear map"):
-        attach(base.model, base.spec, {"model.norm": 4}, scales={"model.norm": 1.0})
+        attach(base, {"model.norm": 4}, scales={"model.norm": 1.0})

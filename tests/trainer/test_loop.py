@@ -39,7 +39,7 @@ def data(tokenizer: Any) -> DataSet:
 @pytest.fixture
 def adapter(base: LoadedBase) -> Iterator[TrainableAdapter]:
     ranks, scales = dict.fromkeys(MODULES, 4), dict.fromkeys(MODULES, 2.0)
-    with attach(base.model, base.spec, ranks, scales=scales) as attached:
+    with attach(base, ranks, scales=scales) as attached:
         torch.manual_seed(0)
         attached.load_state({n: (a, 0.1 * torch.randn_like(b)) for n, (a, b) in attached.state().items()})
         yield attached

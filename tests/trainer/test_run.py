@@ -65,7 +65,7 @@ def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: L
     names = resolve_targets("all-linear", base.spec)
     with torch.no_grad():
         bare = base.model(input_ids=ids).logits
-        with attach(base.model, base.spec, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0)) as adapter:
+        with attach(base, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0)) as adapter:
             adapter.load_state(
                 {name: tuple(tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB") for name in names}
             )

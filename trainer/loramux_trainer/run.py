@@ -108,8 +108,7 @@ def _train(job: TrainConfig, checkpoint: Path | None, progress: Progress, stop: 
     with (
         torch.random.fork_rng(devices=devices),
         attach(
-            base.model,
-            base.spec,
+            base,
             dict.fromkeys(names, job.lora.rank),
             scales=dict.fromkeys(names, job.scale),
             dropout=job.lora.dropout,

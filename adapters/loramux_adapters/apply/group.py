@@ -91,7 +91,7 @@ class SiteGroup:
         begin, end = self.columns[member]
         return y[:, begin:end].view(*x.shape[:-1], end - begin)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops what a failed forward may have left behind."""
         self._kept = None
 

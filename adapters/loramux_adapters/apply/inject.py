@@ -6,20 +6,18 @@ Afterwards the model's projections read the step's batch from one cell. Knows no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
-from loramux_adapters.base.bitsandbytes_compat import Linear4bit
-from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint
-from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats
+from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
+from loramux_adapters.base.frozen import Nf4Linear, WeightFormats, freeze
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
@@ -50,14 +48,18 @@ class AdaptedModel:
         """Facts of the base."""
         return self.base.spec
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops activations that a failed forward left in the groups."""
         for group in self.groups:
-            group.forget()
+            group.reset()
 
     def refingerprint(self) -> str:
         """The base's fingerprint recomputed from the content that serves now; equals `spec.fingerprint` for ever."""
         return fingerprint(self._quantized(), self.spec.parameters, self.base.config_json)
+
+    def refingerprinting(self) -> Generator[None, None, str]:
+        """`refingerprint` module by module; steps may run in between."""
+        return fingerprinting(self._quantized(), self.spec.parameters, self.base.config_json)
 
     def _quantized(self) -> Iterator[tuple[str, QuantizedModule]]:
         for name, (group, member) in self.linears.items():
@@ -142,25 +144,17 @@ def _stackable(base: LoadedBase, names: tuple[str, ...]) -> list[tuple[str, ...]
     """`names` as one part when their weights stack exactly, else one by one."""
     if len(names) == 1:
         return [names]
-    frozen = [_freeze(base, name, WeightFormats()) for name in names]
+    frozen = [freeze(base.model.get_submodule(name), base.compute_dtype, WeightFormats()) for name in names]
     first = frozen[0]
     if isinstance(first, Nf4Linear) and all(isinstance(f, Nf4Linear) and first.stackable_with(f) for f in frozen):
         return [names]
     return [(name,) for name in names]
 
 
-def _freeze(base: LoadedBase, name: str, weight_formats: WeightFormats) -> FrozenLinear:
-    module = base.model.get_submodule(name)
-    if isinstance(module, Linear4bit):
-        return Nf4Linear.from_module(module, base.compute_dtype)
-    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
-    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, weight_formats)
-
-
 def _make_group(
     base: LoadedBase, names: tuple[str, ...], cell: StepCell, rank_rows: RankRowsTable, weight_formats: WeightFormats
 ) -> SiteGroup:
-    parts = [_freeze(base, name, weight_formats) for name in names]
+    parts = [freeze(base.model.get_submodule(name), base.compute_dtype, weight_formats) for name in names]
     frozen = parts[0] if len(parts) == 1 else Nf4Linear.stack([part for part in parts if isinstance(part, Nf4Linear)])
     if isinstance(frozen, Nf4Linear):
         frozen.build(weight_formats)

@@ -1,7 +1,8 @@
-"""LoRA on a frozen model, with gradients: y = W x + s B A dropout(x), float32 master weights, by forward hooks.
+"""LoRA on a frozen model, with gradients: y = W x + s B A dropout(x), float32 master weights.
 
-The base's modules stay where they are and are never written, so the same model can be fingerprinted before and after.
-Knows no data, no loss and no file.
+Every linear map of the base computes by the products that a server computes by, and the adapted ones by its low-rank
+kernels. The base's modules stay where they are and are never written, so the same model can be fingerprinted before and
+after. Knows no data, no loss and no file.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from loramux_adapters.apply.autograd import LowRankRows, multiply_adapted, multiply_frozen
+from loramux_adapters.base.bitsandbytes_compat import Linear4bit
+from loramux_adapters.base.frozen import FrozenLinear, Nf4Linear, freeze, select_weight_formats
+from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.errors import AdapterIncompatible
-from loramux_adapters.spec import BaseModelSpec
+from loramux_adapters.kernels.protocol import Kernels, SlotSegment
+from loramux_adapters.kernels.select import select_kernels
+from loramux_adapters.parts.rank_rows import RankRows
 
 
 class TrainableLowRank(nn.Module):
@@ -27,18 +34,21 @@ class TrainableLowRank(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
+        self._rank_rows = RankRows({0: (0, len(a))}, len(a), a.device)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x [..., in], y = W x [..., out] -> y + s B A x in y's dtype; the delta is computed in float32."""
-        x = F.dropout(x.to(self.a.dtype), self.dropout, training=self.training)
-        return y + (F.linear(F.linear(x, self.a), self.b) * self.scale).to(y.dtype)
+    def forward(self, x: torch.Tensor, frozen: FrozenLinear, kernels: Kernels) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        z = F.dropout(x, self.dropout, training=self.training)
+        rows = LowRankRows(len(x), [SlotSegment(0, len(x), 0)], self._rank_rows, kernels, x.device)
+        return multiply_adapted(x, z, self.a, (self.b * self.scale).T, frozen, rows)
 
 
 class TrainableAdapter:
     """An attached adapter. A context manager that detaches at its end."""
 
-    def __init__(self, modules: Mapping[str, TrainableLowRank], handles: Sequence[RemovableHandle]) -> None:
-        self._modules, self._handles = dict(modules), list(handles)
+    def __init__(self, modules: Mapping[str, TrainableLowRank], changed: Sequence[nn.Module]) -> None:
+        """`changed` are the base's modules that were given another forward."""
+        self._modules, self._changed = dict(modules), list(changed)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every A and B in the order of module names: the order of optimizer state."""
@@ -66,10 +76,10 @@ class TrainableAdapter:
             module.train(mode)
 
     def detach(self) -> None:
-        """Takes the hooks off; the model is the bare base again. Idempotent."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """The model is the bare base again. Idempotent."""
+        for module in self._changed:
+            del module.forward
+        self._changed.clear()
 
     def __enter__(self) -> TrainableAdapter:
         return self
@@ -81,8 +91,7 @@ class TrainableAdapter:
 
 
 def attach(
-    model: nn.Module,
-    base: BaseModelSpec,
+    base: LoadedBase,
     targets: Mapping[str, int],
     *,
     scales: Mapping[str, float],
@@ -96,28 +105,42 @@ def attach(
     Raises AdapterIncompatible for a module that is no linear map of this base.
     """
     modules: dict[str, TrainableLowRank] = {}
-    handles: list[RemovableHandle] = []
     for name, rank in targets.items():
-        spec = base.modules.get(name)
+        spec = base.spec.modules.get(name)
         if spec is None or spec.kind not in ("linear", "conv1d"):
             raise AdapterIncompatible(f"{name} is not a linear map of this base", subject=name)
-        site = model.get_submodule(name)
-        device = next(site.parameters()).device
-        a = _kaiming(rank, spec.in_features, seed, name).to(device)
-        b = torch.zeros(spec.out_features, rank, device=device)
+        a = _kaiming(rank, spec.in_features, seed, name).to(base.device)
+        b = torch.zeros(spec.out_features, rank, device=base.device)
         modules[name] = TrainableLowRank(a, b, scales[name], dropout)
-        handles.append(site.register_forward_hook(_add_delta(modules[name])))
-    return TrainableAdapter(modules, handles)
+    return TrainableAdapter(modules, _take_over(base, modules))
 
 
-def _add_delta(
-    low_rank: TrainableLowRank,
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
-    def hook(_site: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = low_rank(inputs[0], output)
-        return result
+def _take_over(base: LoadedBase, modules: Mapping[str, TrainableLowRank]) -> list[nn.Module]:
+    """Gives every NF4 map and every adapted one the forward that serves; returns these modules of the base."""
+    device, dtype = base.device, base.compute_dtype
+    kernels = select_kernels(deterministic=False, device=device, dtype=dtype)
+    # The packed layout takes a copy of the weights and serves fewer rows than a batch of training has.
+    formats = replace(select_weight_formats(device, dtype, dense=False, invariant=False), packed=False)
+    changed = []
+    for name, module in base.model.named_modules():
+        if isinstance(module, Linear4bit) or name in modules:
+            frozen = freeze(module, dtype, formats)
+            if isinstance(frozen, Nf4Linear):
+                frozen.build(formats)
+            module.forward = _forward(frozen, modules.get(name), kernels)
+            changed.append(module)
+    return changed
 
-    return hook
+
+def _forward(
+    frozen: FrozenLinear, low_rank: TrainableLowRank | None, kernels: Kernels
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = multiply_frozen(rows, frozen) if low_rank is None else low_rank(rows, frozen, kernels)
+        return y.view(*x.shape[:-1], frozen.out_features)
+
+    return forward
 
 
 def _kaiming(rank: int, in_features: int, seed: int, name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,21 @@ def fingerprint(
     config: Mapping[str, Any],
 ) -> str:
     """64 hex digits over NF4 modules (in any order), unquantized parameters and the arithmetic keys of config.json."""
+    pieces = fingerprinting(quantized, parameters, config)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            digest: str = end.value
+            return digest
+
+
+def fingerprinting(
+    quantized: Iterable[tuple[str, QuantizedModule]],
+    parameters: Mapping[str, ParameterSpec],
+    config: Mapping[str, Any],
+) -> Generator[None, None, str]:
+    """`fingerprint` module by module, for whoever has other work in between."""
     # The project's former name stays: other bytes here would give every base another identity.
     total = hashlib.sha256(b"lorica-base-v1\n")
     lines = []
@@ -81,6 +96,7 @@ def fingerprint(
             digest.update(raw_bytes(tensor))
         out_features, half = module.codes.shape
         lines.append(json.dumps(["nf4", name, out_features, half * 2, module.block_size, digest.hexdigest()]))
+        yield
     lines += [json.dumps(["full", name, p.dtype, list(p.shape), p.sha256]) for name, p in parameters.items()]
     for line in sorted(lines):
         total.update(line.encode() + b"\n")

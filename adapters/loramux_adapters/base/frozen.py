@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loramux_adapters.base.bitsandbytes_compat import Linear4bit, matmul_4bit
 from loramux_adapters.base.bitsandbytes_compat import functional as bnb_functional
@@ -107,6 +109,9 @@ class FrozenLinear(Protocol):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> a new tensor [T, out]."""
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of y [T, out] -> that of x [T, in], by the weights that `forward` multiplies by."""
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`; a new tensor the caller may write to."""
@@ -257,6 +262,10 @@ class Nf4Linear:
         """[T, in] contiguous, T >= 1 -> [T, out]."""
         return self._products(x)
 
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[T, out] -> [T, in]."""
+        return gradient @ self._weight(gradient.dtype)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]; rounds once, to `dtype`."""
         state = copy.copy(self._state)
@@ -304,6 +313,10 @@ class DenseLinear:
         """[T, in] -> [T, out]."""
         return self._products(x)
 
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[T, out] -> [T, in]."""
+        return gradient @ self.weight
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """A copy of the weight in `dtype`."""
         return self.weight.to(dtype, copy=True)
@@ -325,3 +338,11 @@ def logical_nf4(module: Linear4bit) -> tuple[torch.Tensor, torch.Tensor, int]:
     out_features, in_features = state.shape
     codes = module.weight.data.view(torch.uint8).reshape(out_features, in_features // 2)
     return codes, absmax.float(), int(state.blocksize)
+
+
+def freeze(module: nn.Module, compute_dtype: torch.dtype, weight_formats: WeightFormats) -> FrozenLinear:
+    """The map of a Linear4bit, Linear or Conv1D over the module's own storage; an NF4 one is still to be built."""
+    if isinstance(module, Linear4bit):
+        return Nf4Linear.from_module(module, compute_dtype)
+    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
+    return DenseLinear(weight.T.contiguous() if isinstance(module, Conv1D) else weight, bias, weight_formats)

@@ -1,4 +1,4 @@
-"""The one door to the base model: load it in NF4, guard it, fingerprint it. Server and trainer share it.
+"""The one entry point to the base model: load it in NF4, guard it, fingerprint it. Server and trainer share it.
 
 Quantizes from the checkpoint's own dtype and fingerprints before any cast, so that identity does not depend on where
 the base runs. Knows nothing of adapters or requests.

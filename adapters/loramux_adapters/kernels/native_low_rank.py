@@ -103,7 +103,9 @@ class NativeKernels:
 
 
 def _map(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, column: int, plan: NativePlan) -> _Map:
-    """One map's arguments: a [C, in], b [C, out], its first column in y."""
+    """One map's arguments: a [C, in], b [C, out], its first column in y. The call reads both without strides."""
+    if not (a.is_contiguous() and b.is_contiguous() and y.stride(1) == 1):
+        raise ValueError("the pools must be contiguous, and the outputs in each row")
     first = y.data_ptr() + column * y.itemsize
     return _Map(a.data_ptr(), b.data_ptr(), first, b.shape[1], plan.count, plan.native)
 

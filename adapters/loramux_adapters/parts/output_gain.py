@@ -28,7 +28,15 @@ class OutputGains(VectorParts[OutputGain]):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self._bias = None if site.bias is None else site.bias.to(site.device, site.dtype)
+        self._bias: torch.Tensor | None = None  # the base's own, on the device from the first write on
+
+    def write(
+        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+    ) -> None:
+        """See SiteParts."""
+        if self._bias is None and self.site.bias is not None:
+            self._bias = self.site.bias.to(self.site.device, self.site.dtype)
+        super().write(slot, member, prepared, rank_rows)
 
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Takes the base's own bias out, scales, and adds it again."""

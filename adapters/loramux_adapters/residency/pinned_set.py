@@ -26,7 +26,7 @@ class _Absent:
 
     due: float
     size: Size | None = None
-    patience: float = RETRY_SECONDS  # after the next failure
+    retry_seconds: float = RETRY_SECONDS  # after the next failure
 
 
 class PinnedSet:
@@ -92,8 +92,8 @@ class PinnedSet:
         """Its load failed."""
         absent = self._absent.get(digest)
         if absent is not None:
-            absent.due = now + absent.patience
-            absent.patience = min(2 * absent.patience, LONGEST_SECONDS)
+            absent.due = now + absent.retry_seconds
+            absent.retry_seconds = min(2 * absent.retry_seconds, LONGEST_SECONDS)
 
     def check(self, present: Collection[str]) -> None:
         """Raises ValueError unless each is either present or absent."""

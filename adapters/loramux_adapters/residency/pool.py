@@ -150,7 +150,7 @@ class AdapterPool(Generic[W]):
                 if slot is not None:
                     self._evict(slot)
                     self._pinned.went(digest, self._clock())
-        self._bring_kept()
+        self._bring_pinned()
         if self._failures:
             now = self._clock()
             self._failures = {d: (e, t) for d, (e, t) in self._failures.items() if now - t < FAILURE_SECONDS}
@@ -231,7 +231,7 @@ class AdapterPool(Generic[W]):
         self._loads[digest] = _Load(digest, self._clock(), is_asked, self._tick)
         self._loader.submit(self._read, digest)
 
-    def _bring_kept(self) -> None:
+    def _bring_pinned(self) -> None:
         """Loads absent ones that are to be kept, one at a time: whoever asks for another waits for one at most."""
         for load in self._loads.values():
             if not load.is_asked:
@@ -243,7 +243,7 @@ class AdapterPool(Generic[W]):
         if due is None:
             return
         digest, size = due
-        if size is None or self._table.can_take_without(*size, _numbers(self._idle(kept=False))):
+        if size is None or self._table.can_take_without(*size, _numbers(self._idle(pinned=False))):
             self._start(digest, is_asked=False)
         else:
             self._pinned.found_no_room(digest, now, size)
@@ -279,23 +279,23 @@ class AdapterPool(Generic[W]):
             return
         taken = self._table.try_take(needs, extra_bytes)
         if taken is None:
-            taken = self._take_from_idle(load.size, may_take_kept=load.is_asked)
+            taken = self._take_from_idle(load.size, may_take_pinned=load.is_asked)
         if taken is None:
             return
         number, rows = taken
         load.slot, load.state = Slot(number, load.digest, rows, weights.spec.nbytes), "copying"
         self._loader.submit(self._stage, load.slot, weights)
 
-    def _take_from_idle(self, size: Size, *, may_take_kept: bool) -> tuple[int, RankRanges] | None:
+    def _take_from_idle(self, size: Size, *, may_take_pinned: bool) -> tuple[int, RankRanges] | None:
         """Evicts idle slots until there is room; none at all where that cannot help, kept ones where nothing else can.
 
         A kept adapter gives way to a request, or others would starve, but never to another kept one.
         """
-        idle = self._idle(kept=False)
+        idle = self._idle(pinned=False)
         if not self._table.can_take_without(*size, _numbers(idle)):
-            if not may_take_kept:
+            if not may_take_pinned:
                 return None
-            idle += self._idle(kept=True)
+            idle += self._idle(pinned=True)
             if not self._table.can_take_without(*size, _numbers(idle)):
                 return None
         for slot in idle:
@@ -309,8 +309,8 @@ class AdapterPool(Generic[W]):
     def _give_up_unasked(self) -> None:
         """Forgets read adapters that wait for a slot although whoever wanted them has gone, or nobody asked."""
         for load in list(self._loads.values()):
-            patience = 1 if load.digest in self._doomed else READY_TICKS
-            if load.state == "ready" and self._tick - load.asked_at > patience:
+            ticks = 1 if load.digest in self._doomed else READY_TICKS
+            if load.state == "ready" and self._tick - load.asked_at > ticks:
                 del self._loads[load.digest]
                 if not load.is_asked and load.digest in self._pinned:
                     logger.warning("adapter %s is pinned and finds no room on the device", load.digest)
@@ -320,9 +320,11 @@ class AdapterPool(Generic[W]):
         """Without leases; one bound in this very step waits for its first request."""
         return not slot.leases and slot.bound_at != self._tick
 
-    def _idle(self, *, kept: bool) -> list[Slot]:
+    def _idle(self, *, pinned: bool) -> list[Slot]:
         """Idle slots of adapters that are to be kept, or of the others; longest unused first."""
-        idle = [slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._pinned) == kept]
+        idle = [
+            slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._pinned) == pinned
+        ]
         return sorted(idle, key=lambda slot: slot.used_at)
 
     def _evict(self, slot: Slot) -> None:

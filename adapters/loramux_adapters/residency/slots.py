@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from loramux_adapters.binding import RankRanges
-from loramux_adapters.residency.rows import RowSpace
+from loramux_adapters.residency.row_space import RowSpace
 
 ROW_MULTIPLE = 8
 """A rank is rounded up to this many rows, so that products keep aligned, row-invariant shapes."""

@@ -1,6 +1,6 @@
 """Names, versions and the files they need, in SQLite: connections, reads and the one transaction.
 
-Knows no blob on disk and no pin; what a transaction does is in `changes`.
+Knows no blob on disk and no hold; what a transaction does is in `changes`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What lies in it is listed in docs/store.md.
 Bytes are durable before the catalog's transaction that names them ends; they go after the one that
-forgets them. Knows no tensor, no network, no running request beyond its pin.
+forgets them. Knows no tensor, no network, no running request beyond its hold.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from loramux_adapters.store import changes, checks, schema
 from loramux_adapters.store.blobs import Blobs
 from loramux_adapters.store.catalog import Catalog, Connect
 from loramux_adapters.store.disk import Disk, storage_errors
+from loramux_adapters.store.holds import Holds
 from loramux_adapters.store.journal import Journal, Publication
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.lost import Lost
-from loramux_adapters.store.pins import Pins
 from loramux_adapters.store.records import (
     AdapterNames,
     AdapterPage,
@@ -44,7 +44,7 @@ from loramux_adapters.store.records import (
     Health,
     Published,
     Quotas,
-    StagedUpload,
+    StagedFiles,
     UploadManifest,
     UploadProgress,
 )
@@ -61,7 +61,7 @@ class LocalStore:
     catalog and sweeps what a killed process left: files that the catalog does not know move to `lost/`, open uploads
     younger than `Quotas.upload_ttl_seconds` are kept for a resume.
     Raises StoreUnavailable (in use, read-only, full) and StoreCorrupt with the repair command.
-    `disk`, `connect` and `clock` (seconds since the epoch) are the doors to the outside.
+    `disk`, `connect` and `clock` (seconds since the epoch) are what a test replaces.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class LocalStore:
     ) -> None:
         self._quotas = quotas or Quotas()
         self._clock = clock
-        self._pins = Pins()
-        # Publish, delete and collect exclude each other; readers and pins do not wait for this one.
+        self._holds = Holds()
+        # Publish, delete and collect exclude each other; readers and holds do not wait for this one.
         self._changing = threading.RLock()
         # Blobs of publishes that failed at their commit: a crash may still bring that commit back from SQLite's
         # log, until a later one overwrites it there. So they stay until then.
@@ -135,25 +135,25 @@ class LocalStore:
 
     def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
         checks.check_upload(tenant, upload_id)
-        with self._uploads.session(tenant, upload_id) as session:
-            return session.write(file, offset, data)
+        with self._uploads.open(tenant, upload_id) as upload:
+            return upload.write(file, offset, data)
 
     def query_upload(self, tenant: str, upload_id: str) -> UploadProgress:
         checks.check_upload(tenant, upload_id)
-        with self._uploads.session(tenant, upload_id) as session:
-            session.sync()
-            return session.progress(upload_id)
+        with self._uploads.open(tenant, upload_id) as upload:
+            upload.sync()
+            return upload.progress(upload_id)
 
-    def staged_files(self, tenant: str, upload_id: str) -> StagedUpload:
+    def staged_files(self, tenant: str, upload_id: str) -> StagedFiles:
         checks.check_upload(tenant, upload_id)
-        with self._uploads.session(tenant, upload_id) as session:
-            return session.staged()
+        with self._uploads.open(tenant, upload_id) as upload:
+            return upload.staged()
 
     def discard_upload(self, tenant: str, upload_id: str) -> None:
         checks.check_upload(tenant, upload_id)
         try:
-            with self._uploads.session(tenant, upload_id) as session:
-                self._uploads.end(tenant, upload_id, session)
+            with self._uploads.open(tenant, upload_id) as upload:
+                self._uploads.end(tenant, upload_id, upload)
         except AdapterNotFound:
             return
 
@@ -161,20 +161,20 @@ class LocalStore:
         checks.check_upload(tenant, upload_id)
         checks.check_digest(spec.digest)
         checks.check_fingerprint(base)
-        with self._uploads.session(tenant, upload_id) as session:
-            if not session.verified:
+        with self._uploads.open(tenant, upload_id) as upload:
+            if not upload.verified:
                 # Ended and begun anew since the caller read it: `spec` may be of other bytes.
                 raise AdapterConflict(f"upload {upload_id!r} is not staged", subject=upload_id, remedy="commit again")
-            staged = session.staged()
-            session.sync()
+            staged = upload.staged()
+            upload.sync()
             with self._changing:
                 created = self._publish(tenant, staged, spec, base)
                 record = self._catalog.get(tenant, staged.manifest.name)
-            self._uploads.end(tenant, upload_id, session)
+            self._uploads.end(tenant, upload_id, upload)
         self._collect_quietly()
         return Published(record, created)
 
-    def _publish(self, tenant: str, staged: StagedUpload, spec: AdapterSpec, base: str) -> bool:
+    def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str) -> bool:
         manifest = staged.manifest
         new: set[str] = set()
         try:
@@ -240,27 +240,27 @@ class LocalStore:
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         return self._catalog.names(digests)
 
-    # Pins
+    # Holds
 
     def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
         checks.check_reference(tenant, name, prefix)
-        with self._pins.lock:
+        with self._holds.lock:
             found, spec, health = self._catalog.find(tenant, name, prefix)
             if health is Health.CORRUPT:
                 raise _corrupt(spec.digest)
-            self._pins.add(spec.digest)
+            self._holds.add(spec.digest)
         return AdapterVersion(AdapterId(tenant, found), spec.digest, spec)
 
-    def pin(self, digest: str) -> None:
+    def hold(self, digest: str) -> None:
         checks.check_digest(digest)
-        with self._pins.lock:
-            if digest not in self._pins and not self._catalog.is_reachable(digest):
+        with self._holds.lock:
+            if digest not in self._holds and not self._catalog.is_reachable(digest):
                 raise AdapterNotFound(f"no adapter version {digest}", subject=digest)
-            self._pins.add(digest)
+            self._holds.add(digest)
 
-    def unpin(self, digest: str) -> bool:
-        with self._pins.lock:
-            return self._pins.drop(digest)
+    def release(self, digest: str) -> bool:
+        with self._holds.lock:
+            return self._holds.drop(digest)
 
     def collect(self) -> int:
         with self._changing:
@@ -271,10 +271,10 @@ class LocalStore:
     def _collect(self) -> int:
         with self._catalog.transaction() as tx:
             unreachable = changes.unreachable(tx)
-            with self._pins.lock:
-                # No name leads here since an earlier commit: what is not pinned now cannot be pinned any more.
-                doomed = [version for version, digest in unreachable.items() if digest not in self._pins]
-                self._pins.set_orphans(frozenset(d for d in unreachable.values() if d in self._pins))
+            with self._holds.lock:
+                # No name leads here since an earlier commit: what is not held now cannot be held any more.
+                doomed = [version for version, digest in unreachable.items() if digest not in self._holds]
+                self._holds.set_orphans(frozenset(d for d in unreachable.values() if d in self._holds))
             blobs = changes.remove_versions(tx, doomed)
             removed = changes.missing(tx, {unreachable[version] for version in doomed})
         self._removed.extend(removed)
@@ -292,14 +292,14 @@ class LocalStore:
     # Bytes
 
     def files(self, digest: str) -> Mapping[str, Path]:
-        self.pin(digest)
+        self.hold(digest)
         try:
             for health, files in self._catalog.copies(digest):
                 if health is Health.OK and all(self._is_intact(sha256) for sha256 in files.values()):
                     return {file: self._blobs.path(sha256) for file, sha256 in files.items()}
             raise _corrupt(digest)
         finally:
-            if self.unpin(digest):
+            if self.release(digest):
                 self._collect_quietly()
 
     def accepted_bases(self, digest: str) -> frozenset[str]:

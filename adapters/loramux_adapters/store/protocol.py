@@ -20,7 +20,7 @@ from loramux_adapters.store.records import (
     DesiredState,
     FileEntry,
     Published,
-    StagedUpload,
+    StagedFiles,
     UploadManifest,
     UploadProgress,
 )
@@ -32,7 +32,7 @@ class AdapterStore(Protocol):
     A **version** is a digest and the files that were first uploaded for it. A **name** points at one
     version; the switch to another is atomic. The last `Quotas.keep_versions` versions of a name stay
     reachable by a prefix of their digest. An **alias** stands for a name and follows it; aliases and
-    names share one namespace. A version's bytes are kept while a name reaches it or a pin holds it.
+    names share one namespace. A version's bytes are kept while a name reaches it or a hold is on it.
     """
 
     def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
@@ -44,7 +44,7 @@ class AdapterStore(Protocol):
         """
 
     def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
-        """Append `data` at `offset`, which must be the committed size; returns the new committed size.
+        """Append `data` at `offset`, which must be the size received so far; returns the new one.
 
         Written bytes survive the death of this process; `query_upload` makes them survive power loss.
         Raises UploadOffset (gap or overlap), AdapterInvalid (more than the declared size, or a file that the
@@ -54,7 +54,7 @@ class AdapterStore(Protocol):
     def query_upload(self, tenant: str, upload_id: str) -> UploadProgress:
         """How far an upload has come. Syncs first: every byte it reports is on the disk."""
 
-    def staged_files(self, tenant: str, upload_id: str) -> StagedUpload:
+    def staged_files(self, tenant: str, upload_id: str) -> StagedFiles:
         """The files of a complete upload, each compared with its declared hash.
 
         Raises AdapterInvalid naming the file that is short or wrong. A wrong file starts again at 0;
@@ -76,21 +76,21 @@ class AdapterStore(Protocol):
         """Forget an upload and its bytes; an unknown one is no error."""
 
     def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
-        """Look up a name or alias and pin what it points at, as one step against delete and replace.
+        """Look up a name or alias and hold what it points at, as one step against delete and replace.
 
-        `prefix` selects a kept version by the start of its digest. The caller owes one `unpin(digest)`.
+        `prefix` selects a kept version by the start of its digest. The caller owes one `release(digest)`.
         Fast (tens of microseconds) and never waits for a writer. Raises AdapterNotFound, AdapterInvalid
         (ambiguous prefix), AdapterCorrupt (quarantined).
         """
 
-    def pin(self, digest: str) -> None:
-        """Hold a version's bytes once more. Fast. AdapterNotFound unless a name or a pin holds it now."""
+    def hold(self, digest: str) -> None:
+        """Hold a version's bytes once more. Fast. AdapterNotFound unless a name reaches it or a hold is on it now."""
 
-    def unpin(self, digest: str) -> bool:
-        """Give one pin back. Never blocks on disk. True: call `collect`, bytes may be free."""
+    def release(self, digest: str) -> bool:
+        """Give one hold back. Never blocks on disk. True: call `collect`, bytes may be free."""
 
     def collect(self) -> int:
-        """Remove versions that no name reaches and no pin holds; returns how many."""
+        """Remove versions that no name reaches and no hold is on; returns how many."""
 
     def take_removed(self) -> frozenset[str]:
         """Digests of which no version is left, removed since the last call by whatever method. Fast.
@@ -118,10 +118,10 @@ class AdapterStore(Protocol):
         """
 
     def delete(self, tenant: str, name: str) -> None:
-        """Remove a name, its aliases and history; bytes go when the last pin does. AdapterNotFound."""
+        """Remove a name, its aliases and history; bytes go with the last hold. AdapterNotFound."""
 
     def files(self, digest: str) -> Mapping[str, Path]:
-        """Paths of a version's files after re-hashing all of them; pin the digest while you read.
+        """Paths of a version's files after re-hashing all of them; hold the digest while you read.
 
         Raises AdapterNotFound, AdapterCorrupt (from then on refused by `acquire`, until the same content
         is uploaded again).

@@ -44,10 +44,10 @@ class UploadManifest:
 
 @dataclass(frozen=True)
 class FileProgress:
-    """How far one file of an upload has come: the next chunk starts at `committed`."""
+    """How far one file of an upload has come: the next chunk starts at `received`."""
 
     file: str
-    committed: int
+    received: int
     size: int
 
 
@@ -62,11 +62,11 @@ class UploadProgress:
     @property
     def complete(self) -> bool:
         """Whether every byte arrived; hashes are compared at the commit only."""
-        return all(progress.committed == progress.size for progress in self.files)
+        return all(progress.received == progress.size for progress in self.files)
 
 
 @dataclass(frozen=True)
-class StagedUpload:
+class StagedFiles:
     """A complete upload whose hashes match, not yet visible: what a format reader validates."""
 
     manifest: UploadManifest

@@ -14,7 +14,7 @@ from pathlib import Path
 from loramux_adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded
 from loramux_adapters.store.disk import Disk, storage_errors
 from loramux_adapters.store.records import Quotas, UploadManifest, UploadProgress
-from loramux_adapters.store.sessions import Session
+from loramux_adapters.store.staged_upload import StagedUpload
 
 _log = logging.getLogger(__name__)
 
@@ -28,61 +28,61 @@ class Uploads:
         self._quotas = quotas
         self._clock = clock
         self._lock = threading.Lock()
-        self._sessions: dict[tuple[str, str], Session] = {}
+        self._open: dict[tuple[str, str], StagedUpload] = {}
         disk.make_directory(root)
 
     def begin(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open or resume; see AdapterStore.begin_upload."""
         with self._lock, storage_errors("open an upload"):
-            session = self._find(tenant, upload_id)
-            if session is None:
+            upload = self._find(tenant, upload_id)
+            if upload is None:
                 self._check_open(tenant)
-                session = Session.create(self._root / tenant / upload_id, manifest, self._disk)
-                self._sessions[tenant, upload_id] = session
-        with session.lock:
-            if session.closed:
+                upload = StagedUpload.create(self._root / tenant / upload_id, manifest, self._disk)
+                self._open[tenant, upload_id] = upload
+        with upload.lock:
+            if upload.closed:
                 raise AdapterConflict(f"upload {upload_id!r} has just ended", subject=upload_id, remedy="try again")
-            if not session.resume(manifest):
+            if not upload.resume(manifest):
                 raise AdapterConflict(
                     f"upload {upload_id!r} is open for another manifest",
                     subject=upload_id,
                     remedy="resume it with its own name and files, or choose another upload_id",
                 )
-            return session.progress(upload_id)
+            return upload.progress(upload_id)
 
     @contextmanager
-    def session(self, tenant: str, upload_id: str) -> Iterator[Session]:
+    def open(self, tenant: str, upload_id: str) -> Iterator[StagedUpload]:
         """An open upload, to this thread alone. AdapterNotFound."""
         with self._lock, storage_errors("read an upload"):
-            session = self._find(tenant, upload_id)
-        if session is not None:
-            with session.lock:
-                if not session.closed:
-                    yield session
+            upload = self._find(tenant, upload_id)
+        if upload is not None:
+            with upload.lock:
+                if not upload.closed:
+                    yield upload
                     return
         raise AdapterNotFound(f"no upload {upload_id!r}", subject=upload_id, remedy="begin it")
 
-    def end(self, tenant: str, upload_id: str, session: Session) -> None:
+    def end(self, tenant: str, upload_id: str, upload: StagedUpload) -> None:
         """Remove an upload that this thread holds."""
-        session.remove()
+        upload.remove()
         with self._lock:
-            if self._sessions.get((tenant, upload_id)) is session:
-                del self._sessions[tenant, upload_id]
+            if self._open.get((tenant, upload_id)) is upload:
+                del self._open[tenant, upload_id]
 
     def sweep(self) -> int:
         """Remove what no upload can use: idle ones past their time and torn ones; returns how many."""
         with self._lock, storage_errors("sweep uploads"):
             return sum(self._sweep(tenant) for tenant in self._disk.children(self._root))
 
-    def _find(self, tenant: str, upload_id: str) -> Session | None:
+    def _find(self, tenant: str, upload_id: str) -> StagedUpload | None:
         """Under the table's lock. May be closed: then its directory is just being removed."""
-        session = self._sessions.get((tenant, upload_id))
-        if session is not None:
-            return session
-        session = Session.restore(self._root / tenant / upload_id, self._disk)
-        if session is not None:
-            self._sessions[tenant, upload_id] = session
-        return session
+        upload = self._open.get((tenant, upload_id))
+        if upload is not None:
+            return upload
+        upload = StagedUpload.restore(self._root / tenant / upload_id, self._disk)
+        if upload is not None:
+            self._open[tenant, upload_id] = upload
+        return upload
 
     def _check_open(self, tenant: str) -> None:
         directory = self._root / tenant
@@ -96,26 +96,26 @@ class Uploads:
             )
 
     def _sweep(self, tenant: Path) -> int:
-        """Under the table's lock. A session that a thread is using is not idle, however old its files."""
+        """Under the table's lock. One that a thread is using is not idle, however old its files."""
         removed = 0
         for directory in self._disk.children(tenant):
-            session = self._sessions.get((tenant.name, directory.name))
-            if session is not None and not session.lock.acquire(blocking=False):
+            upload = self._open.get((tenant.name, directory.name))
+            if upload is not None and not upload.lock.acquire(blocking=False):
                 continue
             try:
                 if self._is_dead(directory):
                     self._disk.remove_tree(directory)
                     removed += 1
-                    if session is not None:
-                        session.closed = True
-                        del self._sessions[tenant.name, directory.name]
+                    if upload is not None:
+                        upload.closed = True
+                        del self._open[tenant.name, directory.name]
             finally:
-                if session is not None:
-                    session.lock.release()
+                if upload is not None:
+                    upload.lock.release()
         return removed
 
     def _is_dead(self, directory: Path) -> bool:
-        if not directory.is_dir() or Session.restore(directory, self._disk) is None:
+        if not directory.is_dir() or StagedUpload.restore(directory, self._disk) is None:
             return True
         touched = max(self._disk.modified(path) for path in (directory, *self._disk.children(directory)))
         return self._clock() - touched > self._quotas.upload_ttl_seconds

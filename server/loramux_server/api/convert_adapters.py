@@ -59,7 +59,7 @@ def write_progress(progress: UploadProgress) -> adapters_pb2.QueryUploadResponse
     """How far an upload has come."""
     return adapters_pb2.QueryUploadResponse(
         files=[
-            adapters_pb2.FileProgress(file=entry.file, received=entry.committed, size=entry.size)
+            adapters_pb2.FileProgress(file=entry.file, received=entry.received, size=entry.size)
             for entry in progress.files
         ]
     )

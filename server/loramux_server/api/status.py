@@ -86,7 +86,7 @@ def _facts(error: Exception) -> dict[str, str]:
     if isinstance(error, AdapterError):
         facts |= {key: value for key, value in (("subject", error.subject), ("remedy", error.remedy)) if value}
     if isinstance(error, UploadOffset):
-        facts["received"] = str(error.committed)
+        facts["received"] = str(error.received)
     return {key: _cut(value) for key, value in facts.items()}
 
 

@@ -111,7 +111,7 @@ class BlockPool:
             self._hashes[block] = value
             self._by_hash[value] = block
 
-    def forget(self, blocks: Iterable[int]) -> None:
+    def invalidate(self, blocks: Iterable[int]) -> None:
         """Make held `blocks` impossible to find again: their content is in doubt."""
         for block in blocks:
             if self._references[block] == 0:

@@ -42,15 +42,15 @@ class Delta:
 class ChoiceText:
     """One choice from its first event to its end.
 
-    `decode` leaves special tokens out; `spell` gives one token's own text, special or not. `context` are the
+    `decode` leaves special tokens out; `token_text` gives one token's own text, special or not. `context` are the
     last ids of the prompt, behind which the output is decoded.
     """
 
     def __init__(
-        self, decode: Decode, spell: Callable[[int], str], stop: StopConditions, context: Sequence[int] = ()
+        self, decode: Decode, token_text: Callable[[int], str], stop: StopConditions, context: Sequence[int] = ()
     ) -> None:
         self._decoder = IncrementalDecoder(decode, context)
-        self._spell = spell
+        self._token_text = token_text
         self._stop = stop
         self._strings = StopStrings(stop.stop_strings)
         self._tokens = 0
@@ -102,5 +102,5 @@ class ChoiceText:
             return text, found
         text += self._strings.flush()
         if stop_token is not None and self._stop.include_stop_string:
-            text += self._spell(stop_token)
+            text += self._token_text(stop_token)
         return text, None

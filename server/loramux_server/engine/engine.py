@@ -65,6 +65,7 @@ class Engine:
         self._heartbeat = clock()
         self._stop_by: float | None = None
         self._did_run = False  # whether the last turn had something to compute
+        self._is_checked = True  # whether the books were checked since the last step
         self._thread = threading.Thread(target=self._serve, name="loramux-engine", daemon=True)
 
     @property
@@ -106,8 +107,8 @@ class Engine:
                 self._on_death(error)
 
     def _turn(self) -> None:
-        for command in self._mailbox.take(self._patience()):
-            self._obey(command)
+        for command in self._mailbox.take(self._poll_timeout()):
+            self._handle(command)
         started = self._heartbeat = self._clock()
         plan = self._scheduler.plan(started)
         planned = ran = self._clock()
@@ -124,8 +125,13 @@ class Engine:
         if plan.chunks or events:
             self._report(plan, result, (started, planned, ran, committed, self._clock()))
         self._did_run = result is not None
+        if self._did_run:
+            self._is_checked = False
+        elif self._scheduler.is_idle and not self._is_checked:
+            self._scheduler.check()  # of what could give a request another's tokens; cheap, and nobody waits
+            self._is_checked = True
 
-    def _obey(self, command: Command) -> None:
+    def _handle(self, command: Command) -> None:
         match command:
             case Submit(ticket, submission, arrived):
                 self._scheduler.submit(ticket, submission, arrived)
@@ -139,7 +145,7 @@ class Engine:
     def _may_stop(self) -> bool:
         return self._stop_by is not None and (self._scheduler.is_idle or self._clock() >= self._stop_by)
 
-    def _patience(self) -> float:
+    def _poll_timeout(self) -> float:
         """Seconds to wait for a command: none while steps follow each other, else until something is due."""
         if self._did_run:
             return 0.0

@@ -42,6 +42,10 @@ class Adapters(Protocol):
         """(slots to unbind, then slots to bind) since the last call."""
         ...
 
+    def check(self) -> None:
+        """Raises ValueError when its books do not add up."""
+        ...
+
 
 class MergedAdapters(Protocol):
     """Which adapters have merged weights. Methods may be called from any thread."""

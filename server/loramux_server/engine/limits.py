@@ -16,7 +16,7 @@ class EngineLimits:
     """Bounds of one engine. `ValueError` when they contradict each other.
 
     With `deterministic`, a prefill chunk is always the `prefill_chunk` tokens that start at a multiple
-    of it (or the rest of the prompt), whoever else runs: a request is cut the same way alone and in company.
+    of it (or the rest of the prompt), whoever else runs: a request is cut the same way alone and among batch mates.
     """
 
     kv_blocks: int
@@ -24,7 +24,7 @@ class EngineLimits:
     max_batch_tokens: int = 2048
     max_running: int = 64
     max_queued: int = 512
-    max_overtakes: int = 16  # later requests with adapters that may pass one whose adapter is not ready
+    max_skips: int = 16  # later requests with adapters that may pass one whose adapter is not ready
     max_loads_tried: int = 32  # distinct adapters not ready that one step asks the pool for
     prefix_cache: bool = True
     deterministic: bool = False
@@ -33,7 +33,7 @@ class EngineLimits:
 
     def __post_init__(self) -> None:
         lows = dict.fromkeys(("kv_blocks", "block_tokens", "max_running", "max_loads_tried", "prefill_chunk"), 1)
-        for name, low in (lows | {"max_queued": 0, "max_overtakes": 0}).items():
+        for name, low in (lows | {"max_queued": 0, "max_skips": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         # Every running request but one may decode; the one that prefills must still get its chunk.

@@ -1,4 +1,4 @@
-"""Who is served first, who gives way, and how far a request may be overtaken.
+"""Who is served first, who gives way, and how often a request may be skipped.
 
 Knows no blocks and no budget.
 """
@@ -58,8 +58,8 @@ def remove_ordered(requests: list[Request], request: Request) -> None:
 class AdapterAdmission:
     """One pass over the waiting requests, in order: who may ask for a lease.
 
-    A request whose adapter is not ready is overtaken by at most `bound` later requests with other
-    adapters. After that no lease is granted behind it until it has its own: leases end with their
+    A request whose adapter is not ready is skipped by at most `bound` later requests with other
+    adapters (its aging bound). After that no lease is granted behind it until it has its own: leases end with their
     requests, so a slot comes free, and nobody else takes it. Requests for the base take no slot and
     always pass. The bound holds among requests of one priority; a higher one goes first by definition.
     """
@@ -67,9 +67,9 @@ class AdapterAdmission:
     def __init__(self, bound: int, tries: int) -> None:
         self._bound = bound
         self._tries = tries
-        self._refused: list[Request] = []
+        self._skipped: list[Request] = []
         self._not_ready: set[str] = set()
-        self._turn_taken = False
+        self._is_closed = False
 
     @property
     def is_over(self) -> bool:
@@ -78,18 +78,18 @@ class AdapterAdmission:
 
     def may_ask(self, request: Request) -> bool:
         """Whether the pool may be asked on behalf of `request`, which needs an adapter."""
-        return not self._turn_taken and request.digest not in self._not_ready
+        return not self._is_closed and request.digest not in self._not_ready
 
-    def refuse(self, request: Request) -> None:
+    def skip(self, request: Request) -> None:
         """`request` stays behind: its adapter is not ready, or it may not ask."""
-        if request.digest is not None and not self._turn_taken:
+        if request.digest is not None and not self._is_closed:
             self._not_ready.add(request.digest)
-        self._refused.append(request)
-        self._turn_taken = self._turn_taken or request.overtaken >= self._bound
+        self._skipped.append(request)
+        self._is_closed = self._is_closed or request.skips >= self._bound
 
     def admit(self, request: Request) -> None:
-        """`request` got its lease: it has overtaken everyone refused before it in this pass."""
-        request.overtaken = 0
-        for other in self._refused:
-            other.overtaken += 1
-            self._turn_taken = self._turn_taken or other.overtaken >= self._bound
+        """`request` got its lease: everyone skipped before it in this pass was skipped once more."""
+        request.skips = 0
+        for other in self._skipped:
+            other.skips += 1
+            self._is_closed = self._is_closed or other.skips >= self._bound

@@ -40,7 +40,7 @@ class Request:
 
     state: State = State.WAITING
     computed: int = 0  # tokens whose KV is written
-    proven: int = 0  # of these, when a token was last drawn from finite logits
+    validated: int = 0  # of these, when a token was last drawn from finite logits
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # root, then one for each full block so far
     published: int = 0  # blocks already offered to the prefix cache
@@ -48,7 +48,7 @@ class Request:
     lease: Lease | None = None
     entered: bool = False  # has had a chunk since its last admission
     seen_by_runner: bool = False
-    overtaken: int = 0
+    skips: int = 0
     preemptions: int = 0
     cached: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted_at: float | None = None

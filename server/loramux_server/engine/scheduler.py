@@ -57,7 +57,7 @@ class Scheduler:
             self.limits.check_fits(submission)
         except InvalidRequest as error:
             for request in choices:
-                self._fail(request, RequestFailure("TOO_LARGE", str(error)), arrived, doubtful=False)
+                self._fail(request, RequestFailure("TOO_LARGE", str(error)), arrived, invalidate=False)
         if submission.deadline is not None:
             self._next_deadline = min(self._next_deadline, submission.deadline)
 
@@ -142,6 +142,14 @@ class Scheduler:
         """No deadline passes before this time (monotonic); infinite without deadlines."""
         return self._next_deadline
 
+    def check(self) -> None:
+        """Raises ValueError when the books of blocks, slots and leases do not add up. To be called while idle."""
+        pool = self.tables.pool
+        pool.check()
+        if pool.held:
+            raise ValueError(f"{pool.held} KV blocks are held and no request is live")
+        self._adapters.check()
+
     def take_events(self) -> list[Routed]:
         """Events since the last call, in order."""
         events, self._events = self._events, []
@@ -176,7 +184,7 @@ class Scheduler:
             if deadline is None:
                 continue
             if now >= deadline:
-                self._fail(request, failure, now, doubtful=False)
+                self._fail(request, failure, now, invalidate=False)
             else:
                 self._next_deadline = min(self._next_deadline, deadline)
 
@@ -206,7 +214,7 @@ class Scheduler:
         self._policy.add(request)
 
     def _admit(self, builder: StepBuilder, now: float) -> None:
-        admission = AdapterAdmission(self.limits.max_overtakes, self.limits.max_loads_tried)
+        admission = AdapterAdmission(self.limits.max_skips, self.limits.max_loads_tried)
         waiting_for: dict[WaitReason, int] = {}
         stopped: WaitReason = "capacity"
         for request in self._policy:
@@ -249,10 +257,10 @@ class Scheduler:
                 failure = failure_of(error)
                 if failure.code == "INTERNAL":
                     failure = RequestFailure("ADAPTER_LOAD_FAILED", str(error))
-                self._fail(request, failure, now, doubtful=False)
+                self._fail(request, failure, now, invalidate=False)
                 return False
         if request.lease is None:
-            admission.refuse(request)
+            admission.skip(request)
             return False
         admission.admit(request)
         return True
@@ -269,7 +277,7 @@ class Scheduler:
     # Outcomes.
 
     def _accept(self, request: Request, sampled: Sampled, now: float) -> None:
-        request.proven = request.computed
+        request.validated = request.computed
         request.tokens.append(sampled.token)
         if request.last_token_at is None:
             self._counters.first_token.append(now - request.arrived)
@@ -305,19 +313,19 @@ class Scheduler:
         self._emit(request, event)
         self._end(request, reason.value, now)
 
-    def _fail(self, request: Request, failure: RequestFailure, now: float, *, doubtful: bool = True) -> None:
-        """End `request` badly. `doubtful`: a step failed it, so its KV must not be found by others."""
+    def _fail(self, request: Request, failure: RequestFailure, now: float, *, invalidate: bool = True) -> None:
+        """End `request` badly. `invalidate`: a step failed it, so its KV must not be found by others."""
         event = TokenEvent(request.choice, failure=failure, usage=request.usage)
         self._emit(request, event)
-        self._end(request, failure.code, now, doubtful=doubtful)
+        self._end(request, failure.code, now, invalidate=invalidate)
 
     def _emit(self, request: Request, event: TokenEvent) -> None:
         self._events.append((request.ticket, event))
 
-    def _end(self, request: Request, outcome: str, now: float, *, doubtful: bool = False) -> None:
+    def _end(self, request: Request, outcome: str, now: float, *, invalidate: bool = False) -> None:
         """Forget a live request whose terminal event is out: blocks and lease are free when this returns."""
         if request.state is State.RUNNING:
-            self._leave_step(request, doubtful=doubtful)
+            self._leave_step(request, invalidate=invalidate)
         else:
             self._policy.remove(request)
         request.state = State.ENDED
@@ -342,9 +350,9 @@ class Scheduler:
             )
         )
 
-    def _leave_step(self, request: Request, *, doubtful: bool = False) -> None:
+    def _leave_step(self, request: Request, *, invalidate: bool = False) -> None:
         remove_ordered(self._running, request)
-        self.tables.release(request, doubtful=doubtful)
+        self.tables.release(request, invalidate=invalidate)
         if request.lease is not None:
             request.lease.release()
             request.lease = None

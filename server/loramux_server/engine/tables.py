@@ -52,7 +52,7 @@ class BlockTables:
         request.blocks = [*cached, *fresh]
         request.table = ()
         request.published = len(cached)
-        request.computed = request.proven = len(cached) * self._size
+        request.computed = request.validated = len(cached) * self._size
 
     def grow(self, request: Request) -> bool:
         """Make room for the next token; False and no change when the pool has no block."""
@@ -85,18 +85,18 @@ class BlockTables:
             self.pool.publish(request.blocks[index], request.hashes[index + 1])
         request.published = full
 
-    def release(self, request: Request, *, doubtful: bool = False) -> None:
+    def release(self, request: Request, *, invalidate: bool = False) -> None:
         """Take all blocks back.
 
         Content is in doubt when a step failed the request, or when no token was drawn from it yet: NaN shows
         only in logits. Such blocks are never found again; who gets them overwrites whatever it reads.
         """
         blocks, request.blocks = request.blocks, []
-        if doubtful or request.computed > request.proven:
-            self.pool.forget(blocks)
+        if invalidate or request.computed > request.validated:
+            self.pool.invalidate(blocks)
         self.pool.release(blocks)
         request.table = ()
-        request.published = request.computed = request.proven = 0
+        request.published = request.computed = request.validated = 0
 
     def _count_blocks(self, tokens: int) -> int:
         return (tokens - 1) // self._size + 1

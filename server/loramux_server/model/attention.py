@@ -1,7 +1,7 @@
 """Attention over the paged cache for unmodified Hugging Face models, registered as an attention function.
 
-Every row attends to the positions of its own request up to itself: decode rows by the step's `DecodeAttention`, spans
-by the library's, all by the tiled form where the step asks for it. Knows rows and blocks, not requests.
+Every row attends to the positions of its own request up to itself: decode rows by the step's `DecodeAttention`,
+prefills by the library's, all by the tiled form where the step asks for it. Knows rows and blocks, not requests.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from loramux_server.model.attention_metadata import AttentionMetadata, AttentionParams, PrefillSegment
 from loramux_server.model.cache import PagedCache
-from loramux_server.model.paged_context import Limits, PagedContext, Span
-from loramux_server.model.tiled_attention import attend_tiled, hidden_positions
+from loramux_server.model.tiled_attention import attend_tiled, causal_mask
 
 ATTENTION_NAME = "loramux_paged"
 
@@ -28,7 +28,7 @@ def paged_attention(
     value: torch.Tensor,  # [1, KV, T, Dv]
     attention_mask: torch.Tensor | None,
     *,
-    ctx: PagedContext,
+    ctx: AttentionMetadata,
     scaling: float | None = None,
     softcap: float | None = None,
     **_: Any,  # judged when the base was probed; windows too, which some models carry in their masks only
@@ -38,21 +38,23 @@ def paged_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     ctx.write(layer, key[0], value[0])
     rows = query[0].transpose(0, 1)  # [T, H, D]
-    limits = Limits(scale, ctx.cache.layers[layer].window, softcap)
-    only = ctx.decodes[0] if len(ctx.decodes) == 1 and not ctx.spans else None
+    params = AttentionParams(scale, ctx.cache.layers[layer].window, softcap)
+    only = ctx.decodes[0] if len(ctx.decodes) == 1 and not ctx.prefills else None
     if only is not None and only.rows is None:
-        return ctx.decode(ctx.cache, layer, rows, only, limits)[None], None
+        return ctx.decode(ctx.cache, layer, rows, only, params)[None], None
     out = rows.new_zeros(rows.shape[0], rows.shape[1], value.shape[3])
     for decode in ctx.decodes:
         picked = rows if decode.rows is None else rows[decode.rows]
-        attended = ctx.decode(ctx.cache, layer, picked, decode, limits)
+        attended = ctx.decode(ctx.cache, layer, picked, decode, params)
         if decode.rows is None:
             out.copy_(attended)
         else:
             out[decode.rows] = attended
-    for span in ctx.spans:
+    for segment in ctx.prefills:
         attend = attend_tiled if ctx.tiled else _span
-        out[span.first : span.last] = attend(ctx.cache, layer, rows[span.first : span.last], span, limits)
+        out[segment.first : segment.last] = attend(
+            ctx.cache, layer, rows[segment.first : segment.last], segment, params
+        )
     return out[None], None
 
 
@@ -60,26 +62,26 @@ def _span(
     cache: PagedCache,
     layer: int,
     query: torch.Tensor,  # [n, H, D]
-    span: Span,
-    limits: Limits,
+    segment: PrefillSegment,
+    params: AttentionParams,
 ) -> torch.Tensor:
     """A chunk of one request over everything before and in it -> [n, H, Dv]."""
-    if limits.softcap is not None:
-        return attend_tiled(cache, layer, query, span, limits)
-    keys, values = cache.read(layer, span.gather(cache, cache.layers[layer].heads))  # [KV, L, D]
-    keys, values = keys[:, : span.length], values[:, : span.length]
-    causal = span.start == 0 and (limits.window is None or limits.window >= span.length)
+    if params.softcap is not None:
+        return attend_tiled(cache, layer, query, segment, params)
+    keys, values = cache.read(layer, segment.gather(cache, cache.layers[layer].heads))  # [KV, L, D]
+    keys, values = keys[:, : segment.length], values[:, : segment.length]
+    causal = segment.start == 0 and (params.window is None or params.window >= segment.length)
     mask = None
     if not causal:
-        hidden = hidden_positions(span.start, query.shape[0], 0, span.length, limits.window, query.device)
-        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+        masked = causal_mask(segment.start, query.shape[0], 0, segment.length, params.window, query.device)
+        mask = torch.zeros(masked.shape, dtype=query.dtype, device=query.device).masked_fill_(masked, float("-inf"))
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=mask,
         is_causal=causal,
-        scale=limits.scale,
+        scale=params.scale,
         enable_gqa=True,
     )
     return out[0].transpose(0, 1)

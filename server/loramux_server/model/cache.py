@@ -42,11 +42,11 @@ class PagedCache:
             values.flatten(0, 1).index_select(0, flat).view(*shape, values.shape[-1]),
         )
 
-    def write_rows(self, places: torch.Tensor, heads: int) -> torch.Tensor:
-        """Where tokens at `places` [T] (block * block_size + offset) lie for each head: [heads * T]."""
-        head = torch.arange(heads, device=places.device)[:, None]
-        block = places // self.block_size
-        return ((block * heads + head) * self.block_size + places % self.block_size).reshape(-1)
+    def write_rows(self, slot_mapping: torch.Tensor, heads: int) -> torch.Tensor:
+        """Where tokens at `slot_mapping` [T] (block * block_size + offset) lie for each head: [heads * T]."""
+        head = torch.arange(heads, device=slot_mapping.device)[:, None]
+        block = slot_mapping // self.block_size
+        return ((block * heads + head) * self.block_size + slot_mapping % self.block_size).reshape(-1)
 
     def read_blocks(self, blocks: torch.Tensor, heads: int) -> torch.Tensor:
         """The (block, head) pairs of `blocks` [..., n] -> [..., heads, n]."""

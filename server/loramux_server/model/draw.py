@@ -1,7 +1,7 @@
 """Drawing one token per row from the filtered distribution, without sorting the vocabulary.
 
 Probabilities become integers first: integer sums are exact in any order, so a row gives the same
-token alone and in company, on every device. Knows distributions, not requests.
+token alone and among batch mates, on every device. Knows distributions, not requests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loramux_server.model.rows import put_rows, take_rows
+from loramux_server.model.row_selection import put_rows, take_rows
 
 SCALE: Final = 2**40
 """Weight of a row's likeliest token; tokens 2^40 times less likely are never drawn."""

@@ -1,4 +1,4 @@
-"""One plan as tensors: ids, positions, cache rows, attention spans, rows that need logits.
+"""One plan as tensors: ids, positions, cache rows, attention prefills, rows that need logits.
 
 Chunks are ordered by slot, those without an adapter first, so that rows of one adapter lie together. Built on the host
 once per step and copied once. Knows no model.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from loramux_server.engine.plan import BASE_SLOT, Chunk
+from loramux_server.model.attention_metadata import AttentionMetadata, DecodeAttention, DecodeBatch, PrefillSegment
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
-from loramux_server.model.paged_context import DecodeAttention, DecodeRows, PagedContext, Span
 
 ROW_MULTIPLE = 16
 """Rows of a deterministic step are padded to this, so that elementwise operations have no scalar tail of their own."""
@@ -34,7 +34,7 @@ class ForwardBatch:
     logit_rows: torch.Tensor  # [n]
     logit_slots: list[int]  # n
     logits_of: tuple[tuple[int, int], ...]
-    context: PagedContext
+    context: AttentionMetadata
     long_rope: torch.Tensor  # [T] bool: rows of requests that use the long rotary factors
 
 
@@ -55,7 +55,7 @@ def build_batch(
     positions = [0] * padding
     slots = [BASE_SLOT] * padding
     long_rope = [False] * padding
-    places = [scratch_block * size + row % size for row in range(padding)]
+    slot_mapping = [scratch_block * size + row % size for row in range(padding)]
     firsts: list[int] = []
     for chunk in ordered:
         firsts.append(len(ids))
@@ -64,10 +64,10 @@ def build_batch(
         positions.extend(range(chunk.start, stop))
         slots.extend([chunk.slot] * len(chunk.tokens))
         long_rope.extend([chunk.long_rope] * len(chunk.tokens))
-        places.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
+        slot_mapping.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
     logit_rows, logits_of = _logit_rows(ordered, firsts, tiled=tiled)
     device = cache.keys[0].device
-    spans, decodes = _attend(ordered, firsts, len(ids), size, device, tiled=tiled)
+    prefills, decodes = _attend(ordered, firsts, len(ids), size, device, tiled=tiled)
     return ForwardBatch(
         chunks=ordered,
         ids=torch.tensor(ids, device=device),
@@ -76,7 +76,9 @@ def build_batch(
         logit_rows=torch.tensor(logit_rows, device=device),
         logit_slots=[slots[row] for row in logit_rows],
         logits_of=logits_of,
-        context=PagedContext(cache, torch.tensor(places, device=device), decode, spans, decodes, tiled=tiled),
+        context=AttentionMetadata(
+            cache, torch.tensor(slot_mapping, device=device), decode, prefills, decodes, tiled=tiled
+        ),
         long_rope=torch.tensor(long_rope, device=device),
     )
 
@@ -106,9 +108,9 @@ def _logit_rows(
 
 def _attend(
     chunks: Sequence[Chunk], firsts: Sequence[int], rows: int, size: int, device: torch.device, *, tiled: bool
-) -> tuple[list[Span], list[DecodeRows]]:
-    """Sorts the chunks into spans and batches of decode rows of similar length (within a factor of two)."""
-    spans: list[Span] = []
+) -> tuple[list[PrefillSegment], list[DecodeBatch]]:
+    """Sorts the chunks into prefills and batches of decode rows of similar length (within a factor of two)."""
+    prefills: list[PrefillSegment] = []
     by_length: dict[int, list[tuple[int, Chunk]]] = {}
     for chunk, first in zip(chunks, firsts, strict=True):
         used = -(-(chunk.start + len(chunk.tokens)) // size)
@@ -116,15 +118,15 @@ def _attend(
             by_length.setdefault(used.bit_length(), []).append((first, chunk))
         else:
             blocks = torch.tensor(chunk.blocks[:used], device=device)
-            spans.append(Span(first, first + len(chunk.tokens), chunk.start, blocks))
-    return spans, [_decode_rows(members, rows, size, device) for members in by_length.values()]
+            prefills.append(PrefillSegment(first, first + len(chunk.tokens), chunk.start, blocks))
+    return prefills, [_decode_rows(members, rows, size, device) for members in by_length.values()]
 
 
-def _decode_rows(members: Sequence[tuple[int, Chunk]], rows: int, size: int, device: torch.device) -> DecodeRows:
+def _decode_rows(members: Sequence[tuple[int, Chunk]], rows: int, size: int, device: torch.device) -> DecodeBatch:
     longest = max(chunk.start for _, chunk in members) // size + 1
     table = [(*chunk.blocks[:longest], *[chunk.blocks[0]] * (longest - len(chunk.blocks))) for _, chunk in members]
     everything = len(members) == rows and [first for first, _ in members] == list(range(rows))
-    return DecodeRows(
+    return DecodeBatch(
         rows=None if everything else torch.tensor([first for first, _ in members], device=device),
         blocks=torch.tensor(table, device=device),
         positions=torch.tensor([chunk.start for _, chunk in members], device=device),

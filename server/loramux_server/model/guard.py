@@ -14,10 +14,10 @@ from loramux_adapters.guard.examine import refusals_of
 from loramux_adapters.guard.rope import RopeChoice
 from loramux_server.engine.plan import BASE_SLOT, Chunk
 from loramux_server.model.attention import use_paged_attention
+from loramux_server.model.attention_metadata import DecodeAttention
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.forward import forward
 from loramux_server.model.forward_batch import build_batch
-from loramux_server.model.paged_context import DecodeAttention
 from loramux_server.requests import SamplingParams
 
 _EVERY_ROW = SamplingParams(temperature=0.0, prompt_logprobs=0)
@@ -76,7 +76,7 @@ class _PagedSteps:
         chunks = [self._chunk(piece, ids) for piece, ids in pieces]
         batch = build_batch(chunks, self._cache, self._cache.blocks - 1, tiled=self._tiled, decode=self._decode)
         logits = forward(self._adapted.model, batch, self._rope)
-        self._adapted.forget()
+        self._adapted.reset()
         of = {chunk.request_id: rows for chunk, rows in zip(batch.chunks, batch.logits_of, strict=True)}
         return [logits[slice(*of[chunk.request_id])] for chunk in chunks]
 

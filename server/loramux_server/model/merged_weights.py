@@ -82,7 +82,7 @@ class MergedWeightsCache:
                     self._start(digest)
             self._start_what_fits()
 
-    def forget(self, digest: str) -> None:
+    def evict(self, digest: str) -> None:
         """Drops the set of an adapter that is gone."""
         with self._lock:
             self._drop(digest)

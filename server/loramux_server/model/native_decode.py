@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from loramux_adapters.kernels.native_build import find_library
+from loramux_server.model.attention_metadata import AttentionParams, DecodeBatch
 from loramux_server.model.cache import PagedCache
-from loramux_server.model.paged_context import DecodeRows, Limits
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -42,7 +42,7 @@ class NativeDecode:
             call.argtypes, call.restype = (ctypes.POINTER(_Decode), ctypes.c_int), ctypes.c_int
 
     def __call__(
-        self, cache: PagedCache, layer: int, query: torch.Tensor, rows: DecodeRows, limits: Limits
+        self, cache: PagedCache, layer: int, query: torch.Tensor, rows: DecodeBatch, params: AttentionParams
     ) -> torch.Tensor:
         """See `DecodeAttention`. Raises MemoryError when there is none for the scores."""
         shape = cache.layers[layer]
@@ -66,9 +66,9 @@ class NativeDecode:
             table_width=rows.blocks.shape[1],
             positions=rows.positions.data_ptr(),
             rows=count,
-            window=limits.window or 0,
-            scale=limits.scale,
-            softcap=limits.softcap or 0.0,
+            window=params.window or 0,
+            scale=params.scale,
+            softcap=params.softcap or 0.0,
         )
         if self._calls[query.dtype](decode, torch.get_num_threads()):
             raise MemoryError("no memory for the scores of a step")

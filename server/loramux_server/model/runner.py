@@ -27,7 +27,7 @@ from loramux_server.requests import RequestFailure, TokenLogprob
 
 @dataclass(frozen=True)
 class RunnerConfig:
-    """`deterministic`: a row's numbers depend on its own request alone, at a cost (see docs/structure.md).
+    """`deterministic`: a row's numbers depend on its own request alone, at a cost (see docs/architecture.md).
 
     `rope` is where rows choose their rotary factors, on bases of type longrope.
     """
@@ -57,7 +57,7 @@ class ModelRunner:
         try:
             return self._run(step, chunks, merged)
         except BaseException:
-            self.adapted.forget()
+            self.adapted.reset()
             raise
 
     def _run(self, step: int, chunks: Sequence[Chunk], merged: MergedWeights | None) -> StepResult:

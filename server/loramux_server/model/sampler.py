@@ -15,7 +15,7 @@ from loramux_server.engine.plan import Chunk, Sampled
 from loramux_server.model import logits as logit
 from loramux_server.model.draw import Filters, draw
 from loramux_server.model.logprobs import finite_rows, token_logprobs
-from loramux_server.model.rows import put_rows, take_rows
+from loramux_server.model.row_selection import put_rows, take_rows
 from loramux_server.model.sampling_state import Addends, TokenCounts
 from loramux_server.model.uniform import uniforms
 from loramux_server.requests import RequestFailure, SamplingParams, TokenLogprob

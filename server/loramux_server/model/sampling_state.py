@@ -126,7 +126,7 @@ class Addends:
         """Ids int64 [n] and addends float32 [n] of the request's logit bias."""
         found = self._bias.get(chunk.request_id)
         if found is None:
-            # Ids outside are refused at the door; here they could only touch what cannot be drawn.
+            # Ids outside are refused by validation; here they could only touch what cannot be drawn.
             items = [(i, v) for i, v in chunk.params.logit_bias.items() if 0 <= i < self._vocab_size]
             ids = torch.tensor([i for i, _ in items], dtype=torch.int64, device=self._device)
             values = torch.tensor([v for _, v in items], dtype=torch.float32, device=self._device)

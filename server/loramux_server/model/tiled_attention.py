@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from loramux_server.model.attention_metadata import AttentionParams, PrefillSegment
 from loramux_server.model.cache import PagedCache
-from loramux_server.model.paged_context import Limits, Span
 
 KV_TILE = 64
 QUERY_TILE = 16
@@ -21,8 +21,8 @@ def attend_tiled(
     cache: PagedCache,
     layer: int,
     query: torch.Tensor,  # [n, H, D]
-    span: Span,
-    limits: Limits,
+    segment: PrefillSegment,
+    params: AttentionParams,
 ) -> torch.Tensor:
     """Online softmax over fixed tiles of queries and KV, in float32: [n, H, Dv].
 
@@ -32,7 +32,7 @@ def attend_tiled(
     rows = query.shape[0]
     padded = F.pad(query.float(), (0, 0, 0, 0, 0, -rows % QUERY_TILE))
     tiles = [
-        _tile(cache, layer, padded[first : first + QUERY_TILE], span, span.start + first, limits)
+        _tile(cache, layer, padded[first : first + QUERY_TILE], segment, segment.start + first, params)
         for first in range(0, rows, QUERY_TILE)
     ]
     return torch.cat(tiles)[:rows].to(query.dtype)
@@ -42,9 +42,9 @@ def _tile(
     cache: PagedCache,
     layer: int,
     query: torch.Tensor,  # [QUERY_TILE, H, D] float32
-    span: Span,
+    segment: PrefillSegment,
     start: int,
-    limits: Limits,
+    params: AttentionParams,
 ) -> torch.Tensor:
     """Rows at positions start .. -> [QUERY_TILE, H, Dv]."""
     kv_heads, device = cache.layers[layer].heads, query.device
@@ -56,19 +56,17 @@ def _tile(
     out = torch.zeros(kv_heads, QUERY_TILE * group, cache.layers[layer].value_width, device=device)
     per_tile = max(1, KV_TILE // cache.block_size)
     positions = per_tile * cache.block_size
-    for first in range(0, min(start + QUERY_TILE, span.length), positions):
+    for first in range(0, min(start + QUERY_TILE, segment.length), positions):
         begin = first // cache.block_size
-        blocks = span.blocks[begin : begin + per_tile]
+        blocks = segment.blocks[begin : begin + per_tile]
         blocks = F.pad(blocks, (0, per_tile - blocks.shape[0]), value=int(blocks[0]))
         keys, values = cache.read(layer, cache.read_blocks(blocks, kv_heads))  # [KV, positions, D]
-        values[:, max(0, span.length - first) :] = 0  # a former owner's, maybe NaN, and 0 * NaN is NaN
-        scores = torch.bmm(grouped, keys.float().transpose(1, 2).contiguous()) * limits.scale
-        if limits.softcap is not None:
-            scores = torch.tanh(scores / limits.softcap) * limits.softcap
-        hidden = hidden_positions(start, QUERY_TILE, first, positions, limits.window, device).repeat_interleave(
-            group, 0
-        )
-        scores = scores.masked_fill(hidden, float("-inf"))
+        values[:, max(0, segment.length - first) :] = 0  # a former owner's, maybe NaN, and 0 * NaN is NaN
+        scores = torch.bmm(grouped, keys.float().transpose(1, 2).contiguous()) * params.scale
+        if params.softcap is not None:
+            scores = torch.tanh(scores / params.softcap) * params.softcap
+        mask = causal_mask(start, QUERY_TILE, first, positions, params.window, device).repeat_interleave(group, 0)
+        scores = scores.masked_fill(mask, float("-inf"))
         new_best = torch.maximum(best, scores.amax(-1, keepdim=True))
         shift = torch.where(new_best.isinf(), torch.zeros_like(new_best), new_best)
         weights = torch.exp(scores - shift)
@@ -80,11 +78,11 @@ def _tile(
     return (out / total).view(kv_heads, QUERY_TILE, group, -1).transpose(0, 1).flatten(1, 2)
 
 
-def hidden_positions(
+def causal_mask(
     start: int, rows: int, first: int, length: int, window: int | None, device: torch.device
 ) -> torch.Tensor:
     """[rows, length]: True where the query at position start + i must not see position first + j."""
     query = torch.arange(start, start + rows, device=device)[:, None]
     place = torch.arange(first, first + length, device=device)[None, :]
-    hidden = place > query
-    return hidden if window is None else hidden | (place <= query - window)
+    mask = place > query
+    return mask if window is None else mask | (place <= query - window)

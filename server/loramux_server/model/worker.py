@@ -19,6 +19,7 @@ from loramux_server.model.faults import is_device_lost, is_out_of_memory
 from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner
 from loramux_server.model.staging import StagedAdapters
+from loramux_server.model.verification import Verification
 
 COPY_BYTES = 4 << 20
 """Bytes of adapters copied after each step at most (but for one piece): what a step may become longer by."""
@@ -27,16 +28,16 @@ COPY_BYTES = 4 << 20
 class Worker:
     """Implements `engine.execution.Worker`."""
 
-    def __init__(self, runner: ModelRunner, staged: StagedAdapters, merges: Merges) -> None:
-        self._runner, self._staged, self._merges = runner, staged, merges
+    def __init__(self, runner: ModelRunner, staged: StagedAdapters, merges: Merges, verification: Verification) -> None:
+        self._runner, self._staged, self._merges, self._verification = runner, staged, merges, verification
         self._bound: set[int] = set()
         self._step = -1
         self._commands: deque[Callable[[], None]] = deque()
 
     @property
     def is_busy(self) -> bool:
-        """Whether adapters wait to be copied or merged."""
-        return not (self._staged.is_empty and self._merges.is_empty)
+        """Whether adapters wait to be copied or merged, or the base to be verified."""
+        return not (self._staged.is_empty and self._merges.is_empty) or self._verification.is_due
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -52,6 +53,7 @@ class Worker:
             # Last: a step that fails and comes again finds every slot as its commands left it.
             self._staged.advance(COPY_BYTES)
             self._merges.advance()
+            self._verification.advance(is_idle=not plan.chunks)
             return result
         except BaseException as error:
             if is_out_of_memory(error):

@@ -72,19 +72,19 @@ def test_another_input_is_never_answered_with_a_kept_product(checkpoint: Path) -
     x, other = torch.randn(1, 4, 128), torch.randn(1, 4, 128)
     with torch.inference_mode():
         separate = [attention.k_proj(other.clone()), attention.v_proj(x.clone())]
-        adapted.forget()
+        adapted.reset()
         attention.q_proj(x)
         mixed = [attention.k_proj(other), attention.v_proj(x)]
     assert all(torch.equal(a, b) for a, b in zip(mixed, separate, strict=True))
 
 
-def test_forget_drops_what_a_failed_forward_left(checkpoint: Path) -> None:
+def test_reset_drops_what_a_failed_forward_left(checkpoint: Path) -> None:
     adapted = injected(float_base(checkpoint))
     attention = adapted.model.get_submodule("model.layers.0.self_attn")
     with torch.inference_mode():
         attention.q_proj(torch.randn(1, 4, 128))
     assert any(group._kept is not None for group in adapted.groups)
-    adapted.forget()
+    adapted.reset()
     assert all(group._kept is None for group in adapted.groups)
 
 

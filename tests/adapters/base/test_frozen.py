@@ -190,7 +190,7 @@ def test_the_native_product_is_the_same_map(rows: int, dense: bool) -> None:
 
 
 @needs_native
-def test_a_native_row_is_the_same_in_any_company() -> None:
+def test_a_native_row_is_the_same_among_any_batch_mates() -> None:
     nf4 = Nf4Linear.from_module(quantized(256, 192), torch.bfloat16)
     nf4.build(WeightFormats(native=True))
     dense = DenseLinear(torch.randn(320, 256).bfloat16(), None, WeightFormats(native=True))
@@ -256,7 +256,7 @@ def test_rows_that_share_blocks_do_not_stack() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_invariant_layout_gives_a_row_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+def test_invariant_layout_gives_a_row_the_same_bits_among_any_batch_mates(dtype: torch.dtype) -> None:
     nf4 = Nf4Linear.from_module(quantized(256, 192), dtype)
     nf4.build(WeightFormats(packed=True, invariant=True))
     dense = DenseLinear(torch.randn(320, 256).to(dtype), None, WeightFormats(invariant=True))

@@ -1,4 +1,4 @@
-"""The one door to a base: its identity is its content, its NF4 bytes are never changed, foreign formats are refused."""
+"""The entry point to a base: its identity is its content, its NF4 bytes never change, foreign formats are refused."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ def test_bars_of_others_stay(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "someone's own" in capsys.readouterr().err
 
 
-def test_bitsandbytes_comes_through_one_door() -> None:
+def test_bitsandbytes_is_imported_in_one_place() -> None:
     """An import elsewhere might be the first, and be advised."""
     importers = []
-    for house in ("adapters", "server", "trainer", "client"):
-        for path in (ROOT / house).rglob("*.py"):
+    for root in ("adapters", "server", "trainer", "client"):
+        for path in (ROOT / root).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -51,7 +51,7 @@ def test_short_and_long_segments_share_a_step() -> None:
 
 
 @needs_compiler
-def test_a_row_is_the_same_alone_and_in_company() -> None:
+def test_a_row_is_the_same_alone_and_among_batch_mates() -> None:
     case = Case.make([0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4], 16, torch.bfloat16)
     together = case.run(kernels())
     for row in range(12):

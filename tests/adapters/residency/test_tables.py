@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.residency.host import HostCache
-from loramux_adapters.residency.rows import RowSpace
+from loramux_adapters.residency.row_space import RowSpace
 from loramux_adapters.residency.slots import SlotTable
 from loramux_adapters.spec import AdapterSpec
 

@@ -1,4 +1,4 @@
-"""kill -9 at every step of publish and delete, and at random moments (faults.md rows 24, 26, 35).
+"""kill -9 at every step of publish and delete, and at random moments.
 
 After each kill: every acknowledged change is there with intact bytes, what was under way is old or new,
 no file is left over, and the upload that was cut can be completed.
@@ -19,9 +19,9 @@ import pytest
 from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.store.local import LocalStore
 from support.crash_server import NAMES, QUOTAS, files_of, upload_id_of
+from support.processes import environment
 from support.stores import BASE, TENANT, blob_files, digest_of, entries_of, manifest_of, send, spec_of, stored
 
-TESTS = Path(__file__).resolve().parents[2]
 KILLED = -signal.SIGKILL
 
 
@@ -41,7 +41,7 @@ class CrashServer:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env=environment(),
         )
 
     def close(self) -> None:
@@ -116,13 +116,13 @@ class CrashServer:
         assert blob_files(self.root) == {entry.sha256 for n in numbers for entry in entries_of(files_of(n))}
 
     def _complete(self, store: LocalStore, name: str, number: int) -> int:
-        """Resume the cut upload from what the store says is committed."""
+        """Resume the cut upload from what the store says is received."""
         files = files_of(number)
         progress = store.begin_upload(TENANT, upload_id_of(number), manifest_of(name, files))
-        self.resumed += any(entry.committed for entry in progress.files)
+        self.resumed += any(entry.received for entry in progress.files)
         for entry in progress.files:
             part = self.root / "uploads" / TENANT / upload_id_of(number) / entry.file
-            assert entry.committed == (part.stat().st_size if part.exists() else 0)
+            assert entry.received == (part.stat().st_size if part.exists() else 0)
         send(store, upload_id_of(number), files)
         store.staged_files(TENANT, upload_id_of(number))
         assert store.publish(TENANT, upload_id_of(number), spec_of(files), BASE).record.digest == digest_of(files)

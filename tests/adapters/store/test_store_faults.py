@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or failing: a clear error, old versions served, recovery (row 34)."""
+"""A disk that is full, read-only or failing: a clear error, old versions served, recovery."""
 
 import errno
 import os
@@ -85,9 +85,9 @@ def test_a_chunk_that_failed_half_way_was_not_written(tmp_path: Path, operation:
             store.write_chunk(TENANT, "upload-0001", MODEL, 1000, NEW[MODEL][1000:3000])
         with pytest.raises(UploadOffset) as caught:
             store.write_chunk(TENANT, "upload-0001", MODEL, 3000, NEW[MODEL][3000:])
-        assert caught.value.committed == 1000
+        assert caught.value.received == 1000
         fault.clear()
-        assert store.query_upload(TENANT, "upload-0001").files[1].committed == 1000
+        assert store.query_upload(TENANT, "upload-0001").files[1].received == 1000
         assert (tmp_path / "uploads" / TENANT / "upload-0001" / MODEL).stat().st_size == 1000
         store.write_chunk(TENANT, "upload-0001", MODEL, 1000, NEW[MODEL][1000:])
         send(store, "upload-0001", NEW)
@@ -99,13 +99,13 @@ def test_after_a_failed_sync_only_what_an_earlier_one_covered_counts(tmp_path: P
     with LocalStore(tmp_path, disk=SteppedDisk(fault)) as store:
         store.begin_upload(TENANT, "upload-0001", manifest_of("one", NEW))
         store.write_chunk(TENANT, "upload-0001", MODEL, 0, NEW[MODEL][:1000])
-        assert store.query_upload(TENANT, "upload-0001").files[1].committed == 1000
+        assert store.query_upload(TENANT, "upload-0001").files[1].received == 1000
         store.write_chunk(TENANT, "upload-0001", MODEL, 1000, NEW[MODEL][1000:2000])
         fault.arm(errno.EIO, "sync")
         with pytest.raises(StoreUnavailable):
             store.query_upload(TENANT, "upload-0001")
         fault.clear()
-        assert store.query_upload(TENANT, "upload-0001").files[1].committed == 1000
+        assert store.query_upload(TENANT, "upload-0001").files[1].received == 1000
         send(store, "upload-0001", NEW)
         assert store.staged_files(TENANT, "upload-0001").files[MODEL].read_bytes() == NEW[MODEL]
 
@@ -250,7 +250,7 @@ def test_a_really_full_disk_in_mid_upload(tmp_path: Path) -> None:
         store.begin_upload(TENANT, "upload-0001", manifest_of("large", large))
         with pytest.raises(StoreUnavailable, match="its disk is full; free some space"):
             send(store, "upload-0001", large, chunk=1 << 16)
-        assert 0 < store.query_upload(TENANT, "upload-0001").files[1].committed < 2 << 20
+        assert 0 < store.query_upload(TENANT, "upload-0001").files[1].received < 2 << 20
         assert stored(store, digest_of(OLD)) == OLD
         subprocess.run(["mount", "-o", "remount,size=16m", str(root)], check=True)
         send(store, "upload-0001", large, chunk=1 << 16)

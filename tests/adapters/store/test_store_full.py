@@ -1,4 +1,4 @@
-"""A full disk: what frees space works on it (row 34)."""
+"""A full disk: what frees space works on it."""
 
 import errno
 import sqlite3

@@ -1,4 +1,4 @@
-"""Stored bytes that rot: found at the load, remembered, healed by the same content (faults.md row 11)."""
+"""Stored bytes that rot: found at the load, remembered, healed by the same content."""
 
 import errno
 from collections.abc import Iterator

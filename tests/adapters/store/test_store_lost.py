@@ -12,7 +12,7 @@ import pytest
 
 from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.store.disk import Disk
-from loramux_adapters.store.journal import FILE_NAME, read_journal
+from loramux_adapters.store.journal import FILE_NAME, Journal, Publication, read_journal
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.restore import main, restore
 from support.stores import TENANT, SteppedDisk, blob_files, content, digest_of, put, stored
@@ -125,6 +125,14 @@ def test_the_journal_forgets_what_was_deleted_and_skips_a_torn_line(tmp_path: Pa
     assert names == ["c", "a", "d"]
     for line in (tmp_path / FILE_NAME).read_bytes().splitlines():
         assert not line or json.loads(line)["files"]
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    """A write that failed half-way leaves one, and the server publishes on."""
+    (tmp_path / FILE_NAME).write_bytes(b'{"tenant": "defa')
+    publication = Publication(TENANT, "a", digest_of(NEW), {"file": "0" * 64})
+    Journal(tmp_path, Disk()).append(publication)
+    assert read_journal(tmp_path, Disk()) == [publication]
 
 
 def test_a_store_without_a_journal_gets_one(tmp_path: Path) -> None:

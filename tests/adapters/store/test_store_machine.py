@@ -56,8 +56,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.aliases: dict[tuple[str, str], str] = {}
         self.desired: dict[tuple[str, str], tuple[bool, bool]] = {}  # pinned, merged
         self.bases: dict[tuple[str, str], set[str]] = {}  # tenant, digest -> bases
-        self.pins: Counter[str] = Counter()
-        self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, committed
+        self.holds: Counter[str] = Counter()
+        self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, received
         self.corrupt: set[str] = set()  # digests; all tenants send the same files here
 
     def teardown(self) -> None:
@@ -87,8 +87,8 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.begin_upload(tenant, upload_id, manifest)
             return
         progress = self.store.begin_upload(tenant, upload_id, manifest)
-        committed = self.uploads.setdefault((tenant, upload_id), (name, digest, 0))[2]
-        assert {entry.file: entry.committed for entry in progress.files}[MODEL] == committed
+        received = self.uploads.setdefault((tenant, upload_id), (name, digest, 0))[2]
+        assert {entry.file: entry.received for entry in progress.files}[MODEL] == received
 
     @rule(tenant=tenants, upload_id=upload_ids, offset=st.sampled_from([0, 100, 200, 300]))
     def write(self, tenant: str, upload_id: str, offset: int) -> None:
@@ -96,15 +96,15 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(AdapterNotFound):
                 self.store.write_chunk(tenant, upload_id, MODEL, offset, b"x")
             return
-        name, digest, committed = self.uploads[tenant, upload_id]
+        name, digest, received = self.uploads[tenant, upload_id]
         data = CONTENTS[digest][MODEL][offset : offset + 100]
-        if offset != committed:
+        if offset != received:
             with pytest.raises(UploadOffset) as caught:
                 self.store.write_chunk(tenant, upload_id, MODEL, offset, data)
-            assert caught.value.committed == committed
+            assert caught.value.received == received
             return
-        assert self.store.write_chunk(tenant, upload_id, MODEL, offset, data) == committed + len(data)
-        self.uploads[tenant, upload_id] = (name, digest, committed + len(data))
+        assert self.store.write_chunk(tenant, upload_id, MODEL, offset, data) == received + len(data)
+        self.uploads[tenant, upload_id] = (name, digest, received + len(data))
 
     @rule(tenant=tenants, upload_id=upload_ids, base=st.sampled_from([BASE, OTHER_BASE]))
     def publish(self, tenant: str, upload_id: str, base: str) -> None:
@@ -112,8 +112,8 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(AdapterNotFound):
                 self.store.staged_files(tenant, upload_id)
             return
-        name, digest, committed = self.uploads[tenant, upload_id]
-        if committed < 300:
+        name, digest, received = self.uploads[tenant, upload_id]
+        if received < 300:
             with pytest.raises(AdapterInvalid):
                 self.store.staged_files(tenant, upload_id)
         send(self.store, upload_id, CONTENTS[digest], tenant=tenant)
@@ -198,17 +198,17 @@ class StoreMachine(RuleBasedStateMachine):
             version = self.store.acquire(tenant, reference, prefix)
             assert (version.id.name, version.digest) == (name, wanted[0])
             assert version.spec == spec_of(CONTENTS[version.digest])
-            self.pins[version.digest] += 1
+            self.holds[version.digest] += 1
 
     @rule(digest=digests)
-    def unpin(self, digest: str) -> None:
-        if not self.pins[digest]:
+    def release(self, digest: str) -> None:
+        if not self.holds[digest]:
             with pytest.raises(RuntimeError):
-                self.store.unpin(digest)
+                self.store.release(digest)
             return
-        self.pins[digest] -= 1
-        if self.store.unpin(digest):
-            assert not self.pins[digest]
+        self.holds[digest] -= 1
+        if self.store.release(digest):
+            assert not self.holds[digest]
             self.store.collect()
 
     @rule(digest=digests)
@@ -224,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.store.close()
         self.store = quick_store(self.root, QUOTAS)
-        self.pins.clear()
+        self.holds.clear()
 
     @invariant()
     def bytes_are_those_of_names_and_pins(self) -> None:
@@ -253,7 +253,7 @@ class StoreMachine(RuleBasedStateMachine):
     def each_copy_knows_the_bases_it_was_published_for(self) -> None:
         for tenant, digest in list(self.bases):
             kept = any(digest in versions for (t, _), versions in self.kept.items() if t == tenant)
-            if not kept and not self.pins[digest]:
+            if not kept and not self.holds[digest]:
                 del self.bases[tenant, digest]
         for digest in CONTENTS:
             bases = {base for (_, d), known in self.bases.items() if d == digest for base in known}
@@ -278,8 +278,8 @@ class StoreMachine(RuleBasedStateMachine):
             }
 
     def held(self) -> set[str]:
-        """Digests that a name keeps or a pin holds."""
-        return {digest for versions in self.kept.values() for digest in versions} | set(+self.pins)
+        """Digests that a name keeps or that are held."""
+        return {digest for versions in self.kept.values() for digest in versions} | set(+self.holds)
 
     def count(self, tenant: str) -> int:
         return sum(key[0] == tenant for key in self.kept)

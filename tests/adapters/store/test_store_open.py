@@ -1,4 +1,4 @@
-"""Opening a store: one process at a time, a catalog that can be trusted, or the repair command (row 36)."""
+"""Opening a store: one process at a time, a catalog that can be trusted, or the repair command."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Quotas, and uploads that race for the last place (faults.md row 33)."""
+"""Quotas, and uploads that race for the last place."""
 
 import threading
 from collections import Counter

@@ -51,14 +51,14 @@ def test_a_superseded_version_is_kept_then_gone(store: LocalStore) -> None:
     assert store.take_removed() == {TWO, THREE}
 
 
-def test_a_pinned_version_is_gone_with_its_last_pin(store: LocalStore) -> None:
+def test_a_held_version_is_gone_with_its_last_hold(store: LocalStore) -> None:
     put(store, "a", content("one"))
     store.acquire(TENANT, "a")
     store.acquire(TENANT, "a")
     store.delete(TENANT, "a")
     assert store.take_removed() == frozenset()
-    assert not store.unpin(ONE)
-    assert store.unpin(ONE)
+    assert not store.release(ONE)
+    assert store.release(ONE)
     store.collect()
     assert store.take_removed() == {ONE}
 

@@ -100,7 +100,7 @@ def test_gap_and_overlap_say_where_to_continue(store: LocalStore, offset: int) -
     assert store.write_chunk(TENANT, ID, MODEL, 0, FILES[MODEL][:100]) == 100
     with pytest.raises(UploadOffset) as caught:
         store.write_chunk(TENANT, ID, MODEL, offset, b"x")
-    assert (caught.value.committed, caught.value.subject) == (100, MODEL)
+    assert (caught.value.received, caught.value.subject) == (100, MODEL)
     assert store.write_chunk(TENANT, ID, MODEL, 100, FILES[MODEL][100:]) == len(FILES[MODEL])
 
 
@@ -133,8 +133,8 @@ def test_a_file_with_a_wrong_hash_starts_again_alone(store: LocalStore) -> None:
     with pytest.raises(AdapterInvalid) as caught:
         store.staged_files(TENANT, ID)
     assert caught.value.subject == MODEL
-    committed = {progress.file: progress.committed for progress in store.query_upload(TENANT, ID).files}
-    assert committed == {CONFIG: len(FILES[CONFIG]), MODEL: 0}
+    received = {progress.file: progress.received for progress in store.query_upload(TENANT, ID).files}
+    assert received == {CONFIG: len(FILES[CONFIG]), MODEL: 0}
     send(store, ID, FILES)
     store.staged_files(TENANT, ID)
     assert store.publish(TENANT, ID, spec_of(FILES), BASE).created
@@ -164,7 +164,7 @@ def test_the_same_begin_resumes_and_takes_the_new_labels_and_consent(store: Loca
     store.begin_upload(TENANT, ID, manifest_of("one", FILES, labels={"a": "1"}))
     store.write_chunk(TENANT, ID, MODEL, 0, FILES[MODEL][:10])
     again = store.begin_upload(TENANT, ID, manifest_of("one", FILES, labels={"b": "2"}, allow_base_mismatch=True))
-    assert [progress.committed for progress in again.files] == [0, 10]
+    assert [progress.received for progress in again.files] == [0, 10]
     send(store, ID, FILES)
     staged = store.staged_files(TENANT, ID)
     assert staged.manifest.allow_base_mismatch
@@ -188,7 +188,7 @@ def test_discard_forgets_everything_and_the_id_is_free(store: LocalStore, tmp_pa
     assert not list((tmp_path / "uploads" / TENANT).iterdir())
     with pytest.raises(AdapterNotFound):
         store.write_chunk(TENANT, ID, MODEL, 0, b"x")
-    assert not store.begin_upload(TENANT, ID, manifest_of("two", content("two"))).files[0].committed
+    assert not store.begin_upload(TENANT, ID, manifest_of("two", content("two"))).files[0].received
 
 
 def test_an_upload_continues_after_a_restart_with_what_is_on_disk(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_an_upload_continues_after_a_restart_with_what_is_on_disk(tmp_path: Path
         store.begin_upload(TENANT, ID, manifest_of("one", FILES, labels={"k": "v"}))
         store.write_chunk(TENANT, ID, MODEL, 0, FILES[MODEL][:3000])
     with LocalStore(tmp_path) as store:
-        assert [progress.committed for progress in store.query_upload(TENANT, ID).files] == [0, 3000]
+        assert [progress.received for progress in store.query_upload(TENANT, ID).files] == [0, 3000]
         send(store, ID, FILES)
         store.staged_files(TENANT, ID)
         published = store.publish(TENANT, ID, spec_of(FILES), BASE)
@@ -211,10 +211,10 @@ def test_what_lies_shorter_or_longer_on_disk_is_what_counts(tmp_path: Path) -> N
     part = tmp_path / "uploads" / TENANT / ID / MODEL
     os.truncate(part, 1234)
     with LocalStore(tmp_path) as store:
-        assert store.query_upload(TENANT, ID).files[1].committed == 1234
+        assert store.query_upload(TENANT, ID).files[1].received == 1234
     part.write_bytes(FILES[MODEL] + b"tail")
     with LocalStore(tmp_path) as store:
-        assert store.query_upload(TENANT, ID).files[1].committed == len(FILES[MODEL])
+        assert store.query_upload(TENANT, ID).files[1].received == len(FILES[MODEL])
         send(store, ID, FILES)
         assert store.staged_files(TENANT, ID).files[MODEL].read_bytes() == FILES[MODEL]
 

@@ -1,4 +1,4 @@
-"""AdapterService over a real store: rows 24 to 27 of the fault list, and what good calls give."""
+"""AdapterService over a real store: uploads that are cut or wrong, and what good calls give."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_a_caller_who_still_writes_hears_why_it_was_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("end", ["half-close", "cancel", "deadline"])
-async def test_row_24_a_cut_upload_is_invisible_and_resumes(tmp_path: Path, end: str) -> None:
+async def test_a_cut_upload_is_invisible_and_resumes(tmp_path: Path, end: str) -> None:
     messages = upload_messages("german", FILES, chunk=50_000)
 
     async def stuck() -> AsyncIterator[Message]:
@@ -136,7 +136,7 @@ async def test_row_24_a_cut_upload_is_invisible_and_resumes(tmp_path: Path, end:
         assert ended["code"] is grpc.StatusCode.NOT_FOUND
 
 
-async def test_row_24_a_silent_uploader_is_ended(tmp_path: Path) -> None:
+async def test_a_silent_uploader_is_ended(tmp_path: Path) -> None:
     async def silent() -> AsyncIterator[Message]:
         yield upload_messages("german", FILES)[0]
         await asyncio.sleep(60)
@@ -147,7 +147,7 @@ async def test_row_24_a_silent_uploader_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 99_999, 100_001])
-async def test_row_25_gap_and_overlap_tell_the_size_received(tmp_path: Path, offset: int) -> None:
+async def test_a_gap_or_an_overlap_is_refused_with_the_size_received(tmp_path: Path, offset: int) -> None:
     async with served(tmp_path) as server:
         begin, config, *_ = upload_messages("german", FILES)
         data = FILES[WEIGHTS_FILE]
@@ -161,7 +161,7 @@ async def test_row_25_gap_and_overlap_tell_the_size_received(tmp_path: Path, off
         assert (await _received(server))[WEIGHTS_FILE] == 100_000
 
 
-async def test_row_25_wrong_hash_size_or_order(tmp_path: Path) -> None:
+async def test_a_wrong_hash_size_or_order_is_refused(tmp_path: Path) -> None:
     whole = upload_messages("german", FILES)
     begin, commit = whole[0], whole[-1]
     lying = upload_messages("german", FILES, "upload-2")
@@ -199,14 +199,14 @@ async def test_invalid_files_are_refused_with_the_file_named(tmp_path: Path) -> 
         assert await _names(server) == []
 
 
-async def test_row_28_only_the_allowed_files(tmp_path: Path) -> None:
+async def test_only_the_files_of_an_adapter_are_accepted(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         for file in ("adapter_model.bin", "../adapter_config.json", "a/b", ""):
             found = await _fails(_upload(server, upload_messages("german", {**FILES, file: b"x"})))
             assert found["code"] is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_row_33_the_quota_is_told(tmp_path: Path) -> None:
+async def test_an_exceeded_quota_is_refused_with_its_numbers(tmp_path: Path) -> None:
     async with served(tmp_path, max_adapters=1) as server:
         await _push(server, "one", b"1")
         found = await _fails(_push(server, "two", b"2"))
@@ -284,7 +284,7 @@ async def test_an_adapter_tells_the_bases_it_was_accepted_for(tmp_path: Path) ->
         assert list((await server.adapters.GetAdapter(get)).accepted_bases) == []
 
 
-async def test_row_27_aliases_and_labels(tmp_path: Path) -> None:
+async def test_hostile_aliases_and_labels_are_refused(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         await _push(server, "german", b"1")
         for wrong in (
@@ -298,7 +298,7 @@ async def test_row_27_aliases_and_labels(tmp_path: Path) -> None:
             assert (await _fails(server.adapters.UpdateAdapter(request)))["code"] is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_row_37_a_deleted_or_replaced_adapter_finishes_on_its_version(tmp_path: Path) -> None:
+async def test_requests_of_a_replaced_or_deleted_adapter_end_on_their_version(tmp_path: Path) -> None:
     def slow(plan: StepPlan) -> None:  # so that the requests are seen while they run
         time.sleep(0.002)
 

@@ -39,6 +39,14 @@ async def test_a_call_becomes_one_submission_with_what_the_server_decides(tmp_pa
         assert submission.sampling.min_tokens == submission.stop.min_tokens == 2
 
 
+async def test_order_and_cache_are_as_the_call_says(tmp_path: Path) -> None:
+    call = GenerateCall(text="a", sampling=GREEDY, request_id="r", priority=-3, cache_salt="mine")
+    async with served(tmp_path) as server, _use_case(server).open(call, "t", 1e12) as generation:
+        submission = generation.submission
+        assert (submission.request_id, submission.priority, submission.cache_salt) == ("r", -3, "mine")
+        assert submission.deadline == 1e12
+
+
 async def test_a_seed_is_drawn_only_where_none_is_given(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         seeds: list[int] = []

@@ -183,7 +183,7 @@ async def test_a_text_that_any_token_would_end_cannot_have_a_least_length(tmp_pa
         assert (await server.inference.Generate(request)).choices[0].finish.usage.completion_tokens == 1
 
 
-async def test_row_23_a_duplicate_id_while_running(tmp_path: Path) -> None:
+async def test_a_duplicate_request_id_while_running_is_refused(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(before_step=lambda plan: time.sleep(0.01))) as server:
         stream = aiter(server.inference.GenerateStream(prompt_request("Hello", 100, request_id="same")))
         await anext(stream)

@@ -1,4 +1,4 @@
-"""Bad requests against a real server over the fake runner: rows 1, 2, 6 to 10, 27 and 44 of the fault list."""
+"""Bad requests against a real server over the fake runner: each is refused with its field."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def _lives(server: Served) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", b"\x0a\x03\xff\xfe\xfd", b"\x1a\xff\xff\xff\xff\x0f"])
-async def test_row_01_garbage_and_invalid_utf8(tmp_path: Path, garbage: bytes) -> None:
+async def test_garbage_and_invalid_utf8_are_refused(tmp_path: Path, garbage: bytes) -> None:
     async with served(tmp_path) as server:
         error = await _fails(server.channel.unary_unary(GENERATE)(garbage))
         assert error["code"] is grpc.StatusCode.INVALID_ARGUMENT
@@ -60,7 +60,7 @@ async def test_row_01_garbage_and_invalid_utf8(tmp_path: Path, garbage: bytes) -
         await _lives(server)
 
 
-async def test_row_02_too_large_and_unknown(tmp_path: Path) -> None:
+async def test_oversized_messages_and_unknown_methods_are_refused(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         large = prompt_request("x" * (5 << 20))
         assert (await _fails(server.inference.Generate(large)))["code"] is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -72,7 +72,9 @@ async def test_row_02_too_large_and_unknown(tmp_path: Path) -> None:
         await _lives(server)
 
 
-async def test_row_06_a_bug_tells_an_id_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_internal_error_shows_a_request_id_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Buggy(FakeTokenizer):
         def encode(self, text: str) -> list[int]:
             if text == "bug":
@@ -91,7 +93,7 @@ async def test_row_06_a_bug_tells_an_id_and_nothing_else(tmp_path: Path, caplog:
         assert any(record.exc_info and "unexpected" in record.message for record in caplog.records)
 
 
-async def test_row_06_a_failing_step_ends_its_own_request_only(tmp_path: Path) -> None:
+async def test_a_failing_step_ends_its_own_request_only(tmp_path: Path) -> None:
     def numeric(plan: StepPlan) -> Mapping[str, RequestFailure]:
         failure = RequestFailure("NUMERIC", "the logits are not finite")
         return {chunk.request_id: failure for chunk in plan.chunks if chunk.params.seed == 666}
@@ -122,7 +124,7 @@ async def test_row_06_a_failing_step_ends_its_own_request_only(tmp_path: Path) -
         ("sampling.logit_bias[0]", {"sampling": {"logit_bias": {70: 1.0}}}),
     ],
 )
-async def test_row_07_08_fields_are_refused_by_path(tmp_path: Path, path: str, change: dict[str, Any]) -> None:
+async def test_fields_are_refused_by_path(tmp_path: Path, path: str, change: dict[str, Any]) -> None:
     async with served(tmp_path) as server:
         request = inference_pb2.GenerateRequest(text="Hello", **change)
         error = await _fails(server.inference.Generate(request))
@@ -133,7 +135,7 @@ async def test_row_07_08_fields_are_refused_by_path(tmp_path: Path, path: str, c
         assert server.inside.is_idle
 
 
-async def test_row_08_neighbors_of_a_bad_token_id_are_equal(tmp_path: Path) -> None:
+async def test_neighbors_of_a_bad_token_id_are_equal(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         alone = await server.inference.Generate(prompt_request(max_tokens=30))
         neighbor = asyncio.ensure_future(server.inference.Generate(prompt_request(max_tokens=30)))
@@ -143,7 +145,7 @@ async def test_row_08_neighbors_of_a_bad_token_id_are_equal(tmp_path: Path) -> N
         assert (await neighbor).choices[0].text == alone.choices[0].text
 
 
-async def test_row_09_prompts(tmp_path: Path) -> None:
+async def test_impossible_prompts_are_refused(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(context_tokens=64)) as server:
         for request, limit in (
             (inference_pb2.GenerateRequest(), None),
@@ -164,7 +166,7 @@ async def test_row_09_prompts(tmp_path: Path) -> None:
         assert answer.choices[0].finish.reason == inference_pb2.FINISH_REASON_LENGTH
 
 
-async def test_row_09_a_request_that_cannot_fit_the_empty_cache(tmp_path: Path) -> None:
+async def test_a_request_that_cannot_fit_the_empty_cache_is_refused(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(context_tokens=128, kv_blocks=8)) as server:
         error = await _fails(server.inference.Generate(prompt_request("x" * 40)))
         assert error["ErrorInfo"].metadata["kv_cache_tokens"] == "32"
@@ -172,7 +174,7 @@ async def test_row_09_a_request_that_cannot_fit_the_empty_cache(tmp_path: Path) 
         assert answer.choices[0].finish.usage.completion_tokens == 3
 
 
-async def test_row_10_unknown_and_unfinished_adapters_are_never_the_base(tmp_path: Path) -> None:
+async def test_unknown_and_unfinished_adapters_are_never_the_base(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         unfinished = upload_messages("half", adapter_files())[:-1]
         with pytest.raises(aio.AioRpcError):
@@ -195,7 +197,7 @@ async def test_an_unknown_adapter_is_answered_with_the_nearest(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a,b", "a\0b", "x" * 300, "\u202eabc"])
-async def test_row_27_names(tmp_path: Path, name: str) -> None:
+async def test_hostile_names_are_refused(tmp_path: Path, name: str) -> None:
     async with served(tmp_path) as server:
         for call in (
             server.inference.Generate(prompt_request(adapter=name)),
@@ -205,7 +207,7 @@ async def test_row_27_names(tmp_path: Path, name: str) -> None:
             assert (await _fails(call))["code"] is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_row_44_not_serving_until_warm(tmp_path: Path) -> None:
+async def test_health_is_not_serving_until_warm(tmp_path: Path) -> None:
     inside = Inside(build_seconds=0.5)
     app = App(serve_config(tmp_path), inside.build)
     starting = asyncio.ensure_future(app.start())

@@ -28,7 +28,7 @@ EVERY = [
     adapter_errors.AdapterNotFound("no adapter 'x'", subject="x"),
     adapter_errors.AdapterConflict("in use"),
     adapter_errors.AdapterCorrupt("sha256 differs", subject="x"),
-    adapter_errors.UploadOffset("gap", committed=7, subject="f"),
+    adapter_errors.UploadOffset("gap", received=7, subject="f"),
     adapter_errors.QuotaExceeded("too many", subject="adapters"),
     adapter_errors.StoreUnavailable("disk full"),
     adapter_errors.StoreCorrupt("unreadable", remedy="loramux doctor"),

@@ -1,4 +1,4 @@
-"""Streams that end otherwise: rows 17, 18, 19, 22 and 42 of the fault list, over the fake runner."""
+"""Streams that end early, overload and shutdown, over the fake runner."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _ended(server: Served, outcome: str) -> float:
     return server.app.metrics.registry.get_sample_value("loramux_sequences_total", labels) or 0.0
 
 
-async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> None:
+async def test_a_deadline_shorter_than_the_prefill_frees_everything(tmp_path: Path) -> None:
     steps: list[int] = []
 
     def slowly(plan: StepPlan) -> None:
@@ -57,7 +57,7 @@ async def test_row_17_a_deadline_shorter_than_the_prefill(tmp_path: Path) -> Non
         await server.inference.Generate(prompt_request("Hello", 2))
 
 
-async def test_row_18_a_cancelled_stream_is_aborted_and_freed(tmp_path: Path) -> None:
+async def test_a_cancelled_stream_is_aborted_and_freed(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(before_step=_slow(0.005))) as server:
         alone = await server.inference.Generate(_long())
         neighbor = asyncio.ensure_future(server.inference.Generate(_long()))
@@ -69,7 +69,7 @@ async def test_row_18_a_cancelled_stream_is_aborted_and_freed(tmp_path: Path) ->
         await until(lambda: server.inside.is_idle)
 
 
-async def test_row_18_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None:
+async def test_the_stream_of_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(before_step=_slow(0.005))) as server:
         async with aio.insecure_channel(server.app.address) as channel:
             stream = Served(server.app, server.inside, channel).inference.GenerateStream(_long())
@@ -78,7 +78,7 @@ async def test_row_18_a_client_that_goes_away_is_aborted(tmp_path: Path) -> None
         assert _ended(server, "aborted") == 1
 
 
-async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> None:
+async def test_the_stream_of_a_client_that_stops_reading_is_ended(tmp_path: Path) -> None:
     """An echo of two megabytes in twelve choices fills the transport's window, and then nobody reads."""
 
     class Short(FakeTokenizer):
@@ -104,7 +104,7 @@ async def test_row_18_a_client_that_stops_reading_is_ended(tmp_path: Path) -> No
         await until(lambda: server.inside.is_idle)
 
 
-async def test_row_19_ten_times_the_concurrency_is_refused_fast(tmp_path: Path) -> None:
+async def test_ten_times_the_concurrency_is_refused_fast(tmp_path: Path) -> None:
     """Also while a step takes long: no refusal waits for one."""
     go = threading.Event()
     inside = Inside(before_step=lambda plan: go.wait(60) and None)
@@ -136,7 +136,7 @@ async def test_row_19_ten_times_the_concurrency_is_refused_fast(tmp_path: Path) 
         assert admitted == [20] * 8
 
 
-async def test_row_22_many_opened_and_cancelled_leak_nothing(tmp_path: Path) -> None:
+async def test_many_opened_and_cancelled_streams_leak_nothing(tmp_path: Path) -> None:
     async with served(tmp_path, Inside(before_step=_slow(0.001)), max_queued=500) as server:
         process = psutil.Process()
         await server.inference.Generate(prompt_request())
@@ -162,7 +162,7 @@ async def test_row_22_many_opened_and_cancelled_leak_nothing(tmp_path: Path) -> 
         assert len(server.inside.runner.known) <= 1
 
 
-async def test_row_22_idle_connections_cost_a_descriptor_and_no_task(tmp_path: Path) -> None:
+async def test_idle_connections_cost_a_descriptor_and_no_task(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         await server.inference.Generate(prompt_request())
         tasks, descriptors = len(asyncio.all_tasks()), psutil.Process().num_fds()
@@ -177,7 +177,7 @@ async def test_row_22_idle_connections_cost_a_descriptor_and_no_task(tmp_path: P
         await until(lambda: psutil.Process().num_fds() <= descriptors + 4)
 
 
-async def test_row_42_a_drain_lets_streams_end_and_refuses_new_work(tmp_path: Path) -> None:
+async def test_a_drain_lets_streams_end_and_refuses_new_work(tmp_path: Path) -> None:
     inside = Inside(before_step=_slow(0.01))
     app = App(serve_config(tmp_path, readiness_seconds=0.2, drain_seconds=10), inside.build)
     await app.start()
@@ -201,7 +201,7 @@ async def test_row_42_a_drain_lets_streams_end_and_refuses_new_work(tmp_path: Pa
         assert await serving == 0
 
 
-async def test_row_42_a_stream_longer_than_the_grace_is_told_aborted(tmp_path: Path) -> None:
+async def test_a_stream_longer_than_the_grace_period_is_aborted(tmp_path: Path) -> None:
     inside = Inside(before_step=_slow(0.03))
     app = App(serve_config(tmp_path, drain_seconds=0.3), inside.build)
     await app.start()
@@ -235,7 +235,7 @@ async def test_the_engines_death_ends_every_request_and_the_server(tmp_path: Pat
         assert await serving == 1
 
 
-async def test_row_16_a_step_that_hangs_ends_the_server(tmp_path: Path) -> None:
+async def test_a_step_that_hangs_ends_the_server(tmp_path: Path) -> None:
     hanging, released = threading.Event(), threading.Event()
     inside = Inside(before_step=lambda plan: hanging.is_set() and released.wait(60) and None)
     app = App(serve_config(tmp_path, step_timeout_seconds=1), inside.build)

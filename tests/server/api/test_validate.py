@@ -1,4 +1,4 @@
-"""Rules of fields, judged without a server: rows 7, 8, 9 and 27 of the fault list, value by value."""
+"""Rules of fields, judged without a server, value by value."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _refused(call: GenerateCall) -> InvalidRequest:
         ({"logit_bias": dict.fromkeys(range(2000), 0.0)}, "sampling.logit_bias"),
     ],
 )
-def test_row_07_sampling(fields: dict[str, Any], path: str) -> None:
+def test_invalid_sampling_is_refused(fields: dict[str, Any], path: str) -> None:
     assert _refused(_with(sampling=fields)).field == path
 
 
@@ -99,17 +99,17 @@ def test_row_07_sampling(fields: dict[str, Any], path: str) -> None:
         ({"stop_token_ids": (1,) * 1025}, "stopping.stop_token_ids"),
     ],
 )
-def test_row_07_stopping(fields: dict[str, Any], path: str) -> None:
+def test_invalid_stop_conditions_are_refused(fields: dict[str, Any], path: str) -> None:
     assert _refused(_with(stop=fields)).field == path
 
 
 @pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
-def test_row_07_logprobs(name: str) -> None:
+def test_invalid_logprobs_are_refused(name: str) -> None:
     error = _refused(_with(sampling={name: 1_000_000}))
     assert (error.field, error.metadata) == (f"response.{name}", {"max_logprobs": "5"})
 
 
-def test_row_08_token_ids_outside_the_vocabulary() -> None:
+def test_token_ids_outside_the_vocabulary_are_refused() -> None:
     error = _refused(GenerateCall(token_ids=(1, 2, 64)))
     assert (error.field, error.metadata) == ("token_ids.ids[2]", {"vocabulary": "64"})
 
@@ -128,11 +128,11 @@ def test_row_08_token_ids_outside_the_vocabulary() -> None:
         (GenerateCall(token_ids=(1,) * 50, max_tokens=48), "stopping.max_tokens"),
     ],
 )
-def test_row_09_inputs(call: GenerateCall, path: str) -> None:
+def test_invalid_inputs_are_refused(call: GenerateCall, path: str) -> None:
     assert _refused(call).field == path
 
 
-def test_row_09_the_limit_is_in_the_metadata() -> None:
+def test_the_context_limit_is_in_the_metadata() -> None:
     with pytest.raises(InvalidRequest) as caught:
         LIMITS.fit_tokens(100, None)
     assert caught.value.metadata == {"kv_cache_tokens": "96", "prompt_tokens": "100"}
@@ -155,9 +155,20 @@ def test_what_fits_is_never_over_a_limit_and_left_out_means_what_is_left(prompt:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "asked", "granted"),
+    [(10, None, 23), (32, None, 1), (33, None, 64), (10, 40, 40)],  # the last token's KV is never written
+)
+def test_what_is_left_out_ends_at_a_longrope_bases_original_context(
+    prompt: int, asked: int | None, granted: int
+) -> None:
+    limits = replace(LIMITS, original_context_tokens=32)
+    assert limits.fit_tokens(prompt, asked) == granted
+
+
+@pytest.mark.parametrize(
     "name", ["../x", "a/b", "a,b", "a\0b", "x" * 300, "\u202eabc", "", " a", "a b", ".a", "-a", "é", "a\n"]
 )
-def test_row_27_names(name: str) -> None:
+def test_hostile_names_are_refused(name: str) -> None:
     with pytest.raises(InvalidRequest):
         validate.check(validate.name("name", name))
     with pytest.raises(InvalidRequest):
@@ -189,7 +200,7 @@ def test_the_api_and_the_store_judge_labels_alike(labels: dict[str, str], why: s
 
 
 @pytest.mark.parametrize("reference", ["a@", "a@1234567", "a@XYZ45678", "a@" + "0" * 65, "a@b@12345678"])
-def test_row_27_versions(reference: str) -> None:
+def test_invalid_versions_are_refused(reference: str) -> None:
     with pytest.raises(InvalidRequest):
         validate.check(validate.reference("adapter", reference))
 

@@ -77,7 +77,7 @@ def test_forgotten_blocks_are_never_found():
     pool = BlockPool(1)
     blocks = pool.allocate(1) or []
     pool.publish(blocks[0], b"x")
-    pool.forget(blocks)
+    pool.invalidate(blocks)
     pool.release(blocks)
     assert pool.find_prefix([b"x"]) == []
     pool.check()
@@ -90,7 +90,7 @@ def test_misuse_is_an_error():
     with pytest.raises(ValueError, match="without a reference"):
         pool.publish(0, b"x")
     with pytest.raises(ValueError, match="without a reference"):
-        pool.forget([0])
+        pool.invalidate([0])
     with pytest.raises(ValueError, match="at least one block"):
         BlockPool(0)
 
@@ -179,7 +179,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(self.held))
-        self.pool.forget(holder)
+        self.pool.invalidate(holder)
         self.published = {value: block for value, block in self.published.items() if block not in holder}
 
     @invariant()

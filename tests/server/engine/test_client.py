@@ -16,9 +16,9 @@ from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import Draining, DuplicateRequest, InvalidRequest, Overloaded, Unavailable
 from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
 from support.engine_client import count_choices, count_submissions
-from support.engine_drive import digest, limits, submission
 from support.engine_thread import running
 from support.fake_runner import solo
+from support.scheduler_harness import digest, limits, submission
 
 pytestmark = pytest.mark.asyncio
 
@@ -39,7 +39,7 @@ def end(choice: int = 0) -> TokenEvent:
     return TokenEvent(choice, finish=FinishReason.LENGTH)
 
 
-class Desk:
+class ClientHarness:
     """A client whose engine is the test."""
 
     def __init__(self, **changes: int) -> None:
@@ -79,39 +79,48 @@ async def test_a_duplicate_id_is_refused_while_open_and_free_afterwards():
 
 
 async def test_what_is_too_much_is_refused_at_once_with_a_delay():
-    desk = Desk(max_running=2, max_batch_tokens=8, max_queued=1)
-    desk.client.submit(submission("a", n=2))
-    desk.client.submit(submission("b"))
+    harness = ClientHarness(max_running=2, max_batch_tokens=8, max_queued=1)
+    harness.client.submit(submission("a", n=2))
+    harness.client.submit(submission("b"))
     with pytest.raises(Overloaded) as caught:
-        desk.client.submit(submission("c"))
+        harness.client.submit(submission("c"))
     assert caught.value.retry_after == 1.0
-    assert [type(command) for command in desk.take()] == [Submit, Submit]
-    await desk.publish((1, end(0)))
-    desk.client.submit(submission("c"))
-    assert count_choices(desk.client) == 3
+    assert [type(command) for command in harness.take()] == [Submit, Submit]
+    await harness.publish((1, end(0)))
+    harness.client.submit(submission("c"))
+    assert count_choices(harness.client) == 3
+
+
+async def test_every_choice_of_a_submission_takes_a_place():
+    harness = ClientHarness(max_running=2, max_batch_tokens=8, max_queued=1)
+    harness.client.submit(submission("a", n=2))
+    with pytest.raises(Overloaded):
+        harness.client.submit(submission("b", n=2))
+    assert count_choices(harness.client) == 2
+    harness.client.submit(submission("b"))
 
 
 async def test_the_retry_delay_follows_throughput_while_busy():
-    desk = Desk(max_queued=15)
+    harness = ClientHarness(max_queued=15)
     for number in range(1, 5):
-        desk.client.submit(submission(f"r{number}"))
+        harness.client.submit(submission(f"r{number}"))
     for number in (1, 2, 3):
-        desk.now += 0.5
-        await desk.publish((number, end()))
-    assert desk.client._estimate_retry() == pytest.approx(0.5 * 2)
-    await desk.publish((4, end()))
-    desk.now += 3600.0
-    desk.client.submit(submission("late"))
-    await desk.publish((5, end()))
-    assert desk.client._estimate_retry() < 1.0, "an idle hour is no throughput"
+        harness.now += 0.5
+        await harness.publish((number, end()))
+    assert harness.client._estimate_retry() == pytest.approx(0.5 * 2)
+    await harness.publish((4, end()))
+    harness.now += 3600.0
+    harness.client.submit(submission("late"))
+    await harness.publish((5, end()))
+    assert harness.client._estimate_retry() < 1.0, "an idle hour is no throughput"
 
 
 async def test_what_can_never_fit_is_refused_before_the_engine_hears_of_it():
-    desk = Desk(kv_blocks=2)
+    harness = ClientHarness(kv_blocks=2)
     for bad in (submission(prompt=9), submission(prompt=[]), submission(n=0), submission(n=10**6)):
         with pytest.raises(InvalidRequest):
-            desk.client.submit(bad)
-    assert desk.take() == []
+            harness.client.submit(bad)
+    assert harness.take() == []
 
 
 async def test_a_full_mailbox_is_overload():
@@ -123,15 +132,15 @@ async def test_a_full_mailbox_is_overload():
 
 
 async def test_abort_by_id_reaches_the_engine_once_and_only_the_owner_may():
-    desk = Desk()
-    desk.client.submit(submission("a"))
-    assert not desk.client.abort("other", "a")
-    assert not desk.client.abort("default", "b")
-    assert desk.client.abort("default", "a")
-    assert desk.client.abort("default", "a")
-    assert desk.take()[1:] == [Abort(1)]
-    await desk.publish((1, TokenEvent(0, finish=FinishReason.ABORTED)))
-    assert not desk.client.abort("default", "a")
+    harness = ClientHarness()
+    harness.client.submit(submission("a"))
+    assert not harness.client.abort("other", "a")
+    assert not harness.client.abort("default", "b")
+    assert harness.client.abort("default", "a")
+    assert harness.client.abort("default", "a")
+    assert harness.take()[1:] == [Abort(1)]
+    await harness.publish((1, TokenEvent(0, finish=FinishReason.ABORTED)))
+    assert not harness.client.abort("default", "a")
 
 
 async def test_an_aborted_reader_hears_of_it():
@@ -155,77 +164,77 @@ async def test_an_aborted_reader_hears_of_it():
 
 
 async def test_a_cancelled_reader_aborts_its_request():
-    desk = Desk()
-    stream = desk.client.submit(submission("a", n=2))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a", n=2))
     reader = asyncio.create_task(read(stream))
     await asyncio.sleep(0)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    assert desk.take()[1:] == [Abort(1)]
+    assert harness.take()[1:] == [Abort(1)]
 
 
 async def test_leaving_the_block_early_aborts_and_leaving_it_at_the_end_does_not():
-    desk = Desk()
-    async with desk.client.submit(submission("a")):
-        await desk.publish((1, token()))
-    assert desk.take()[1:] == [Abort(1)]
-    async with desk.client.submit(submission("b")) as stream:
-        await desk.publish((2, end()))
+    harness = ClientHarness()
+    async with harness.client.submit(submission("a")):
+        await harness.publish((1, token()))
+    assert harness.take()[1:] == [Abort(1)]
+    async with harness.client.submit(submission("b")) as stream:
+        await harness.publish((2, end()))
         assert len((await read(stream))[0]) == 1
-    assert [type(command) for command in desk.take()] == [Submit]
+    assert [type(command) for command in harness.take()] == [Submit]
 
 
 async def test_a_finished_choice_is_retired_and_says_no_more():
-    desk = Desk()
-    stream = desk.client.submit(submission("a", n=2))
-    await desk.publish((1, token(1, 0)), (1, token(2, 0)), (1, token(3, 1)))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a", n=2))
+    await harness.publish((1, token(1, 0)), (1, token(2, 0)), (1, token(3, 1)))
     first = await anext(stream)
     assert first.token == 1
     stream.finish(0)
     stream.finish(0)
-    assert desk.take()[1:] == [Finish(1, 0)]
-    await desk.publish((1, token(4, 0)), (1, TokenEvent(0, finish=FinishReason.STOP)), (1, end(1)))
+    assert harness.take()[1:] == [Finish(1, 0)]
+    await harness.publish((1, token(4, 0)), (1, TokenEvent(0, finish=FinishReason.STOP)), (1, end(1)))
     assert [(event.choice, event.token) for event in (await read(stream))[1]] == [(1, 3), (1, None)]
-    assert count_submissions(desk.client) == 0
+    assert count_submissions(harness.client) == 0
 
 
 async def test_an_id_is_free_when_its_reader_has_finished_although_the_engine_has_not():
-    desk = Desk()
-    stream = desk.client.submit(submission("a"))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a"))
     stream.finish(0)
-    again = desk.client.submit(submission("a"))
-    await desk.publish((1, end()), (2, token(9)), (2, end()))
+    again = harness.client.submit(submission("a"))
+    await harness.publish((1, end()), (2, token(9)), (2, end()))
     assert await read(stream) == {}
     assert [event.token for event in (await read(again))[0]] == [9, None]
-    assert desk.client.submit(submission("a")).is_open
+    assert harness.client.submit(submission("a")).is_open
 
 
 async def test_the_engine_cannot_end_a_choice_twice():
-    desk = Desk()
-    stream = desk.client.submit(submission("a", n=2))
-    await desk.publish((1, end(0)), (1, end(0)), (1, token(1, 0)), (99, end()), (1, end(1)))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a", n=2))
+    await harness.publish((1, end(0)), (1, end(0)), (1, token(1, 0)), (99, end()), (1, end(1)))
     assert {choice: len(events) for choice, events in (await read(stream)).items()} == {0: 1, 1: 1}
-    assert count_choices(desk.client) == 0
+    assert count_choices(harness.client) == 0
 
 
 async def test_ready_events_are_taken_together():
-    desk = Desk()
-    stream = desk.client.submit(submission("a"))
-    await desk.publish((1, token(1)), (1, token(2)), (1, end()))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a"))
+    await harness.publish((1, token(1)), (1, token(2)), (1, end()))
     assert (await anext(stream)).token == 1
     assert [event.token for event in stream.take_ready()] == [2, None]
     assert await read(stream) == {}
 
 
 async def test_a_stream_has_one_reader():
-    desk = Desk()
-    stream = desk.client.submit(submission("a"))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a"))
     first = asyncio.create_task(read(stream))
     await asyncio.sleep(0)
     with pytest.raises(RuntimeError, match="one reader"):
         await anext(stream)
-    await desk.publish((1, end()))
+    await harness.publish((1, end()))
     assert len((await first)[0]) == 1
 
 
@@ -242,18 +251,18 @@ async def test_draining_refuses_the_new_and_keeps_the_old():
 
 
 async def test_fail_all_ends_each_choice_once_and_refuses_from_then_on():
-    desk = Desk()
-    stream = desk.client.submit(submission("a", n=3))
-    await desk.publish((1, end(0)))
+    harness = ClientHarness()
+    stream = harness.client.submit(submission("a", n=3))
+    await harness.publish((1, end(0)))
     stream.finish(1)
-    desk.client.fail_all(RequestFailure("ENGINE_DEAD", "a step hangs"))
-    await desk.publish((1, end(2)))
+    harness.client.fail_all(RequestFailure("ENGINE_DEAD", "a step hangs"))
+    await harness.publish((1, end(2)))
     events = await read(stream)
     assert [event.failure and event.failure.code for event in events[2]] == ["ENGINE_DEAD"]
     assert [event.failure for event in events[0]] == [None]
     assert 1 not in events
     with pytest.raises(Unavailable, match="a step hangs"):
-        desk.client.submit(submission("b"))
+        harness.client.submit(submission("b"))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -55,7 +55,7 @@ def run(
     prompt: Sequence[int] = (),
 ) -> list[Delta]:
     """All events of a choice, the last token with the engine's own finish; `stop_token` comes after `tokens`."""
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, stop, prompt)
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, stop, prompt)
     tokens = [*tokens] if stop_token is None else [*tokens, stop_token]
     deltas = []
     for i, token in enumerate(tokens):
@@ -200,6 +200,14 @@ def test_the_first_end_wins_and_then_the_longest() -> None:
         assert text_of(run(tokenizer, [256], StopConditions(stop_strings=stops))) == text
 
 
+@pytest.mark.parametrize(("stop", "text"), [("aab", "aaab"), ("abac", "ababac"), ("aabaaac", "aabaaabaaac")])
+def test_a_stop_string_that_begins_within_a_failed_match_is_found(stop: str, text: str) -> None:
+    tokenizer = ByteTokenizer()
+    deltas = run(tokenizer, tokenizer.encode(text), StopConditions(stop_strings=(stop,)))
+    assert text_of(deltas) == text.removesuffix(stop)
+    assert deltas[-1].stop_string == stop
+
+
 def test_stop_strings_count_from_min_tokens_on() -> None:
     tokenizer = ByteTokenizer()
     stop = StopConditions(min_tokens=4, stop_strings=("ab",))
@@ -216,7 +224,7 @@ def test_stop_strings_count_from_min_tokens_on() -> None:
 
 def test_nothing_comes_after_the_end() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(stop_strings=("b",)))
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, StopConditions(stop_strings=("b",)))
     tokens = [choice.push(TokenEvent(0, ord(c))) for c in "abc"]
     assert [delta is None for delta in tokens] == [False, False, True]
     assert choice.push(TokenEvent(0, finish=FinishReason.LENGTH)) is None
@@ -253,7 +261,7 @@ def test_an_end_in_the_middle_of_a_character_says_so() -> None:
 
 def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions(stop_strings=("abc",)))
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, StopConditions(stop_strings=("abc",)))
     choice.push(TokenEvent(0, ord("a")))
     delta = choice.push(TokenEvent(0, finish=FinishReason.ABORTED, usage=Usage(1, 1, 0)))
     assert delta == Delta(0, "a", finish=FinishReason.ABORTED, usage=Usage(1, 1, 0))
@@ -261,7 +269,7 @@ def test_what_was_held_back_comes_out_when_the_request_is_aborted() -> None:
 
 def test_failures_and_logprobs_pass_through() -> None:
     tokenizer = ByteTokenizer()
-    choice = ChoiceText(tokenizer.decode, tokenizer.spell, StopConditions())
+    choice = ChoiceText(tokenizer.decode, tokenizer.token_text, StopConditions())
     prompt = (None, TokenLogprob(5, -1.0))
     assert choice.push(TokenEvent(3, prompt_logprobs=prompt)) == Delta(3, prompt_logprobs=prompt)
     logprob = TokenLogprob(ord("a"), -0.25, ((97, -0.25),))

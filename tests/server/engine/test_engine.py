@@ -14,10 +14,10 @@ from loramux_server.engine.stream import RequestStream
 from loramux_server.errors import Unavailable
 from loramux_server.requests import FinishReason, RequestFailure, TokenEvent
 from support.engine_client import count_choices, count_submissions
-from support.engine_drive import digest, limits, submission
 from support.engine_thread import Running, running
 from support.fake_pool import FakePool
 from support.fake_runner import solo
+from support.scheduler_harness import digest, limits, submission
 
 pytestmark = pytest.mark.asyncio
 
@@ -36,6 +36,29 @@ async def until_asked(server: Running, digest_: str) -> None:
             return
         await asyncio.sleep(0.005)
     raise AssertionError("the pool was never asked")
+
+
+async def test_an_idle_engine_checks_its_books_once_and_dies_of_what_it_finds():
+    async with running() as server:
+        checks = list[bool]()
+        check = server.scheduler.check
+
+        def checking() -> None:
+            check()
+            checks.append(server.scheduler.is_idle)
+
+        server.scheduler.check = checking  # type: ignore[method-assign]
+        await read(server.client.submit(submission(max_tokens=9)))
+        await asyncio.sleep(0.3)  # six beats of its heart
+        assert checks == [True]
+        taken = server.scheduler.tables.pool.allocate(1)  # a block that nobody will give back
+        assert taken
+        events = server.client.submit(submission("last"))
+        await read(events)
+        for _ in range(1000):
+            if not server.deaths:
+                await asyncio.sleep(0.005)
+        assert [str(error) for error in server.deaths] == ["1 KV blocks are held and no request is live"]
 
 
 @pytest.mark.parametrize("what", ["commands", "background"])

@@ -18,11 +18,11 @@ from loramux_server.engine.plan import (
 from loramux_server.requests import SamplingParams
 
 
-def plan_of(count: int) -> StepPlan:
+def plan_of(count: int, merged: str | None = None) -> StepPlan:
     chunks = tuple(
         Chunk(f"r{index}", (index,), 0, (index,), BASE_SLOT, True, SamplingParams(), 1) for index in range(count)
     )
-    return StepPlan(7, chunks, retired=("gone",))
+    return StepPlan(7, chunks, merged, retired=("gone",))
 
 
 class Picky:
@@ -60,6 +60,12 @@ def test_out_of_memory_is_retried_in_halves_and_nobody_fails(error: type[Excepti
     assert {plan.step for plan in runner.seen} == {7}
     assert (set(result.sampled), result.failures) == ({f"r{index}" for index in range(7)}, {})
     assert result.timing == StepTiming(3.0, 6.0, 9.0)
+
+
+def test_halves_run_on_the_merged_weights_of_the_whole():
+    runner = Picky(2)
+    execute_contained(runner, plan_of(4, "digest"))
+    assert [plan.merged for plan in runner.seen] == ["digest"] * 3
 
 
 def test_who_does_not_fit_alone_fails_alone():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loramux_server.errors import InvalidRequest
-from support.engine_drive import limits, submission
+from support.scheduler_harness import limits, submission
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from loramux_server.engine.mailbox import Abort, Command, Mailbox, MailboxClosed, MailboxFull, Submit
-from support.engine_drive import submission
+from support.scheduler_harness import submission
 
 
 def test_commands_come_in_order_and_once():

@@ -6,8 +6,8 @@ import pytest
 
 from loramux_server.engine.policies import AdapterAdmission, FirstComeFirstServed
 from loramux_server.engine.request import Request, expand
-from support.engine_drive import Drive, digest, limits, submission
 from support.fake_pool import FakePool
+from support.scheduler_harness import SchedulerHarness, digest, limits, submission
 
 
 def request(ticket: int, **more: object) -> Request:
@@ -44,7 +44,7 @@ def test_one_pass_asks_once_per_adapter():
     turns = AdapterAdmission(bound=2, tries=8)
     first, same, other = (request(number, digest=digest(kind)) for number, kind in ((1, 1), (2, 1), (3, 2)))
     assert turns.may_ask(first)
-    turns.refuse(first)
+    turns.skip(first)
     assert not turns.may_ask(same)
     assert turns.may_ask(other)
 
@@ -53,29 +53,29 @@ def test_a_pass_ends_when_enough_adapters_were_asked_for():
     turns = AdapterAdmission(bound=9, tries=2)
     for number in (1, 2):
         assert not turns.is_over
-        turns.refuse(request(number, digest=digest(number)))
+        turns.skip(request(number, digest=digest(number)))
     assert turns.is_over
 
 
 def test_after_the_bound_nobody_else_may_ask():
     waiting = request(1, digest=digest(1))
-    for overtaken in range(2):
+    for skipped in range(2):
         turns = AdapterAdmission(bound=2, tries=8)
-        turns.refuse(waiting)
+        turns.skip(waiting)
         other = request(2, digest=digest(2))
         assert turns.may_ask(other)
         turns.admit(other)
-        assert waiting.overtaken == overtaken + 1
+        assert waiting.skips == skipped + 1
     turns = AdapterAdmission(bound=2, tries=8)
-    turns.refuse(waiting)
+    turns.skip(waiting)
     assert not turns.may_ask(request(3, digest=digest(3)))
     AdapterAdmission(bound=2, tries=8).admit(waiting)
-    assert waiting.overtaken == 0
+    assert waiting.skips == 0
 
 
 def test_the_bound_holds_within_one_pass():
     turns = AdapterAdmission(bound=1, tries=8)
-    turns.refuse(request(1, digest=digest(1)))
+    turns.skip(request(1, digest=digest(1)))
     turns.admit(request(2, digest=digest(2)))
     assert not turns.may_ask(request(3, digest=digest(3)))
 
@@ -83,50 +83,50 @@ def test_the_bound_holds_within_one_pass():
 def test_a_stream_of_lucky_adapters_cannot_starve_an_unlucky_one():
     """Two slots, two popular adapters with new requests before each step: the third gets its slot all the same."""
     pool = FakePool(2)
-    drive = Drive(limits(max_overtakes=3, max_running=4), pool)
+    harness = SchedulerHarness(limits(max_skips=3, max_running=4), pool)
     for number in (1, 2):
-        drive.submit(submission(f"warm{number}", digest=digest(number), max_tokens=1))
-    drive.step()
+        harness.submit(submission(f"warm{number}", digest=digest(number), max_tokens=1))
+    harness.step()
     pool.report_all()
-    drive.step()
+    harness.step()
     unlucky = None
     passed = 0
     for turn in range(60):
-        drive.submit(submission(f"lucky{turn}", prompt=[turn % 60] * 3, digest=digest(1 + turn % 2), max_tokens=4))
+        harness.submit(submission(f"lucky{turn}", prompt=[turn % 60] * 3, digest=digest(1 + turn % 2), max_tokens=4))
         if turn == 4:
-            unlucky = drive.submit(submission("unlucky", digest=digest(3)))
-        plan = drive.step()
+            unlucky = harness.submit(submission("unlucky", digest=digest(3)))
+        plan = harness.step()
         pool.report_all()
         if unlucky is not None:
-            if drive.tokens(unlucky):
+            if harness.tokens(unlucky):
                 break
             passed += sum(chunk.start == 0 and int(chunk.request_id.split(":")[0]) > unlucky for chunk in plan.chunks)
     assert unlucky is not None
-    assert drive.tokens(unlucky), "it starved"
+    assert harness.tokens(unlucky), "it starved"
     assert passed <= 3
-    drive.run()
-    drive.check_idle()
+    harness.run()
+    harness.check_idle()
 
 
 def test_requests_for_the_base_pass_also_when_a_turn_is_taken():
-    drive = Drive(limits(max_overtakes=0), FakePool(2))
-    drive.submit(submission("waits", digest=digest(1)))
-    drive.submit(submission("barred", digest=digest(2)))
-    base = drive.submit(submission("base", prompt=[5] * 3))
-    drive.step()
-    assert drive.pool.asked == [digest(1)]
-    assert len(drive.tokens(base)) == 1
-    drive.run()
-    drive.check_idle()
+    harness = SchedulerHarness(limits(max_skips=0), FakePool(2))
+    harness.submit(submission("waits", digest=digest(1)))
+    harness.submit(submission("barred", digest=digest(2)))
+    base = harness.submit(submission("base", prompt=[5] * 3))
+    harness.step()
+    assert harness.pool.asked == [digest(1)]
+    assert len(harness.tokens(base)) == 1
+    harness.run()
+    harness.check_idle()
 
 
 def test_many_adapters_through_few_slots_all_end():
-    drive = Drive(limits(max_overtakes=2), FakePool(3))
+    harness = SchedulerHarness(limits(max_skips=2), FakePool(3))
     tickets = [
-        drive.submit(submission(f"r{number}", prompt=[number % 60] * 4, digest=digest(number % 17)))
+        harness.submit(submission(f"r{number}", prompt=[number % 60] * 4, digest=digest(number % 17)))
         for number in range(68)
     ]
-    drive.run()
+    harness.run()
     for ticket in tickets:
-        drive.check_equal_to_solo(ticket)
-    drive.check_idle()
+        harness.check_equal_to_solo(ticket)
+    harness.check_idle()

@@ -6,7 +6,7 @@ import pytest
 
 from loramux_server.engine.plan import StepPlan
 from loramux_server.requests import RequestFailure
-from support.engine_drive import Drive, digest, limits, submission
+from support.scheduler_harness import SchedulerHarness, digest, limits, submission
 
 
 def shapes(plan: StepPlan) -> list[tuple[int, int]]:
@@ -15,56 +15,56 @@ def shapes(plan: StepPlan) -> list[tuple[int, int]]:
 
 
 def test_equal_prompts_share_blocks_and_recompute_at_least_the_last_token():
-    drive = Drive()
-    first = drive.submit(submission("a", prompt=8))
-    drive.run()
-    second = drive.submit(submission("b", prompt=8))
-    plan = drive.step()
+    harness = SchedulerHarness()
+    first = harness.submit(submission("a", prompt=8))
+    harness.run()
+    second = harness.submit(submission("b", prompt=8))
+    plan = harness.step()
     assert shapes(plan) == [(4, 4)]
-    drive.run()
-    drive.check_equal_to_solo(first)
-    drive.check_equal_to_solo(second)
-    end = drive.last(second)
+    harness.run()
+    harness.check_equal_to_solo(first)
+    harness.check_equal_to_solo(second)
+    end = harness.last(second)
     assert end.usage is not None
     assert end.usage.cached == 4
 
 
 def test_output_is_found_again_as_the_next_turn_of_a_talk():
-    drive = Drive()
-    ticket = drive.submit(submission("a", prompt=6, max_tokens=7))
-    drive.run()
-    drive.submit(submission("b", prompt=[*range(6), *drive.tokens(ticket), 1, 2]))
-    assert shapes(drive.step()) == [(12, 3)]
+    harness = SchedulerHarness()
+    ticket = harness.submit(submission("a", prompt=6, max_tokens=7))
+    harness.run()
+    harness.submit(submission("b", prompt=[*range(6), *harness.tokens(ticket), 1, 2]))
+    assert shapes(harness.step()) == [(12, 3)]
 
 
 @pytest.mark.parametrize("other", [{"digest": digest(1)}, {"tenant": "other"}, {"cache_salt": "s"}])
 def test_no_hit_across_adapter_tenant_or_salt(other: dict[str, str]):
-    drive = Drive()
-    drive.submit(submission("a", prompt=9))
-    drive.run()
-    ticket = drive.submit(submission("b", prompt=9, **other))
-    assert shapes(drive.step()) == [(0, 9)]
-    drive.run()
-    drive.check_equal_to_solo(ticket)
+    harness = SchedulerHarness()
+    harness.submit(submission("a", prompt=9))
+    harness.run()
+    ticket = harness.submit(submission("b", prompt=9, **other))
+    assert shapes(harness.step()) == [(0, 9)]
+    harness.run()
+    harness.check_equal_to_solo(ticket)
 
 
 def test_no_cache_no_hit():
-    drive = Drive(limits(prefix_cache=False))
+    harness = SchedulerHarness(limits(prefix_cache=False))
     for name in "ab":
-        drive.submit(submission(name, prompt=9))
-        assert shapes(drive.step()) == [(0, 9)]
-        drive.run()
-    drive.check_idle()
+        harness.submit(submission(name, prompt=9))
+        assert shapes(harness.step()) == [(0, 9)]
+        harness.run()
+    harness.check_idle()
 
 
 def test_prompt_logprobs_read_no_cached_blocks_and_come_once_before_the_first_token():
-    drive = Drive(limits(max_batch_tokens=10))
-    drive.submit(submission("a", prompt=20))
-    drive.run()
-    ticket = drive.submit(submission("b", prompt=20, sampling={"prompt_logprobs": 0}))
-    plans = drive.run()
+    harness = SchedulerHarness(limits(max_batch_tokens=10))
+    harness.submit(submission("a", prompt=20))
+    harness.run()
+    ticket = harness.submit(submission("b", prompt=20, sampling={"prompt_logprobs": 0}))
+    plans = harness.run()
     assert shapes(plans[0]) == [(0, 10)]
-    first, *rest = drive.events[ticket, 0]
+    first, *rest = harness.events[ticket, 0]
     assert first.token is None
     assert first.prompt_logprobs is not None
     assert [entry and entry.token for entry in first.prompt_logprobs] == [None, *range(1, 20)]
@@ -73,41 +73,41 @@ def test_prompt_logprobs_read_no_cached_blocks_and_come_once_before_the_first_to
 
 
 def test_blocks_that_were_shared_with_a_failed_request_are_not_found_again():
-    drive = Drive()
-    drive.submit(submission("a", prompt=9))
-    drive.run()
-    drive.submit(submission("bad", prompt=12))
-    drive.runner.inject = lambda plan: {chunk.request_id: RequestFailure("NUMERIC", "") for chunk in plan.chunks}
-    assert shapes(drive.step()) == [(8, 4)]
-    drive.runner.inject = None
-    drive.submit(submission("b", prompt=9))
-    assert shapes(drive.step()) == [(0, 9)]
+    harness = SchedulerHarness()
+    harness.submit(submission("a", prompt=9))
+    harness.run()
+    harness.submit(submission("bad", prompt=12))
+    harness.runner.inject = lambda plan: {chunk.request_id: RequestFailure("NUMERIC", "") for chunk in plan.chunks}
+    assert shapes(harness.step()) == [(8, 4)]
+    harness.runner.inject = None
+    harness.submit(submission("b", prompt=9))
+    assert shapes(harness.step()) == [(0, 9)]
 
 
 @pytest.mark.parametrize(("steps", "in_doubt"), [(1, True), (2, True), (3, False), (4, False)])
 def test_kv_from_which_no_token_was_drawn_is_in_doubt(steps: int, in_doubt: bool):
     """NaN shows only in logits: a prompt of three chunks that is aborted before the third may hold it."""
-    drive = Drive(limits(max_batch_tokens=8))
-    ticket = drive.submit(submission("a", prompt=20, max_tokens=9))
+    harness = SchedulerHarness(limits(max_batch_tokens=8))
+    ticket = harness.submit(submission("a", prompt=20, max_tokens=9))
     for _ in range(steps):
-        plan = drive.step()
+        plan = harness.step()
     assert plan.chunks[0].samples is not in_doubt
-    drive.abort(ticket)
-    drive.submit(submission("b", prompt=20))
-    plan = drive.step()
+    harness.abort(ticket)
+    harness.submit(submission("b", prompt=20))
+    plan = harness.step()
     assert plan.chunks[0].start == (0 if in_doubt else 16)
 
 
 def test_sharing_an_idle_block_takes_from_what_is_available():
     """Of 5 blocks 2 are cached, 2 run and 1 is blank: a prompt of 4 blocks does not fit although 2 are found."""
-    drive = Drive(limits(kv_blocks=5))
-    drive.submit(submission("a", prompt=8, max_tokens=1))
-    drive.run()
-    drive.submit(submission("b", prompt=[50] * 7, max_tokens=2))
-    drive.step()
-    ticket = drive.submit(submission("c", prompt=16, max_tokens=2))
-    drive.step()
-    assert drive.scheduler.load().waiting == {"blocks": 1}
-    drive.run()
-    drive.check_equal_to_solo(ticket)
-    drive.check_idle()
+    harness = SchedulerHarness(limits(kv_blocks=5))
+    harness.submit(submission("a", prompt=8, max_tokens=1))
+    harness.run()
+    harness.submit(submission("b", prompt=[50] * 7, max_tokens=2))
+    harness.step()
+    ticket = harness.submit(submission("c", prompt=16, max_tokens=2))
+    harness.step()
+    assert harness.scheduler.load().waiting == {"blocks": 1}
+    harness.run()
+    harness.check_equal_to_solo(ticket)
+    harness.check_idle()

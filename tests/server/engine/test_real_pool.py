@@ -19,10 +19,10 @@ from loramux_adapters.spec import AdapterSpec
 from loramux_server.engine.execution import execute_contained
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
-from support.engine_drive import digest, limits, submission
 from support.fake_runner import FakeRunner, solo
+from support.scheduler_harness import digest, limits, submission
 
-OVERTAKES = 2
+SKIPS = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def test_every_request_gets_its_turn_and_its_own_adapter(seed: int):
     random_ = random.Random(seed)
     device, loader = Device(), Later()
     pool = AdapterPool(SlotTable(["layer"], 32, 3, 0), device, Host(), loader, lambda: None)
-    bounds = limits(max_overtakes=OVERTAKES, max_running=4, kv_blocks=24, max_loads_tried=4)
+    bounds = limits(max_skips=SKIPS, max_running=4, kv_blocks=24, max_loads_tried=4)
     scheduler = Scheduler(bounds, pool)
     runner = FakeRunner(bounds.block_tokens, device.bound.__getitem__)
     submitted = {}
@@ -121,7 +121,7 @@ def test_every_request_gets_its_turn_and_its_own_adapter(seed: int):
                 tokens[ticket].append(event.token)
             if event.terminal:
                 ends[ticket] = event.failure.code if event.failure else "ended"
-        assert all(request.overtaken <= OVERTAKES for request in scheduler._live.values())
+        assert all(request.skips <= SKIPS for request in scheduler._live.values())
         pool.check()
         loader.do(random_.choice([0, 0, 1, 3]), random_)
         if len(ends) == 60:

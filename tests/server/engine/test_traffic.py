@@ -1,7 +1,7 @@
 """Mixed traffic at random: submissions, aborts, deadlines, failures, slow loads, more adapters than slots, tiny KV.
 
 Whatever happens to its neighbors, a request's tokens are the beginning of its solo run, all of it
-if it ended by itself; each choice ends once; blocks and leases come back; nobody is overtaken for ever.
+if it ended by itself; each choice ends once; blocks and leases come back; nobody is skipped for ever.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_server.engine.plan import StepOutOfMemory, StepPlan
 from loramux_server.requests import FinishReason, RequestFailure
-from support.engine_drive import Drive, digest, limits, submission
 from support.fake_pool import FakePool
 from support.fake_runner import solo
+from support.scheduler_harness import SchedulerHarness, digest, limits, submission
 
-OVERTAKES = 2
+SKIPS = 2
 LIKELY_PREFIX = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
@@ -37,12 +37,12 @@ class Traffic(RuleBasedStateMachine):
             kv_blocks=kv_blocks,
             max_running=running,
             max_batch_tokens=tokens,
-            max_overtakes=OVERTAKES,
+            max_skips=SKIPS,
             max_loads_tried=4,
             deterministic=deterministic,
             prefix_cache=caching,
         )
-        self.drive = Drive(bounds, FakePool(slots), ready=lambda: frozenset({digest(1)}))
+        self.harness = SchedulerHarness(bounds, FakePool(slots), ready=lambda: frozenset({digest(1)}))
 
     @rule(
         prefix=st.integers(0, 12),
@@ -71,17 +71,17 @@ class Traffic(RuleBasedStateMachine):
         prompt_logprobs: int | None,
         ends: frozenset[int],
     ) -> None:
-        drive = self.drive
-        drive.submit(
+        harness = self.harness
+        harness.submit(
             submission(
-                f"r{len(drive.submitted)}",
+                f"r{len(harness.submitted)}",
                 prompt=[*LIKELY_PREFIX[:prefix], *own, 0],
                 max_tokens=output,
                 n=choices,
                 digest=digest(kind) if kind else None,
                 priority=priority,
                 cache_salt=salt,
-                deadline=None if patience is None else drive.now + patience,
+                deadline=None if patience is None else harness.now + patience,
                 stop={"stop_token_ids": ends},
                 sampling={"presence_penalty": penalty, "prompt_logprobs": prompt_logprobs},
             )
@@ -90,25 +90,25 @@ class Traffic(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 8))
     def step(self, steps: int) -> None:
         for _ in range(steps):
-            self.drive.step()
+            self.harness.step()
 
-    @precondition(lambda self: len(self.drive.submitted) % 3 == 2)
+    @precondition(lambda self: len(self.harness.submitted) % 3 == 2)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.drive.abort(data.draw(st.sampled_from(sorted(self.drive.submitted))))
+        self.harness.abort(data.draw(st.sampled_from(sorted(self.harness.submitted))))
 
-    @precondition(lambda self: len(self.drive.submitted) % 3 == 2)
+    @precondition(lambda self: len(self.harness.submitted) % 3 == 2)
     @rule(data=st.data(), choice=st.integers(0, 2))
     def finish(self, data: st.DataObject, choice: int) -> None:
-        self.drive.finish(data.draw(st.sampled_from(sorted(self.drive.submitted))), choice)
+        self.harness.finish(data.draw(st.sampled_from(sorted(self.harness.submitted))), choice)
 
-    @precondition(lambda self: self.drive.pool.loading)
+    @precondition(lambda self: self.harness.pool.loading)
     @rule(data=st.data(), fails=st.sampled_from([False, False, True]))
     def end_load(self, data: st.DataObject, fails: bool) -> None:
-        which = data.draw(st.sampled_from(sorted(self.drive.pool.loading)))
-        self.drive.pool.report(which, AdapterCorrupt("bytes differ") if fails else None)
+        which = data.draw(st.sampled_from(sorted(self.harness.pool.loading)))
+        self.harness.pool.report(which, AdapterCorrupt("bytes differ") if fails else None)
 
-    @precondition(lambda self: len(self.drive.submitted) % 4 == 3)
+    @precondition(lambda self: len(self.harness.submitted) % 4 == 3)
     @rule(what=st.sampled_from(["memory", "crash", "numeric"]), index=st.integers(0, 4))
     def step_badly(self, what: str, index: int) -> None:
         def inject(plan: StepPlan) -> dict[str, RequestFailure]:
@@ -120,34 +120,34 @@ class Traffic(RuleBasedStateMachine):
                 return {chunk.request_id: RequestFailure("NUMERIC", "") for chunk in plan.chunks[index : index + 1]}
             return {}
 
-        self.drive.runner.inject = inject
-        self.drive.step()
-        self.drive.runner.inject = None
+        self.harness.runner.inject = inject
+        self.harness.step()
+        self.harness.runner.inject = None
 
     @invariant()
     def holds(self) -> None:
-        if not hasattr(self, "drive"):
+        if not hasattr(self, "harness"):
             return
-        self.drive.scheduler.tables.pool.check()
-        scheduler = self.drive.scheduler
-        assert len(scheduler._running) <= self.drive.limits.max_running
-        assert self.drive.pool.leased == sum(request.digest is not None for request in scheduler._running)
+        self.harness.scheduler.tables.pool.check()
+        scheduler = self.harness.scheduler
+        assert len(scheduler._running) <= self.harness.limits.max_running
+        assert self.harness.pool.leased == sum(request.digest is not None for request in scheduler._running)
         for request in scheduler._live.values():
-            assert request.overtaken <= OVERTAKES
-        for plan in self.drive.runner.plans[-4:]:
-            assert sum(len(chunk.tokens) for chunk in plan.chunks) <= self.drive.limits.max_batch_tokens
+            assert request.skips <= SKIPS
+        for plan in self.harness.runner.plans[-4:]:
+            assert sum(len(chunk.tokens) for chunk in plan.chunks) <= self.harness.limits.max_batch_tokens
 
     def teardown(self) -> None:
-        if not hasattr(self, "drive"):
+        if not hasattr(self, "harness"):
             return
-        self.drive.run(5000)
-        self.drive.check_idle()
-        self.drive.submit(submission("last", prompt=1, max_tokens=1))
-        self.drive.run()
-        assert self.drive.runner.known == frozenset({f"{len(self.drive.submitted)}:last#0"}), "others were retired"
-        for (ticket, choice), events in self.drive.events.items():
-            tokens = self.drive.tokens(ticket, choice)
-            alone, finish = solo(self.drive.submitted[ticket], choice)
+        self.harness.run(5000)
+        self.harness.check_idle()
+        self.harness.submit(submission("last", prompt=1, max_tokens=1))
+        self.harness.run()
+        assert self.harness.runner.known == frozenset({f"{len(self.harness.submitted)}:last#0"}), "others were retired"
+        for (ticket, choice), events in self.harness.events.items():
+            tokens = self.harness.tokens(ticket, choice)
+            alone, finish = solo(self.harness.submitted[ticket], choice)
             assert tokens == alone[: len(tokens)]
             end = events[-1]
             if end.finish is FinishReason.LENGTH or end.stop_token is not None:

@@ -40,14 +40,14 @@ ORDER = ["attention", None, "every", "mlp", None, "attention", "every"]
 
 
 @dataclass(frozen=True)
-class World:
+class ArchitectureHarness:
     checkpoint: Path
     adapters: dict[str, Path]
     truths: list[Truth]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ArchitectureHarness:
     architecture, overrides, targets = MODELS[request.param]
     root = tmp_path_factory.mktemp("architecture")
     checkpoint = save_checkpoint(wide_model(architecture, **overrides), root / "base")
@@ -62,7 +62,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for seed, (name, chosen) in enumerate(options.items())
     }
     truths = ask_peft(checkpoint, adapters, list(zip(ORDER, prompts(len(ORDER)), strict=True)))
-    return World(checkpoint, adapters, truths)
+    return ArchitectureHarness(checkpoint, adapters, truths)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     [{}, {"max_batch_tokens": 24, "max_running": 8}, {"deterministic": True, "prefill_chunk": 16}],
     ids=["whole", "chunked", "deterministic"],
 )
-def test_a_mixed_batch_equals_peft_alone(world: World, options: dict[str, Any]) -> None:
-    assert_equal_to_peft(engine_for(world.checkpoint, world.adapters, **options), world.truths)
+def test_a_mixed_batch_equals_peft_alone(harness: ArchitectureHarness, options: dict[str, Any]) -> None:
+    assert_equal_to_peft(engine_for(harness.checkpoint, harness.adapters, **options), harness.truths)
 
 
-def test_adapters_differ(world: World) -> None:
+def test_adapters_differ(harness: ArchitectureHarness) -> None:
     """Otherwise the comparison would show nothing."""
-    prompt = world.truths[2].prompt
-    rows = [(name, prompt) for name in (None, *world.adapters)]
-    first = [truth.logits[0] for truth in ask_peft(world.checkpoint, world.adapters, rows, count=1)]
+    prompt = harness.truths[2].prompt
+    rows = [(name, prompt) for name in (None, *harness.adapters)]
+    first = [truth.logits[0] for truth in ask_peft(harness.checkpoint, harness.adapters, rows, count=1)]
     for index, logits in enumerate(first):
         for other in first[:index]:
             assert float((logits - other).abs().max() / logits.std()) > 0.05

@@ -14,11 +14,11 @@ import torch
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_server.engine.plan import Chunk
 from loramux_server.model.attention import paged_attention
+from loramux_server.model.attention_metadata import AttentionParams, DecodeAttention, DecodeBatch
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
 from loramux_server.model.forward_batch import build_batch
 from loramux_server.model.native_decode import find_native_decode
-from loramux_server.model.paged_context import DecodeAttention, DecodeRows, Limits
 from loramux_server.requests import SamplingParams
 
 WIDTH, SIZE, BLOCKS = 16, 4, 97
@@ -35,7 +35,7 @@ class Sequence:
     values: list[torch.Tensor] = field(default_factory=list)
 
 
-class World:
+class AttentionHarness:
     """Requests in a cache whose free rows hold garbage, stepped with random chunks."""
 
     def __init__(
@@ -132,36 +132,36 @@ def decode_of(form: str) -> DecodeAttention:
 @LIMITS
 @HEADS
 def test_any_mix_of_chunks(heads: int, kv_heads: int, limits: dict[str, Any], form: str) -> None:
-    world = World(heads, kv_heads, form=form)
+    harness = AttentionHarness(heads, kv_heads, form=form)
     for _ in range(12):
-        chosen = world.random.sample(range(8), world.random.randint(1, 8))
-        counts = {index: world.random.choice([1, 1, 1, 2, 5, 9]) for index in chosen}
-        counts = {i: n for i, n in counts.items() if len(world.sequences[i].keys) + n <= 48}
+        chosen = harness.random.sample(range(8), harness.random.randint(1, 8))
+        counts = {index: harness.random.choice([1, 1, 1, 2, 5, 9]) for index in chosen}
+        counts = {i: n for i, n in counts.items() if len(harness.sequences[i].keys) + n <= 48}
         if counts:
-            assert world.step(counts, **limits) < 1e-5
+            assert harness.step(counts, **limits) < 1e-5
 
 
 @FORMS
 @pytest.mark.parametrize("size", [1, 3, 16, 24, 64, 100])
 def test_blocks_of_any_size(size: int, form: str) -> None:
-    world = World(4, 2, form=form, size=size)
+    harness = AttentionHarness(4, 2, form=form, size=size)
     for counts in ({0: 11, 1: 1}, {0: min(12 * size - 12, 120)}, {0: 1, 1: 1}):
-        if counts[0] > 0 and len(world.sequences[0].keys) + counts[0] <= 12 * size:
-            assert world.step(counts, softcap=3.0) < 1e-5
+        if counts[0] > 0 and len(harness.sequences[0].keys) + counts[0] <= 12 * size:
+            assert harness.step(counts, softcap=3.0) < 1e-5
 
 
 @FORMS
 def test_values_of_another_width(form: str) -> None:
-    world = World(4, 2, value_width=24, form=form)
+    harness = AttentionHarness(4, 2, value_width=24, form=form)
     for counts in ({0: 6, 1: 1}, {0: 1, 1: 1}, {0: 1}):
-        assert world.step(counts) < 1e-5
+        assert harness.step(counts) < 1e-5
 
 
 @FORMS
 def test_bfloat16(form: str) -> None:
-    world = World(8, 2, dtype=torch.bfloat16, form=form)
+    harness = AttentionHarness(8, 2, dtype=torch.bfloat16, form=form)
     for counts in ({0: 17, 1: 3}, {0: 1, 1: 1, 2: 4}, {0: 1, 1: 1, 2: 1}):
-        assert world.step(counts) < 0.03
+        assert harness.step(counts) < 0.03
 
 
 @FORMS
@@ -169,15 +169,15 @@ def test_bfloat16(form: str) -> None:
 @pytest.mark.parametrize("garbage", [0.0, 3e38, float("inf"), float("nan")], ids=["zeros", "huge", "inf", "nan"])
 def test_what_a_former_owner_left_is_never_seen(form: str, dtype: torch.dtype, garbage: float) -> None:
     """Leftovers of any size and kind: a score against them may be inf or NaN, and 0 * NaN is NaN."""
-    world, clean = (World(8, 2, dtype=dtype, form=form, garbage=value) for value in (garbage, 1.0))
+    harness, clean = (AttentionHarness(8, 2, dtype=dtype, form=form, garbage=value) for value in (garbage, 1.0))
     for counts in ({0: 3, 1: 1, 2: 9}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 4, 2: 1}):
         bound = 1e-5 if dtype == torch.float32 else 0.03
-        assert world.step(counts) < bound
+        assert harness.step(counts) < bound
         assert clean.step(counts) < bound
 
 
 def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
-    """Whole, in chunks from its own start, alone or in company, from other blocks."""
+    """Whole, in chunks from its own start, alone or among batch mates, from other blocks."""
     torch.manual_seed(0)
     length, heads, kv_heads = 90, 4, 2
     query, key = torch.randn(1, heads, length, WIDTH), torch.randn(1, kv_heads, length, WIDTH)
@@ -211,24 +211,24 @@ def test_the_tiled_form_gives_a_row_the_same_bits_however_it_is_cut() -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_decode_row_is_the_same_alone_and_in_company(dtype: torch.dtype) -> None:
+def test_a_decode_row_is_the_same_alone_and_among_batch_mates(dtype: torch.dtype) -> None:
     """Bit for bit: the compiled kernel pads nothing and gathers nothing."""
-    company, alone = (World(8, 2, dtype=dtype, form="native") for _ in range(2))
+    mixed, alone = (AttentionHarness(8, 2, dtype=dtype, form="native") for _ in range(2))
     lengths = {index: 3 * index + 1 for index in range(6)}
-    for world in (company, alone):
-        world.step(lengths)
+    for harness in (mixed, alone):
+        harness.step(lengths)
     query, key = torch.randn(1, 8, 6, WIDTH).to(dtype), torch.randn(1, 2, 6, WIDTH).to(dtype)
 
-    def attend(world: World, indices: list[int]) -> torch.Tensor:
+    def attend(harness: AttentionHarness, indices: list[int]) -> torch.Tensor:
         chunks = [
-            Chunk(str(i), (0,), lengths[i], world.sequences[i].blocks, -1, True, SamplingParams(), 1) for i in indices
+            Chunk(str(i), (0,), lengths[i], harness.sequences[i].blocks, -1, True, SamplingParams(), 1) for i in indices
         ]
-        batch = build_batch(chunks, world.cache, BLOCKS - 1, tiled=False, decode=world.decode)
+        batch = build_batch(chunks, harness.cache, BLOCKS - 1, tiled=False, decode=harness.decode)
         out, _ = paged_attention(LAYER, query[:, :, indices], key[:, :, indices], key[:, :, indices], None,
                                  ctx=batch.context)  # fmt: skip
         return out[0]
 
-    together = attend(company, list(range(6)))
+    together = attend(mixed, list(range(6)))
     for index in range(6):
         assert torch.equal(attend(alone, [index])[0], together[index])
 
@@ -241,14 +241,14 @@ def test_a_nan_of_its_own_reaches_its_row_and_no_other(width: int) -> None:
     cache = PagedCache([AttentionLayer(2, width, width)], 8, 16, torch.bfloat16, torch.device("cpu"))
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_(generator=torch.Generator().manual_seed(width))
-    rows = DecodeRows(None, torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([20, 31, 16]))
+    rows = DecodeBatch(None, torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([20, 31, 16]))
     query = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    sound = native(cache, 0, query, rows, Limits(0.1))
-    assert torch.allclose(sound.float(), attend_rows(cache, 0, query, rows, Limits(0.1)).float(), atol=0.02)
+    sound = native(cache, 0, query, rows, AttentionParams(0.1))
+    assert torch.allclose(sound.float(), attend_rows(cache, 0, query, rows, AttentionParams(0.1)).float(), atol=0.02)
     for tensor in (cache.keys[0], cache.values[0]):
         kept = tensor[2, 1, 7, 0].clone()
         tensor[2, 1, 7, 0] = float("nan")
-        found = native(cache, 0, query, rows, Limits(0.1))
+        found = native(cache, 0, query, rows, AttentionParams(0.1))
         assert torch.equal(found[[0, 2]], sound[[0, 2]])
         assert torch.equal(found[1, :2], sound[1, :2])
         assert found[1, 2:].isnan().any(-1).all()

@@ -60,20 +60,20 @@ def test_every_token_has_its_row_position_slot_and_place(chunks: list[Chunk], ti
     batch = build_batch(chunks, CACHE, SCRATCH, tiled=tiled)
     padding, rows = rows_of(batch, tiled)
     assert sorted(chunk.request_id for chunk in batch.chunks) == sorted(chunk.request_id for chunk in chunks)
-    assert len(batch.positions) == len(batch.token_slots) == len(batch.context.places) == len(batch.ids)
+    assert len(batch.positions) == len(batch.token_slots) == len(batch.context.slot_mapping) == len(batch.ids)
     for chunk in batch.chunks:
         first, last = rows[chunk.request_id]
         positions = list(range(chunk.start, chunk.start + len(chunk.tokens)))
         assert tuple(batch.ids[first:last].tolist()) == chunk.tokens
         assert batch.positions[first:last].tolist() == positions
         assert batch.token_slots[first:last] == [chunk.slot] * len(positions)
-        places = [chunk.blocks[position // SIZE] * SIZE + position % SIZE for position in positions]
-        assert batch.context.places[first:last].tolist() == places
+        slot_mapping = [chunk.blocks[position // SIZE] * SIZE + position % SIZE for position in positions]
+        assert batch.context.slot_mapping[first:last].tolist() == slot_mapping
     if tiled:
         assert len(batch.ids) % 16 == 0
         assert len(batch.logit_rows) % 16 == 0
     assert batch.token_slots[:padding] == [BASE_SLOT] * padding
-    assert {place // SIZE for place in batch.context.places[:padding].tolist()} <= {SCRATCH}
+    assert {place // SIZE for place in batch.context.slot_mapping[:padding].tolist()} <= {SCRATCH}
 
 
 @given(plans(), st.booleans())
@@ -107,7 +107,7 @@ def test_logits_are_computed_where_they_are_wanted_and_nowhere_else(chunks: list
 def test_single_tokens_are_attended_together_each_exactly_once(chunks: list[Chunk]) -> None:
     batch = build_batch(chunks, CACHE, SCRATCH, tiled=False)
     _, rows = rows_of(batch, tiled=False)
-    attended = [row for span in batch.context.spans for row in range(span.first, span.last)]
+    attended = [row for segment in batch.context.prefills for row in range(segment.first, segment.last)]
     by_row = {rows[chunk.request_id][0]: chunk for chunk in batch.chunks}
     for decode in batch.context.decodes:
         own = list(range(len(batch.ids))) if decode.rows is None else decode.rows.tolist()
@@ -128,8 +128,8 @@ def test_the_tiled_form_attends_request_by_request(chunks: list[Chunk]) -> None:
     batch = build_batch(chunks, CACHE, SCRATCH, tiled=True)
     padding, rows = rows_of(batch, tiled=True)
     assert not batch.context.decodes
-    assert [(span.first, span.last) for span in batch.context.spans] == list(rows.values())
-    for span, chunk in zip(batch.context.spans, batch.chunks, strict=True):
-        assert (span.start, span.length) == (chunk.start, chunk.start + len(chunk.tokens))
-        assert tuple(span.blocks.tolist()) == chunk.blocks[: -(-span.length // SIZE)]
+    assert [(segment.first, segment.last) for segment in batch.context.prefills] == list(rows.values())
+    for segment, chunk in zip(batch.context.prefills, batch.chunks, strict=True):
+        assert (segment.start, segment.length) == (chunk.start, chunk.start + len(chunk.tokens))
+        assert tuple(segment.blocks.tolist()) == chunk.blocks[: -(-segment.length // SIZE)]
     assert padding < 16

@@ -19,10 +19,10 @@ from loramux_adapters.guard.exactness import Truth, ask_untouched
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.guard.reference import ReferencePacked
+from loramux_server.model.attention_metadata import DecodeAttention
 from loramux_server.model.cache import PagedCache
 from loramux_server.model.decode_attention import attend_rows
 from loramux_server.model.guard import self_check
-from loramux_server.model.paged_context import DecodeAttention
 from support.against_peft import ask_model, assert_equal_to_peft
 from support.checkpoints import float_base, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
@@ -112,7 +112,7 @@ def test_the_check_fits_any_context_and_memory(context: int, blocks: int, block_
 
 @pytest.mark.parametrize("context", [256, 4096])
 def test_rounding_in_half_precision_is_no_reason_to_refuse(context: int, tmp_path: Path) -> None:
-    """Single rows of a trained model are up to a twelfth off in bfloat16, alone as in company."""
+    """Single rows of a trained model are up to a twelfth off in bfloat16, alone as among batch mates."""
     checkpoint = shutil.copytree(tiny_path(), tmp_path / "base")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
@@ -197,8 +197,8 @@ def phi3_base(path: Path) -> LoadedBase:
     return float_base(path / "base")
 
 
-@pytest.mark.parametrize("company", [False, True])
-def test_longrope_is_chosen_by_each_request_for_its_whole_length(company: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_mates", [False, True])
+def test_longrope_is_chosen_by_each_request_for_its_whole_length(batch_mates: bool, tmp_path: Path) -> None:
     """Prompts within the original context equal Hugging Face, and so training, whoever runs beside them; one that may
     grow beyond it uses the long factors from its first token on, as one forward of the whole sequence does."""
     base_of(tmp_path, "phi3", **PHI3)
@@ -208,7 +208,7 @@ def test_longrope_is_chosen_by_each_request_for_its_whole_length(company: bool, 
         truths[name] = ask_model(phi3_base(tmp_path).model, prompt)
     engine = ModelEngine(phi3_base(tmp_path), {}, max_batch_tokens=96, max_running=8)
     tickets = {"short": engine.submit(None, short, 8), "growing": engine.submit(None, growing, 8)}
-    if company:
+    if batch_mates:
         tickets["long"] = engine.submit(None, long, 8)
     engine.run()
     for name, truth in truths.items():

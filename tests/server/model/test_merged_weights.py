@@ -91,7 +91,7 @@ def test_only_what_is_desired_stays(engine: ModelEngine, make: Make) -> None:
     assert sets.ready() == {second, third}
     assert sets.find(second) is kept
     assert sets.usage()[2] == {"built": 3, "refused": 0}
-    sets.forget(third)
+    sets.evict(third)
     assert sets.ready() == {second}
 
 
@@ -125,7 +125,7 @@ def test_bytes_that_become_free_go_to_the_next(how: str, engine: ModelEngine, ma
     if how == "withdrawn":
         sets.reconcile(frozenset({second, third}))
     else:
-        sets.forget(first)
+        sets.evict(first)
     settle(sets)
     assert loads == [first, second, third, second]
     assert [sets.state(digest).state for digest in (second, third)] == ["ready", "refused"]
@@ -226,7 +226,7 @@ def test_nothing_is_begun_after_the_close(engine: ModelEngine, make: Make) -> No
     sets, digest = make(1 << 30), engine.digests["a"]
     sets.close()
     sets.reconcile(frozenset({digest}))
-    sets.forget(digest)
+    sets.evict(digest)
     assert sets.state(digest) == SetState()
 
 

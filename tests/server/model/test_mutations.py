@@ -92,75 +92,75 @@ ANSWERS_DIFFER: dict[str, Mutation] = {
 
 
 @dataclass(frozen=True)
-class World:
+class MutationHarness:
     checkpoint: Path
     adapter: Path
     truth: Truth
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def harness(tmp_path_factory: pytest.TempPathFactory) -> MutationHarness:
     root = tmp_path_factory.mktemp("mutations")
     checkpoint = save_checkpoint(wide_model("llama"), root / "base")
     adapter = make_adapter_for(checkpoint, root / "a", seed=1, r=4, lora_alpha=8, target_modules=TARGETS)
     [truth] = ask_peft(checkpoint, {"a": adapter}, [("a", prompts(3)[2])], count=4)
-    return World(checkpoint, adapter, truth)
+    return MutationHarness(checkpoint, adapter, truth)
 
 
-def mutated(world: World, tmp_path: Path, mutate: Mutation) -> Path:
+def mutated(harness: MutationHarness, tmp_path: Path, mutate: Mutation) -> Path:
     path = tmp_path / "mutated"
-    shutil.copytree(world.adapter, path)
+    shutil.copytree(harness.adapter, path)
     mutate(path)
     return path
 
 
-def difference(world: World, adapter: Path) -> float:
+def difference(harness: MutationHarness, adapter: Path) -> float:
     """Largest logit difference from PEFT with the unchanged adapter, over the logits' deviation."""
-    engine = engine_for(world.checkpoint, {"a": adapter})
-    ticket = engine.submit("a", world.truth.prompt, 1)
+    engine = engine_for(harness.checkpoint, {"a": adapter})
+    ticket = engine.submit("a", harness.truth.prompt, 1)
     engine.run()
-    return float((engine.logits(ticket)[0] - world.truth.logits[0]).abs().max() / world.truth.logits.std())
+    return float((engine.logits(ticket)[0] - harness.truth.logits[0]).abs().max() / harness.truth.logits.std())
 
 
-def test_unchanged_it_is_accepted_and_equal(world: World, tmp_path: Path) -> None:
-    assert difference(world, mutated(world, tmp_path, lambda path: None)) < BOUND
+def test_unchanged_it_is_accepted_and_equal(harness: MutationHarness, tmp_path: Path) -> None:
+    assert difference(harness, mutated(harness, tmp_path, lambda path: None)) < BOUND
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_what_is_wrong(world: World, tmp_path: Path, name: str) -> None:
+def test_refused_with_what_is_wrong(harness: MutationHarness, tmp_path: Path, name: str) -> None:
     mutate, reason = REFUSED[name]
     with pytest.raises((AdapterInvalid, AdapterIncompatible), match=reason) as refused:
-        engine_for(world.checkpoint, {"a": mutated(world, tmp_path, mutate)})
+        engine_for(harness.checkpoint, {"a": mutated(harness, tmp_path, mutate)})
     assert refused.value.subject
 
 
 @pytest.mark.parametrize("name", ANSWERS_DIFFER)
-def test_accepted_but_seen_in_the_logits(world: World, tmp_path: Path, name: str) -> None:
-    assert difference(world, mutated(world, tmp_path, ANSWERS_DIFFER[name])) > 10 * BOUND
+def test_accepted_but_seen_in_the_logits(harness: MutationHarness, tmp_path: Path, name: str) -> None:
+    assert difference(harness, mutated(harness, tmp_path, ANSWERS_DIFFER[name])) > 10 * BOUND
 
 
-def test_factors_changed_for_one_another(world: World, tmp_path: Path) -> None:
+def test_factors_changed_for_one_another(harness: MutationHarness, tmp_path: Path) -> None:
     """q_proj is square here: shapes alone cannot tell A^T from B, ranks can."""
-    path = mutated(world, tmp_path, tensors(swap_factors))
+    path = mutated(harness, tmp_path, tensors(swap_factors))
     try:
-        noticed = difference(world, path) > 10 * BOUND
+        noticed = difference(harness, path) > 10 * BOUND
     except AdapterError as error:
         noticed = "q_proj" in str(error)
     assert noticed
 
 
-def test_another_base(world: World, tmp_path: Path) -> None:
+def test_another_base(harness: MutationHarness, tmp_path: Path) -> None:
     """Declared, it is refused; undeclared, the logits show it."""
     other = save_checkpoint(wide_model("llama", seed=1), tmp_path / "other")
     declared = mutated(
-        world,
+        harness,
         tmp_path,
         lambda path: edit_tensors(
-            path, lambda content: content, {FINGERPRINT_KEY: float_base(world.checkpoint).spec.fingerprint}
+            path, lambda content: content, {FINGERPRINT_KEY: float_base(harness.checkpoint).spec.fingerprint}
         ),
     )
-    assert difference(world, declared) < BOUND
+    assert difference(harness, declared) < BOUND
     with pytest.raises(AdapterIncompatible, match="was trained on base"):
         engine_for(other, {"a": declared})
-    elsewhere = World(other, world.adapter, world.truth)
-    assert difference(elsewhere, world.adapter) > 10 * BOUND
+    elsewhere = MutationHarness(other, harness.adapter, harness.truth)
+    assert difference(elsewhere, harness.adapter) > 10 * BOUND

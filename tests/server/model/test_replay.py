@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +18,8 @@ from loramux_server.requests import SamplingParams
 from support.against_peft import engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
+from support.processes import environment
 from support.replay import PLAN, tokens_of
-
-TESTS = Path(__file__).parents[2]
 
 
 class Recorder:
@@ -111,7 +109,7 @@ def test_a_second_worker_gives_the_same_tokens(
         text=True,
         timeout=200,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == recorder.tokens

@@ -1,4 +1,4 @@
-"""The runner beyond the theorem: prompt log-probabilities, one request's NaN, failures and memory in mid-step."""
+"""The runner beyond equivalence: prompt log-probabilities, one request's NaN, failures and memory in mid-step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.model_engine import ModelEngine
 ORDER = ["a", None, "b", "a", None, "b"]
 
 
-class World:
+class RunnerHarness:
     """A Llama with two sound adapters and an ill one: finite weights so large that its activations are not."""
 
     def __init__(self, root: Path) -> None:
@@ -42,8 +42,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("runner"))
+def harness(tmp_path_factory: pytest.TempPathFactory) -> RunnerHarness:
+    return RunnerHarness(tmp_path_factory.mktemp("runner"))
 
 
 def submit(engine: ModelEngine, truths: list[Truth]) -> list[int]:
@@ -52,18 +52,20 @@ def submit(engine: ModelEngine, truths: list[Truth]) -> list[int]:
 
 @pytest.mark.parametrize("adapter", [None, "b"])
 @pytest.mark.parametrize("batch_tokens", [2048, 64])
-def test_prompt_logprobs_are_those_of_a_plain_forward(world: World, adapter: str | None, batch_tokens: int) -> None:
-    engine = world.engine(max_batch_tokens=batch_tokens, max_running=8)
+def test_prompt_logprobs_are_those_of_a_plain_forward(
+    harness: RunnerHarness, adapter: str | None, batch_tokens: int
+) -> None:
+    engine = harness.engine(max_batch_tokens=batch_tokens, max_running=8)
     prompt = prompts(15)[14]
     assert len(prompt) > 64
-    submit(engine, world.truths)
+    submit(engine, harness.truths)
     asked = SamplingParams(temperature=0.0, prompt_logprobs=2, logprobs=2)
     for _ in range(2):  # the second time there would be cached blocks
         ticket = engine.submit(adapter, prompt, 3, sampling=asked)
         engine.run()
         first = next(event for event in engine.events[ticket, 0] if event.prompt_logprobs is not None)
         found = first.prompt_logprobs
-        oracle = PeftOracle(world.checkpoint, None if adapter is None else world.adapters[adapter])
+        oracle = PeftOracle(harness.checkpoint, None if adapter is None else harness.adapters[adapter])
         whole = prompt + engine.tokens(ticket)
         expected = oracle.logits(whole).log_softmax(-1)
         assert found is not None
@@ -88,37 +90,37 @@ def test_prompt_logprobs_are_those_of_a_plain_forward(world: World, adapter: str
     [{}, {"deterministic": True, "prefill_chunk": 16}, {"max_batch_tokens": 24, "max_running": 10}, {"kv_blocks": 24}],
     ids=["plain", "deterministic", "chunked", "few blocks"],
 )
-def test_an_adapter_that_gives_nan_fails_alone(world: World, options: dict[str, Any]) -> None:
+def test_an_adapter_that_gives_nan_fails_alone(harness: RunnerHarness, options: dict[str, Any]) -> None:
     """And the blocks it leaves, NaN in every row, harm nobody who gets them next."""
-    engine = world.engine(**options)
+    engine = harness.engine(**options)
     for _ in range(3):
         ill = [engine.submit("ill", prompt, 4) for prompt in prompts(3)]
-        tickets = submit(engine, world.truths)
+        tickets = submit(engine, harness.truths)
         engine.run()
         for ticket in ill:
             failure = engine.events[ticket, 0][-1].failure
             assert failure is not None
             assert failure.code == "NUMERIC"
             assert engine.tokens(ticket) == []
-        for ticket, truth in zip(tickets, world.truths, strict=True):
+        for ticket, truth in zip(tickets, harness.truths, strict=True):
             assert engine.tokens(ticket) == truth.tokens
             assert engine.events[ticket, 0][-1].finish == FinishReason.LENGTH
 
 
-def test_an_ill_request_cancelled_before_its_logits_harms_nobody(world: World) -> None:
+def test_an_ill_request_cancelled_before_its_logits_harms_nobody(harness: RunnerHarness) -> None:
     """Its NaN was never seen in logits, only written to blocks."""
-    engine = world.engine(max_batch_tokens=24, max_running=8, kv_blocks=24)
+    engine = harness.engine(max_batch_tokens=24, max_running=8, kv_blocks=24)
     for _ in range(3):
         ill = engine.submit("ill", prompts(15)[14], 4)
         engine.step()
         engine.step()
         engine.scheduler.abort(ill, 0.0)
         engine.run()
-        assert_equal_to_peft(engine, world.truths)
+        assert_equal_to_peft(engine, harness.truths)
 
 
-def test_an_ill_merged_adapter_fails_alone_too(world: World) -> None:
-    engine = world.engine()
+def test_an_ill_merged_adapter_fails_alone_too(harness: RunnerHarness) -> None:
+    engine = harness.engine()
     engine.merged_weights.reconcile(frozenset({engine.digests["ill"]}))
     engine.settle_merges()
     ticket = engine.submit("ill", prompts(1)[0], 4)
@@ -126,7 +128,7 @@ def test_an_ill_merged_adapter_fails_alone_too(world: World) -> None:
     failure = engine.events[ticket, 0][-1].failure
     assert failure is not None
     assert failure.code == "NUMERIC"
-    assert_equal_to_peft(engine, world.truths)
+    assert_equal_to_peft(engine, harness.truths)
 
 
 class Broken(nn.Module):
@@ -141,12 +143,12 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), torch.OutOfMemoryError("no"), MemoryError()], ids=repr)
-def test_a_failed_forward_leaves_nothing_behind(world: World, error: Exception) -> None:
-    engine = world.engine()
+def test_a_failed_forward_leaves_nothing_behind(harness: RunnerHarness, error: Exception) -> None:
+    engine = harness.engine()
     attention = engine.adapted.model.get_submodule("model.layers.1.self_attn")
     sound = attention.k_proj
     attention.k_proj = Broken(error)  # q_proj has computed all three
-    tickets = submit(engine, world.truths)
+    tickets = submit(engine, harness.truths)
     engine.run()
     code = "INTERNAL" if isinstance(error, ValueError) else "OUT_OF_MEMORY"
     failures = [engine.events[ticket, 0][-1].failure for ticket in tickets]
@@ -154,7 +156,7 @@ def test_a_failed_forward_leaves_nothing_behind(world: World, error: Exception) 
     assert all(group._kept is None for group in engine.adapted.groups)
     assert engine.adapted.cell.batch is None
     attention.k_proj = sound
-    assert_equal_to_peft(engine, world.truths)
+    assert_equal_to_peft(engine, harness.truths)
 
 
 def failing_above(limit: int, error: Callable[[], BaseException], original: Any) -> Any:
@@ -178,27 +180,27 @@ def failing_above(limit: int, error: Callable[[], BaseException], original: Any)
     ids=["torch", "python", "cpu allocator"],
 )
 def test_out_of_memory_is_retried_in_halves(
-    world: World, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
+    harness: RunnerHarness, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = world.engine()
+    engine = harness.engine()
     monkeypatch.setattr(ModelRunner, "_forward", failing_above(2, error, ModelRunner._forward))
     penalized = SamplingParams(temperature=0.0, repetition_penalty=1.3, prompt_logprobs=0)
-    tickets = submit(engine, world.truths)
+    tickets = submit(engine, harness.truths)
     mine = engine.submit("a", prompts(4)[3], 6, sampling=penalized)
     engine.run()
-    for ticket, truth in zip(tickets, world.truths, strict=True):
+    for ticket, truth in zip(tickets, harness.truths, strict=True):
         assert engine.tokens(ticket) == truth.tokens
     monkeypatch.undo()
-    calm = world.engine()
+    calm = harness.engine()
     again = calm.submit("a", prompts(4)[3], 6, sampling=penalized)
     calm.run()
     assert calm.tokens(again) == engine.tokens(mine)
 
 
-def test_an_id_the_model_has_no_row_for_ends_its_own_request_only(world: World) -> None:
+def test_an_id_the_model_has_no_row_for_ends_its_own_request_only(harness: RunnerHarness) -> None:
     """A tokenizer may have more tokens than the model, as when a padding token was added without resizing."""
-    engine = world.engine()
-    tickets = submit(engine, world.truths)
+    engine = harness.engine()
+    tickets = submit(engine, harness.truths)
     penalized = SamplingParams(temperature=0.0, repetition_penalty=1.3, prompt_logprobs=0)
     mine = engine.submit("a", prompts(4)[3], 6, sampling=penalized)
     bad = engine.submit("b", [3, engine.adapted.spec.vocab_size, 5], 4)
@@ -206,9 +208,9 @@ def test_an_id_the_model_has_no_row_for_ends_its_own_request_only(world: World) 
     failure = engine.events[bad, 0][-1].failure
     assert failure is not None
     assert failure.code == "INTERNAL"
-    for ticket, truth in zip(tickets, world.truths, strict=True):
+    for ticket, truth in zip(tickets, harness.truths, strict=True):
         assert engine.tokens(ticket) == truth.tokens
-    calm = world.engine()
+    calm = harness.engine()
     again = calm.submit("a", prompts(4)[3], 6, sampling=penalized)
     calm.run()
     assert calm.tokens(again) == engine.tokens(mine)
@@ -217,9 +219,9 @@ def test_an_id_the_model_has_no_row_for_ends_its_own_request_only(world: World) 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")], ids=repr)
 def test_a_fault_while_tokens_are_drawn_is_contained_like_one_in_the_forward(
-    world: World, error: Exception, monkeypatch: pytest.MonkeyPatch
+    harness: RunnerHarness, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = world.engine()
+    engine = harness.engine()
     original = Sampler.sample
 
     def sample(self: Sampler, chunks: Any, logits: torch.Tensor) -> Any:
@@ -228,9 +230,9 @@ def test_a_fault_while_tokens_are_drawn_is_contained_like_one_in_the_forward(
         return original(self, chunks, logits)
 
     monkeypatch.setattr(Sampler, "sample", sample)
-    tickets = submit(engine, world.truths)
+    tickets = submit(engine, harness.truths)
     engine.run()
-    for ticket, truth in zip(tickets, world.truths, strict=True):
+    for ticket, truth in zip(tickets, harness.truths, strict=True):
         assert engine.tokens(ticket) == truth.tokens
 
 
@@ -244,17 +246,17 @@ def test_a_fault_while_tokens_are_drawn_is_contained_like_one_in_the_forward(
     ids=["torch", "library", "assert"],
 )
 def test_a_lost_device_is_no_failure_of_requests(
-    world: World, error: Exception, monkeypatch: pytest.MonkeyPatch
+    harness: RunnerHarness, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = world.engine()
+    engine = harness.engine()
     monkeypatch.setattr(ModelRunner, "_forward", failing_above(0, lambda: error, ModelRunner._forward))
-    submit(engine, world.truths)
+    submit(engine, harness.truths)
     with pytest.raises(DeviceLost):
         engine.run()
 
 
-def test_a_request_that_fits_never_is_told_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = world.engine()
+def test_a_request_that_fits_never_is_told_so(harness: RunnerHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = harness.engine()
     monkeypatch.setattr(ModelRunner, "_forward", failing_above(0, MemoryError, ModelRunner._forward))
     ticket = engine.submit("a", prompts(1)[0], 2)
     engine.run()
@@ -262,13 +264,13 @@ def test_a_request_that_fits_never_is_told_so(world: World, monkeypatch: pytest.
     assert failure is not None
     assert failure.code == "OUT_OF_MEMORY"
     monkeypatch.undo()
-    assert_equal_to_peft(engine, world.truths)
+    assert_equal_to_peft(engine, harness.truths)
 
 
-def test_nothing_is_remembered_of_requests_that_ended(world: World) -> None:
-    engine = world.engine()
+def test_nothing_is_remembered_of_requests_that_ended(harness: RunnerHarness) -> None:
+    engine = harness.engine()
     busy = SamplingParams(temperature=0.7, seed=3, repetition_penalty=1.2, logit_bias={5: 2.0}, prompt_logprobs=1)
-    for truth in world.truths:
+    for truth in harness.truths:
         engine.submit(truth.adapter, truth.prompt, 4, sampling=busy)
     engine.run()
     engine.submit(None, [1], 1)  # retired ids travel with the next plan

@@ -1,4 +1,4 @@
-"""The sampler against Hugging Face's own processors, plain log_softmax, and itself in other company."""
+"""The sampler against Hugging Face's own processors, plain log_softmax, and itself among other batch mates."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def mixed_params() -> list[SamplingParams]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [32000, 50257])
-def test_a_row_gives_the_same_alone_and_in_company(vocabulary: int, dtype: torch.dtype) -> None:
+def test_a_row_gives_the_same_alone_and_among_batch_mates(vocabulary: int, dtype: torch.dtype) -> None:
     params = mixed_params()
     logits = make_logits(len(params), vocabulary).to(dtype)
     chunks = [make_chunk(f"{i}", p, tokens=range(i, i + 8), prompt_length=5) for i, p in enumerate(params)]

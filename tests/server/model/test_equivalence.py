@@ -1,4 +1,4 @@
-"""The theorem of the server: a mixed greedy batch gives, token for token, what each adapter gives alone and in PEFT.
+"""Equivalence: a mixed greedy batch gives, token for token, what each adapter gives alone and in PEFT.
 
 Float32 compute on one NF4 base; adapters made and saved by PEFT itself.
 """
@@ -42,7 +42,7 @@ BOUND = 5e-5  # of logits with a standard deviation of about 0.7; measured 2e-6
 
 
 @dataclass(frozen=True)
-class World:
+class EquivalenceHarness:
     checkpoint: Path
     adapters: dict[str, Path]
     expected: dict[tuple[str | None, int], list[int]]  # (adapter, row) -> PEFT's greedy tokens
@@ -55,8 +55,8 @@ def prompt_of(row: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("theorem")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> EquivalenceHarness:
+    root = tmp_path_factory.mktemp("equivalence")
     checkpoint = save_checkpoint(wide_model("llama"), root / "base")
     adapters = {
         name: make_adapter_for(checkpoint, root / name, seed=index, **options)
@@ -71,20 +71,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                 tokens = oracle.greedy(prompt, COUNT)
                 expected[name, row] = tokens
                 logits[name, row] = oracle.logits(prompt + tokens)[len(prompt) - 1 : -1]
-    return World(checkpoint, adapters, expected, logits)
+    return EquivalenceHarness(checkpoint, adapters, expected, logits)
 
 
-def engine_of(world: World, **options: Any) -> ModelEngine:
-    return ModelEngine(float_base(world.checkpoint), world.adapters, **options)
+def engine_of(harness: EquivalenceHarness, **options: Any) -> ModelEngine:
+    return ModelEngine(float_base(harness.checkpoint), harness.adapters, **options)
 
 
 def submit_all(engine: ModelEngine) -> dict[int, tuple[str | None, int]]:
     return {engine.submit(name, prompt_of(row), COUNT): (name, row) for row, name in enumerate(ORDER)}
 
 
-def test_adapters_change_what_the_base_says(world: World) -> None:
+def test_adapters_change_what_the_base_says(harness: EquivalenceHarness) -> None:
     changed = [
-        world.expected[name, row] != PeftOracle(world.checkpoint, None).greedy(prompt_of(row), COUNT)
+        harness.expected[name, row] != PeftOracle(harness.checkpoint, None).greedy(prompt_of(row), COUNT)
         for row, name in enumerate(ORDER)
         if name is not None
     ]
@@ -105,12 +105,12 @@ def test_adapters_change_what_the_base_says(world: World) -> None:
     ],
     ids=["plain", "unstacked", "dense", "deterministic", "chunked", "preempted", "evicted", "uncached"],
 )
-def test_mixed_batch_equals_peft_alone(world: World, options: dict[str, Any]) -> None:
-    engine = engine_of(world, **options)
+def test_mixed_batch_equals_peft_alone(harness: EquivalenceHarness, options: dict[str, Any]) -> None:
+    engine = engine_of(harness, **options)
     tickets = submit_all(engine)
     engine.run()
     for ticket, key in tickets.items():
-        assert engine.tokens(ticket) == world.expected[key], key
+        assert engine.tokens(ticket) == harness.expected[key], key
     crowded = not {"kv_blocks", "max_batch_tokens", "capacity"}.isdisjoint(options)
     assert max(len(plan.chunks) for plan in engine.plans) >= (4 if crowded else 12)
     if "kv_blocks" in options:
@@ -119,21 +119,21 @@ def test_mixed_batch_equals_peft_alone(world: World, options: dict[str, Any]) ->
         assert engine.pool.stats().evictions > 0
 
 
-def test_logits_are_those_of_peft(world: World) -> None:
-    engine = engine_of(world)
+def test_logits_are_those_of_peft(harness: EquivalenceHarness) -> None:
+    engine = engine_of(harness)
     tickets = submit_all(engine)
     engine.run()
-    worst = max(float((engine.logits(t) - world.logits[key]).abs().max()) for t, key in tickets.items())
+    worst = max(float((engine.logits(t) - harness.logits[key]).abs().max()) for t, key in tickets.items())
     print(f"largest logit difference from PEFT alone: {worst:.2e}")
     assert worst < BOUND
 
 
-def test_alone_equals_in_company_bit_for_bit_when_deterministic(world: World) -> None:
+def test_alone_equals_among_batch_mates_bit_for_bit_when_deterministic(harness: EquivalenceHarness) -> None:
     options = {"deterministic": True, "prefill_chunk": 16}
-    together = engine_of(world, **options)
+    together = engine_of(harness, **options)
     tickets = submit_all(together)
     together.run()
-    alone = engine_of(world, **options, prefix_cache=False)
+    alone = engine_of(harness, **options, prefix_cache=False)
     for ticket, (name, row) in tickets.items():
         own = alone.submit(name, prompt_of(row), COUNT)
         alone.run()
@@ -141,8 +141,8 @@ def test_alone_equals_in_company_bit_for_bit_when_deterministic(world: World) ->
         assert torch.equal(alone.logits(own), together.logits(ticket)), (name, row)
 
 
-def test_prefix_hits_and_cancelled_neighbors_change_nothing(world: World) -> None:
-    engine = engine_of(world)
+def test_prefix_hits_and_cancelled_neighbors_change_nothing(harness: EquivalenceHarness) -> None:
+    engine = engine_of(harness)
     first = submit_all(engine)
     engine.run()
     again = submit_all(engine)
@@ -153,16 +153,16 @@ def test_prefix_hits_and_cancelled_neighbors_change_nothing(world: World) -> Non
     engine.run()
     for ticket, key in again.items():
         tokens = engine.tokens(ticket)
-        assert tokens == world.expected[key][: len(tokens)], key
+        assert tokens == harness.expected[key][: len(tokens)], key
     survivors = [ticket for index, ticket in enumerate(again) if index % 3]
-    assert all(engine.tokens(ticket) == world.expected[again[ticket]] for ticket in survivors)
+    assert all(engine.tokens(ticket) == harness.expected[again[ticket]] for ticket in survivors)
     usages = [event.usage for event in (engine.events[ticket, 0][-1] for ticket in survivors) if event.usage]
     assert sum(usage.cached for usage in usages) > 0
     assert set(first.values()) == set(again.values())
 
 
-def test_merged_adapter_gives_the_same_text(world: World) -> None:
-    engine = engine_of(world)
+def test_merged_adapter_gives_the_same_text(harness: EquivalenceHarness) -> None:
+    engine = engine_of(harness)
     hot = "r16-rs"
     engine.merged_weights.reconcile(frozenset({engine.digests[hot]}))
     engine.settle_merges()
@@ -171,12 +171,12 @@ def test_merged_adapter_gives_the_same_text(world: World) -> None:
     ticket = engine.submit(hot, prompt_of(row), COUNT)
     other = engine.submit("r8-mlp", prompt_of(ORDER.index("r8-mlp")), 2)
     engine.run()
-    assert engine.tokens(ticket) == world.expected[hot, row]
-    assert engine.tokens(other) == world.expected["r8-mlp", ORDER.index("r8-mlp")][:2]
+    assert engine.tokens(ticket) == harness.expected[hot, row]
+    assert engine.tokens(other) == harness.expected["r8-mlp", ORDER.index("r8-mlp")][:2]
     sets = [plan.merged for plan in engine.plans]
     assert None in sets
     assert engine.digests[hot] in sets
-    worst = float((engine.logits(ticket) - world.logits[hot, row]).abs().max())
+    worst = float((engine.logits(ticket) - harness.logits[hot, row]).abs().max())
     assert worst < BOUND
     assert engine.adapted.refingerprint() == engine.adapted.spec.fingerprint
     engine.merged_weights.reconcile(frozenset())
@@ -184,25 +184,25 @@ def test_merged_adapter_gives_the_same_text(world: World) -> None:
 
 
 FAST_BOUND = 0.12
-"""Of bf16 logits with a standard deviation of about 0.7, alone against in company; measured 0.04."""
+"""Of bf16 logits with a standard deviation of about 0.7, alone against among batch mates; measured 0.04."""
 
 
 @pytest.mark.parametrize("fastest", [False, True], ids=["library", "fastest"])
-def test_fast_mode_depends_on_company_by_rounding_only(world: World, fastest: bool) -> None:
+def test_fast_mode_depends_on_batch_mates_by_rounding_only(harness: EquivalenceHarness, fastest: bool) -> None:
     weight_formats = WeightFormats(packed=supports_packed(), dense=True)
     if fastest:
         weight_formats = select_weight_formats(torch.device("cpu"), torch.bfloat16, dense=True, invariant=False)
     together = ModelEngine(
-        load_base(world.checkpoint, compute_dtype=torch.bfloat16),
-        world.adapters,
+        load_base(harness.checkpoint, compute_dtype=torch.bfloat16),
+        harness.adapters,
         weight_formats=weight_formats,
         prefix_cache=False,
     )
     tickets = submit_all(together)
     together.run()
     alone = ModelEngine(
-        load_base(world.checkpoint, compute_dtype=torch.bfloat16),
-        world.adapters,
+        load_base(harness.checkpoint, compute_dtype=torch.bfloat16),
+        harness.adapters,
         weight_formats=weight_formats,
         prefix_cache=False,
     )
@@ -215,5 +215,5 @@ def test_fast_mode_depends_on_company_by_rounding_only(world: World, fastest: bo
         same = next((place for place, (a, b) in enumerate(pairs) if a != b), COUNT - 1) + 1
         difference = (alone.logits(own)[:same] - together.logits(ticket)[:same]).abs().max()
         worst = max(worst, float(difference))
-    print(f"bf16, alone against in company: largest logit difference {worst:.3f}")
+    print(f"bf16, alone against among batch mates: largest logit difference {worst:.3f}")
     assert worst < FAST_BOUND

@@ -53,7 +53,7 @@ class Merged(NothingMerged):
         return self._ready()
 
 
-class Drive:
+class SchedulerHarness:
     """One scheduler, one fake runner, one fake pool; collects events and checks that ends are final."""
 
     def __init__(

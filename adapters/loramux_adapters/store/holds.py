@@ -1,6 +1,6 @@
-"""Who holds which version's bytes, counted by digest, in memory: pins end with the process.
+"""Who holds which version's bytes, counted by digest, in memory: holds end with the process.
 
-Knows no catalog. `lock` makes "look up and pin" and "decide what to remove" exclude each other.
+Knows no catalog. `lock` makes "look up and hold" and "decide what to remove" exclude each other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 
 
-class Pins:
+class Holds:
     """Every method is called with `lock` held."""
 
     def __init__(self) -> None:
@@ -25,9 +25,9 @@ class Pins:
         self._counts[digest] += 1
 
     def drop(self, digest: str) -> bool:
-        """One less; whether this was the last pin of an orphan. RuntimeError if there is none: a bug."""
+        """One less; whether this was the last hold on an orphan. RuntimeError if there is none: a bug."""
         if digest not in self._counts:
-            raise RuntimeError(f"unpin of {digest[:12]} without a pin")
+            raise RuntimeError(f"release of {digest[:12]} without a hold")
         self._counts[digest] -= 1
         if self._counts[digest]:
             return False
@@ -35,5 +35,5 @@ class Pins:
         return digest in self._orphans
 
     def set_orphans(self, digests: frozenset[str]) -> None:
-        """Say which pinned digests nothing else keeps."""
+        """Say which held digests nothing else keeps."""
         self._orphans = digests

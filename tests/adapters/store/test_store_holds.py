@@ -1,4 +1,4 @@
-"""Pins against delete and replace: what was resolved keeps its bytes, and nothing stays for ever."""
+"""Holds against delete and replace: what was resolved keeps its bytes, and nothing stays for ever."""
 
 import sqlite3
 import threading
@@ -23,46 +23,46 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
         yield store
 
 
-def test_a_deleted_adapter_keeps_its_bytes_until_the_last_pin(store: LocalStore, tmp_path: Path) -> None:
+def test_a_deleted_adapter_keeps_its_bytes_until_the_last_hold(store: LocalStore, tmp_path: Path) -> None:
     put(store, "one", FILES)
     store.acquire(TENANT, "one")
-    store.pin(DIGEST)
+    store.hold(DIGEST)
     store.delete(TENANT, "one")
     assert stored(store, DIGEST) == FILES
     with pytest.raises(AdapterNotFound):
         store.acquire(TENANT, "one")
-    assert not store.unpin(DIGEST)
+    assert not store.release(DIGEST)
     assert store.collect() == 0
     assert stored(store, DIGEST) == FILES
-    assert store.unpin(DIGEST)
+    assert store.release(DIGEST)
     assert store.collect() == 1
     assert blob_files(tmp_path) == set()
     with pytest.raises(AdapterNotFound):
-        store.pin(DIGEST)
+        store.hold(DIGEST)
 
 
-def test_a_replaced_version_keeps_its_bytes_until_the_last_pin(store: LocalStore, tmp_path: Path) -> None:
+def test_a_replaced_version_keeps_its_bytes_until_the_last_hold(store: LocalStore, tmp_path: Path) -> None:
     put(store, "one", FILES)
     store.acquire(TENANT, "one")
     put(store, "one", content("two"))
     assert store.acquire(TENANT, "one").digest == digest_of(content("two"))
     assert stored(store, DIGEST) == FILES
-    assert store.unpin(DIGEST)
+    assert store.release(DIGEST)
     store.collect()
     assert len(blob_files(tmp_path)) == 2
 
 
-def test_a_pinned_orphan_can_be_published_again(store: LocalStore) -> None:
+def test_a_held_orphan_can_be_published_again(store: LocalStore) -> None:
     put(store, "one", FILES)
     store.acquire(TENANT, "one")
     store.delete(TENANT, "one")
     assert put(store, "two", FILES).created
-    assert not store.unpin(DIGEST)
+    assert not store.release(DIGEST)
     assert store.collect() == 0
     assert stored(store, DIGEST) == FILES
 
 
-def test_pins_end_with_the_process(tmp_path: Path) -> None:
+def test_holds_end_with_the_process(tmp_path: Path) -> None:
     with LocalStore(tmp_path) as store:
         put(store, "one", FILES)
         store.acquire(TENANT, "one")
@@ -71,13 +71,13 @@ def test_pins_end_with_the_process(tmp_path: Path) -> None:
         assert blob_files(tmp_path) == set()
 
 
-def test_a_load_during_which_the_last_pin_went_collects(tmp_path: Path) -> None:
+def test_a_load_during_which_the_last_hold_went_collects(tmp_path: Path) -> None:
     armed = [False]
 
     def hook(operation: str, path: Path) -> None:
         if operation == "open" and armed[0]:
             armed[0] = False
-            assert not store.unpin(DIGEST)  # the load has a pin of its own
+            assert not store.release(DIGEST)  # the load has a hold of its own
 
     store = LocalStore(tmp_path, disk=SteppedDisk(hook))
     with store:
@@ -89,10 +89,10 @@ def test_a_load_during_which_the_last_pin_went_collects(tmp_path: Path) -> None:
         assert blob_files(tmp_path) == set()
 
 
-def test_an_unpin_without_a_pin_is_a_bug(store: LocalStore) -> None:
+def test_a_release_without_a_hold_is_a_bug(store: LocalStore) -> None:
     put(store, "one", FILES)
     with pytest.raises(RuntimeError):
-        store.unpin(DIGEST)
+        store.release(DIGEST)
 
 
 class SlowReader(sqlite3.Connection):
@@ -109,7 +109,7 @@ class SlowReader(sqlite3.Connection):
         return cursor
 
 
-def test_a_delete_between_lookup_and_pin_removes_no_bytes(tmp_path: Path) -> None:
+def test_a_delete_between_lookup_and_hold_removes_no_bytes(tmp_path: Path) -> None:
     def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         return schema.connect(path, busy_seconds, factory=SlowReader)
 
@@ -127,7 +127,7 @@ def test_a_delete_between_lookup_and_pin_removes_no_bytes(tmp_path: Path) -> Non
         assert stored(store, DIGEST) == FILES
         with pytest.raises(AdapterNotFound):
             store.acquire(TENANT, "one")
-        assert store.unpin(DIGEST)
+        assert store.release(DIGEST)
 
 
 def test_what_a_resolve_returned_holds_its_bytes_against_deletes_and_replaces(store: LocalStore) -> None:
@@ -152,7 +152,7 @@ def test_what_a_resolve_returned_holds_its_bytes_against_deletes_and_replaces(st
             return
         assert stored(store, version.digest) == versions[version.digest]
         loads[0] += 1
-        if store.unpin(version.digest):
+        if store.release(version.digest):
             store.collect()
 
     def delete() -> None:

@@ -1,6 +1,6 @@
 """What the attention of one step needs, handed through the model's keyword arguments.
 
-Rows and blocks of a step, cut into spans (several rows of one request) and decode rows (one row each). Knows no
+Rows and blocks of a step, cut into prefills (several rows of one request) and decode rows (one row each). Knows no
 arithmetic.
 """
 
@@ -14,7 +14,7 @@ import torch
 from loramux_server.model.cache import PagedCache
 
 
-class Limits(NamedTuple):
+class AttentionParams(NamedTuple):
     """How one layer attends: scores times `scale`, at most `window` positions back, capped by tanh at `softcap`."""
 
     scale: float
@@ -22,7 +22,7 @@ class Limits(NamedTuple):
     softcap: float | None = None
 
 
-class Span:
+class PrefillSegment:
     """Rows [first, last) of the step are positions start .. of one request; `blocks` [n] covers them and all before."""
 
     def __init__(self, first: int, last: int, start: int, blocks: torch.Tensor) -> None:
@@ -41,7 +41,7 @@ class Span:
         return self._gathers[heads]
 
 
-class DecodeRows:
+class DecodeBatch:
     """Rows of one token each, of similar context length, attended together.
 
     `rows` [B]: which rows of the step they are, None for all of them in order; `blocks` [B, n], padded with any valid
@@ -59,14 +59,14 @@ class DecodeRows:
             self._gathers[heads] = cache.read_blocks(self.blocks, heads)
         return self._gathers[heads]
 
-    def hidden(self, length: int, window: int | None) -> torch.Tensor:
+    def mask(self, length: int, window: int | None) -> torch.Tensor:
         """[B, length]: True at positions a row must not see; made once per step and window."""
         if window not in self._masks:
             place = torch.arange(length, device=self.positions.device)[None, :]
-            hidden = place > self.positions[:, None]
+            mask = place > self.positions[:, None]
             if window is not None:
-                hidden |= place <= self.positions[:, None] - window
-            self._masks[window] = hidden
+                mask |= place <= self.positions[:, None] - window
+            self._masks[window] = mask
         return self._masks[window]
 
 
@@ -74,32 +74,32 @@ class DecodeAttention(Protocol):
     """One implementation of attention for decode rows; chosen once, at start."""
 
     def __call__(
-        self, cache: PagedCache, layer: int, query: torch.Tensor, rows: DecodeRows, limits: Limits
+        self, cache: PagedCache, layer: int, query: torch.Tensor, rows: DecodeBatch, params: AttentionParams
     ) -> torch.Tensor:
         """query [B, H, D] -> [B, H, Dv]. What a row may not see has no influence on it, whatever it holds."""
         ...
 
 
-class PagedContext:
+class AttentionMetadata:
     """One step. `places` [T]: where its tokens go in the cache, block * block_size + offset."""
 
     def __init__(
         self,
         cache: PagedCache,
-        places: torch.Tensor,
+        slot_mapping: torch.Tensor,
         decode: DecodeAttention,
-        spans: Sequence[Span] = (),
-        decodes: Sequence[DecodeRows] = (),
+        prefills: Sequence[PrefillSegment] = (),
+        decodes: Sequence[DecodeBatch] = (),
         *,
         tiled: bool = False,
     ) -> None:
-        self.cache, self.places, self.decode = cache, places, decode
-        self.spans, self.decodes, self.tiled = spans, decodes, tiled
+        self.cache, self.slot_mapping, self.decode = cache, slot_mapping, decode
+        self.prefills, self.decodes, self.tiled = prefills, decodes, tiled
         self._write_rows: dict[int, torch.Tensor] = {}
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores key and value [heads, T, width] of this step's tokens."""
         heads = key.shape[0]
         if heads not in self._write_rows:
-            self._write_rows[heads] = self.cache.write_rows(self.places, heads)
+            self._write_rows[heads] = self.cache.write_rows(self.slot_mapping, heads)
         self.cache.write(layer, self._write_rows[heads], key, value)

@@ -1,4 +1,4 @@
-"""Whether a request's logits are the same bits alone and in any company; also run in processes of more threads."""
+"""Whether a request's logits are the same bits alone and among any batch mates; also for processes of more threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.against_peft import prompts
 from support.model_engine import ModelEngine
 
 EXACT: dict[str, Any] = {"deterministic": True, "prefill_chunk": 16}
-COMPANIES: dict[str, dict[str, Any]] = {
+BATCHES: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunked": {"max_batch_tokens": 32, "max_running": 12},
     "preempted": {"kv_blocks": 110, "block_tokens": 2, "max_batch_tokens": 64, "max_running": 16},
@@ -23,7 +23,7 @@ COMPANIES: dict[str, dict[str, Any]] = {
 COUNT = 8
 
 
-def check_exact(checkpoint: Path, adapters: dict[str, Path], dtype: torch.dtype, company: str) -> dict[str, int]:
+def check_exact(checkpoint: Path, adapters: dict[str, Path], dtype: torch.dtype, batch: str) -> dict[str, int]:
     """Twelve requests together, then the same again over a warm prefix cache, against each alone on a cold one."""
 
     def fresh(**options: Any) -> ModelEngine:
@@ -35,7 +35,7 @@ def check_exact(checkpoint: Path, adapters: dict[str, Path], dtype: torch.dtype,
         (name, prompt, SamplingParams(temperature=0.0 if index % 3 else 0.8, seed=index))
         for index, (name, prompt) in enumerate(zip(names[:12], prompts(12), strict=True))
     ]
-    together = fresh(**COMPANIES[company])
+    together = fresh(**BATCHES[batch])
     rounds = []
     for _ in range(2):
         rounds.append([together.submit(name, prompt, COUNT, sampling=params) for name, prompt, params in rows])
@@ -45,8 +45,8 @@ def check_exact(checkpoint: Path, adapters: dict[str, Path], dtype: torch.dtype,
         own = alone.submit(name, prompt, COUNT, sampling=params)
         alone.run()
         for tickets in rounds:
-            assert together.tokens(tickets[index]) == alone.tokens(own), (company, index)
-            assert torch.equal(together.logits(tickets[index]), alone.logits(own)), (company, index)
+            assert together.tokens(tickets[index]) == alone.tokens(own), (batch, index)
+            assert torch.equal(together.logits(tickets[index]), alone.logits(own)), (batch, index)
     usages = [together.events[ticket, 0][-1].usage for ticket in rounds[1]]
     return {
         "preemptions": together.scheduler.take_counters().preemptions,

@@ -48,7 +48,7 @@ class Later(Executor):
             self.work.pop(0)()
 
 
-class World:
+class PoolHarness:
     """A pool of `capacity` rank rows and what is around it."""
 
     def __init__(self, capacity: int = 32, slots: int = 8) -> None:

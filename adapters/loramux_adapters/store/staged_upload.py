@@ -1,8 +1,8 @@
 """One open upload on disk: a directory with `upload.json` and a partial file per manifest entry.
 
-Knows no quota and no catalog. Used under the session's own lock only.
+Knows no quota and no catalog. Used under its own lock only.
 
-Committed means: written, so that it outlives this process; `sync` makes it outlive the machine.
+Received means: written, so that it outlives this process; `sync` makes it outlive the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loramux_adapters.errors import AdapterError, AdapterInvalid, UploadOffset
 from loramux_adapters.store.disk import Disk, storage_errors
-from loramux_adapters.store.records import FileEntry, FileProgress, StagedUpload, UploadManifest, UploadProgress
+from loramux_adapters.store.records import FileEntry, FileProgress, StagedFiles, UploadManifest, UploadProgress
 
 # Dirty pages of one upload are bounded, and a failing disk is noticed on the way, not at the end only.
 _SYNC_BYTES = 16 << 20
@@ -23,7 +23,7 @@ MANIFEST_FILE = "upload.json"
 _log = logging.getLogger(__name__)
 
 
-class Session:
+class StagedUpload:
     """State of one upload. `lock` is the caller's to hold; `closed` means it was published or discarded."""
 
     def __init__(self, directory: Path, manifest: UploadManifest, disk: Disk) -> None:
@@ -33,35 +33,35 @@ class Session:
         self._manifest = manifest
         self._disk = disk
         self._entries = {entry.file: entry for entry in manifest.files}
-        self._committed = dict.fromkeys(self._entries, 0)
+        self._received = dict.fromkeys(self._entries, 0)
         self._durable = dict.fromkeys(self._entries, 0)  # synced, as far as this process knows
-        self._torn: set[str] = set()  # files that may be longer than committed
+        self._torn: set[str] = set()  # files that may be longer than received
         self._verified = False
 
     @classmethod
-    def create(cls, directory: Path, manifest: UploadManifest, disk: Disk) -> Session:
-        """Make the directory durable and return an empty session. OSError."""
-        session = cls(directory, manifest, disk)
+    def create(cls, directory: Path, manifest: UploadManifest, disk: Disk) -> StagedUpload:
+        """Make the directory durable and return an empty upload. OSError."""
+        upload = cls(directory, manifest, disk)
         disk.remove_tree(directory)  # what a process that died here left
         disk.make_directory(directory)
-        session._write_manifest()
+        upload._write_manifest()
         disk.sync(directory.parent)
         disk.sync(directory.parent.parent)
-        return session
+        return upload
 
     @classmethod
-    def restore(cls, directory: Path, disk: Disk) -> Session | None:
-        """The session an earlier process left in `directory`, None if there is no whole one. OSError.
+    def restore(cls, directory: Path, disk: Disk) -> StagedUpload | None:
+        """The upload an earlier process left in `directory`, None if there is no whole one. OSError.
 
-        What is on the disk after syncing it is what is committed. Should a power cut have left a tail
-        of wrong bytes, the hash at the commit finds it.
+        What is on the disk after syncing it is what is received. Should a power cut have left a tail
+        of wrong bytes, the hash at the publish finds it.
         """
         try:
             with disk.open(directory / MANIFEST_FILE) as stream:
                 manifest = _decode(stream.read())
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        session = cls(directory, manifest, disk)
+        upload = cls(directory, manifest, disk)
         for entry in manifest.files:
             path = directory / entry.file
             size = disk.size(path)
@@ -70,8 +70,8 @@ class Session:
                 size = entry.size
             if size:
                 disk.sync(path)
-            session._committed[entry.file] = session._durable[entry.file] = size
-        return session
+            upload._received[entry.file] = upload._durable[entry.file] = size
+        return upload
 
     @property
     def manifest(self) -> UploadManifest:
@@ -89,42 +89,40 @@ class Session:
         return True
 
     def progress(self, upload_id: str) -> UploadProgress:
-        """Committed bytes per file, in the manifest's order."""
+        """Received bytes per file, in the manifest's order."""
         return UploadProgress(
             upload_id,
             self._manifest.name,
-            tuple(FileProgress(e.file, self._committed[e.file], e.size) for e in self._manifest.files),
+            tuple(FileProgress(e.file, self._received[e.file], e.size) for e in self._manifest.files),
         )
 
     def write(self, file: str, offset: int, data: bytes) -> int:
-        """Append; see AdapterStore.write_chunk. A failure leaves the committed size as it was, or, when a sync
+        """Append; see AdapterStore.write_chunk. A failure leaves the received size as it was, or, when a sync
         failed, at what was synced before."""
         entry = self._entry(file)
-        committed = self._committed[file]
-        if offset != committed:
-            raise UploadOffset(
-                f"the next byte of {file} is {committed}, not {offset}", committed=committed, subject=file
-            )
+        received = self._received[file]
+        if offset != received:
+            raise UploadOffset(f"the next byte of {file} is {received}, not {offset}", received=received, subject=file)
         if offset + len(data) > entry.size:
             raise AdapterInvalid(f"{file} would have more than its {entry.size} bytes", subject=file)
         self._mend(file)
         if not data:
-            return committed
+            return received
         self._torn.add(file)
         self._verified = False
         with storage_errors("keep an upload"):
             self._disk.write_at(self._directory / file, offset, data)
         self._torn.discard(file)
-        self._committed[file] = committed + len(data)
-        if self._committed[file] - self._durable[file] >= _SYNC_BYTES:
+        self._received[file] = received + len(data)
+        if self._received[file] - self._durable[file] >= _SYNC_BYTES:
             self._sync_file(file)
-        return self._committed[file]
+        return self._received[file]
 
     def sync(self) -> None:
-        """Bring every committed byte to the disk. StoreUnavailable: the affected file fell back."""
+        """Bring every received byte to the disk. StoreUnavailable: the affected file fell back."""
         for file in self._entries:
             self._mend(file)
-            if self._committed[file] > self._durable[file]:
+            if self._received[file] > self._durable[file]:
                 self._sync_file(file)
         with storage_errors("keep an upload"):
             self._disk.sync(self._directory)
@@ -139,9 +137,9 @@ class Session:
         if self._verified:
             return
         for entry in self._manifest.files:
-            if self._committed[entry.file] < entry.size:
+            if self._received[entry.file] < entry.size:
                 raise AdapterInvalid(
-                    f"{entry.file} has {self._committed[entry.file]} of its {entry.size} bytes",
+                    f"{entry.file} has {self._received[entry.file]} of its {entry.size} bytes",
                     subject=entry.file,
                     remedy="send the rest, then commit",
                 )
@@ -152,7 +150,7 @@ class Session:
                 if not intact:
                     self._disk.remove(path)
             if not intact:
-                self._committed[entry.file] = self._durable[entry.file] = 0
+                self._received[entry.file] = self._durable[entry.file] = 0
                 raise AdapterInvalid(
                     f"the bytes of {entry.file} do not have the declared sha256",
                     subject=entry.file,
@@ -160,13 +158,13 @@ class Session:
                 )
         self._verified = True
 
-    def staged(self) -> StagedUpload:
+    def staged(self) -> StagedFiles:
         """The verified files."""
         self.verify()
-        return StagedUpload(self._manifest, {file: self._directory / file for file in self._entries})
+        return StagedFiles(self._manifest, {file: self._directory / file for file in self._entries})
 
     def remove(self) -> None:
-        """Close the session and remove its directory; what cannot be removed now is swept at a later start."""
+        """Close the upload and remove its directory; what cannot be removed now is swept at a later start."""
         self.closed = True
         try:
             # The manifest first: without it the rest is no upload any more, whatever happens next.
@@ -181,12 +179,12 @@ class Session:
         return self._entries[file]
 
     def _mend(self, file: str) -> None:
-        """Cut off what a failed write left behind the committed bytes."""
+        """Cut off what a failed write left behind the received bytes."""
         if file in self._torn:
             path = self._directory / file
             with storage_errors("keep an upload"):
-                if self._disk.size(path) > self._committed[file]:
-                    self._disk.truncate(path, self._committed[file])
+                if self._disk.size(path) > self._received[file]:
+                    self._disk.truncate(path, self._received[file])
             self._torn.discard(file)
 
     def _sync_file(self, file: str) -> None:
@@ -195,11 +193,11 @@ class Session:
                 self._disk.sync(self._directory / file)
         except AdapterError:
             # After a failed fsync Linux may call lost pages clean: only what an earlier one covered is sure.
-            self._committed[file] = self._durable[file]
+            self._received[file] = self._durable[file]
             self._torn.add(file)
             self._verified = False
             raise
-        self._durable[file] = self._committed[file]
+        self._durable[file] = self._received[file]
 
     def _write_manifest(self) -> None:
         self._disk.replace_file(self._directory / MANIFEST_FILE, _encode(self._manifest))

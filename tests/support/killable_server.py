@@ -1,4 +1,4 @@
-"""Real servers to be killed by the dozen: `python -m support.mortal_server`, one data directory a line on stdin.
+"""Real servers to be killed by the dozen: `python -m support.killable_server`, one data directory a line on stdin.
 
 Imports what a server imports once, then forks each server: App, gRPC, store, registry and format reader are real,
 only the engine computes nothing. A child says "pid PID", then "ready ADDRESS"; "ended CODE" follows when it was killed.

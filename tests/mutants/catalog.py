@@ -1,0 +1,290 @@
+"""Faults that core logic could have, each with the tests that must notice it.
+
+A mutant is one exact replacement in one file. One that changes nothing that can be observed is no mutant: replace it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ENGINE, MODEL, API = "server/loramux_server/engine/", "server/loramux_server/model/", "server/loramux_server/api/"
+ADAPTERS = "adapters/loramux_adapters/"
+TEST_ENGINE, TEST_MODEL, TEST_ADAPTERS = "tests/server/engine/", "tests/server/model/", "tests/adapters/"
+
+
+class Mutant(NamedTuple):
+    """`old` stands exactly once in `file`; with `new` in its place one of `tests` (files or test ids) must fail."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    # Blocks and tables
+    Mutant(
+        "prefix hashes leave the adapter out", ENGINE + "blocks.py",
+        '(tenant, salt, digest or "", "long"', '(tenant, salt, "", "long"',
+        (TEST_ENGINE + "test_blocks.py", TEST_ENGINE + "test_prefix_cache.py"),
+    ),
+    Mutant(
+        "an evicted block is still found by its hash", ENGINE + "blocks.py",
+        "popitem(last=False)\n                self._drop_hash(block)", "popitem(last=False)",
+        (TEST_ENGINE + "test_blocks.py",),
+    ),
+    Mutant(
+        "the last token of a prompt is taken from the cache too", ENGINE + "tables.py",
+        "tokens = len(request.tokens) - 1", "tokens = len(request.tokens)",
+        (TEST_ENGINE + "test_prefix_cache.py", TEST_ENGINE + "test_scheduler.py"),
+    ),
+    Mutant(
+        "cached blocks without an owner count as free twice", ENGINE + "tables.py",
+        " + len(self.pool.find_idle(cached))", "",
+        (TEST_ENGINE + "test_prefix_cache.py", TEST_ENGINE + "test_preemption.py", TEST_ENGINE + "test_traffic.py"),
+    ),
+    Mutant(
+        "a newcomer takes the blocks that those who run need next", ENGINE + "tables.py",
+        "return needed + reserve <=", "return needed <=",
+        (TEST_ENGINE + "test_preemption.py", TEST_ENGINE + "test_scheduler.py"),
+    ),
+    Mutant(
+        "a block of mixed shapes is shared in exact mode", ENGINE + "tables.py",
+        "if self._exact and len(chunk.tokens) != self._grain:", "if False:",
+        (TEST_ENGINE + "test_exact.py",),
+    ),
+    # Scheduler and step
+    Mutant(
+        "a request that ends keeps its lease", ENGINE + "scheduler.py",
+        "            request.lease.release()\n", "",
+        (TEST_ENGINE + "test_scheduler.py",),
+    ),
+    Mutant(
+        "a failed step's KV stays in the prefix cache", ENGINE + "scheduler.py",
+        "self._end(request, failure.code, now, invalidate=invalidate)", "self._end(request, failure.code, now)",
+        (TEST_ENGINE + "test_scheduler.py", TEST_ENGINE + "test_prefix_cache.py"),
+    ),
+    Mutant(
+        "a request's own deadline is passed over", ENGINE + "scheduler.py",
+        "self._next_deadline = min(self._next_deadline, submission.deadline)", "pass",
+        (TEST_ENGINE + "test_scheduler.py",),
+    ),
+    Mutant(
+        "a step is over its budget of tokens", ENGINE + "step_builder.py",
+        "self._left -= end - start", "self._left -= 1",
+        (TEST_ENGINE + "test_scheduler.py",),
+    ),
+    Mutant(
+        "a step of two adapters runs on one's merged weights", ENGINE + "step_builder.py",
+        "if len(self._digests) != 1 or", "if not self._digests or",
+        (TEST_ENGINE + "test_scheduler.py", TEST_ENGINE + "test_traffic.py"),
+    ),
+    Mutant(
+        "a request is overtaken without a bound", ENGINE + "policies.py",
+        "            self._is_closed = self._is_closed or other.skips >= self._bound\n", "",
+        (TEST_ENGINE + "test_policies.py",),
+    ),
+    Mutant(
+        "the commands of a step that failed are lost", ENGINE + "execution.py",
+        "replace(plan, chunks=plan.chunks[:middle])", "StepPlan(plan.step, plan.chunks[:middle], plan.merged)",
+        (TEST_ENGINE + "test_execution.py", TEST_MODEL + "test_worker.py"),
+    ),
+    Mutant(
+        "the second half of a failed step loses its merged weights", ENGINE + "execution.py",
+        "StepPlan(plan.step, plan.chunks[middle:], plan.merged)", "StepPlan(plan.step, plan.chunks[middle:])",
+        (TEST_ENGINE + "test_execution.py",),
+    ),
+    Mutant(
+        "of many choices one counts against the queue", ENGINE + "client.py",
+        "if self._live + submission.n > self._limits.max_live:", "if self._live + 1 > self._limits.max_live:",
+        (TEST_ENGINE + "test_client.py",),
+    ),
+    # Terminal events
+    Mutant(
+        "a choice ends twice", ENGINE + "stream.py",
+        "            self._open.discard(event.choice)\n        self._events", "            pass\n        self._events",
+        (TEST_ENGINE + "test_client.py",),
+    ),
+    Mutant(
+        "no reader is told that the engine has ended", ENGINE + "client.py",
+        "ticket.stream.push(TokenEvent(choice, failure=failure))", "pass",
+        (TEST_ENGINE + "test_client.py",),
+    ),
+    # Stop strings
+    Mutant(
+        "of two stop strings that end together the shorter counts", ENGINE + "stop_strings.py",
+        "len(pattern.string) > len(found)", "len(pattern.string) < len(found)",
+        (TEST_ENGINE + "test_detokenize.py",),
+    ),
+    Mutant(
+        "a stop string that overlaps itself is missed", ENGINE + "stop_strings.py",
+        "self.matched = self._shorter[self.matched]\n        if", "self.matched = 0\n        if",
+        (TEST_ENGINE + "test_detokenize.py",),
+    ),
+    Mutant(
+        "a stop string that begins within a failed match is missed", ENGINE + "stop_strings.py",
+        "            matched = shorter[matched]\n", "            matched = 0\n",
+        (TEST_ENGINE + "test_detokenize.py",),
+    ),
+    # Pool, slots, rank rows
+    Mutant(
+        "a lease that is released twice gives back another's", ADAPTERS + "residency/pool.py",
+        "        if self._live:\n            self._live = False\n",
+        "        if self._slot:\n            self._live = False\n",
+        (TEST_ADAPTERS + "residency/test_pool.py",),
+    ),
+    Mutant(
+        "an adapter with a lease is evicted", ADAPTERS + "residency/pool.py",
+        "return not slot.leases and slot.bound_at != self._tick", "return slot.bound_at != self._tick",
+        (TEST_ADAPTERS + "residency/test_pool.py",),
+    ),
+    Mutant(
+        "the adapter used last leaves first", ADAPTERS + "residency/pool.py",
+        "key=lambda slot: slot.used_at)", "key=lambda slot: -slot.used_at)",
+        (TEST_ADAPTERS + "residency/test_pool.py",),
+    ),
+    Mutant(
+        "an evicted slot is not unbound", ADAPTERS + "residency/pool.py",
+        "        self._unbound.append(slot.number)\n", "",
+        (TEST_ADAPTERS + "residency/test_pool.py", TEST_ADAPTERS + "residency/test_pool_machine.py"),
+    ),
+    Mutant(
+        "rank rows of two adapters overlap by one", ADAPTERS + "residency/row_space.py",
+        "if first - end >= rows:", "if first - end >= rows - 1:",
+        (TEST_ADAPTERS + "residency/test_tables.py",),
+    ),
+    Mutant(
+        "rank rows beyond an adapter's rank keep a former owner's", ADAPTERS + "parts/low_rank.py",
+        "            pool[first + len(factor) : first + count].zero_()\n", "",
+        (TEST_ADAPTERS + "parts", TEST_ADAPTERS + "residency/test_real_slots.py"),
+    ),
+    Mutant(
+        "foreign rank rows count in a gathered product", ADAPTERS + "kernels/gathered.py",
+        "            shrunk.masked_fill_(self.drop, 0)  # selects: a NaN in a foreign rank row stays there\n", "",
+        (TEST_ADAPTERS + "kernels/test_low_rank.py",),
+    ),
+    # Batch and segments
+    Mutant(
+        "rows of the base after an adapter's are taken for its own", ADAPTERS + "apply/batch.py",
+        'elif segments:\n            raise ValueError(f"row {row} has no adapter but follows rows that have one")',
+        "elif segments:\n            segments[-1] = SlotSegment(segments[-1].start, row + 1, segments[-1].slot)",
+        (TEST_ADAPTERS + "apply", TEST_ADAPTERS + "kernels"),
+    ),
+    Mutant(
+        "a key is written one position late", MODEL + "forward_batch.py",
+        "[place // size] * size + place % size for", "[place // size] * size + (place + 1) % size for",
+        (TEST_MODEL + "test_forward_batch.py",),
+    ),
+    Mutant(
+        "a row sees one position beyond its window", MODEL + "tiled_attention.py",
+        "mask | (place <= query - window)", "mask | (place < query - window)",
+        (TEST_MODEL + "test_attention.py",),
+    ),
+    Mutant(
+        "a tensor of a step is left on the host", MODEL + "forward_batch.py",
+        "positions=torch.tensor(positions, device=device)", "positions=torch.tensor(positions)",
+        (TEST_MODEL + "test_fake_cuda.py",),
+    ),
+    Mutant(
+        "an output gain scales the base's bias too", ADAPTERS + "parts/output_gain.py",
+        "(y[rows, begin:end] - own) * gain + own", "y[rows, begin:end] * gain",
+        (TEST_ADAPTERS + "parts/test_output_gain.py",),
+    ),
+    # Worker, staging, merging
+    Mutant(
+        "a chunk may use a slot to which nothing is bound", MODEL + "worker.py",
+        "if chunk.slot != BASE_SLOT and chunk.slot not in self._bound:", "if False:",
+        (TEST_MODEL + "test_worker.py",),
+    ),
+    Mutant(
+        "a slot is bound before its copy has ended", MODEL + "staging.py",
+        "        for _ in copy.pieces:\n            pass\n", "",
+        (TEST_MODEL + "test_worker.py", TEST_MODEL + "test_replay.py"),
+    ),
+    Mutant(
+        "merged weights leave the adapter's bias out", ADAPTERS + "parts/bias.py",
+        "    bias.copy_(part.value)\n", "    pass\n",
+        (TEST_ADAPTERS + "apply/test_merge.py", TEST_ADAPTERS + "parts"),
+    ),
+    # Sampler and its state
+    Mutant(
+        "a repetition penalty raises what is unlikely", MODEL + "logits.py",
+        "torch.where(scores < 0, scores * penalty, scores / penalty)", "scores / penalty",
+        (TEST_MODEL + "test_sampler.py", TEST_MODEL + "test_sampler_state.py"),
+    ),
+    Mutant(
+        "a token's NaN is drawn as if it were the best", MODEL + "sampler.py",
+        "tokens = torch.where(torch.isfinite(best), tokens, _FAILED)", "pass",
+        (TEST_MODEL + "test_sampler.py",),
+    ),
+    Mutant(
+        "a request's counts are those of the row's former owner", MODEL + "sampling_state.py",
+        "        self._output[row] = 0\n", "",
+        (TEST_MODEL + "test_sampler_state.py",),
+    ),
+    Mutant(
+        "top_p drops the token that crosses it", MODEL + "draw.py",
+        "(likelier.sum(dim=1) >= nucleus)", "(likelier.sum(dim=1) + level.flatten() >= nucleus)",
+        (TEST_MODEL + "test_sampler.py", TEST_MODEL + "test_sampler_draw.py"),
+    ),
+    Mutant(
+        "choices of one seed draw the same", MODEL + "sampler.py",
+        "(c.params.seed, c.params.choice, c.start + len(c.tokens))", "(c.params.seed, 0, c.start + len(c.tokens))",
+        (TEST_MODEL + "test_sampler.py",),
+    ),
+    # Store, digest, fingerprint
+    Mutant(
+        "bytes of a version that a request holds are removed", ADAPTERS + "store/local.py",
+        "for version, digest in unreachable.items() if digest not in self._holds]",
+        "for version, digest in unreachable.items() if digest]",
+        (TEST_ADAPTERS + "store/test_store_holds.py",),
+    ),
+    Mutant(
+        "bytes of an upload that were received are written again", ADAPTERS + "store/staged_upload.py",
+        "if offset != received:", "if offset > received:",
+        (TEST_ADAPTERS + "store/test_store_uploads.py",),
+    ),
+    Mutant(
+        "one adapter more than the quota is published", ADAPTERS + "store/changes.py",
+        "if count >= quotas.max_adapters:", "if count > quotas.max_adapters:",
+        (TEST_ADAPTERS + "store/test_store_quotas.py",),
+    ),
+    Mutant(
+        "a publish is acknowledged without being synced", ADAPTERS + "store/local.py",
+        "            upload.sync()\n            with self._changing:", "            with self._changing:",
+        (TEST_ADAPTERS + "store/test_store_durability.py", TEST_ADAPTERS + "store/test_store_faults.py"),
+    ),
+    Mutant(
+        "a torn line of the journal swallows the next publish", ADAPTERS + "store/journal.py",
+        'b"\\n" + _encode(publication))', "_encode(publication))",
+        (TEST_ADAPTERS + "store/test_store_lost.py",),
+    ),
+    Mutant(
+        "two contents have one digest", ADAPTERS + "formats/digest.py",
+        "        self._field(dtype.encode())\n", "",
+        (TEST_ADAPTERS + "formats/test_digest.py",),
+    ),
+    Mutant(
+        "two bases of other scales have one fingerprint", ADAPTERS + "base/fingerprint.py",
+        "for tensor in (module.codes, module.absmax):", "for tensor in (module.codes,):",
+        (TEST_ADAPTERS + "base/test_load.py",),
+    ),
+    # Refusals
+    Mutant(
+        "a tensor of another shape is accepted", ADAPTERS + "formats/peft_tensors.py",
+        "if entry.shape != expected:", "if len(entry.shape) != len(expected):",
+        (TEST_ADAPTERS + "formats/test_registry.py",),
+    ),
+    Mutant(
+        "an adapter of another base is accepted without consent", ADAPTERS + "formats/declared_base.py",
+        "if differs and not allow:", "if differs and allow:",
+        (TEST_ADAPTERS + "formats/test_registry.py",),
+    ),
+    Mutant(
+        "a NaN passes for a number within its bounds", API + "validate.py",
+        "if math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:",
+        "if not (value < low or (open_low and value == low) or value > high):",
+        ("tests/server/api/test_validate.py",),
+    ),
+)  # fmt: skip
