@@ -107,8 +107,8 @@ MUTANTS = (
         (TEST_ENGINE + "test_client.py",),
     ),
     Mutant(
-        "no reader is told that the engine has ended", ENGINE + "client.py",
-        "ticket.stream.push(TokenEvent(choice, failure=failure))", "pass",
+        "an engine that has ended takes requests that nobody will answer", ENGINE + "client.py",
+        "if self._refusal is not Draining:", "if self._refusal is Draining:",
         (TEST_ENGINE + "test_client.py",),
     ),
     # Stop strings
@@ -190,6 +190,11 @@ MUTANTS = (
         "an output gain scales the base's bias too", ADAPTERS + "parts/output_gain.py",
         "(y[rows, begin:end] - own) * gain + own", "y[rows, begin:end] * gain",
         (TEST_ADAPTERS + "parts/test_output_gain.py",),
+    ),
+    Mutant(
+        "the host waits for the device once more in each step", MODEL + "forward.py",
+        "    return logits\n", "    logits.max().item()\n    return logits\n",
+        (TEST_MODEL + "test_fake_cuda.py",),
     ),
     # Worker, staging, merging
     Mutant(
