@@ -1,8 +1,8 @@
 """The server's configuration: one frozen value, resolved once, never mutated.
 
-Defaults < YAML file < LORAMUX_* environment < flags, and each value remembers where it came
-from. One name per option: `max_running`, `LORAMUX_MAX_RUNNING`, `--max-running`. Torch-free;
-what must be looked at on the machine (ports, paths, devices) is `preflight`'s matter.
+Defaults < YAML file < LORAMUX_* environment < flags; the origin of each value is kept. One name per option:
+`max_running`, `LORAMUX_MAX_RUNNING`, `--max-running`. Torch-free; `preflight` checks what depends on the machine
+(ports, paths, devices).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -50,7 +49,7 @@ FILE_VARIABLE = "LORAMUX_CONFIG"
 
 
 def default_data_dir() -> Path:
-    """Where the store is if nobody says otherwise."""
+    """Where the store is unless data_dir is set."""
     return Path(platformdirs.user_data_dir("loramux", appauthor=False))
 
 
@@ -81,7 +80,7 @@ class BaseConfig(BaseModel):
 
 
 class EngineConfig(BaseConfig):
-    """How much runs at once, and what of memory it may take."""
+    """How much runs at once, and how much memory it may take."""
 
     context_tokens: Count | None = Field(None, description="context limit; unset: the base's own", ge=16, le=1 << 24)
     max_batch_tokens: Count = Field(2048, description="tokens of one step", ge=8, le=1 << 20)
@@ -98,7 +97,7 @@ class EngineConfig(BaseConfig):
 
 
 class AdapterConfig(EngineConfig):
-    """Where adapters rest and how many may be where."""
+    """Where adapters are stored and loaded, and how many of them."""
 
     data_dir: FilePath = Field(default_factory=default_data_dir, description="directory of the adapter store")
     adapter_device_bytes: Bytes | None = Field(
@@ -111,11 +110,11 @@ class AdapterConfig(EngineConfig):
     max_adapters: Count = Field(10_000, description="adapters a tenant may keep", ge=1)
     max_store_bytes: Bytes = Field(64 * GIB, description="bytes a tenant may keep", ge=1 << 10)
     max_uploads: Count = Field(64, description="unfinished uploads a tenant may keep", ge=1, le=1 << 16)
-    upload_ttl_seconds: Seconds = Field(86_400.0, description="an upload without a commit is dropped after", ge=1)
+    upload_ttl_seconds: Seconds = Field(86_400.0, description="an unfinished upload is removed after", ge=1)
 
 
 class NetworkConfig(AdapterConfig):
-    """Where the server is reached and watched."""
+    """Addresses of the server and of its metrics."""
 
     listen: Address = Field("127.0.0.1:50051", description="address of gRPC: HOST:PORT or unix:PATH")
     metrics_listen: Address = Field(
@@ -133,20 +132,24 @@ class RequestConfig(NetworkConfig):
 
 
 class LifetimeConfig(RequestConfig):
-    """How long what does not go on is waited for."""
+    """How long the server waits: for readers, for a stop, for a step."""
 
-    stall_seconds: Seconds = Field(30.0, description="a stream nobody reads is ended after", ge=0.05, le=86_400)
-    readiness_seconds: Seconds = Field(1.0, description="NOT_SERVING before a stop refuses work", ge=0, le=600)
-    drain_seconds: Seconds = Field(30.0, description="running requests may go on for, at a stop", ge=0, le=86_400)
-    step_timeout_seconds: Seconds = Field(300.0, description="a step that takes longer hangs: the server ends", ge=1)
+    stall_seconds: Seconds = Field(30.0, description="a stream that is not read ends after", ge=0.05, le=86_400)
+    readiness_seconds: Seconds = Field(
+        1.0, description="at a stop: time as NOT_SERVING before new requests are refused", ge=0, le=600
+    )
+    drain_seconds: Seconds = Field(30.0, description="at a stop: time for running requests to finish", ge=0, le=86_400)
+    step_timeout_seconds: Seconds = Field(300.0, description="a longer step counts as hung, and the server ends", ge=1)
 
 
 class ServeConfig(LifetimeConfig):
-    """All of it; here what is logged and counted."""
+    """Every option; declared here are those of logs and metrics."""
 
-    metrics_adapters: Count = Field(50, description="adapters with a series of their own", ge=0, le=1000)
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
-    log_format: Literal["text", "json"] = Field("text", description="form of log lines")
+    metrics_adapters: Count = Field(50, description="adapters with metric series of their own", ge=0, le=1000)
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level that is logged"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="format of log lines")
 
 
 _GROUPS: Mapping[type[BaseConfig], str] = {
@@ -178,7 +181,6 @@ class Option:
     default: Any
 
 
-@cache
 def options() -> Mapping[str, Option]:
     """Every option by name, in order of layers: what the command line, `config show` and documents list."""
     return {name: _describe(entry) for name, entry in ServeConfig.model_fields.items()}

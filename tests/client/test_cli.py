@@ -129,7 +129,7 @@ def test_an_unknown_variable_is_told_with_the_nearest(tmp_path: Path, monkeypatc
     result = invoke("config", "check", "--metrics-listen=none", "--listen=127.0.0.1:0", f"--data-dir={tmp_path}")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "warning: LORAMUX_MAX_RUNING is no option and is ignored; did you mean LORAMUX_MAX_RUNNING?"
+        "warning: LORAMUX_MAX_RUNING is not an option and is ignored; did you mean LORAMUX_MAX_RUNNING?"
     ]
 
 
@@ -352,7 +352,7 @@ def test_doctor_fails_on_what_must_change(tmp_path: Path) -> None:
 
 
 def test_an_interruption_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_failure(Failure("stopped after saving x; run again with --resume to go on", ExitCode.INTERRUPTED))
+    tell_failure(Failure("stopped after saving x; run again with --resume to continue", ExitCode.INTERRUPTED))
     assert capsys.readouterr().err.startswith("stopped after saving x")
 
 

@@ -66,7 +66,7 @@ def test_a_template_without_generation_marks_gives_the_same_labels(tokenizer: An
         (None, "has no chat template"),
     ],
 )
-def test_templates_that_cannot_be_learnt_from_are_refused(tokenizer: Any, template: str | None, says: str) -> None:
+def test_templates_that_cannot_be_learned_from_are_refused(tokenizer: Any, template: str | None, says: str) -> None:
     kept = tokenizer.chat_template
     try:
         tokenizer.chat_template = template
@@ -82,7 +82,7 @@ def test_an_assistant_who_speaks_first_needs_generation_marks(tokenizer: Any) ->
     kept = tokenizer.chat_template
     try:
         tokenizer.chat_template = kept.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        with pytest.raises(RecordInvalid, match="the assistant speaks first"):
+        with pytest.raises(RecordInvalid, match="the first message is the assistant's"):
             _encode({"messages": chat}, tokenizer)
     finally:
         tokenizer.chat_template = kept
@@ -100,9 +100,9 @@ def test_an_assistant_who_speaks_first_needs_generation_marks(tokenizer: Any) ->
         ('{"messages": [{"role": "user"}]}', "needs a role and a content"),
         ('{"messages": [{"role": "boss", "content": "a"}]}', "must be one of system"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "last message must be the assistant's"),
-        ('{"prompt": "a\\ud83d", "completion": "b"}', r"prompt holds half a character at position 1: \\ud83d"),
+        ('{"prompt": "a\\ud83d", "completion": "b"}', r"prompt has half a character at position 1: \\ud83d"),
         ('{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "b"}]}', "half a c"),
-        ('{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', r"messages\[0\].name holds half"),
+        ('{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}', r"messages\[0\].name has half"),
         ("[" * 100_000, "not JSON that can be read"),
         ("9" * 5000, "not JSON that can be read"),
     ],
@@ -116,7 +116,7 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: str, says: st
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "holds no record"), (b"\xff\xfe", "not UTF-8"), (None, "cannot be read")]
+    ("content", "says"), [(b"", "has no record"), (b"\xff\xfe", "not UTF-8"), (None, "cannot be read")]
 )
 def test_a_bad_file_is_named(tmp_path: Path, tokenizer: Any, content: bytes | None, says: str) -> None:
     path = tmp_path / "t.jsonl"

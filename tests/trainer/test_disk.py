@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("method", ["export_peft", "write_checkpoint"])
-def test_a_disk_that_fills_up_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_a_disk_that_fills_up_is_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -39,7 +39,7 @@ def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "write_peft", fill_up)
-    says = r"No space left on device; free some space and run again with --resume, which goes on from .*step-00000010"
+    says = r"No space left on device; free some space and run again with --resume, which continues from .*step-00000010"
     with pytest.raises(OutputFailed, match=says):
         train(failed)
     assert [path.name for path in failed.output.iterdir()] == [CHECKPOINTS]
@@ -63,7 +63,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_no_part_of_it(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "write_durably", fill_up)
-    with pytest.raises(OutputFailed, match=r"--resume, which goes on from .*step-00000004"):
+    with pytest.raises(OutputFailed, match=r"--resume, which continues from .*step-00000004"):
         train(job)
     assert [path.name for path in (job.output / CHECKPOINTS).iterdir()] == ["step-00000004"]
 

@@ -46,7 +46,7 @@ def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_ru
         (["q_prj"], "q_prj names no module of loramux-tiny; its linear maps end in"),
         (r".*\.z_proj", "matches no module"),
         ("(", "not a regular expression"),
-        (["embed_tokens"], "no linear map"),
+        (["embed_tokens"], "not a linear map"),
     ],
 )
 def test_targets_are_judged(make_job: JobMaker, targets: Any, says: str) -> None:
@@ -62,7 +62,7 @@ def test_everything_is_told_at_once(make_job: JobMaker) -> None:
         file.write(json.dumps({"messages": [{"role": "assistant", "content": "b"}], "tools": [{"name": "f"}]}) + "\n")
     with pytest.raises(SeveralInvalid) as caught:
         check_whole_job(job, resume=False)
-    told = str(caught.value)
+    text = str(caught.value)
     assert len(caught.value.problems) == 4
     for words in (
         "output: ",
@@ -70,7 +70,7 @@ def test_everything_is_told_at_once(make_job: JobMaker) -> None:
         "train.jsonl:41: a record needs",
         "train.jsonl:42: tools: the base's",
     ):
-        assert f"  {words}" in told.replace(f"{job.data.train.parent}/", "")
+        assert f"  {words}" in text.replace(f"{job.data.train.parent}/", "")
 
 
 def test_a_base_whose_configuration_cannot_be_read_is_told_beside_the_records(

@@ -44,7 +44,7 @@ def _chat(template: str, *messages: dict[str, Any], family: str = "byte-level", 
     return _encode({"messages": list(messages), **others}, _tokenizer(family, template))
 
 
-def _learnt(example: Example, tokenizer: Any) -> list[str]:
+def _learned(example: Example, tokenizer: Any) -> list[str]:
     """The runs of text with a loss."""
     runs: list[list[int]] = [[]]
     for label in example.labels:
@@ -97,10 +97,10 @@ def test_turns_share_one_sequence_and_weights_choose_among_them(template: str) -
     tokenizer = _tokenizer(template=template)
     chat = [*conversation("hello", "the"), *conversation("cat", "an"), *conversation("an", "hello")]
     [whole] = _encode({"messages": chat}, tokenizer)
-    assert _learnt(whole, tokenizer) == ["the</s>", "an</s>", "hello</s>"]
+    assert _learned(whole, tokenizer) == ["the</s>", "an</s>", "hello</s>"]
     chat[1], chat[5] = {**chat[1], "weight": 0}, {**chat[5], "train": False}
     [some] = _encode({"messages": chat}, tokenizer)
-    assert _learnt(some, tokenizer) == ["an</s>"]
+    assert _learned(some, tokenizer) == ["an</s>"]
     assert some.ids == whole.ids[: len(some.ids)]
 
 
@@ -110,17 +110,17 @@ def test_turns_that_are_rendered_otherwise_later_have_a_sequence_each() -> None:
     first, second = _encode({"messages": chat}, tokenizer)
     assert tokenizer.decode(first.ids) == "user=hello\nassistant=a</think>the</s>"
     assert tokenizer.decode(second.ids) == "user=hello\nassistant=the</s>user=cat\nassistant=b</think>an</s>"
-    assert (_learnt(first, tokenizer), _learnt(second, tokenizer)) == (["a</think>the</s>"], ["b</think>an</s>"])
+    assert (_learned(first, tokenizer), _learned(second, tokenizer)) == (["a</think>the</s>"], ["b</think>an</s>"])
 
 
 def test_a_generation_prompt_that_opens_a_thought_must_be_answered_with_one() -> None:
     [example] = _chat(OPENED, *conversation("hello", "<think>\nan</think>the"))
-    assert _learnt(example, _tokenizer()) == ["an</think>the</s>"]
+    assert _learned(example, _tokenizer()) == ["an</think>the</s>"]
     with pytest.raises(RecordInvalid) as refused:
         _chat(OPENED, *conversation("hello", "the"))
     assert str(refused.value) == (
-        "the chat template's generation prompt goes on with '<think>\\n', but messages[1] is rendered with 'the</s>' "
-        "there, which no request could ask for: begin the content with '<think>', or, where the template removes that, "
+        "the chat template's generation prompt continues with '<think>\\n', but messages[1] is rendered with 'the</s>' "
+        "there, which no request produces: begin the content with '<think>', or, where the template removes that, "
         "give this record as prompt and completion"
     )
 
@@ -140,7 +140,7 @@ def test_a_turn_outside_of_every_generation_mark_is_refused() -> None:
         _chat(branch, *conversation("hello", "the"))
     question, answer = conversation("hello", "the")
     [example] = _chat(branch, question, {**answer, "name": "me"})
-    assert _learnt(example, _tokenizer()) == ["the</s>"]
+    assert _learned(example, _tokenizer()) == ["the</s>"]
 
 
 def test_a_mark_that_begins_before_the_answer_is_cut_to_it() -> None:
@@ -158,7 +158,7 @@ def test_a_mark_over_a_part_of_the_answer_labels_that_part() -> None:
         "{{ m.content.split('|')[0] }}{% generation %}{{ m.content.split('|')[1] + eos_token }}{% endgeneration %}",
     )
     [example] = _chat(part, *conversation("hello", "cat|the"))
-    assert _learnt(example, _tokenizer()) == ["the</s>"]
+    assert _learned(example, _tokenizer()) == ["the</s>"]
     assert _tokenizer().decode(example.ids).endswith("assistant=catthe</s>")
 
 
@@ -183,7 +183,7 @@ def test_a_mark_over_a_part_of_the_answer_labels_that_part() -> None:
         ),
     ],
 )
-def test_an_end_that_is_not_learnt_is_refused_with_what_to_change(template: str, says: str) -> None:
+def test_an_end_that_is_not_learned_is_refused_with_what_to_change(template: str, says: str) -> None:
     with pytest.raises(RecordInvalid, match=says):
         _chat(template, *conversation("hello", "the"))
 
@@ -204,7 +204,7 @@ def test_tools_and_reasoning_reach_the_text_or_are_refused() -> None:
     record = {"messages": [question, {**answer, "reasoning_content": "an"}], "tools": tools}
     [example] = _encode(record, tokenizer)
     assert tokenizer.decode(example.ids).startswith("catcher\n")
-    assert _learnt(example, tokenizer) == ["anthe</s>"]
+    assert _learned(example, tokenizer) == ["anthe</s>"]
     with pytest.raises(RecordInvalid, match="tools: the base's chat template does not use them"):
         _chat(PLAIN, question, answer, tools=tools)
     with pytest.raises(RecordInvalid, match=r"messages\[1\]\.reasoning_content: the base's chat template does not use"):

@@ -226,7 +226,7 @@ def test_all_linear_is_the_set_that_peft_chooses(base: LoadedBase) -> None:
         (("q_proj", "z_proj"), "z_proj names no module"),
         (r".*\.z_proj", "matches no module"),
         ("(", "not a regular expression"),
-        (("embed_tokens",), "no linear map"),
+        (("embed_tokens",), "not a linear map"),
     ],
 )
 def test_targets_that_choose_nothing_sensible_are_refused(base: LoadedBase, targets: Any, says: str) -> None:

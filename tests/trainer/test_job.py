@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loramux_trainer.errors import JobInvalid, SeveralInvalid
 from loramux_trainer.job import DataConfig, OptimConfig, TrainConfig, parse_job, read_job
@@ -139,6 +140,17 @@ def test_a_job_made_in_python_is_held_to_the_same() -> None:
         "data.eval_fraction",
         "training.warmup_steps",
     ]
+
+
+def test_the_job_of_the_page_on_training_has_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    values = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    assert values["data"].pop("eval_fraction") == 0.05  # instead of eval
+    documented = parse_job(values).to_dict()
+    assert documented == parse_job({**MINIMAL, "model": values["model"], "output": values["output"]}).to_dict()
+    keys = {f"{part}.{key}" for part, section in documented.items() if isinstance(section, dict) for key in section}
+    shown = {f"{part}.{key}" for part, section in values.items() if isinstance(section, dict) for key in section}
+    assert keys - shown == {"data.eval", "data.eval_fraction", "training.max_steps"}
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b", "\x00"])

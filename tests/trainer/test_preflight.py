@@ -25,14 +25,14 @@ def test_a_good_job_passes_and_leaves_nothing(make_job: JobMaker, tmp_path: Path
 
 
 def test_data_that_is_not_there_is_named(make_job: JobMaker, tmp_path: Path) -> None:
-    with pytest.raises(JobInvalid, match=r"data\.eval: .*nowhere\.jsonl is no file"):
+    with pytest.raises(JobInvalid, match=r"data\.eval: .*nowhere\.jsonl is not a readable file"):
         check_job(make_job(data={"eval": "nowhere.jsonl", "eval_fraction": 0}), resume=False)
     job = make_job()
     job.data.train.unlink()
-    with pytest.raises(JobInvalid, match=r"data\.train: .*is no file"):
+    with pytest.raises(JobInvalid, match=r"data\.train: .*is not a readable file"):
         check_job(job, resume=False)
     job.data.train.mkdir()
-    with pytest.raises(JobInvalid, match=r"data\.train: .*is no file"):
+    with pytest.raises(JobInvalid, match=r"data\.train: .*is not a readable file"):
         check_job(job, resume=False)
 
 
@@ -61,7 +61,7 @@ def test_an_output_in_use_is_refused(make_job: JobMaker) -> None:
         check_job(job, resume=False)
     check_job(job, resume=True)
     (job.output / "adapter_config.json").write_text("{}")
-    with pytest.raises(JobInvalid, match="already holds an adapter"):
+    with pytest.raises(JobInvalid, match="already has an adapter"):
         check_job(job, resume=True)
 
 
@@ -71,7 +71,7 @@ def test_everything_is_told_at_once(make_job: JobMaker, tmp_path: Path) -> None:
     job.data.train.write_text("x\n[1]\n")
     with pytest.raises(SeveralInvalid) as caught:
         check_job(job, resume=False)
-    told = str(caught.value)
+    text = str(caught.value)
     for words in (
         "5 things are wrong:",
         "base cannot be loaded: it holds no config.json; give the directory of a Hugging Face checkpoint",
@@ -80,8 +80,8 @@ def test_everything_is_told_at_once(make_job: JobMaker, tmp_path: Path) -> None:
         "train.jsonl:1: not JSON",
         "train.jsonl:2: ",
     ):
-        assert words in told
-    assert len(told.splitlines()) == 6
+        assert words in text
+    assert len(text.splitlines()) == 6
 
 
 def test_looking_loads_no_torch() -> None:

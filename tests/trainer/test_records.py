@@ -85,7 +85,7 @@ def test_what_would_be_passed_over_is_refused_by_its_key(record: Any, says: str)
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(line)
-    with pytest.raises(DataInvalid, match=r"t\.jsonl:1: the key '\w+' stands twice"):
+    with pytest.raises(DataInvalid, match=r"t\.jsonl:1: the key '\w+' is given twice"):
         list(read_records(path))
 
 

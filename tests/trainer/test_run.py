@@ -193,7 +193,7 @@ def test_examples_that_lost_their_end_are_warned_of(make_job: JobMaker) -> None:
     assert warning.startswith(f"{report.endless} of {report.train} training examples are truncated before the token")
 
 
-def test_a_full_device_is_told(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_device_is_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: run.Loop) -> StepReport:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -216,7 +216,7 @@ def test_one_step_changes_the_adapter(make_job: JobMaker) -> None:
 def test_a_finished_output_is_not_overwritten(make_job: JobMaker) -> None:
     job = make_job(training={"max_steps": 2})
     train(job)
-    with pytest.raises(JobInvalid, match="already holds an adapter"):
+    with pytest.raises(JobInvalid, match="already has an adapter"):
         train(job)
 
 

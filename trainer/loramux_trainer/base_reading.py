@@ -1,4 +1,4 @@
-"""A job's base before its weights are loaded: what its configuration and its tokenizer tell of data and targets."""
+"""A job's base before its weights are loaded: what its configuration and its tokenizer say about data and targets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_base(job: TrainConfig, source: str) -> BaseReading:
 
 @contextmanager
 def loading(job: TrainConfig) -> Iterator[None]:
-    """Tells of a base that cannot be loaded in the words of the job."""
+    """Turns what a load raises into ModelInvalid, which names the base as the job does."""
     try:
         yield
     except BaseRefused as refusal:

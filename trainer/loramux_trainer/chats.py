@@ -1,6 +1,6 @@
 """Conversations into the turns that carry a loss: the prompt the server would render, and what the template adds to it.
 
-Works on text; knows no ids.
+Works on text, not on ids.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ChatRenderer:
             prompt = rendered[: marks[0][0]]
         else:
             raise RecordInvalid(
-                f"{where}: the assistant speaks first, and with this chat template there is no prompt for it to answer"
+                f"{where}: the first message is the assistant's, which has no prompt with this chat template"
             )
         answer = rendered[len(prompt) :]
         spans: Spans = ((0, len(answer)),)
@@ -68,7 +68,7 @@ class ChatRenderer:
         return Turn(index, prompt, answer, spans)
 
     def _refuse_unused(self, conversation: Conversation, index: int) -> None:
-        """What the data wants learnt must be in the text: templates pass over what they do not know."""
+        """What the data wants learned must be in the text: templates ignore keys that they do not use."""
         message = conversation.messages[index]
         for key in ("tool_calls", *REASONING_KEYS):
             if not message.get(key):
@@ -83,11 +83,11 @@ class ChatRenderer:
                 )
 
     def _is_unused(self, whole: Conversation, without: Conversation) -> bool:
-        """Whether both are rendered alike, so that what only the first one holds does not count."""
+        """Whether both render to the same text, so that what only the first one has is unused."""
         try:
             return self._render(without, len(without.messages))[0] == self._render(whole, len(whole.messages))[0]
         except RecordInvalid:
-            return False  # the template needs it, or says itself what is wrong when the turn is rendered
+            return False  # the template needs it, or rendering the turn raises what is wrong
 
     def _explain_border(self, conversation: Conversation, index: int, rendered: str, prompt: str) -> str:
         """Why a turn does not begin with the prompt that the server would render for it, and what to do."""
@@ -100,8 +100,8 @@ class ChatRenderer:
             )
         opened = prompt[same:]
         return (
-            f"the chat template's generation prompt goes on with {opened!r}, but messages[{index}] is rendered with "
-            f"{rendered[same : same + 24]!r} there, which no request could ask for: begin the content with "
+            f"the chat template's generation prompt continues with {opened!r}, but messages[{index}] is rendered with "
+            f"{rendered[same : same + 24]!r} there, which no request produces: begin the content with "
             f"{opened.strip()!r}, or, where the template removes that, give this record as prompt and completion"
         )
 
@@ -123,7 +123,7 @@ class ChatRenderer:
                 add_generation_prompt=prompt,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template runs arbitrary expressions, and says by raise_exception what it refuses
+        except Exception as error:  # a template runs arbitrary expressions, and refuses by raise_exception
             raise RecordInvalid(f"the chat template refused: {error}") from error
         return texts[0], tuple(marks[0]) if marks else ()
 
@@ -140,7 +140,7 @@ def _marks_generation(template: str) -> bool:
             if kind != "whitespace"
         ]
     except jinja2.TemplateSyntaxError:
-        return False  # rendering says what is wrong
+        return False  # rendering raises what is wrong
     return any(
         kind == "block_begin" and following == ("name", "generation")
         for (kind, _), following in itertools.pairwise(tokens)

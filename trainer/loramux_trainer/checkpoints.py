@@ -48,7 +48,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
     A run that is stopped before it takes a step finds its step already there: the state it came from, which stays.
     """
-    from safetensors.torch import save  # here, since it imports torch: who only lists checkpoints does not wait for it
+    from safetensors.torch import save  # here, since it imports torch: listing checkpoints does not need it
 
     final = root / f"step-{checkpoint.step:08d}"
     if final.exists():
@@ -64,7 +64,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         write_durably(partial / _META, json.dumps(meta, indent=2).encode())
         _sync_directory(partial)
         partial.rename(final)
-    except OSError:  # a full disk, mostly: what was begun would only fill it further
+    except OSError:  # mostly a full disk, which the partial file would keep full
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync_directory(root)

@@ -62,7 +62,7 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class Sides(Generic[E]):
-    """Which examples are for what, whatever stands for an example: equal ones are copies."""
+    """Which examples train and which are held out. Equal ones are copies; E is an example or its sketch."""
 
     train: tuple[E, ...]
     held: tuple[E, ...]

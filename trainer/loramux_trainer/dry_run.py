@@ -1,6 +1,6 @@
 """A job looked at as the run would, as far as one can without the weights: `loramux train --check`.
 
-Everything found is told at once. The base's files and tokenizer are read where they are on this machine.
+Everything found is reported together. The base's files and tokenizer are read where they are on this machine.
 """
 
 from __future__ import annotations

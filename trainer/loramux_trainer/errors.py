@@ -1,4 +1,4 @@
-"""What can go wrong in a training run, by who must act."""
+"""What can go wrong in a training run, by what must be corrected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_MOST_TOLD = 20
+_MOST_SHOWN = 20
 
 
 class TrainerError(Exception):
@@ -22,7 +22,7 @@ class JobInvalid(TrainerError):
 
 
 class ModelInvalid(JobInvalid):
-    """The base cannot be had, loaded or trained exactly. `remedy` says what to do."""
+    """The base cannot be found, loaded or trained exactly. `remedy` says what to do."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__("model", message)
@@ -62,10 +62,10 @@ class BaseChanged(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """The run was asked to stop and did; resume goes on from `checkpoint`, None where no step had been taken."""
+    """The run was stopped on request; resume continues from `checkpoint`, None where no step had been taken."""
 
     def __init__(self, checkpoint: Path | None) -> None:
-        saved = f"after saving {checkpoint}; run again with --resume to go on"
+        saved = f"after saving {checkpoint}; run again with --resume to continue"
         super().__init__(f"stopped {saved}" if checkpoint else "stopped before the first step; nothing is saved")
         self.checkpoint = checkpoint
 
@@ -75,13 +75,13 @@ class SeveralInvalid(TrainerError):
 
     def __init__(self, problems: Iterable[TrainerError], count: int) -> None:
         self.problems, self.count = tuple(problems), count
-        lines = [f"  {_told(problem)}" for problem in self.problems]
+        lines = [f"  {_with_remedy(problem)}" for problem in self.problems]
         more = [f"  and {count - len(lines)} more"] if count > len(lines) else []
         super().__init__("\n".join([f"{count} things are wrong:", *lines, *more]))
 
 
 class Problems:
-    """Collects what is wrong, to tell it all at once. Keeps the first ones and counts the others."""
+    """Collects mistakes, to report them together. Keeps the first ones and counts the others."""
 
     def __init__(self) -> None:
         self._kept: list[TrainerError] = []
@@ -91,26 +91,26 @@ class Problems:
         return self._count > 0
 
     def add(self, problem: TrainerError) -> None:
-        """Note it; one that holds several is taken apart."""
+        """Add one; a SeveralInvalid is added problem by problem."""
         if isinstance(problem, SeveralInvalid):
             self._count += problem.count - len(problem.problems)
             for one in problem.problems:
                 self.add(one)
             return
         self._count += 1
-        if len(self._kept) < _MOST_TOLD:
+        if len(self._kept) < _MOST_SHOWN:
             self._kept.append(problem)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Notes what must be corrected, raised inside, and goes on behind the block."""
+        """Adds the problem that the block raises, and continues after the block."""
         try:
             yield
         except (JobInvalid, DataInvalid, SeveralInvalid) as problem:
             self.add(problem)
 
     def raise_any(self) -> None:
-        """Raises `whole()`; nothing where there is no problem."""
+        """Raise `whole()` where there is a problem."""
         if self:
             raise self.whole()
 
@@ -119,6 +119,6 @@ class Problems:
         return self._kept[0] if self._count == 1 else SeveralInvalid(self._kept, self._count)
 
 
-def _told(problem: TrainerError) -> str:
+def _with_remedy(problem: TrainerError) -> str:
     remedy = getattr(problem, "remedy", "")
     return f"{problem}; {remedy}" if remedy else str(problem)

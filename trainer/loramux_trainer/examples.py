@@ -1,6 +1,6 @@
-"""Records into token ids and labels, cut where the server cuts: its prompt's ids, then the ids that go on from them.
+"""Records into token ids and labels, cut where the server cuts: its prompt's ids, then the ids that continue them.
 
-The loss falls on completions and trained turns only, their end token included: an adapter that never learnt it would
+The loss falls on completions and trained turns only, their end token included: an adapter that never learned it would
 never stop. Knows no file and no batch.
 """
 
@@ -73,7 +73,7 @@ class ExampleEncoder:
         return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
 
     def _encode_chat(self, record: Conversation) -> Iterator[Example]:
-        """Turns share a sequence as long as each one's prompt, encoded alone, goes on from what stands there."""
+        """Turns share a sequence as long as each one's prompt, encoded alone, continues what is there."""
         if self._renderer is None:
             raise RecordInvalid("the base has no chat template: use prompt and completion")
         ids: list[int] = []
@@ -96,27 +96,27 @@ class ExampleEncoder:
         for begin, end in itertools.pairwise(borders):
             before = turn.prompt + turn.answer[:begin]
             piece = self._prompts.encode_continuation(before, [*head, *ids], turn.answer[begin:end])
-            learnt = any(first <= begin and end <= last for first, last in turn.spans)
+            learned = any(first <= begin and end <= last for first, last in turn.spans)
             ids += piece
-            labels += piece if learnt else [IGNORE] * len(piece)
-        self._check_end_is_learnt(turn, ids, labels)
+            labels += piece if learned else [IGNORE] * len(piece)
+        self._check_end_is_learned(turn, ids, labels)
         return ids, labels
 
-    def _check_end_is_learnt(self, turn: Turn, ids: Sequence[int], labels: Sequence[int]) -> None:
+    def _check_end_is_learned(self, turn: Turn, ids: Sequence[int], labels: Sequence[int]) -> None:
         if not self.end_ids.isdisjoint(labels):
             return
         where = f"messages[{turn.index}]"
         if not self.end_ids.isdisjoint(ids):
             raise RecordInvalid(
                 f"{where} ends with the base's end token, but outside of the chat template's {{% generation %}} block, "
-                "so its end would not be learnt: the block must hold it"
+                "so its end would not be learned: the block must contain it"
             )
         ends = ", ".join(f"{self._prompts.token_text(i)} ({i})" for i in sorted(self.end_ids)) or "none"
         special = set(self._prompts.special_tokens.values())
         last = next((i for i in reversed(ids) if i in special), None)
         if last is None:
             raise RecordInvalid(
-                f"{where} is rendered without a token that ends it, so its end would not be learnt: the chat template "
+                f"{where} is rendered without a token that ends it, so its end would not be learned: the chat template "
                 f"must write one of the base's end tokens behind it ({ends})"
             )
         raise RecordInvalid(

@@ -23,7 +23,7 @@ def export_peft(
     """Write the adapter and the report into `job.output`.
 
     All files are complete beside their places before the first one takes its own, on the same disk: a full one leaves
-    nothing. The config comes last, so that a torn export is no adapter.
+    nothing. The config comes last, so that a torn export is not taken for an adapter.
     """
     modules = {name: TrainedModule(a, b, job.lora.alpha) for name, (a, b) in state.items()}
     with tempfile.TemporaryDirectory(dir=job.output, prefix=TEMPORARY) as scratch:

@@ -57,8 +57,10 @@ def name_line_format(path: Path, line: str) -> str | None:
 
 def name_record_format(record: Mapping[str, Any]) -> str | None:
     """What a record is that another trainer would read."""
-    if isinstance(record.get("label"), bool):  # false would pass as a key that says nothing, and train a bad answer
-        return "a KTO record (label): good and bad answers are not told apart here; keep the good ones, without label"
+    if isinstance(record.get("label"), bool):  # false would be ignored as an empty key, and a bad answer trained
+        return (
+            "a KTO record (label): good and bad answers are not distinguished here; keep the good ones, without label"
+        )
     if "messages" in record or "completion" in record:
         return None
     return next((form for keys, form in _RECORDS if keys <= record.keys()), None)

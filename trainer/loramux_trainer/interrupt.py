@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stop_on_signals(heard: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+def stop_on_signals(on_first: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
     """An event that is set by SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT acts as before. For the main thread
     only. Under nohup SIGHUP stays ignored.
 
-    `heard` is called by the handler of the first, in the middle of whatever was running.
+    `on_first` is called by the handler of the first, in the middle of whatever was running.
     """
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -27,11 +27,11 @@ def stop_on_signals(heard: Callable[[], None] = lambda: None) -> Iterator[thread
     def on_signal(number: int, _frame: object) -> None:
         is_first = not stop.is_set()
         stop.set()
-        # A terminal that closes sends SIGHUP beside another signal, or twice, in any order: that hurries nobody.
+        # A terminal that closes sends SIGHUP beside another signal, or twice, in any order: one request.
         if number != signal.SIGHUP:
             restore((signal.SIGTERM, signal.SIGINT))
         if is_first:
-            heard()
+            on_first()
 
     for number in before:
         signal.signal(number, on_signal)

@@ -142,7 +142,7 @@ class OptimConfig(Section):
     @field_validator("warmup_steps")
     @classmethod
     def _leaves_steps(cls, warmup: float, others: ValidationInfo) -> float:
-        if others.data.get("max_steps") is not None:  # of epochs the run alone knows how many steps they are
+        if others.data.get("max_steps") is not None:  # how many steps the epochs are depends on the data
             try:
                 warmup_length(warmup, others.data["max_steps"])
             except JobInvalid as error:
@@ -198,7 +198,7 @@ class TrainConfig(Section):
 
 
 def _hints() -> dict[str, str]:
-    """What is said of names that are not keys, or not values, of a job."""
+    """Messages for former and foreign names of keys and values."""
     return {
         **{key: f"is now {present}" for key, present in RENAMED.items()},
         **{key: f"is called {ours} here" for key, ours in _CALLED.items()},

@@ -26,7 +26,7 @@ from loramux_trainer.schedule import factor, warmup_length
 
 
 class Loop:
-    """Steps are taken one by one by the caller, who decides when to evaluate, save and stop."""
+    """Steps are taken one by one by the caller, which decides when to evaluate, save and stop."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a job can be refused for before anything is loaded: data that is not there, an output that cannot be written.
+"""What a job is refused for before anything is loaded: missing data, an output that cannot be written.
 
 Imports no torch, so that `loramux train --check` is quick, and leaves nothing on disk.
 """
@@ -20,7 +20,7 @@ from loramux_trainer.records import read_records
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:
     """Raises JobInvalid and DataInvalid for what would end the run only after minutes of work, or at its end,
-    ModelInvalid for a base that cannot be had or loaded, and SeveralInvalid for several of them.
+    ModelInvalid for a base that cannot be found or loaded, and SeveralInvalid for several of them.
     """
     problems = Problems()
     with problems.collecting():
@@ -42,7 +42,7 @@ def check_paths(job: TrainConfig, problems: Problems, *, resume: bool) -> None:
     """Whether there is data to read and the output can be written."""
     for key, path in (("data.train", job.data.train), ("data.eval", job.data.eval)):
         if path is not None and not is_readable(path):
-            problems.add(JobInvalid(key, f"{path} is no file that can be read"))
+            problems.add(JobInvalid(key, f"{path} is not a readable file"))
     with problems.collecting():
         try:
             _check_output(job.output, resume=resume)
@@ -66,13 +66,13 @@ def is_readable(path: Path) -> bool:
 
 def _check_output(output: Path, *, resume: bool) -> None:
     if (output / CONFIG_FILE).exists():
-        raise JobInvalid("output", f"{output} already holds an adapter; choose another directory")
+        raise JobInvalid("output", f"{output} already has an adapter; choose another directory")
     if not resume and list_checkpoints(output / CHECKPOINTS):
         raise JobInvalid(
             "output",
-            f"{output} holds checkpoints of an unfinished run; go on with --resume, or choose another directory",
+            f"{output} has checkpoints of an unfinished run; continue with --resume, or choose another directory",
         )
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    # Writing is the only sure test: permission bits say nothing of a read-only or a full file system.
+    # Writing is the only sure test: permission bits do not show a read-only or a full file system.
     with tempfile.TemporaryFile(dir=existing):
         pass

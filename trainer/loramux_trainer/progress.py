@@ -1,4 +1,4 @@
-"""What a running job tells whoever watches it. The trainer prints nothing itself."""
+"""The reports of a running job. The trainer prints nothing itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """A Progress that says nothing."""
+    """A Progress that ignores every report."""
 
     def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
         """Nothing."""

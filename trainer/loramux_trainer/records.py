@@ -49,7 +49,7 @@ Record = Completion | Conversation
 def read_records(path: Path, problems: Problems | None = None) -> Iterator[tuple[int, Record]]:
     """(line number, record) of each line that is not blank. Raises DataInvalid with file and line.
 
-    What is wrong with single lines goes to `problems` where they are given, and reading goes on behind it.
+    What is wrong with single lines goes to `problems` where they are given, and reading continues after it.
     """
     seen = False
     try:
@@ -76,7 +76,7 @@ def read_records(path: Path, problems: Problems | None = None) -> Iterator[tuple
     except UnicodeDecodeError as error:
         raise DataInvalid(path, 0, f"not UTF-8 at byte {error.start}") from error
     if not seen:
-        raise DataInvalid(path, 0, "holds no record")
+        raise DataInvalid(path, 0, "has no record")
 
 
 def parse_record(value: Any) -> Record:
@@ -94,7 +94,7 @@ def parse_record(value: Any) -> Record:
         messages = value["messages"]
         return Conversation(_check_messages(messages), _find_trained(messages), _check_tools(value.get("tools")))
     if value.get("tools"):
-        raise RecordInvalid("tools belong to messages: a prompt must hold them as text")
+        raise RecordInvalid("tools belong to messages: a prompt must contain them as text")
     if value.get("prompt") is None or value.get("completion") is None:
         raise RecordInvalid("a record needs either messages, or prompt and completion")
     return _check_completion(value["prompt"], value["completion"])
@@ -115,12 +115,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RecordInvalid(f"the key {twice!r} stands twice in one object")
+        raise RecordInvalid(f"the key {twice!r} is given twice in one object")
     return result
 
 
 def _refuse_unread(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """A key that says something must not be passed over: the run would not be what its data asks for."""
+    """A key with a value must not be ignored: the run would not be what its data asks for."""
     for key, content in value.items():
         if key not in known and not (content is None or content is False or content in ("", [], {})):
             raise RecordInvalid(
@@ -131,7 +131,7 @@ def _refuse_unread(value: Mapping[str, Any], known: Sequence[str], where: str) -
 def _check_completion(prompt: Any, completion: Any) -> Completion:
     if isinstance(prompt, list) and isinstance(completion, list):
         raise RecordInvalid(
-            "prompt and completion hold messages: join them into one list under messages, with train: false on the "
+            "prompt and completion contain messages: join them into one list under messages, with train: false on the "
             "assistant's turns of the prompt"
         )
     if not isinstance(prompt, str) or not isinstance(completion, str):
@@ -191,7 +191,7 @@ def _check_tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
 
 
 def _refuse_half_characters(where: str, value: Any) -> None:
-    """JSON can spell half of a surrogate pair, which is no text: no tokenizer takes it."""
+    """JSON can contain half of a surrogate pair, which no tokenizer accepts."""
     if isinstance(value, Mapping):
         for key, content in value.items():
             _refuse_half_characters(f"{where}.{key}" if where else key, content)
@@ -203,6 +203,6 @@ def _refuse_half_characters(where: str, value: Any) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise RecordInvalid(
-                f"{where} holds half a character at position {error.start}: \\u{ord(value[error.start]):04x} without "
+                f"{where} has half a character at position {error.start}: \\u{ord(value[error.start]):04x} without "
                 "the other half of its pair"
             ) from error

@@ -78,7 +78,7 @@ def train(
 ) -> TrainResult:
     """Train one adapter and write it to `job.output`.
 
-    With `resume`, go on from the newest checkpoint if there is one. `stop` is read between steps: when it is set
+    With `resume`, continue from the newest checkpoint if there is one. `stop` is read between steps: when it is set
     the state is saved and Interrupted raised. Raises the errors of loramux_trainer.errors.
     """
     check_job(job, resume=resume)
@@ -154,8 +154,8 @@ class _Run:
         if checkpoint.meta.get("versions") != _versions():
             made, now = _named(checkpoint.meta.get("versions") or {}), _named(_versions())
             self._progress.warned(
-                f"the checkpoint was made with {made}, this run goes on with {now}: its bits may not be those of a run "
-                "that was never stopped"
+                f"the checkpoint was made with {made}, this run continues with {now}: its bits may not be those "
+                "of a run that was never stopped"
             )
         self._loop.restore(checkpoint.step, checkpoint.tensors)
         self._steps = [StepReport(**values) for values in checkpoint.meta["history"]]
@@ -217,7 +217,7 @@ class _Run:
             return write_checkpoint(root, checkpoint, keep=keep or self._job.checkpoint.save_total_limit)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same to go on bit for bit, with what `auto` has become on this machine."""
+        """What must be the same to continue bit for bit, with what `auto` has become on this machine."""
         return {
             **self._job.reproducibility_key(),
             "training.device": self._base.device.type,
@@ -254,7 +254,7 @@ def _writing(output: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         saved = list_checkpoints(output / CHECKPOINTS)
-        remedy = f"; free some space and run again with --resume, which goes on from {saved[-1]}" if saved else ""
+        remedy = f"; free some space and run again with --resume, which continues from {saved[-1]}" if saved else ""
         raise OutputFailed(f"{output} cannot be written any more: {reason}{remedy}") from error
 
 
@@ -295,7 +295,7 @@ def _examine(job: TrainConfig, base: LoadedBase) -> RopeChoice | None:
 
 
 def _refuse_split_blocks(job: TrainConfig, base: LoadedBase) -> None:
-    """bitsandbytes 0.50 on a CPU takes wrong scales where a block crosses a row: training would not see what serves."""
+    """bitsandbytes 0.50 on a CPU takes wrong scales where a block crosses a row: training would differ from serving."""
     if base.device.type != "cpu":
         return
     for name, module in quantized_modules(base.model):

@@ -1,4 +1,4 @@
-"""Whether the disk holds what a run will write, asked before its first step rather than at its last."""
+"""Whether the disk holds what a run will write, checked before its first step."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _REGEX_SECONDS = 1.0
 
 
 class ModuleNames(Protocol):
-    """What is asked of a base: a loaded one's spec has it, and so has the outline of one that is not loaded."""
+    """What targets need of a base: a loaded one's spec has it, and the outline of one that is not loaded."""
 
     @property
     def model_id(self) -> str:
@@ -56,7 +56,7 @@ def resolve_targets(targets: Targets, base: ModuleNames) -> tuple[str, ...]:
     if not chosen:
         raise JobInvalid("lora.target_modules", f"{targets} matches no module of {base.model_id}; {_known(base)}")
     for name in sorted(chosen - _linear(base)):
-        raise JobInvalid("lora.target_modules", f"{name} is no linear map: the trainer adapts linear maps only")
+        raise JobInvalid("lora.target_modules", f"{name} is not a linear map: the trainer adapts linear maps only")
     return tuple(sorted(chosen))
 
 

@@ -1,4 +1,4 @@
-"""Shell completion of what a server knows: asked quickly, and silent when there is no answer."""
+"""Shell completion of adapter names, from the running server; none where it does not answer at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 from loramux.channel import DEFAULT_ADDRESS
 
-_SECONDS = 1.0  # a shell waits for it
+_SECONDS = 1.0  # the shell waits this long
 
 
 def complete_adapters(ctx: typer.Context, incomplete: str) -> list[str]:

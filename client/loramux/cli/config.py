@@ -57,7 +57,7 @@ def check(flags: dict[str, Any], config: ConfigFile = None) -> None:
 
 
 def _warn_in_use(name: str, address: str) -> None:
-    """Tell of an address that another process has; raise StartError for one that cannot be had at all."""
+    """Warn of an address that another process uses; raise StartError for one that no server can use here."""
     from loramux_server.errors import StartError
     from loramux_server.preflight import check_address
 

@@ -104,7 +104,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "`loramux config show` lists every option"
-        found.append(f"{name} is no option and is ignored; {hint}")
+        found.append(f"{name} is not an option and is ignored; {hint}")
     return found
 
 

@@ -61,9 +61,7 @@ def _check(job_file: Path, job: TrainConfig, *, resume: bool) -> None:
         print(f"ok: {job_file} is a valid job")
     else:
         print(f"ok: {job_file} is a valid job, as far as one can tell without its base")
-        say(
-            f"{job.model} is not on this machine yet: the run looks at lora.target_modules and at the tokens once it is"
-        )
+        say(f"{job.model} is not on this machine yet: the run checks lora.target_modules and the tokens")
 
 
 def _say_stopping() -> None:
