@@ -92,8 +92,9 @@ class SlotTensors:
 
     def unbind(self, slot: int) -> None:
         """Takes a slot out of use; its rank rows may be given to another from now on."""
-        for parts in self._touched.pop(slot, ()):
+        for parts in self._touched.get(slot, ()):
             parts.unbind(slot)
+        self._touched.pop(slot, None)  # last: what met no memory is called again
         self._adapted.slot_kinds.pop(slot, None)
 
     def _placed(self, weights: AdapterWeights) -> Iterator[tuple[str, int, Part, SiteParts[Any]]]:

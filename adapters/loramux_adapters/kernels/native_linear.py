@@ -73,6 +73,8 @@ class NativeLinear:
         block: int,
         code: int | None,
     ) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"{x.dtype} in, for a product in bfloat16")
         if x.stride(1) != 1:
             x = x.contiguous()
         y = x.new_empty(x.shape[0], weight.shape[0])

@@ -93,6 +93,8 @@ class NativeKernels:
             if plan.rest is not None:
                 plan.rest.add(y[:, slice(*columns)], x, a, b)
         if maps:
+            if y.stride(1) != 1:
+                raise ValueError("the outputs of a row must be contiguous")
             rows = x if x.stride(1) == 1 else x.contiguous()
             failed = self._calls[x.dtype](
                 (_Map * len(maps))(*maps), len(maps), rows.data_ptr(), rows.stride(0), x.shape[1], y.stride(0),
@@ -103,9 +105,7 @@ class NativeKernels:
 
 
 def _map(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, column: int, plan: NativePlan) -> _Map:
-    """One map's arguments: a [C, in], b [C, out], its first column in y. The call reads both without strides."""
-    if not (a.is_contiguous() and b.is_contiguous() and y.stride(1) == 1):
-        raise ValueError("the pools must be contiguous, and the outputs in each row")
+    """One map's arguments: a [C, in], b [C, out], its first column in y."""
     first = y.data_ptr() + column * y.itemsize
     return _Map(a.data_ptr(), b.data_ptr(), first, b.shape[1], plan.count, plan.native)
 

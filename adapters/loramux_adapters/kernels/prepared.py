@@ -33,13 +33,15 @@ class PreparedStep(Generic[P]):
     ) -> None:
         self.rows = rows
         self._segments, self._make = segments, make
-        self._plans: dict[RankRowsOfSlots, P | None] = {}
+        self._plans: dict[RankRowsOfSlots, tuple[P | None, int]] = {}  # with the end of the last rank row in use
 
     def plans(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools) -> list[P | None]:
         """A plan for each map of the pools, None where no row has an adapter on it.
 
-        Raises ValueError where there is one and x or y have other rows than the step: a native kernel would leave them.
+        Raises ValueError where x or y are not of the pools, or there is a plan and they have other rows than the step: a
+        native kernel would leave them.
         """
+        pools.check(y, x)
         plans = [None if rank_rows is None else self._plan(rank_rows, pools) for rank_rows in pools.rank_rows]
         if (len(x) != self.rows or len(y) != self.rows) and any(plan is not None for plan in plans):
             raise ValueError(f"{len(x)} rows in, {len(y)} out, in a step of {self.rows}")
@@ -52,8 +54,11 @@ class PreparedStep(Generic[P]):
                 for segment in self._segments
                 if segment.slot in rank_rows.ranges
             )
-            capacity = pools.a.shape[1]
-            if any(segment.row + segment.rows > capacity or segment.stop > self.rows for segment in used):
-                raise ValueError(f"a segment leaves the step or the {capacity} rank rows of the pool: {used}")
-            self._plans[rank_rows] = self._make(used, rank_rows) if used else None
-        return self._plans[rank_rows]
+            if any(segment.stop > self.rows for segment in used):
+                raise ValueError(f"a segment leaves the step of {self.rows} rows: {used}")
+            end = max((segment.row + segment.rows for segment in used), default=0)
+            self._plans[rank_rows] = self._make(used, rank_rows) if used else None, end
+        plan, end = self._plans[rank_rows]
+        if end > pools.a.shape[1]:
+            raise ValueError(f"rank rows up to {end} of {pools.a.shape[1]} rank rows of the pool")
+        return plan

@@ -44,6 +44,26 @@ class LowRankPools:
     columns: Sequence[tuple[int, int]]  # M of [from, to) in the output
     rank_rows: Sequence[RankRowsOfSlots | None]  # M
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the pools do not fit each other: native kernels read them by address."""
+        maps, capacity, _ = self.a.shape
+        if not (maps == len(self.b) == len(self.columns) == len(self.rank_rows)):
+            raise ValueError(f"pools of {maps} maps, {len(self.b)}, {len(self.columns)} and {len(self.rank_rows)}")
+        for b, (begin, end) in zip(self.b, self.columns, strict=True):
+            if b.shape != (capacity, end - begin) or b.dtype != self.a.dtype or not b.is_contiguous():
+                raise ValueError(f"a pool of {tuple(b.shape)}, {b.dtype} beside {tuple(self.a.shape)}, {self.a.dtype}")
+        if not self.a[0].is_contiguous():
+            raise ValueError("the rank rows of a pool must be contiguous")
+
+    def check(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Raises ValueError where x or y are not what these maps read and write."""
+        fits = x.dtype == y.dtype == self.a.dtype and x.shape[1] == self.a.shape[2]
+        if not (fits and y.shape[1] >= self.columns[-1][1]):
+            raise ValueError(
+                f"{tuple(x.shape)} {x.dtype} in and {tuple(y.shape)} {y.dtype} out, for pools of {tuple(self.a.shape)} "
+                f"{self.a.dtype} with outputs up to {self.columns[-1][1]}"
+            )
+
 
 class Kernels(Protocol):
     """One implementation of the arithmetic; chosen once, at start."""
@@ -57,5 +77,6 @@ class Kernels(Protocol):
     def add(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools, prepared: Any) -> None:
         """y[:, columns[m]] += (x @ a[m].T) @ b[m] in place, restricted to each row's own rank rows.
 
-        x is [T, in], y [T, sum of outs]. Raises ValueError where T is not the number of rows that were prepared.
+        x is [T, in], y [T, sum of outs], of the pools' dtype. Raises ValueError where they are not, or where T is not the
+        number of rows that were prepared.
         """

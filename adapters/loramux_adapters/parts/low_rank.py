@@ -67,8 +67,9 @@ class PooledLowRank(SiteParts[LowRank]):
 
     def bind(self, slot: int) -> None:
         """The pool's rows are the slot's from the next step on."""
-        for member, place in self._written.pop(slot, {}).items():
+        for member, place in self._written.get(slot, {}).items():
             self.rank_rows[member] = self.site.rank_rows.changed(self.rank_rows[member], slot, place)
+        self._written.pop(slot, None)  # last: what met no memory is called again
 
     def unbind(self, slot: int) -> None:
         """The pool's rows may be given to another."""
@@ -120,7 +121,8 @@ class GatheredLowRank(SiteParts[LowRank]):
     def bind(self, slot: int) -> None:
         """See SiteParts."""
         if slot in self._written:
-            self.slots = {**self.slots, slot: self._written.pop(slot)}
+            self.slots = {**self.slots, slot: self._written[slot]}
+            del self._written[slot]
 
     def unbind(self, slot: int) -> None:
         """See SiteParts."""

@@ -68,11 +68,11 @@ class SiteParts(ABC, Generic[P]):
 
     @abstractmethod
     def bind(self, slot: int) -> None:
-        """What was written to `slot` counts from the next step on."""
+        """What was written to `slot` counts from the next step on. Called again if it raised."""
 
     @abstractmethod
     def unbind(self, slot: int) -> None:
-        """What was bound to `slot`, if anything, counts no more."""
+        """What was written or bound to `slot`, if anything, counts no more. Called again if it raised."""
 
     @abstractmethod
     def has(self, slot: int) -> bool:

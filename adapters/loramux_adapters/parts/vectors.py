@@ -42,8 +42,9 @@ class VectorParts(SiteParts[P]):
 
     def bind(self, slot: int) -> None:
         """See SiteParts."""
-        for member, vector in self._written.pop(slot, {}).items():
+        for member, vector in self._written.get(slot, {}).items():
             self.values[member] = {**self.values[member], slot: vector}
+        self._written.pop(slot, None)
 
     def unbind(self, slot: int) -> None:
         """See SiteParts."""

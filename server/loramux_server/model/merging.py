@@ -70,11 +70,14 @@ class Merges:
                 return
 
     def find(self, digest: str) -> MergedWeights:
-        """The merged weights, after whatever is left to merge. Raises WorkerLost where they were not begun."""
+        """The merged weights, after whatever is left to merge. Raises WorkerLost where they were not begun, or fail."""
         for merge in self._begun.values():
             if merge.digest == digest:
-                while merge.result is None:
-                    self._advance_piece(merge)
+                try:
+                    while merge.result is None:
+                        self._advance_piece(merge)
+                except Exception as error:  # another process did merge them: the two are no longer the same
+                    raise WorkerLost(f"merging {digest[:12]} failed in a step that uses it") from error
                 return merge.result
         raise WorkerLost(f"a step is to use merged weights of {digest[:12]}, which nobody began to merge")
 

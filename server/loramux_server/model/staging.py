@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loramux_adapters.apply.slots import PreparedAdapter, SlotTensors
 from loramux_adapters.binding import Binding, RankRanges
+from loramux_adapters.errors import AdapterError
 from loramux_adapters.residency.tiers import CopyDone
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.engine.plan import WorkerLost
@@ -19,10 +20,13 @@ _LEAST_PIECE = 32 << 10
 
 @dataclass(eq=False)
 class _Copy:
+    slot: int
     adapter: PreparedAdapter
+    rank_ranges: RankRanges
     pieces: Iterator[int]
     done: CopyDone
     is_complete: bool = False
+    error: AdapterError | None = None
 
 
 class StagedAdapters:
@@ -31,8 +35,8 @@ class StagedAdapters:
     def __init__(self, slots: SlotTensors, notify: Callable[[], None]) -> None:
         """`notify` is called when there is something to copy."""
         self._slots, self._notify = slots, notify
-        self._copies: dict[int, _Copy] = {}  # by slot, in the order in which they came
-        self._lock = threading.Lock()  # of the order
+        self._copies: list[_Copy] = []  # in the order in which they came
+        self._lock = threading.Lock()  # of the list
 
     def cost(self, weights: AdapterWeights) -> tuple[Mapping[str, int], int]:
         """(rank rows by module, device bytes beside them). Raises AdapterIncompatible."""
@@ -41,8 +45,9 @@ class StagedAdapters:
     def stage(self, slot: int, weights: AdapterWeights, rank_ranges: RankRanges, done: CopyDone) -> None:
         """Prepares the tensors and leaves them to `advance`. Raises AdapterIncompatible."""
         adapter = self._slots.prepare(weights)
+        copy = _Copy(slot, adapter, rank_ranges, self._slots.copy(slot, adapter, rank_ranges), done)
         with self._lock:
-            self._copies[slot] = _Copy(adapter, self._slots.copy(slot, adapter, rank_ranges), done)
+            self._copies.append(copy)
         self._notify()
 
     @property
@@ -52,36 +57,40 @@ class StagedAdapters:
 
     def advance(self, budget: int) -> None:
         """Copies what came first, about `budget` bytes. Raises DeviceLost; other errors go to the `done` at fault."""
-        for slot, copy in self._all_with_slots():
-            while not copy.is_complete:
+        for copy in self._all():
+            while not copy.is_complete and copy.error is None:
                 if budget <= 0:
                     return
-                budget -= self._copy_piece(slot, copy)
+                budget -= self._copy_piece(copy)
+            if copy.error is not None:
+                self._give_up(copy, copy.error)
 
     def bind(self, binding: Binding) -> None:
-        """Makes an adapter's slot usable, after whatever is left to copy. Raises WorkerLost where it was not staged."""
-        copy = dict(self._all_with_slots()).get(binding.slot)
-        if copy is None or copy.adapter.digest != binding.digest:
+        """Makes an adapter's slot usable, after whatever is left to copy. Called again if it raised.
+
+        Raises WorkerLost where the adapter was not staged there.
+        """
+        copy = next((copy for copy in self._all() if copy.slot == binding.slot), None)
+        if copy is None or copy.adapter.digest != binding.digest or copy.error is not None:
             raise WorkerLost(f"slot {binding.slot} is to be bound to {binding.digest[:12]}, which was not staged there")
-        for _ in copy.pieces:
-            pass
+        try:
+            for _ in copy.pieces:
+                pass
+        except BaseException:
+            copy.pieces = self._slots.copy(copy.slot, copy.adapter, copy.rank_ranges)  # from the first piece again
+            raise
         self._slots.bind(binding.slot, copy.adapter)
-        with self._lock:  # last: what raised is called again
-            del self._copies[binding.slot]
+        self._remove(copy)  # last: what raised is called again
 
     def unbind(self, slot: int) -> None:
-        """Takes a slot out of use."""
+        """Takes a slot out of use. Called again if it raised."""
         self._slots.unbind(slot)
 
-    def _copy_piece(self, slot: int, copy: _Copy) -> int:
+    def _copy_piece(self, copy: _Copy) -> int:
         try:
             nbytes = next(copy.pieces, None)
         except Exception as error:
-            self._slots.unbind(slot)
-            with self._lock:
-                del self._copies[slot]
-            copy.is_complete = True
-            copy.done(explain_background(error, f"copying adapter {copy.adapter.digest}"))
+            copy.error = explain_background(error, f"copying adapter {copy.adapter.digest}")
             return _LEAST_PIECE
         if nbytes is None:
             copy.is_complete = True
@@ -89,9 +98,20 @@ class StagedAdapters:
             return 0
         return max(nbytes, _LEAST_PIECE)
 
-    def _all(self) -> list[_Copy]:
-        return [copy for _, copy in self._all_with_slots()]
+    def _give_up(self, copy: _Copy, error: AdapterError) -> None:
+        """Its slot goes to another only when nothing of it is left there."""
+        try:
+            self._slots.unbind(copy.slot)
+        except Exception as again:
+            explain_background(again, f"clearing slot {copy.slot}")  # later, then
+            return
+        self._remove(copy)
+        copy.done(error)
 
-    def _all_with_slots(self) -> list[tuple[int, _Copy]]:
+    def _remove(self, copy: _Copy) -> None:
         with self._lock:
-            return list(self._copies.items())
+            self._copies.remove(copy)
+
+    def _all(self) -> list[_Copy]:
+        with self._lock:
+            return list(self._copies)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 
 from loramux_adapters.apply.inject import AdaptedModel
 from loramux_server.engine.plan import WorkerLost
+from loramux_server.model.faults import explain_background
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Verification:
         return self._pieces is not None or self._clock() >= self._due
 
     def advance(self, *, is_idle: bool) -> None:
-        """Reads one module, if it is time for it. Raises WorkerLost where the base is not what it was."""
+        """Reads one module, if it is time for it. Raises WorkerLost where the base is not what it was, DeviceLost."""
         self._steps += 1
         if not self.is_due or not (is_idle or self._steps >= STEPS_PER_MODULE):
             return
@@ -44,10 +45,16 @@ class Verification:
         try:
             next(self._pieces)
         except StopIteration as end:
-            self._pieces, self._due = None, self._clock() + INTERVAL_SECONDS
+            self._begin_anew()
             expected = self._adapted.spec.fingerprint
             if end.value != expected:
                 raise WorkerLost(
                     f"the base in memory has changed: its fingerprint is {end.value}, it was loaded as {expected}"
                 ) from None
             logger.info("the base in memory is what was loaded", extra={"fields": {"fingerprint": expected}})
+        except Exception as error:
+            self._begin_anew()  # later: what raised has ended
+            explain_background(error, "verifying the base")
+
+    def _begin_anew(self) -> None:
+        self._pieces, self._due = None, self._clock() + INTERVAL_SECONDS

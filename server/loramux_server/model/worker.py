@@ -6,6 +6,7 @@ It follows StepPlans, one after the other, on one thread. Other threads leave fi
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,8 @@ from loramux_server.model.verification import Verification
 COPY_BYTES = 4 << 20
 """Bytes of adapters copied after each step at most (but for one piece): what a step may become longer by."""
 
+_RETRY_SECONDS = 0.2
+
 
 class Worker:
     """Implements `engine.execution.Worker`."""
@@ -33,10 +36,13 @@ class Worker:
         self._bound: set[int] = set()
         self._step = -1
         self._commands: deque[Callable[[], None]] = deque()
+        self._retry_at = 0.0  # when commands that met no memory are worth another try, if nothing else is to be done
 
     @property
     def is_busy(self) -> bool:
-        """Whether adapters wait to be copied or merged, or the base to be verified."""
+        """Whether adapters wait to be copied or merged, the base to be verified, or commands to be tried again."""
+        if self._commands and time.monotonic() >= self._retry_at:
+            return True
         return not (self._staged.is_empty and self._merges.is_empty) or self._verification.is_due
 
     @torch.inference_mode()
@@ -71,6 +77,7 @@ class Worker:
             self._commands += [partial(self._merges.begin, merge) for merge in plan.merge]
             self._commands += [partial(self._unbind, slot) for slot in plan.unbind]
             self._commands += [partial(self._bind, binding) for binding in plan.bind]
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
         while self._commands:
             self._commands[0]()
             self._commands.popleft()
