@@ -113,3 +113,10 @@ def test_unknown_demo_task_lists_the_known() -> None:
     result = invoke("demo", "--task", "nothing")
     assert result.exit_code == ExitCode.USAGE
     assert "backwards" in result.stderr
+
+
+def test_an_empty_adapter_name_is_refused_and_never_the_base() -> None:
+    """As `--adapter "$NAME"` gives where NAME is not set."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["generate", "hi", "--adapter", ""])
+    assert result.exit_code == ExitCode.USAGE
+    assert "must not be empty; leave it out to ask the base" in result.stderr

@@ -204,7 +204,7 @@ MUTANTS = (
     ),
     Mutant(
         "a slot is bound before its copy has ended", MODEL + "staging.py",
-        "        for _ in copy.pieces:\n            pass\n", "",
+        "            for _ in copy.pieces:\n                pass\n", "            pass\n",
         (TEST_MODEL + "test_worker.py", TEST_MODEL + "test_replay.py"),
     ),
     Mutant(

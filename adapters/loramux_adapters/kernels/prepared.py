@@ -38,8 +38,8 @@ class PreparedStep(Generic[P]):
     def plans(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools) -> list[P | None]:
         """A plan for each map of the pools, None where no row has an adapter on it.
 
-        Raises ValueError where x or y are not of the pools, or there is a plan and they have other rows than the step: a
-        native kernel would leave them.
+        Raises ValueError where x or y are not of the pools, or there is a plan and they have other rows than the step:
+        a native kernel would leave them.
         """
         pools.check(y, x)
         plans = [None if rank_rows is None else self._plan(rank_rows, pools) for rank_rows in pools.rank_rows]

@@ -77,6 +77,6 @@ class Kernels(Protocol):
     def add(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools, prepared: Any) -> None:
         """y[:, columns[m]] += (x @ a[m].T) @ b[m] in place, restricted to each row's own rank rows.
 
-        x is [T, in], y [T, sum of outs], of the pools' dtype. Raises ValueError where they are not, or where T is not the
-        number of rows that were prepared.
+        x is [T, in], y [T, sum of outs], of the pools' dtype. Raises ValueError where they are not, or where T is not
+        the number of rows that were prepared.
         """

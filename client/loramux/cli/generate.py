@@ -23,11 +23,11 @@ def command(
     ] = None,
     address: Address = DEFAULT_ADDRESS,
     adapter: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--adapter", "-A", help="Name, alias or name@digest; none: the base.", autocompletion=complete_adapters
+            "--adapter", "-A", help="Name, alias or name@digest; unset: the base.", autocompletion=complete_adapters
         ),
-    ] = "",
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's turn in the chat template.")
     ] = False,
@@ -85,6 +85,8 @@ def command(
     """Generate text on the base or with an adapter, streaming it to the terminal."""
     from loramux.cli.connecting import connect, generate_start_seconds
 
+    if adapter == "":  # as of an unset variable of a shell: it must not become the base
+        raise typer.BadParameter("must not be empty; leave it out to ask the base", param_hint="--adapter")
     text = _read_prompt(prompt)
     given = {
         "max_tokens": max_tokens, "min_tokens": min_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
@@ -100,9 +102,9 @@ def command(
     with connect(address, generate_start_seconds(address) if wait is None else wait) as client:
         plain = None if messages else text
         if not as_json and (n is None or n == 1):
-            aborted = _stream(client, plain, messages, adapter, timeout, options)
+            aborted = _stream(client, plain, messages, adapter or "", timeout, options)
         else:
-            answer = client.generate(plain, messages=messages, adapter=adapter, timeout=timeout, **options)
+            answer = client.generate(plain, messages=messages, adapter=adapter or "", timeout=timeout, **options)
             aborted = any(choice.finish.reason == "aborted" for choice in answer.choices)
             if as_json:
                 print_json(answer)
@@ -122,11 +124,17 @@ def _stream(
     options: GenerateOptions,
 ) -> bool:
     """Print the one answer as it is made; whether it was aborted."""
-    aborted = False
-    for part in client.stream(text, messages=messages, adapter=adapter, timeout=timeout, **options):
-        sys.stdout.write(part.text)
-        sys.stdout.flush()
-        aborted = part.finish is not None and part.finish.reason == "aborted"
+    aborted = is_in_line = False
+    try:
+        for part in client.stream(text, messages=messages, adapter=adapter, timeout=timeout, **options):
+            sys.stdout.write(part.text)
+            sys.stdout.flush()
+            is_in_line = is_in_line or bool(part.text)
+            aborted = part.finish is not None and part.finish.reason == "aborted"
+    except KeyboardInterrupt:
+        if is_in_line:
+            sys.stdout.write("\n")  # before the word that it was interrupted
+        raise
     sys.stdout.write("\n")
     return aborted
 

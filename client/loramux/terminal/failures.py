@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class ExitCode(IntEnum):
-    """What the process returns to its caller; documented in the README."""
+    """What the process returns to its caller; documented in docs/configuration.md."""
 
     OK = 0
     NO = 1  # it ran, and the answer is no: not healthy, a bar missed, a difference found

@@ -230,3 +230,30 @@ def test_deterministic_servers_use_the_reference() -> None:
     fast = GatheredKernels if find_native() is None else NativeKernels
     assert isinstance(select_kernels(deterministic=False, device=CPU, dtype=torch.bfloat16), fast)
     assert isinstance(select_kernels(deterministic=False, device=CPU, dtype=torch.float16), GatheredKernels)
+
+
+@pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernels(), find_native()], ids=["a", "b", "c"])
+def test_inputs_and_outputs_that_are_not_of_the_pools_are_refused(kernels: Kernels | None) -> None:
+    if kernels is None:
+        pytest.skip("this machine has no C compiler")
+    case = Case.make([-1, 0, 1, 1], 8, torch.float32)
+    prepared = kernels.prepare(4, segments_of(case.slots), CPU)
+    for y, x in (
+        (case.y.bfloat16(), case.x), (case.y, case.x.bfloat16()), (case.y, case.x[:, 1:]), (case.y[:, 1:], case.x),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="for pools of"):
+            kernels.add(y.contiguous(), x.contiguous(), case.pools, prepared)
+
+
+def test_pools_that_do_not_fit_each_other_are_refused() -> None:
+    case = Case.make([0, 1], 8, torch.float32)
+    for changed in (
+        {"a": case.a[:2]},
+        {"b": [b.bfloat16() for b in case.b]},
+        {"b": [b[:-1] for b in case.b]},
+        {"b": [b.T.contiguous().T for b in case.b]},
+        {"columns": [(0, 41), *case.columns[1:]]},
+        {"a": case.a.transpose(1, 2).contiguous().transpose(1, 2)},
+    ):
+        with pytest.raises(ValueError, match="pool"):
+            LowRankPools(**{"a": case.a, "b": case.b, "columns": case.columns, "rank_rows": case.layouts, **changed})

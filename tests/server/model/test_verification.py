@@ -94,3 +94,17 @@ def test_steps_with_requests_read_a_module_now_and_then(engine: ModelEngine, clo
     steps = len(engine.plans)
     assert steps >= STEPS_PER_MODULE
     assert read == steps // STEPS_PER_MODULE
+
+
+def test_a_verification_that_meets_no_memory_is_tried_later(
+    engine: ModelEngine, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    clock.now = INTERVAL_SECONDS
+    with monkeypatch.context() as patch:
+        patch.setattr("loramux_adapters.base.fingerprint.raw_bytes", fail)
+        assert turns_while_busy(engine) == 1
+    clock.now += INTERVAL_SECONDS
+    assert turns_while_busy(engine) > 5

@@ -12,6 +12,7 @@ import torch
 from loramux_adapters.binding import Binding
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.parts.low_rank import PooledLowRank
+from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.residency.tiers import RankRanges
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.engine.execution import execute_contained
@@ -260,3 +261,98 @@ def test_truths_differ_between_adapters(case: Case) -> None:
     """Or the tests above could not tell one adapter from another."""
     heads: list[Truth] = [truth for truth in case.truths if truth.adapter]
     assert len({tuple(truth.tokens) for truth in heads}) == len(heads)
+
+
+class Failing:
+    """Calls through, but for the calls whose numbers (from 0) are given: these raise MemoryError."""
+
+    def __init__(self, original: Any, *numbers: int) -> None:
+        self._original, self._numbers, self.calls = original, set(numbers), 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls - 1 in self._numbers:
+            raise MemoryError
+        return self._original(*arguments)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_bind_or_unbind_that_meets_no_memory_half_way_is_repeated_whole(
+    case: Case, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank rows are what both allocate. What they forgot first, the second call would not do."""
+    engine = case.engine(capacity=8)
+    for name in ("a", "b", "a", "c"):  # each evicts the one before
+        changing = Failing(RankRowsTable.changed, number, number + 9)
+        with monkeypatch.context() as patch:
+            patch.setattr(RankRowsTable, "changed", lambda *arguments, c=changing: c(*arguments))
+            engine.pool.pin(frozenset({engine.digests[name]}))  # no request is failed for it
+            turns_until_resident(engine, name)
+            for _ in range(20):
+                if engine.worker._commands:
+                    engine.worker._retry_at = 0.0
+                    engine.step()
+        assert changing.calls > number
+        assert not engine.worker._commands
+        assert_equal_to_peft(engine, [truth for truth in case.truths if truth.adapter in (name, None)])
+    engine.pool.pin(frozenset())
+
+
+def test_an_idle_worker_tries_again_what_met_no_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = case.engine()
+    monkeypatch.setattr(worker_module, "_RETRY_SECONDS", 0.0)
+    changing = Failing(RankRowsTable.changed, 0, 1, 2)
+    monkeypatch.setattr(RankRowsTable, "changed", lambda *arguments: changing(*arguments))
+    engine.pool.pin(frozenset({engine.digests["a"]}))
+    for _ in range(30):
+        engine.step()
+    assert not engine.worker._commands
+    assert not engine.worker.is_busy
+    assert_equal_to_peft(engine, case.truths)
+
+
+def test_a_slot_that_cannot_be_cleared_is_nobodys_until_it_is(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy fails, and so does the clearing after it: the next adapter of the slot must not get what was left."""
+    engine = case.engine(capacity=8)
+    writing, clearing = Failing(PooledLowRank.write, 5), Failing(PooledLowRank.unbind, 0, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(PooledLowRank, "write", lambda *arguments: writing(*arguments))
+        patch.setattr(PooledLowRank, "unbind", lambda *arguments: clearing(*arguments))
+        ill = engine.submit("a", prompts(1)[0], 3)
+        engine.run()
+    failure = engine.events[ill, 0][-1].failure
+    assert failure is not None
+    assert "not enough device memory" in failure.message
+    assert clearing.calls > 3
+    assert engine.staged.is_empty
+    for truth in case.truths:
+        assert_equal_to_peft(engine, [truth])
+
+
+def test_an_adapter_that_failed_for_its_bind_gives_its_slot_to_the_next(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bind is kept and done before the next adapter's copy to the same slot."""
+    engine = case.engine(capacity=8)
+    changing = Failing(RankRowsTable.changed, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RankRowsTable, "changed", lambda *arguments: changing(*arguments))
+        ill = engine.submit("a", prompts(1)[0], 2)
+        well = engine.submit("b", case.truths[2].prompt, 4)
+        engine.run()
+    assert engine.events[ill, 0][-1].terminal
+    assert engine.tokens(well) == case.truths[2].tokens
+    for truth in case.truths:
+        assert_equal_to_peft(engine, [truth])
+
+
+def test_a_followers_copy_that_fails_in_its_bind_begins_anew(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = case.engine()
+    binding = staged(engine, "a", 0)
+    writing = Failing(PooledLowRank.write, 3)
+    monkeypatch.setattr(PooledLowRank, "write", lambda *arguments: writing(*arguments))
+    with pytest.raises(StepOutOfMemory):
+        engine.worker.execute(StepPlan(1, (), bind=(binding,)))
+    engine.worker.execute(StepPlan(2, ()))
+    pieces = len(engine.staged._slots.prepare(engine.weights[binding.digest]).parts)
+    assert writing.calls == 4 + pieces
