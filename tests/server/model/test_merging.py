@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loramux_server.engine.plan import WorkerLost
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.merged_sets import Sets, in_order, settle, small_engine
@@ -116,3 +117,20 @@ def test_a_plan_made_before_the_drop_is_still_answered(engine: ModelEngine) -> N
     assert engine.tokens(ticket) == engine.tokens(again)
     assert len(engine.tokens(ticket)) == 3
     assert not engine.merges._begun
+
+
+def test_merging_that_fails_in_the_step_that_uses_it_is_the_end(
+    engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process did merge it: tokens would differ from there on. It must not be tried for ever either."""
+    sets, digest = Sets(engine, engine.weights.__getitem__, 1 << 30, ""), engine.digests["a"]
+    sets.reconcile(frozenset({digest}))
+    sets.wait()
+    sets.take()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("loramux_adapters.apply.merge._fold", fail)
+    with pytest.raises(WorkerLost, match="failed in a step"):
+        sets.merges.find(digest)
