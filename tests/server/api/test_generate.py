@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from loramux_server.api.gate import Gate
 from loramux_server.api.generate import GenerateUseCase
 from loramux_server.api.generation import Generation
 from loramux_server.api.tokenizer_pool import TokenizerPool
+from loramux_server.engine.plan import StepPlan
 from loramux_server.errors import Draining, InvalidRequest, WarmingUp
-from loramux_server.requests import SamplingParams, StopConditions
+from loramux_server.requests import RequestFailure, SamplingParams, StopConditions
 from support.servers import EOS, Served, adapter_files, served, until, upload_messages
 
 pytestmark = pytest.mark.asyncio
@@ -87,9 +89,20 @@ async def test_the_version_is_held_until_the_generation_is_left(tmp_path: Path) 
 
 async def test_leaving_early_aborts_what_runs(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
+        runner, has_left, begun = server.inside.runner, threading.Event(), list[StepPlan]()
+
+        def hold(plan: StepPlan) -> dict[str, RequestFailure]:
+            if plan.chunks:
+                begun.append(plan)
+                assert len(begun) == 1 or has_left.wait(20)  # the second token is not made before the reader has left
+            return {}
+
+        runner.inject = hold
         async with _use_case(server).open(GenerateCall(text="a", sampling=GREEDY), "t", None) as generation:
             await anext(generation)
+        has_left.set()
         await until(lambda: server.inside.is_idle)
+        assert len(begun) == 2  # the step that was running, and no more
 
 
 @pytest.mark.parametrize(
