@@ -1,7 +1,7 @@
 """The device side of slots: copies an adapter's parts to the sites they act at, and binds them to its slot.
 
-`prepare` touches host memory only and may run on any thread; the rest belongs to whoever runs the steps, between two of
-them. Who gets which rank rows is decided by `loramux_adapters.residency`. Knows no kind of part.
+`prepare` touches host memory only and may run on any thread; the rest belongs to the owner of the device, between two
+steps. Who gets which rank rows is decided by `loramux_adapters.residency`. Knows no kind of part.
 """
 
 from __future__ import annotations

@@ -22,6 +22,18 @@ from loramux_adapters.parts.rank_rows import RankRows
 CPU = torch.device("cpu")
 IN, OUTS, CAPACITY = 48, (40, 24, 24), 640
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+EVERY_KERNEL = pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(GatheredKernels(), id="gathered"),
+        pytest.param(ReferenceKernels(), id="reference"),
+        pytest.param(
+            find_native(),
+            id="native",
+            marks=pytest.mark.skipif(find_native() is None, reason="this machine has no C compiler"),
+        ),
+    ],
+)
 POPULARITIES = ("distinct", "uniform", "zipf", "identical", "with base rows")
 
 
@@ -185,11 +197,9 @@ def test_huge_values_overflow_only_for_their_own_rows() -> None:
     assert not actual[1].isfinite().all()
 
 
-@pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernels(), find_native()], ids=["a", "b", "c"])
-def test_what_was_prepared_for_other_rows_or_pools_is_refused(kernels: Kernels | None) -> None:
+@EVERY_KERNEL
+def test_what_was_prepared_for_other_rows_or_pools_is_refused(kernels: Kernels) -> None:
     """Or rows would get another's delta, or none, or a native kernel would leave its memory."""
-    if kernels is None:
-        pytest.skip("this machine has no C compiler")
     case = Case.make([-1, 0, 1, 1], 8, torch.float32)
     prepared = kernels.prepare(4, segments_of(case.slots), CPU)
     for rows in (3, 5):
@@ -232,10 +242,8 @@ def test_deterministic_servers_use_the_reference() -> None:
     assert isinstance(select_kernels(deterministic=False, device=CPU, dtype=torch.float16), GatheredKernels)
 
 
-@pytest.mark.parametrize("kernels", [GatheredKernels(), ReferenceKernels(), find_native()], ids=["a", "b", "c"])
-def test_inputs_and_outputs_that_are_not_of_the_pools_are_refused(kernels: Kernels | None) -> None:
-    if kernels is None:
-        pytest.skip("this machine has no C compiler")
+@EVERY_KERNEL
+def test_inputs_and_outputs_that_are_not_of_the_pools_are_refused(kernels: Kernels) -> None:
     case = Case.make([-1, 0, 1, 1], 8, torch.float32)
     prepared = kernels.prepare(4, segments_of(case.slots), CPU)
     for y, x in (
