@@ -102,7 +102,7 @@ async def test_leaving_early_aborts_what_runs(tmp_path: Path) -> None:
             await anext(generation)
         has_left.set()
         await until(lambda: server.inside.is_idle)
-        assert len(begun) == 2  # the step that was running, and no more
+        assert len(begun) <= 2  # the step that was running, if one was, and no more
 
 
 @pytest.mark.parametrize(
