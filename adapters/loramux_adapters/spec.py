@@ -77,12 +77,13 @@ class AdapterSpec:
     """One adapter's content. `digest` is its version (64 hex digits)."""
 
     digest: str
-    kind: str  # "lora"
+    kind: str  # "lora", "ia3" and so on; see docs/adapters.md
     base_fingerprint: str | None  # as declared by the file, None when it declares none
     base_mismatch: bool  # accepted although the declared base is another one
     ranks: Mapping[str, int] = field(repr=False)  # module name -> LoRA rank, every adapted module
     biases: frozenset[str] = field(repr=False)  # modules whose whole bias the adapter replaces
     nbytes: int  # of the tensors as uploaded
+    others: frozenset[str] = field(default=frozenset(), repr=False)  # modules with parts of other kinds
 
     @property
     def max_rank(self) -> int:
@@ -92,7 +93,7 @@ class AdapterSpec:
     @property
     def targets(self) -> tuple[str, ...]:
         """The distinct last name components of the adapted modules, sorted: `("q_proj", "v_proj")`."""
-        return tuple(sorted({name.rpartition(".")[2] for name in (*self.ranks, *self.biases)}))
+        return tuple(sorted({name.rpartition(".")[2] for name in (*self.ranks, *self.biases, *self.others)}))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft_writer import TrainedModule, write_peft
+from loramux_adapters.formats.peft.writer import TrainedModule, write_peft
 from loramux_adapters.formats.registry import read
 from loramux_adapters.kernels.select import select_kernels
 from loramux_trainer.batches import Batch, collate

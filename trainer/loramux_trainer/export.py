@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from loramux_adapters.formats.peft_writer import TrainedModule, write_peft
+from loramux_adapters.formats.peft.writer import TrainedModule, write_peft
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer.checkpoints import TEMPORARY, move_durably
 from loramux_trainer.job import TrainConfig

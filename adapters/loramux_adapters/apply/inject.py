@@ -6,8 +6,8 @@ Afterwards the model's projections read the step's batch from one cell. Knows no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
-from loramux_adapters.base.frozen import Nf4Linear, WeightFormats, freeze
+from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats, freeze
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
@@ -100,7 +100,8 @@ def inject(
         adapted: AdaptedEmbedding | AdaptedNorm
         if spec.kind == "embedding" and isinstance(module, nn.Embedding):
             scale = getattr(module, "embed_scale", None)
-            adapted = AdaptedEmbedding(module, _site(base, spec, rank_rows, None, scale), cell)
+            site = replace(_site(base, spec, rank_rows, None, scale), weight=_table_of(module))
+            adapted = AdaptedEmbedding(module, site, cell)
         elif spec.kind == "norm" and spec.has_bias:
             adapted = AdaptedNorm(module, _site(base, spec, rank_rows, module.get_parameter("bias")), cell)
         else:
@@ -161,9 +162,27 @@ def _make_group(
     ends = list(itertools.accumulate(base.spec.modules[name].out_features for name in names))
     site = Site(
         "linear", names, tuple(zip([0, *ends[:-1]], ends, strict=True)), frozen.in_features, base.compute_dtype,
-        base.device, _on_host(frozen.bias), rank_rows,
+        base.device, _on_host(frozen.bias), rank_rows, weight=_weights_of(frozen, names, base.spec),
+        make_product=lambda weight, bias: DenseLinear(weight, bias, replace(weight_formats, packed=False)).forward,
     )  # fmt: skip
     return SiteGroup(frozen, site, cell, "logits" if names[0] == base.spec.head else "tokens")
+
+
+def _weights_of(frozen: FrozenLinear, names: Sequence[str], spec: BaseModelSpec) -> Callable[[int], torch.Tensor]:
+    ends = list(itertools.accumulate(spec.modules[name].out_features for name in names))
+
+    def weight(member: int) -> torch.Tensor:
+        begin = ends[member - 1] if member else 0
+        return frozen.dequantize(torch.float32, (begin, ends[member]))
+
+    return weight
+
+
+def _table_of(module: nn.Embedding) -> Callable[[int], torch.Tensor]:
+    def weight(_member: int) -> torch.Tensor:
+        return module.weight.detach().T.to(torch.float32, copy=True)
+
+    return weight
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -23,12 +23,15 @@ from loramux_adapters.weights import AdapterWeights
 class _PreparedPart:
     name: str  # of its module
     member: int
+    part: Part
     parts: SiteParts[Any]  # where it goes
     tensors: tuple[torch.Tensor, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        """Copied, or read of the base."""
+        copied = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        return copied + int(self.parts.work(self.member, self.part))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,7 @@ class SlotTensors:
             tensors = parts.prepare(member, part)
             if pinned:
                 tensors = tuple(tensor.pin_memory() for tensor in tensors)
-            prepared.append(_PreparedPart(name, member, parts, tensors))
+            prepared.append(_PreparedPart(name, member, part, parts, tensors))
         kinds = frozenset(KIND_OF[type(part)] for module in weights.modules.values() for part in module.parts)
         return PreparedAdapter(weights.spec.digest, kinds, tuple(prepared))
 
@@ -81,7 +84,7 @@ class SlotTensors:
         """
         self._touched[slot] = tuple(dict.fromkeys(part.parts for part in adapter.parts))
         for part in adapter.parts:
-            part.parts.write(slot, part.member, part.tensors, rank_ranges.get(part.name))
+            part.parts.write(slot, part.member, part.part, part.tensors, rank_ranges.get(part.name))
             yield part.nbytes
 
     def bind(self, slot: int, adapter: PreparedAdapter) -> None:

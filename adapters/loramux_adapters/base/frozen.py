@@ -113,8 +113,8 @@ class FrozenLinear(Protocol):
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of y [T, out] -> that of x [T, in], by the weights that `forward` multiplies by."""
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out, in] in `dtype`; a new tensor the caller may write to."""
+    def dequantize(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The weight [out, in] in `dtype`, or its rows [from, to); a new tensor the caller may write to."""
 
 
 class Nf4Linear:
@@ -266,14 +266,20 @@ class Nf4Linear:
         """[T, out] -> [T, in]."""
         return gradient @ self._weight(gradient.dtype)
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out, in]; rounds once, to `dtype`."""
+    def dequantize(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The weight [out, in], or its rows [from, to); rounds once, to `dtype`."""
+        begin, end = (0, self.out_features) if rows is None else rows
+        if rows is not None and self.in_features % self.block_size:
+            return self.dequantize(dtype)[begin:end].clone()  # blocks cross the borders of rows
         state = copy.copy(self._state)
         state.dtype = dtype
         # Flat: bitsandbytes 0.50 on CPU takes the wrong scales where a block crosses a row border of a 2-D shape.
-        state.shape = torch.Size((self.out_features * self.in_features,))
-        weight: torch.Tensor = bnb_functional.dequantize_4bit(self.codes.reshape(-1, 1), state)
-        return weight.reshape(self.out_features, self.in_features)
+        state.shape = torch.Size(((end - begin) * self.in_features,))
+        blocks = self.in_features // self.block_size
+        if rows is not None:
+            state.absmax = self.absmax[begin * blocks : end * blocks]
+        weight: torch.Tensor = bnb_functional.dequantize_4bit(self.codes[begin:end].reshape(-1, 1), state)
+        return weight.reshape(end - begin, self.in_features)
 
     @property
     def nbytes(self) -> int:
@@ -317,9 +323,10 @@ class DenseLinear:
         """[T, out] -> [T, in]."""
         return gradient @ self.weight
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """A copy of the weight in `dtype`."""
-        return self.weight.to(dtype, copy=True)
+    def dequantize(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A copy of the weight in `dtype`, or of its rows [from, to)."""
+        begin, end = (0, self.out_features) if rows is None else rows
+        return self.weight[begin:end].to(dtype, copy=True)
 
 
 def logical_nf4(module: Linear4bit) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -1,40 +1,27 @@
 """Files -> AdapterWeights: which files an adapter may have, and which format they are, by what they hold.
 
-A new format is one file beside this one and one line in `_FORMATS`.
+A new method of PEFT's is one file in `peft/` and one line in `PEFT_METHODS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from loramux_adapters.adapter_files import CONFIG_FILE, MAX_FILE_BYTES, REQUIRED_FILES
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft import read_peft
+from loramux_adapters.formats.peft.lora import LoraTuner
+from loramux_adapters.formats.peft.reader import read_peft
+from loramux_adapters.formats.peft.tuner import Tuner
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
 
+PEFT_METHODS: tuple[type[Tuner], ...] = (LoraTuner,)
 
-class Format(Protocol):
-    """Reads files whose adapter_config.json was parsed to `config`; errors as `read`'s."""
-
-    def __call__(
-        self,
-        files: Mapping[str, Path],
-        config: Mapping[str, object],
-        base: BaseModelSpec,
-        limits: ReadLimits,
-        *,
-        allow_base_mismatch: bool,
-    ) -> AdapterWeights: ...
-
-
-# PEFT names the method in every config it writes.
-_FORMATS: Mapping[str, Format] = {"LORA": read_peft}
+_BY_TYPE = {tuner.peft_type: tuner for tuner in PEFT_METHODS}
 
 
 def read(
@@ -57,11 +44,11 @@ def read(
             raise AdapterInvalid(f"{name} is missing", subject=name, remedy=f"send {' and '.join(REQUIRED_FILES)}")
     config = strict_json.read_object(files[CONFIG_FILE], CONFIG_FILE, limits.max_config_bytes)
     method = config.get("peft_type")
-    read_format = _FORMATS.get(method) if isinstance(method, str) else None
-    if read_format is None:
+    tuner = _BY_TYPE.get(method) if isinstance(method, str) else None
+    if tuner is None:
         raise AdapterInvalid(
             f"{CONFIG_FILE}: peft_type {quote(method)} is not supported",
             subject=f"{CONFIG_FILE}: peft_type",
-            remedy=f"supported: {', '.join(_FORMATS)}",
+            remedy=f"supported: {', '.join(sorted(_BY_TYPE))}",
         )
-    return read_format(files, config, base, limits, allow_base_mismatch=allow_base_mismatch)
+    return read_peft(files, tuner.parse(config), base, limits, allow_base_mismatch=allow_base_mismatch)

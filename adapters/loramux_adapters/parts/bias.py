@@ -14,9 +14,10 @@ from loramux_adapters.parts.vectors import VectorParts
 
 @dataclass(frozen=True, eq=False)
 class Bias(Part):
-    """The whole effective bias of one module."""
+    """The whole effective bias of one module; with `is_delta`, what comes to the base's own."""
 
     value: torch.Tensor  # [out], float32
+    is_delta: bool = False
 
 
 class BiasDeltas(VectorParts[Bias]):
@@ -25,7 +26,7 @@ class BiasDeltas(VectorParts[Bias]):
     def vector(self, member: int, part: Bias) -> torch.Tensor:
         """The difference [out]."""
         own = self.site.own_bias(member)
-        return part.value if own is None else part.value - own
+        return part.value if own is None or part.is_delta else part.value - own
 
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Adds each segment's difference to its rows."""
@@ -35,7 +36,7 @@ class BiasDeltas(VectorParts[Bias]):
 
 
 def _fold(_weight: torch.Tensor, bias: torch.Tensor, part: Bias) -> None:
-    bias.copy_(part.value)
+    bias.copy_(part.value.to(bias) + bias if part.is_delta else part.value)
 
 
 KIND = Kind(Bias, {"linear": BiasDeltas, "norm": BiasDeltas}, _fold)

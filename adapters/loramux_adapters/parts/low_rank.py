@@ -19,10 +19,14 @@ from loramux_adapters.parts.site import Site, StepRows
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Part):
-    """The delta B A of one map y = W x. For an embedding, `in` is the vocabulary."""
+    """The delta B A of one map y = W x. For an embedding, `in` is the vocabulary.
+
+    With `on_input` the map is W (I + C A) and `b` holds C: B = W C, computed where the adapter is copied to the device.
+    """
 
     a: torch.Tensor  # [r, in], in the dtype it was uploaded in
-    b: torch.Tensor  # [out, r], float32, the scale (alpha / r or alpha / sqrt(r)) folded in
+    b: torch.Tensor  # [out, r], or C [in, r]; float32, the scale (alpha / r or alpha / sqrt(r)) folded in
+    on_input: bool = False
 
     @property
     def rank(self) -> int:
@@ -47,23 +51,37 @@ class PooledLowRank(SiteParts[LowRank]):
         return PartCost(rank_rows=part.rank)
 
     def prepare(self, member: int, part: LowRank) -> tuple[torch.Tensor, ...]:
-        """(A [r, in], B^T [r, out])"""
+        """(A [r, in], B^T [r, out], or C [in, r] in float32)"""
         name = self.site.members[member]
+        if part.on_input:
+            return finite(name, part.a.to(self.site.dtype)), finite(name, part.b)
         # Checked before they reach the pool: in a product over it a foreign rank row of B is multiplied by zero, and
         # 0 * inf is NaN.
         return finite(name, part.a.to(self.site.dtype)), finite(name, part.b.T.to(self.site.dtype))
 
     def write(
-        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+        self, slot: int, member: int, part: LowRank, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
     ) -> None:
         """Rank rows beyond the true rank become zero."""
         if rank_rows is None:
             raise ValueError(f"{self.site.members[member]}: a low-rank part was given no rank rows")
         first, count = rank_rows
+        if part.on_input:
+            prepared = (prepared[0], self._through_base(member, prepared[1]))
         for pool, factor in zip((self.a[member], self.b[member]), prepared, strict=True):
             pool[first : first + len(factor)].copy_(factor, non_blocking=True)
             pool[first + len(factor) : first + count].zero_()
         self._written.setdefault(slot, {})[member] = rank_rows
+
+    def work(self, member: int, part: LowRank) -> int:
+        """The codes of the weight, where B is computed from them."""
+        begin, end = self.site.columns[member]
+        return (end - begin) * self.site.in_features // 2 if part.on_input else 0
+
+    def _through_base(self, member: int, c: torch.Tensor) -> torch.Tensor:
+        """C [in, r] -> B^T [r, out]"""
+        b = c.to(self.site.device, non_blocking=True).T @ self.site.frozen_weight(member).T
+        return finite(self.site.members[member], b.to(self.site.dtype))
 
     def bind(self, slot: int) -> None:
         """The pool's rows are the slot's from the next step on."""
@@ -104,6 +122,8 @@ class GatheredLowRank(SiteParts[LowRank]):
 
     def cost(self, part: LowRank) -> PartCost:
         """Bytes of both factors."""
+        if part.on_input:
+            raise ValueError(f"{self.site.members[0]}: token ids have no input that a low rank could change")
         return PartCost(nbytes=sum(factor.numel() for factor in part.tensors) * self.site.dtype.itemsize)
 
     def prepare(self, member: int, part: LowRank) -> tuple[torch.Tensor, ...]:
@@ -112,7 +132,7 @@ class GatheredLowRank(SiteParts[LowRank]):
         return tuple(finite(name, factor.T.to(self.site.dtype)).contiguous() for factor in (part.a, part.b))
 
     def write(
-        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+        self, slot: int, member: int, part: LowRank, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
     ) -> None:
         """To tensors of their own."""
         a, b = (tensor.to(self.site.device, non_blocking=True) for tensor in prepared)
@@ -146,7 +166,8 @@ class GatheredLowRank(SiteParts[LowRank]):
 
 
 def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: LowRank) -> None:
-    weight.addmm_(part.b.to(weight), part.a.to(weight))
+    b = part.b.to(weight)
+    weight.addmm_(weight @ b if part.on_input else b, part.a.to(weight))
 
 
 KIND = Kind(LowRank, {"linear": PooledLowRank, "embedding": GatheredLowRank}, _fold, is_pooled=True)

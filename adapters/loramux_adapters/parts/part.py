@@ -60,11 +60,18 @@ class SiteParts(ABC, Generic[P]):
         Raises AdapterIncompatible where a value is not finite in it.
         """
 
+    def work(self, member: int, part: P) -> int:
+        """Bytes that `write` reads of the base to compute what it keeps: they count as if they were copied."""
+        return 0
+
     @abstractmethod
     def write(
-        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+        self, slot: int, member: int, part: P, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
     ) -> None:
-        """Copies what `prepare` gave to the device; `rank_rows` is (first, number) of those given to it, if any."""
+        """Copies what `prepare` gave to the device; `rank_rows` is (first, number) of those given to it, if any.
+
+        What needs the base's own weight is computed here, see `Site.frozen_weight`.
+        """
 
     @abstractmethod
     def bind(self, slot: int) -> None:

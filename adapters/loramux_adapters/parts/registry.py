@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from loramux_adapters.parts import bias, input_gain, low_rank, output_gain
+from loramux_adapters.parts import bias, dense, input_gain, low_rank, magnitude, output_gain
 from loramux_adapters.parts.part import Kind, Part
 
 KINDS: tuple[Kind, ...] = (
+    dense.KIND,
     low_rank.KIND,
     input_gain.KIND,
     output_gain.KIND,
+    magnitude.KIND,
     bias.KIND,
 )
 

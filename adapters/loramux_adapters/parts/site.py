@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -10,6 +10,12 @@ import torch
 
 from loramux_adapters.kernels.protocol import LowRankPools, SlotSegment
 from loramux_adapters.parts.rank_rows import RankRowsTable
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""[T, in] -> a new tensor [T, out], in the compute dtype."""
+
+MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]
+"""A dense weight [out, in] and a bias [out] on the device, in the compute dtype -> their product."""
 
 SiteKind = Literal["linear", "embedding", "norm"]
 
@@ -27,6 +33,28 @@ class Site:
     bias: torch.Tensor | None  # the base's own, [all columns], float32 in host memory
     rank_rows: RankRowsTable
     output_scale: float | None = None  # what an embedding multiplies its output by
+    weight: Callable[[int], torch.Tensor] | None = None  # of a member, see `frozen_weight`
+    make_product: MakeProduct | None = None  # at linear maps
+
+    def frozen_weight(self, member: int) -> torch.Tensor:
+        """The base's weight [out, in] of one member, float32 on the device; the caller may write to it.
+
+        Of an embedding the table transposed. Computed anew at every call, and by the owner of the device alone.
+        """
+        if self.weight is None:
+            raise ValueError(f"{self.members[member]} is no linear map")
+        return self.weight(member)
+
+    def multiply(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """The product of a dense weight that stands in place of the frozen one; see MakeProduct."""
+        if self.make_product is None:
+            raise ValueError(f"{self.members[0]} is no linear map")
+        return self.make_product(weight, bias)
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the compute dtype, for messages."""
+        return str(self.dtype).removeprefix("torch.")
 
     def own_bias(self, member: int) -> torch.Tensor | None:
         """The base's own bias of one member, [out] float32 in host memory."""

@@ -1,4 +1,4 @@
-"""What kinds of parts share that are one vector per slot and member: a bias, a gain."""
+"""What kinds of parts share that are one small tensor per slot and member: a bias, a gain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ P = TypeVar("P", bound=Part)
 
 
 class VectorParts(SiteParts[P]):
-    """Keeps one vector in the compute dtype per slot and member, in tensors of their own."""
+    """Keeps one tensor in the compute dtype per slot and member, each for itself."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -34,11 +34,15 @@ class VectorParts(SiteParts[P]):
         return (finite(self.site.members[member], self.vector(member, part).to(self.site.dtype)),)
 
     def write(
-        self, slot: int, member: int, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
+        self, slot: int, member: int, part: P, prepared: Sequence[torch.Tensor], rank_rows: tuple[int, int] | None
     ) -> None:
         """See SiteParts."""
         (vector,) = prepared
-        self._written.setdefault(slot, {})[member] = vector.to(self.site.device, non_blocking=True)
+        self.keep(slot, member, vector.to(self.site.device, non_blocking=True))
+
+    def keep(self, slot: int, member: int, value: torch.Tensor) -> None:
+        """Has a tensor on the device ready for `bind`."""
+        self._written.setdefault(slot, {})[member] = value
 
     def bind(self, slot: int) -> None:
         """See SiteParts."""

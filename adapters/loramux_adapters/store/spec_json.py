@@ -18,6 +18,7 @@ def encode_spec(spec: AdapterSpec) -> str:
             "ranks": dict(spec.ranks),
             "biases": sorted(spec.biases),
             "nbytes": spec.nbytes,
+            **({"others": sorted(spec.others)} if spec.others else {}),
         },
         sort_keys=True,
         separators=(",", ":"),
@@ -28,4 +29,5 @@ def decode_spec(text: str) -> AdapterSpec:
     """What `encode_spec` was given."""
     fields = json.loads(text)
     fields.pop("prefix_tokens", None)  # older catalogs have it, always 0
-    return AdapterSpec(**{**fields, "biases": frozenset(fields["biases"])})
+    sets = {key: frozenset(fields.get(key, ())) for key in ("biases", "others")}
+    return AdapterSpec(**{**fields, **sets})

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.name_keys import NameKeys
 from loramux_adapters.formats.patterns import RegexBudget, SafePattern
+from loramux_adapters.formats.peft.name_keys import NameKeys
 from support.timing import processor_seconds
 
 NAMES = [

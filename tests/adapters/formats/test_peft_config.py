@@ -13,8 +13,10 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from loramux_adapters.errors import AdapterInvalid
-from loramux_adapters.formats import peft_config, strict_json
-from loramux_adapters.formats.peft_config import PeftLoraConfig, parse_config
+from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.peft import lora
+from loramux_adapters.formats.peft.lora import LoraTuner
+from loramux_adapters.formats.peft.selection import Selection
 from support.adapters import peft_warnings_ignored
 from support.timing import processor_seconds
 
@@ -23,39 +25,37 @@ MINIMAL: dict[str, Any] = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 MAX_BYTES = 1 << 20
 
 
-def parse_text(text: str | bytes, directory: Path) -> PeftLoraConfig:
+def parse_text(text: str | bytes, directory: Path) -> LoraTuner:
     path = directory / NAME
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return parse_config(strict_json.read_object(path, NAME, MAX_BYTES))
+    return LoraTuner.parse(strict_json.read_object(path, NAME, MAX_BYTES))
 
 
 def test_every_option_of_peft_is_classified_once() -> None:
-    known = [*peft_config.APPLIED, *peft_config.REFUSED, *peft_config.IGNORABLE]
+    known = [*lora.KEYS.all_applied, *lora.KEYS.refused, *lora.KEYS.all_ignorable]
     assert len(known) == len(set(known))
     assert set(known) == {field.name for field in dataclasses.fields(LoraConfig)}
 
 
 def test_what_peft_writes_by_default_is_read(tmp_path: Path) -> None:
     LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj", "q_proj"]).save_pretrained(str(tmp_path))
-    config = parse_config(strict_json.read_object(tmp_path / NAME, NAME, MAX_BYTES))
-    assert config == PeftLoraConfig(
+    config = LoraTuner.parse(strict_json.read_object(tmp_path / NAME, NAME, MAX_BYTES))
+    assert config == LoraTuner(
         r=8,
         alpha=8.0,
         use_rslora=False,
         rank_pattern={},
         alpha_pattern={},
-        target_modules=frozenset({"q_proj", "v_proj"}),
-        exclude_modules=frozenset(),
-        layers_to_transform=None,
-        layers_pattern=(),
+        selection=Selection(target_modules=frozenset({"q_proj", "v_proj"})),
+        use_dora=False,
+        lora_bias=False,
         bias="none",
-        ensure_weight_tying=False,
     )
 
 
 def test_what_is_left_out_has_pefts_defaults() -> None:
-    written = parse_config(json.loads(json.dumps(LoraConfig(target_modules=["q_proj"]).to_dict(), default=list)))
-    assert parse_config(MINIMAL) == written
+    written = LoraTuner.parse(json.loads(json.dumps(LoraConfig(target_modules=["q_proj"]).to_dict(), default=list)))
+    assert LoraTuner.parse(MINIMAL) == written
 
 
 NOT_DEFAULT: dict[str, Any] = {
@@ -63,41 +63,39 @@ NOT_DEFAULT: dict[str, Any] = {
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 0.1},
     "layer_replication": [[0, 2], [1, 3]],
-    "lora_bias": True,
     "megatron_config": {"x": 1},
     "modules_to_save": ["lm_head"],
     "monteclora_config": {"num_samples": 4},
     "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [1, 2],
     "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"num_groups": 4},
 }
 
 
 def test_every_refused_option_has_a_case() -> None:
-    assert set(NOT_DEFAULT) == set(peft_config.REFUSED)
+    assert set(NOT_DEFAULT) == set(lora.KEYS.refused)
 
 
 @pytest.mark.parametrize("key", NOT_DEFAULT)
 def test_refused_options_pass_at_their_default_only(key: str) -> None:
     for default in (None, False, [], {}, ""):
-        assert parse_config(MINIMAL | {key: default}) == parse_config(MINIMAL)
+        assert LoraTuner.parse(MINIMAL | {key: default}) == LoraTuner.parse(MINIMAL)
     with pytest.raises(AdapterInvalid, match="not supported") as refusal:
-        parse_config(MINIMAL | {key: NOT_DEFAULT[key]})
+        LoraTuner.parse(MINIMAL | {key: NOT_DEFAULT[key]})
     assert refusal.value.subject == f"{NAME}: {key}"
     assert refusal.value.remedy
 
 
 @pytest.mark.parametrize("task", [None, *TaskType])
 def test_the_task_changes_nothing(task: TaskType | None) -> None:
-    assert parse_config(MINIMAL | {"task_type": task and task.value}) == parse_config(MINIMAL)
+    assert LoraTuner.parse(MINIMAL | {"task_type": task and task.value}) == LoraTuner.parse(MINIMAL)
 
 
 def test_the_head_of_a_classifier_is_refused_as_one() -> None:
     with pytest.raises(AdapterInvalid, match="modules_to_save") as refusal:
-        parse_config(MINIMAL | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]})
+        LoraTuner.parse(MINIMAL | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]})
     assert refusal.value.remedy == "the head of a classifier generates no text: only adapters without one are served"
 
 
@@ -123,42 +121,42 @@ def test_what_peft_writes_for_mixtures_of_experts_has_a_remedy_that_works(tmp_pa
         config = written(targets)
         assert config["target_parameters"]
         with pytest.raises(AdapterInvalid, match="experts and routers of mixture-of-experts models") as refusal:
-            parse_config(config)
+            LoraTuner.parse(config)
         assert 'target_modules is "all-linear" or names projections of experts' in refusal.value.remedy
         assert refusal.value.remedy.endswith(f"train with target_modules={left}")
-        assert parse_config(written(left)).target_modules == frozenset(left)
+        assert LoraTuner.parse(written(left)).selection.target_modules == frozenset(left)
 
 
-@pytest.mark.parametrize("key", sorted(peft_config.IGNORABLE))
+@pytest.mark.parametrize("key", sorted(lora.KEYS.all_ignorable))
 def test_ignorable_options_change_nothing(key: str) -> None:
-    assert parse_config(MINIMAL | {key: {"any": [1, "thing"]}}) == parse_config(MINIMAL)
+    assert LoraTuner.parse(MINIMAL | {key: {"any": [1, "thing"]}}) == LoraTuner.parse(MINIMAL)
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
 def test_an_unlisted_key_passes_when_it_says_nothing(value: Any) -> None:
-    assert parse_config(MINIMAL | {"option_of_peft_9": value}) == parse_config(MINIMAL)
+    assert LoraTuner.parse(MINIMAL | {"option_of_peft_9": value}) == LoraTuner.parse(MINIMAL)
 
 
 @pytest.mark.parametrize("value", [True, 1, 0, 0.0, "on", [0], {"a": 1}])
 def test_an_unlisted_key_is_refused_when_it_says_something(value: Any) -> None:
     with pytest.raises(AdapterInvalid, match=r"option_of_peft_9.* not a known option"):
-        parse_config(MINIMAL | {"option_of_peft_9": value})
+        LoraTuner.parse(MINIMAL | {"option_of_peft_9": value})
 
 
 def test_auto_map_is_never_read() -> None:
     with pytest.raises(AdapterInvalid, match=r"auto_map.* not a known option"):
-        parse_config(MINIMAL | {"auto_map": {"AutoConfig": "evil.Config"}})
+        LoraTuner.parse(MINIMAL | {"auto_map": {"AutoConfig": "evil.Config"}})
 
 
 @pytest.mark.parametrize("value", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
 def test_initializations_that_leave_the_base_alone_are_read(value: Any) -> None:
-    assert parse_config(MINIMAL | {"init_lora_weights": value}) == parse_config(MINIMAL)
+    assert LoraTuner.parse(MINIMAL | {"init_lora_weights": value}) == LoraTuner.parse(MINIMAL)
 
 
 @pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
 def test_initializations_that_move_the_base_are_refused_with_the_conversion(value: str) -> None:
     with pytest.raises(AdapterInvalid, match="moved the base weights") as refusal:
-        parse_config(MINIMAL | {"init_lora_weights": value})
+        LoraTuner.parse(MINIMAL | {"init_lora_weights": value})
     assert "path_initial_model_for_weight_conversion" in refusal.value.remedy
 
 
@@ -200,7 +198,7 @@ def test_initializations_that_move_the_base_are_refused_with_the_conversion(valu
 )
 def test_values_that_mean_nothing_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(AdapterInvalid) as refusal:
-        parse_config(MINIMAL | change)
+        LoraTuner.parse(MINIMAL | change)
     assert words in str(refusal.value)
     assert refusal.value.subject.startswith(NAME)
     assert refusal.value.remedy
@@ -208,7 +206,7 @@ def test_values_that_mean_nothing_are_refused(change: dict[str, Any], words: str
 
 @pytest.mark.parametrize("alpha", [0, -4, 0.5, 1e-3, 2**70])
 def test_pefts_other_alphas_are_read(alpha: float) -> None:
-    assert parse_config(MINIMAL | {"lora_alpha": alpha}).alpha == alpha
+    assert LoraTuner.parse(MINIMAL | {"lora_alpha": alpha}).alpha == alpha
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -262,7 +260,7 @@ KEYS = st.sampled_from([field.name for field in dataclasses.fields(LoraConfig)])
 @given(config=st.dictionaries(KEYS | st.text(max_size=8), JSON, max_size=4))
 def test_any_config_is_read_or_refused(config: dict[str, Any]) -> None:
     try:
-        parsed = parse_config(MINIMAL | config)
+        parsed = LoraTuner.parse(MINIMAL | config)
     except AdapterInvalid:
         return
     assert parsed.r >= 1

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft_writer import TrainedModule, write_peft
+from loramux_adapters.formats.peft.writer import TrainedModule, write_peft
 from loramux_adapters.formats.registry import read
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.spec import BaseModelSpec

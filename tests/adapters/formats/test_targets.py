@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.name_keys import NameKeys
 from loramux_adapters.formats.patterns import RegexBudget
-from loramux_adapters.formats.peft_config import parse_config
-from loramux_adapters.formats.targets import Targets, resolve_targets
+from loramux_adapters.formats.peft.lora import LoraTuner
+from loramux_adapters.formats.peft.name_keys import NameKeys
+from loramux_adapters.formats.peft.tuner import Targets
 from support.adapters import ARCHITECTURES, make_adapter, peft_warnings_ignored, spec_of, tiny_model
 
 PATIENT = ReadLimits(regex_seconds=10.0)
@@ -106,7 +106,7 @@ def peft_targets(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, t
 
 
 def our_targets(model: PreTrainedModel, options: dict[str, Any], limits: ReadLimits = PATIENT) -> Targets:
-    return resolve_targets(parse_config({"peft_type": "LORA"} | options), spec_of(model), limits)
+    return LoraTuner.parse({"peft_type": "LORA"} | options).resolve(spec_of(model), limits)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -115,7 +115,9 @@ def test_selection_is_pefts(architecture: str, option: str) -> None:
     model = tiny(architecture, tied=False)
     options = OPTIONS[option][architecture == "gpt2"]
     ours = our_targets(model, options)
-    assert {name: (target.rank, target.scale) for name, target in ours.modules.items()} == peft_targets(model, options)
+    assert {name: (target.rank({}), target.scale) for name, target in ours.modules.items()} == peft_targets(
+        model, options
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma"])
@@ -145,8 +147,8 @@ def test_a_saved_all_linear_is_read_as_it_was_trained(tmp_path: Path) -> None:
     [
         ({"target_modules": ["query_key_value"]}, AdapterIncompatible, "selects no module"),
         ({"target_modules": []}, AdapterIncompatible, "selects no module"),
-        ({"target_modules": ["input_layernorm"]}, AdapterInvalid, "cannot have a low-rank adapter"),
-        ({"target_modules": r".*\.layers\..*"}, AdapterInvalid, "cannot have a low-rank adapter"),
+        ({"target_modules": ["input_layernorm"]}, AdapterInvalid, "cannot have an adapter of this kind"),
+        ({"target_modules": r".*\.layers\..*"}, AdapterInvalid, "cannot have an adapter of this kind"),
         ({"target_modules": None}, AdapterInvalid, "target_modules: is missing"),
         (
             {"target_modules": ["lm_head"], "ensure_weight_tying": True, "exclude_modules": ["embed_tokens"]},

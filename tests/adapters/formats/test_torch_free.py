@@ -3,7 +3,15 @@
 import subprocess
 import sys
 
-TORCH_FREE = ("declared_base", "digest", "limits", "peft_config", "peft_tensors", "safetensors_header", "targets")
+TORCH_FREE = (
+    "declared_base",
+    "digest",
+    "limits",
+    "peft.config",
+    "peft.selection",
+    "peft.tensors",
+    "safetensors_header",
+)
 
 
 def test_deciding_modules_do_not_import_torch() -> None:

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.formats.declared_base import FINGERPRINT_KEY
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft_config import parse_config
-from loramux_adapters.formats.peft_tensors import EMBEDDING_SUFFIXES, LINEAR_SUFFIXES, PREFIX
-from loramux_adapters.formats.targets import Target, resolve_targets
+from loramux_adapters.formats.peft.lora import EMBEDDING_SUFFIXES, LINEAR_SUFFIXES, LoraTarget, LoraTuner
+from loramux_adapters.formats.peft.tensors import PREFIX
 from loramux_adapters.spec import BaseModelSpec
 
 
@@ -98,9 +97,12 @@ def _config(modules: Mapping[str, TrainedModule], base: BaseModelSpec, use_rslor
 
 def _means(config: Mapping[str, Any], modules: Mapping[str, TrainedModule], base: BaseModelSpec) -> bool:
     """Whether a reader of `config` finds exactly `modules`, each with its rank and scale."""
-    lora = parse_config(config)
-    wanted = {name: Target(module.rank, lora.scale(module.rank, module.alpha)) for name, module in modules.items()}
-    return resolve_targets(lora, base, ReadLimits(regex_seconds=60.0)).modules == wanted
+    lora = LoraTuner.parse(config)
+    wanted = {
+        name: LoraTarget(base.modules[name], module.rank, lora.scale(module.rank, module.alpha))
+        for name, module in modules.items()
+    }
+    return lora.resolve(base, ReadLimits(regex_seconds=60.0)).modules == wanted
 
 
 def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

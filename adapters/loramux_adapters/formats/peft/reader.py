@@ -1,6 +1,6 @@
-"""A PEFT directory of LoRA or rsLoRA -> AdapterWeights. The only order of events, cheapest refusal first:
+"""A PEFT directory -> AdapterWeights, by whatever method. The only order of events, cheapest refusal first:
 
-config, patterns, header, tensor names and shapes, declared base, and only then the tensors' data.
+config, patterns, header, tensor names and shapes, declared base, and only then the tensors' data. Knows no method.
 """
 
 from __future__ import annotations
@@ -10,98 +10,99 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.adapter_files import CONFIG_FILE, DECLARATION_FILES, WEIGHTS_FILE
+from loramux_adapters.adapter_files import DECLARATION_FILES, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.base_weight import check_is_base_weight
 from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base
-from loramux_adapters.formats.digest import AdapterDigest, low_rank_config
+from loramux_adapters.formats.digest import AdapterDigest
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft_config import parse_config
-from loramux_adapters.formats.peft_tensors import Part, PlacedTensor, place_tensors
+from loramux_adapters.formats.peft.tensors import BASE_WEIGHT, BIAS, PlacedTensor, place_tensors
+from loramux_adapters.formats.peft.tuner import Targets, Tuner
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_file import SafetensorsFile
-from loramux_adapters.formats.targets import Targets, resolve_targets
 from loramux_adapters.parts.bias import Bias
 from loramux_adapters.parts.low_rank import LowRank
+from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import AdapterSpec, BaseModelSpec
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
 
-Parts = dict[Part, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
 def read_peft(
     files: Mapping[str, Path],
-    config: Mapping[str, object],
+    tuner: Tuner,
     base: BaseModelSpec,
     limits: ReadLimits,
     *,
     allow_base_mismatch: bool,
 ) -> AdapterWeights:
-    """Read the adapter whose adapter_config.json was parsed to `config`.
+    """Read the adapter whose adapter_config.json was parsed to `tuner`.
 
     Raises AdapterInvalid or AdapterIncompatible, naming file, tensor or key, and OSError when the disk fails.
     """
-    lora = parse_config(config)
-    targets = resolve_targets(lora, base, limits)
+    targets = tuner.resolve(base, limits)
     declarations = {
         name: strict_json.read_object(files[name], name, limits.max_config_bytes)
         for name in DECLARATION_FILES
         if name in files
     }
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits) as file:
-        placed = place_tensors(file.header.tensors.values(), targets.modules, lora.bias, base, limits)
+        placed = place_tensors(file.header.tensors.values(), tuner, targets, base, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         mismatch = is_other_base(declared, base, allow=allow_base_mismatch)
-        modules, digest = _read_tensors(file, placed, targets, base)
+        tensors, digest = _read_tensors(file, placed, base)
+    if targets.tied_head is not None and base.embedding is not None:
+        _check_tied(tensors, targets.tied_head, base.embedding)
+    modules = _canonical(tensors, targets)
     spec = AdapterSpec(
-        digest=digest,
-        kind="lora",
+        digest=digest.finish(tuner.arithmetic(targets)),
+        kind=tuner.kind,
         base_fingerprint=declared,
         base_mismatch=mismatch,
-        ranks={name: target.rank for name, target in targets.modules.items()},
+        ranks={name: part.rank for name, module in modules.items() if (part := module.get(LowRank)) is not None},
         biases=frozenset(name for name, module in modules.items() if module.get(Bias) is not None),
         nbytes=sum(tensor.entry.nbytes for tensor in placed),
+        others=frozenset(name for name, module in modules.items() if _is_other(module)),
     )
     return AdapterWeights(spec, modules)
 
 
+def _is_other(module: ModuleWeights) -> bool:
+    return any(not isinstance(part, (LowRank, Bias)) for part in module.parts)
+
+
 def _read_tensors(
-    file: SafetensorsFile, placed: list[PlacedTensor], targets: Targets, base: BaseModelSpec
-) -> tuple[dict[str, ModuleWeights], str]:
-    """Every tensor once, in canonical order: hashed as uploaded, then checked, then brought to canonical form."""
+    file: SafetensorsFile, placed: list[PlacedTensor], base: BaseModelSpec
+) -> tuple[dict[str, Tensors], AdapterDigest]:
+    """Every tensor once, in canonical order, hashed as uploaded. Those that all modules share are under ""."""
     digest = AdapterDigest()
-    read: dict[str, Parts] = {}
+    read: dict[str, Tensors] = {"": {}}
     for tensor in sorted(placed, key=lambda tensor: tensor.canonical_name):
         data = file.read_bytes(tensor.entry)
         digest.add_tensor(tensor.canonical_name, tensor.entry.dtype, tensor.entry.shape, data)
         values = file.decode(tensor.entry, data)
-        if tensor.part == "base_weight":
+        if tensor.role == BASE_WEIGHT:
             check_is_base_weight(tensor.module, tensor.entry, values, base)
         else:
-            read.setdefault(tensor.module, {})[tensor.part] = values
-    if targets.tied_head is not None and base.embedding is not None:
-        _check_tied(read, targets.tied_head, base.embedding)
-    scales = {name: target.scale for name, target in targets.modules.items()}
-    modules = {name: _module_weights(name, parts, scales.get(name, 1.0)) for name, parts in read.items()}
-    return modules, digest.finish(low_rank_config(scales))
+            read.setdefault(tensor.module, {})[tensor.role] = values
+    return read, digest
 
 
-def _module_weights(name: str, parts: Parts, scale: float) -> ModuleWeights:
-    biases = (Bias(parts["bias"].float()),) if "bias" in parts else ()
-    if "a" not in parts:
-        return ModuleWeights(biases)
-    b = parts["b"].float() * scale
-    if not bool(torch.isfinite(b).all()):
-        raise AdapterInvalid(
-            f"{CONFIG_FILE}: scale {scale:g} makes lora_B of module {quote(name)} infinite",
-            subject=f"{CONFIG_FILE}: lora_alpha",
-            remedy="check lora_alpha and alpha_pattern",
-        )
-    return ModuleWeights((LowRank(parts["a"], b), *biases))
+def _canonical(read: dict[str, Tensors], targets: Targets) -> dict[str, ModuleWeights]:
+    shared = read.pop("")
+    modules = {}
+    for name, tensors in read.items():
+        bias = tensors.pop(BIAS, None)
+        parts: tuple[Part, ...] = () if bias is None else (Bias(bias.float()),)
+        if name in targets.modules:
+            parts = (*targets.modules[name].parts({**shared, **tensors}), *parts)
+        modules[name] = ModuleWeights(parts)
+    return modules
 
 
-def _check_tied(read: Mapping[str, Parts], head: str, embedding: str) -> None:
+def _check_tied(read: Mapping[str, Tensors], head: str, embedding: str) -> None:
     """A tied adapter is in the file twice and PEFT keeps one, so two different ones have no single meaning."""
     tied, own = read[head], read[embedding]
     if not (torch.equal(tied["a"], own["b"].T) and torch.equal(tied["b"], own["a"].T)):

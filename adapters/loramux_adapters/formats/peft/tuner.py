@@ -1,0 +1,91 @@
+"""What one method of PEFT's says of itself, so that one reader serves all of them. Torch-free.
+
+A method is one file beside this one and one line in `formats.registry`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from loramux_adapters.spec import BaseModelSpec, ModuleKind
+
+if TYPE_CHECKING:
+    import torch
+
+    from loramux_adapters.formats.limits import ReadLimits
+    from loramux_adapters.parts.part import Part
+
+Shape = tuple[int, ...]
+
+
+class Target(ABC):
+    """How one module is adapted. A *role* is what a tensor is to its method, whatever the file calls it."""
+
+    @abstractmethod
+    def shapes(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """The tensors the module must have, by role. `found` are those it has, where the config does not say it all."""
+
+    def rank(self, found: Mapping[str, Shape]) -> int:
+        """The rank rows it will take."""
+        return 0
+
+    @abstractmethod
+    def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
+        """The canonical form of tensors by role, those that the whole adapter shares among them.
+
+        Raises AdapterInvalid where their values mean nothing.
+        """
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All adapted modules by name, and the tensors that they share, by role.
+
+    `tied_head` is the head whose adapter is the embedding's own, transposed.
+    """
+
+    modules: Mapping[str, Target]
+    shared: Mapping[str, Shape] = field(default_factory=dict)
+    tied_head: str | None = None
+
+
+class Tuner(ABC):
+    """One parsed config."""
+
+    peft_type: ClassVar[str]
+    """What PEFT calls it in every config it writes."""
+    kind: ClassVar[str]
+    """What specs and clients call it."""
+    marker: ClassVar[str]
+    """What the names of its tensors have in common: ".lora_"."""
+    shape_keys: ClassVar[str] = "adapter_config.json"
+    """The keys that the shapes of tensors follow from, for messages."""
+    shared_names: ClassVar[Mapping[str, str]] = {}
+    """Role -> name in the file behind `base_model.`, of tensors that belong to no module."""
+
+    bias: str = "none"
+    """PEFT's `bias`: none, all, or `<method>_only`."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, raw: Mapping[str, object]) -> Self:
+        """Checks every key of an adapter_config.json. Raises AdapterInvalid naming the key."""
+
+    @classmethod
+    @abstractmethod
+    def suffixes(cls, kind: ModuleKind) -> Mapping[str, str]:
+        """Role -> what the tensor's name ends with behind that of a module of this kind."""
+
+    @abstractmethod
+    def resolve(self, base: BaseModelSpec, limits: ReadLimits) -> Targets:
+        """What the config selects of `base`. Raises AdapterInvalid or AdapterIncompatible."""
+
+    @abstractmethod
+    def arithmetic(self, targets: Targets) -> dict[str, Any]:
+        """What the config asks for beyond names and shapes of tensors, as JSON: it is part of the digest.
+
+        Two spellings of one arithmetic give one content. `kind` is in it.
+        """
