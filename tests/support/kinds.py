@@ -1,0 +1,88 @@
+"""Adapters of every kind, made by PEFT itself, and PEFT as the oracle on the dequantized base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramux_adapters.base.frozen import Nf4Linear
+from support.adapters import peft_warnings_ignored, save
+from support.against_peft import Truth
+from support.checkpoints import float_base
+
+
+def dequantized_model(checkpoint: Path) -> PreTrainedModel:
+    """The checkpoint's own model, its linear weights replaced by what their NF4 codes stand for: PEFT has layers for
+    quantized modules in some of its methods only."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(checkpoint), torch_dtype=torch.float32)
+    base = float_base(checkpoint)
+    for name, spec in base.spec.modules.items():
+        quantized, module = base.model.get_submodule(name), model.get_submodule(name)
+        if spec.kind in ("linear", "conv1d") and hasattr(quantized.weight, "quant_state"):
+            weight = Nf4Linear.from_module(quantized, torch.float32).dequantize(torch.float32)
+            with torch.no_grad():
+                module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+    return model.eval()
+
+
+def make_kind(checkpoint: Path, out: Path, config: PeftConfig, *, seed: int, std: float = 0.05) -> Path:
+    """A PEFT directory of `config` on the checkpoint; every trained tensor is moved by noise, so that none is zero."""
+    model = dequantized_model(checkpoint)
+    with peft_warnings_ignored(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * std)
+    return save(wrapped, out)
+
+
+class KindOracle:
+    """PEFT alone, one adapter at a time, in float32: recomputes the whole sequence per token."""
+
+    def __init__(self, checkpoint: Path, adapter: Path | None) -> None:
+        self.model: nn.Module = dequantized_model(checkpoint)
+        if adapter is not None:
+            with peft_warnings_ignored():
+                self.model = PeftModel.from_pretrained(self.model, str(adapter)).eval()
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """[len(tokens), vocab] float32."""
+        out: torch.Tensor = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -len(tokens) :]
+        return out.float()
+
+    def truth(self, adapter: str | None, prompt: list[int], count: int) -> Truth:
+        """`count` greedy tokens after the prompt, and what predicted them."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return Truth(adapter, prompt, tokens[len(prompt) :], self.logits(tokens)[len(prompt) - 1 : -1])
+
+
+def ask_oracle(
+    checkpoint: Path, adapters: Mapping[str, Path], rows: list[tuple[str | None, list[int]]], count: int = 4
+) -> list[Truth]:
+    """`count` greedy tokens for each (adapter, prompt), adapter by adapter."""
+    found: dict[int, Truth] = {}
+    for wanted in dict.fromkeys(name for name, _ in rows):
+        oracle = KindOracle(checkpoint, None if wanted is None else adapters[wanted])
+        for index, (name, prompt) in enumerate(rows):
+            if name == wanted:
+                found[index] = oracle.truth(name, prompt, count)
+    return [found[index] for index in range(len(rows))]
+
+
+def targets_of(architecture: str, *leaves: str) -> dict[str, Any]:
+    """Options that select the attention's and the MLP's projections of a model family."""
+    names = {"gpt2": ["c_attn", "c_fc"]}.get(architecture, ["q_proj", "v_proj", "down_proj"])
+    return {"target_modules": list(leaves) or names}
