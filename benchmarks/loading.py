@@ -1,10 +1,12 @@
 """Inter-token times of running streams while adapters load in turn, against the same streams alone.
 
-    python benchmarks/loading.py [--shape 125m] [--adapters 200] [--streams 8] [--rounds 3] [--cache DIR]
+    python benchmarks/loading.py [--shape 125m] [--adapters 200] [--streams 8] [--prompt 2] [--rounds 3] [--cache DIR]
 
 The engine runs in this process, without a network. The streams decode on the base; beside them one request after the
 other asks for an adapter that is not on the device: its bytes are read, prepared and copied while the streams go on,
-and the device budget holds an eighth of the adapters, so most loads evict another one. Prints one JSON object.
+and the device budget holds an eighth of the adapters, so most loads evict another one. Its prompt is short: a prefill
+of 64 tokens makes a step of the 125M shape three times as long, and would be all that the tail shows. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -64,18 +66,19 @@ class Streams:
             self.gaps += gaps_of(trace.arrivals)
 
 
-async def measure(driver: EngineDriver, vocabulary: int, adapters: int, streams: int, order: random.Random) -> dict:
+async def measure(driver: EngineDriver, vocabulary: int, options: argparse.Namespace, order: random.Random) -> dict:
     """One round: the streams alone, then beside loads."""
-    alone = Streams(driver, vocabulary, streams)
+    adapters = options.adapters
+    alone = Streams(driver, vocabulary, options.streams)
     await asyncio.sleep(10)
     await alone.stop()
-    beside = Streams(driver, vocabulary, streams)
+    beside = Streams(driver, vocabulary, options.streams)
     loop = asyncio.get_running_loop()
     started = loop.time()
     numbers = list(range(adapters))
     order.shuffle(numbers)
     for number in numbers:
-        await driver.run([Call(beside.prompt(), number)], 1, "load")
+        await driver.run([Call(beside.prompt()[: options.prompt], number)], 1, "load")
     seconds = loop.time() - started
     await beside.stop()
     return {
@@ -100,9 +103,7 @@ async def main(options: argparse.Namespace, model: Path, paths: list[Path], scra
     await driver.start()
     try:
         vocabulary, order = get_shape(options.shape).vocabulary, random.Random(1)
-        return [
-            await measure(driver, vocabulary, options.adapters, options.streams, order) for _ in range(options.rounds)
-        ]
+        return [await measure(driver, vocabulary, options, order) for _ in range(options.rounds)]
     finally:
         await driver.close()
 
@@ -112,6 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", default="125m")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=2, help="tokens of the requests that load")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "loramux-bench")
     chosen = parser.parse_args()

@@ -12,14 +12,32 @@ from loramux_adapters.adapter_files import CONFIG_FILE, MAX_FILE_BYTES, REQUIRED
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft.adalora import AdaLoraTuner
+from loramux_adapters.formats.peft.gralora import GraloraTuner
+from loramux_adapters.formats.peft.hra import HraTuner
+from loramux_adapters.formats.peft.ia3 import Ia3Tuner
+from loramux_adapters.formats.peft.loha import LohaTuner
+from loramux_adapters.formats.peft.lokr import LokrTuner
 from loramux_adapters.formats.peft.lora import LoraTuner
+from loramux_adapters.formats.peft.miss import MissTuner
 from loramux_adapters.formats.peft.reader import read_peft
 from loramux_adapters.formats.peft.tuner import Tuner
+from loramux_adapters.formats.peft.vera import VeraTuner
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
 
-PEFT_METHODS: tuple[type[Tuner], ...] = (LoraTuner,)
+PEFT_METHODS: tuple[type[Tuner], ...] = (
+    LoraTuner,
+    AdaLoraTuner,
+    VeraTuner,
+    LohaTuner,
+    LokrTuner,
+    GraloraTuner,
+    MissTuner,
+    HraTuner,
+    Ia3Tuner,
+)
 
 _BY_TYPE = {tuner.peft_type: tuner for tuner in PEFT_METHODS}
 

@@ -66,7 +66,10 @@ class Tuner(ABC):
     shared_names: ClassVar[Mapping[str, str]] = {}
     """Role -> name in the file behind `base_model.`, of tensors that belong to no module."""
 
-    bias: str = "none"
+    may_be_empty: ClassVar[bool] = False
+    """Whether a module may have tensors without elements: what training pruned to nothing."""
+
+    bias: str
     """PEFT's `bias`: none, all, or `<method>_only`."""
 
     @classmethod
