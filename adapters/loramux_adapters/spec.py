@@ -70,6 +70,12 @@ class BaseModelSpec:
     head: str | None  # module name of the output head, None when the model has none
     modules: Mapping[str, ModuleSpec] = field(repr=False)
     parameters: Mapping[str, ParameterSpec] = field(repr=False)
+    kv_heads: int | None = None  # with `kv_width`: keys and values of every layer, where all have the same
+    kv_width: int | None = None
+
+    def attention_name(self, layer: int) -> str:
+        """What adapters call a layer's keys and values, beside the names of modules."""
+        return f"layers.{layer}.attention"
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class AdapterSpec:
     biases: frozenset[str] = field(repr=False)  # modules whose whole bias the adapter replaces
     nbytes: int  # of the tensors as uploaded
     others: frozenset[str] = field(default=frozenset(), repr=False)  # modules with parts of other kinds
+    virtual_tokens: int = 0  # trained positions before every prompt, see `virtual_token_ids`
+    invocation: tuple[int, ...] = ()  # token ids from whose last occurrence in the prompt on it acts; empty: everywhere
 
     @property
     def max_rank(self) -> int:
@@ -94,6 +102,11 @@ class AdapterSpec:
     def targets(self) -> tuple[str, ...]:
         """The distinct last name components of the adapted modules, sorted: `("q_proj", "v_proj")`."""
         return tuple(sorted({name.rpartition(".")[2] for name in (*self.ranks, *self.biases, *self.others)}))
+
+
+def virtual_token_ids(count: int) -> tuple[int, ...]:
+    """The ids of an adapter's virtual tokens, in order: below every id of a vocabulary."""
+    return tuple(range(-1, -1 - count, -1))
 
 
 @dataclass(frozen=True)

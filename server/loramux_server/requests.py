@@ -69,7 +69,8 @@ class StopConditions:
 class Submission:
     """What the API hands to the engine client: one call, `n` choices.
 
-    `digest` is None for the base. `deadline` is on the monotonic clock, in seconds.
+    `digest` is None for the base. The adapter's `virtual_tokens` come before the prompt; it acts from the prompt's
+    token `active_from` on, and what is before that is the base's. `deadline` is on the monotonic clock, in seconds.
     """
 
     request_id: str
@@ -83,6 +84,13 @@ class Submission:
     priority: int = 0  # lower runs first
     cache_salt: str = ""
     deadline: float | None = None
+    virtual_tokens: int = 0
+    active_from: int = 0
+
+    @property
+    def prompt_positions(self) -> int:
+        """Positions that the prompt takes of context and KV cache: its tokens and the virtual ones."""
+        return self.virtual_tokens + len(self.prompt)
 
 
 @dataclass(frozen=True)

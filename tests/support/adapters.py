@@ -68,6 +68,8 @@ def spec_of(model: PreTrainedModel) -> BaseModelSpec:
         head=names.get(model.get_output_embeddings()),
         modules={spec.name: spec for spec in _module_specs(model)},
         parameters=parameters,
+        kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        kv_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
 
 

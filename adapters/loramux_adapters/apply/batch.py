@@ -34,8 +34,10 @@ class RowMap:
         kernels: Kernels,
         device: torch.device,
         kinds_of: Mapping[int, Set[Kind]] | None = None,
+        *,
+        has_virtual_ids: bool = False,
     ) -> None:
-        """`kinds_of` says which kinds each slot has; None: maybe all."""
+        """`kinds_of` says which kinds each slot has; None: maybe all. `has_virtual_ids`: some are virtual tokens."""
         self.count = len(slots)
         self.segments = segments_of(slots)
         self._kernels = kernels
@@ -43,7 +45,8 @@ class RowMap:
         acting: Set[Kind] = frozenset()
         for segment in self.segments:
             acting = acting | (ALL_KINDS if kinds_of is None else kinds_of.get(segment.slot, frozenset()))
-        self.kinds = tuple(kind for kind in KINDS if kind in acting)
+        self.has_virtual_ids = has_virtual_ids
+        self.kinds = tuple(kind for kind in KINDS if kind in acting and (has_virtual_ids or not kind.for_virtual_ids))
         self.input_kinds = tuple(kind for kind in self.kinds if kind.changes_input)
         self.changes_inputs = bool(self.input_kinds)
 

@@ -153,11 +153,40 @@ class AdaptedEmbedding(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as torch's, for models that call by keyword
         """[1, T] ids -> [1, T, hidden]."""
-        y: torch.Tensor = self.frozen(input)
         batch = self._cell.batch
-        if batch is not None and batch.tokens.kinds:
-            self.parts.change(y.view(-1, y.shape[-1]), [input.reshape(-1)], batch.tokens)
+        if batch is None or not batch.tokens.kinds:
+            y: torch.Tensor = self.frozen(input)
+            return y
+        ids = input.clamp(min=0) if batch.tokens.has_virtual_ids else input  # the table has no row for virtual ones
+        y = self.frozen(ids)
+        self.parts.change(y.view(-1, y.shape[-1]), [input.reshape(-1)], batch.tokens)
         return y
+
+
+class AdaptedAttention:
+    """Where a layer's keys and values are on their way to the cache."""
+
+    def __init__(self, site: Site, cell: StepCell) -> None:
+        self.parts, self._cell = PartsAtSite(site), cell
+
+    def replace(self, ids: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, T, width] of token ids [T] -> those to be written.
+
+        Raises ValueError where the layer's are not as wide as the base's config says.
+        """
+        batch = self._cell.batch
+        if batch is None:
+            return key, value
+        heads, count, width = key.shape
+        split = heads * width
+        y = torch.cat([each.transpose(0, 1).reshape(count, -1) for each in (key, value)], dim=1)
+        if y.shape[1] != self.parts.site.columns[0][1]:
+            raise ValueError(f"{self.parts.site.members[0]}: keys and values of {y.shape[1]} elements a token")
+        self.parts.change(y, [ids], batch.tokens)
+        return (
+            y[:, :split].view(count, heads, width).transpose(0, 1),
+            y[:, split:].view(count, heads, value.shape[2]).transpose(0, 1),
+        )
 
 
 class AdaptedNorm(nn.Module):

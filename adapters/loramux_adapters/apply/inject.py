@@ -15,7 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loramux_adapters.apply.batch import StepCell
-from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
+from loramux_adapters.apply.group import (
+    AdaptedAttention,
+    AdaptedEmbedding,
+    AdaptedLinear,
+    AdaptedNorm,
+    PartsAtSite,
+    SiteGroup,
+)
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
 from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats, freeze
 from loramux_adapters.base.load import LoadedBase
@@ -38,7 +45,8 @@ class AdaptedModel:
     cell: StepCell
     groups: tuple[SiteGroup, ...]
     linears: dict[str, tuple[SiteGroup, int]]
-    sites: dict[str, tuple[PartsAtSite, int]]  # every place: linear maps, embeddings, norms
+    sites: dict[str, tuple[PartsAtSite, int]]  # every place: linear maps, embeddings, norms, attention
+    attention: tuple[AdaptedAttention, ...]  # by layer; none where layers differ
     slot_kinds: dict[int, frozenset[Kind]]  # which kinds of parts the adapter of a slot has
     capacity: int  # rank rows per linear module
     weight_formats: WeightFormats  # of the frozen weights
@@ -108,7 +116,26 @@ def inject(
             continue
         sites[name] = (adapted.parts, 0)
         _replace(base.model, name, adapted)
-    return AdaptedModel(base.model, base, cell, tuple(groups), linears, sites, {}, capacity, weight_formats)
+    attention = _attention(base, rank_rows, cell)
+    sites |= {each.parts.site.members[0]: (each.parts, 0) for each in attention}
+    return AdaptedModel(base.model, base, cell, tuple(groups), linears, sites, attention, {}, capacity, weight_formats)
+
+
+def _attention(base: LoadedBase, rank_rows: RankRowsTable, cell: StepCell) -> tuple[AdaptedAttention, ...]:
+    spec = base.spec
+    if spec.kv_heads is None or spec.kv_width is None:
+        return ()
+    width = 2 * spec.kv_heads * spec.kv_width
+    return tuple(
+        AdaptedAttention(
+            Site(
+                "attention", (spec.attention_name(layer),), ((0, width),), spec.vocab_size, base.compute_dtype,
+                base.device, None, rank_rows,
+            ),
+            cell,
+        )
+        for layer in range(spec.num_layers)
+    )  # fmt: skip
 
 
 def _site(

@@ -162,6 +162,7 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
                 rounded[id(weight)] = rounded_hashes(weight)
             parameters[f"{name}.weight"] = replace(known, rounded=rounded[id(weight)])
     config = model.config.get_text_config()
+    kv_shape = _kv_shape(config)
     return BaseModelSpec(
         model_id=model_id(source),
         architecture=model.config.model_type,
@@ -175,7 +176,18 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
         head=names.get(id(head)),
         modules=module_specs(model),
         parameters=parameters,
+        kv_heads=kv_shape[0],
+        kv_width=kv_shape[1],
     )
+
+
+def _kv_shape(config: Any) -> tuple[int | None, int | None]:
+    """(heads, width of a head) of keys and values, as the config says it for all layers; Nones where it does not."""
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None)
+    if width is None and isinstance(getattr(config, "num_attention_heads", None), int):
+        width = config.hidden_size // config.num_attention_heads
+    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else (None, None)
 
 
 def model_id(source: str) -> str:

@@ -20,6 +20,8 @@ from loramux_adapters.formats.peft.loha import LohaTuner
 from loramux_adapters.formats.peft.lokr import LokrTuner
 from loramux_adapters.formats.peft.lora import LoraTuner
 from loramux_adapters.formats.peft.miss import MissTuner
+from loramux_adapters.formats.peft.prefix import CartridgeTuner, PrefixTuner
+from loramux_adapters.formats.peft.prompts import MultitaskPromptTuner, PromptTuner, PTuner
 from loramux_adapters.formats.peft.reader import read_peft
 from loramux_adapters.formats.peft.tuner import Tuner
 from loramux_adapters.formats.peft.vera import VeraTuner
@@ -37,6 +39,11 @@ PEFT_METHODS: tuple[type[Tuner], ...] = (
     MissTuner,
     HraTuner,
     Ia3Tuner,
+    PromptTuner,
+    PTuner,
+    MultitaskPromptTuner,
+    PrefixTuner,
+    CartridgeTuner,
 )
 
 _BY_TYPE = {tuner.peft_type: tuner for tuner in PEFT_METHODS}

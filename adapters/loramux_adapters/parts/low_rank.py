@@ -159,7 +159,10 @@ class GatheredLowRank(SiteParts[LowRank]):
             if slot not in self.slots:
                 continue
             a, b = self.slots[slot]
-            delta = invariant.linear(a[inputs[0][start:stop]].float(), b.float().T)
+            ids = inputs[0][start:stop]
+            if step.has_virtual_ids:  # they have rows of their own, whatever is found here
+                ids = ids.clamp(min=0)
+            delta = invariant.linear(a[ids].float(), b.float().T)
             if self.site.output_scale is not None:
                 delta = delta * self.site.output_scale
             y[start:stop] += delta.to(b.dtype)

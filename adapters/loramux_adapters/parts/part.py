@@ -108,6 +108,7 @@ class Kind:
     fold: Fold
     changes_input: bool = False  # has a `before`
     is_pooled: bool = False  # has its device memory from the start, at every site it may be at
+    for_virtual_ids: bool = False  # acts on rows of virtual tokens alone
 
     def at(self, site: Site) -> SiteParts[Any]:
         """An empty one. Raises AdapterIncompatible where the kind has no meaning."""

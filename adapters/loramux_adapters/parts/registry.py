@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from loramux_adapters.parts import bias, dense, input_gain, low_rank, magnitude, output_gain
+from loramux_adapters.parts import (
+    bias,
+    dense,
+    input_gain,
+    kv_prefix,
+    low_rank,
+    magnitude,
+    output_gain,
+    virtual_tokens,
+)
 from loramux_adapters.parts.part import Kind, Part
 
 KINDS: tuple[Kind, ...] = (
@@ -12,6 +21,8 @@ KINDS: tuple[Kind, ...] = (
     output_gain.KIND,
     magnitude.KIND,
     bias.KIND,
+    virtual_tokens.KIND,
+    kv_prefix.KIND,
 )
 
 KIND_OF: dict[type[Part], Kind] = {kind.part: kind for kind in KINDS}

@@ -17,7 +17,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]
 """A dense weight [out, in] and a bias [out] on the device, in the compute dtype -> their product."""
 
-SiteKind = Literal["linear", "embedding", "norm"]
+SiteKind = Literal["linear", "embedding", "norm", "attention"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,11 @@ class StepRows(Protocol):
     @property
     def segments(self) -> Sequence[SlotSegment]:
         """Rows of adapters, one segment a slot."""
+        ...
+
+    @property
+    def has_virtual_ids(self) -> bool:
+        """Whether some rows are virtual tokens, whose ids are negative."""
         ...
 
     @property

@@ -19,6 +19,8 @@ def encode_spec(spec: AdapterSpec) -> str:
             "biases": sorted(spec.biases),
             "nbytes": spec.nbytes,
             **({"others": sorted(spec.others)} if spec.others else {}),
+            **({"virtual_tokens": spec.virtual_tokens} if spec.virtual_tokens else {}),
+            **({"invocation": list(spec.invocation)} if spec.invocation else {}),
         },
         sort_keys=True,
         separators=(",", ":"),
@@ -30,4 +32,4 @@ def decode_spec(text: str) -> AdapterSpec:
     fields = json.loads(text)
     fields.pop("prefix_tokens", None)  # older catalogs have it, always 0
     sets = {key: frozenset(fields.get(key, ())) for key in ("biases", "others")}
-    return AdapterSpec(**{**fields, **sets})
+    return AdapterSpec(**{**fields, **sets, "invocation": tuple(fields.get("invocation", ()))})

@@ -26,7 +26,7 @@ class ServerLimits:
     original_context_tokens: int | None = None
 
     def fit_tokens(self, prompt: int, max_tokens: int | None) -> int:
-        """How many tokens may follow a prompt of `prompt` tokens; see `engine.limits.fit_tokens`."""
+        """How many tokens may follow a prompt of `prompt` positions; see `engine.limits.fit_tokens`."""
         return fit_tokens(
             prompt,
             max_tokens,

@@ -23,6 +23,14 @@ def root_hash(tenant: str, salt: str, digest: str | None, *, long_rope: bool = F
     return hashlib.sha256(b"".join(len(field).to_bytes(8, "little") + field for field in fields)).digest()
 
 
+def active_hash(root: bytes, active_from: int) -> bytes:
+    """What joins a base's chain where an adapter begins to act, at position `active_from`; `root` is the adapter's own.
+
+    The position is in it: of two prompts that begin alike one may activate the adapter later.
+    """
+    return hashlib.sha256(root + active_from.to_bytes(8, "little")).digest()
+
+
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The hash of a full block after `parent` (a block's hash or a root)."""
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()

@@ -62,13 +62,13 @@ class EngineLimits:
         training sequence of that length is computed."""
         if self.original_context is None:
             return False
-        return len(submission.prompt) + submission.max_tokens - 1 > self.original_context
+        return submission.prompt_positions + submission.max_tokens - 1 > self.original_context
 
     def check_fits(self, submission: Submission) -> None:
         """Raise InvalidRequest, with the limit in its metadata, for what could never run even alone."""
         if not submission.prompt:
             raise InvalidRequest("input", "the prompt has no tokens")
-        fit_tokens(len(submission.prompt), submission.max_tokens, kv_tokens=self.kv_tokens)
+        fit_tokens(submission.prompt_positions, submission.max_tokens, kv_tokens=self.kv_tokens)
         if submission.n > self.max_live:
             raise InvalidRequest(
                 "sampling.n",

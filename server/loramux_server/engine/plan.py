@@ -43,10 +43,11 @@ class Chunk:
     slot: int  # BASE_SLOT for the base
     samples: bool  # whether the last token's logits yield a token
     params: SamplingParams
-    prompt_length: int  # tokens of the original prompt: what follows is output
+    prompt_length: int  # tokens of the original prompt, virtual ones among them: what follows is output
     history: tuple[int, ...] | None = None  # tokens 0 .. start-1, on a request's first chunk after
     # (re)admission when params.needs_history; None otherwise
     long_rope: bool = False  # whether the request may grow beyond the original context of a longrope base
+    virtual_tokens: int = 0  # of the adapter, before the prompt: the positions 0 .. virtual_tokens - 1
 
 
 @dataclass(frozen=True)

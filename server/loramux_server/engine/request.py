@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from loramux_server.engine.blocks import root_hash
+from loramux_adapters.spec import virtual_token_ids
+from loramux_server.engine.blocks import active_hash, root_hash
 from loramux_server.engine.leases import Lease
 from loramux_server.requests import FinishReason, SamplingParams, Submission, TokenLogprob, Usage
 
@@ -34,7 +35,7 @@ class Request:
     params: SamplingParams
     arrived: float
     tokens: list[int]  # prompt, then output
-    prompt_length: int
+    prompt_length: int  # with the virtual tokens
     long_rope: bool = False  # see EngineLimits.uses_long_rope
     leader: Request | None = None  # the choice whose prompt blocks this one waits for
 
@@ -43,6 +44,7 @@ class Request:
     validated: int = 0  # of these, when a token was last drawn from finite logits
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # root, then one for each full block so far
+    active_root: bytes = b""  # joins the chain at the block of `active_from`, where that is not 0
     published: int = 0  # blocks already offered to the prefix cache
     table: tuple[int, ...] = ()  # `blocks` as the runner last got them
     lease: Lease | None = None
@@ -61,6 +63,12 @@ class Request:
         return self.submission.digest
 
     @property
+    def active_from(self) -> int:
+        """The first position at which the adapter acts; 0 where it is everywhere."""
+        submission = self.submission
+        return submission.virtual_tokens + submission.active_from if submission.active_from else 0
+
+    @property
     def remaining(self) -> int:
         """Known tokens whose KV is not written yet; 1 for a request that decodes."""
         return len(self.tokens) - self.computed
@@ -73,7 +81,8 @@ class Request:
     @property
     def usage(self) -> Usage:
         """Counts so far."""
-        return Usage(self.prompt_length, len(self.tokens) - self.prompt_length, self.cached)
+        virtual = self.submission.virtual_tokens
+        return Usage(self.prompt_length - virtual, len(self.tokens) - self.prompt_length, max(0, self.cached - virtual))
 
     @property
     def is_held(self) -> bool:
@@ -95,7 +104,14 @@ class Request:
 
 def expand(ticket: int, submission: Submission, arrived: float, *, long_rope: bool = False) -> Iterator[Request]:
     """The choices of a submission, in order. Prompt log-probabilities are told by the first alone."""
-    root = root_hash(submission.tenant, submission.cache_salt, submission.digest, long_rope=long_rope)
+    tenant, salt, digest = submission.tenant, submission.cache_salt, submission.digest
+    root = root_hash(tenant, salt, digest, long_rope=long_rope)
+    active_root = b""
+    if submission.active_from:
+        # What is before it is the base's, and found by those who use the base.
+        active_root = active_hash(root, submission.virtual_tokens + submission.active_from)
+        root = root_hash(tenant, salt, None, long_rope=long_rope)
+    tokens = (*virtual_token_ids(submission.virtual_tokens), *submission.prompt)
     leader: Request | None = None
     for choice in range(submission.n):
         asked = submission.sampling.prompt_logprobs if choice == 0 else None
@@ -107,11 +123,12 @@ def expand(ticket: int, submission: Submission, arrived: float, *, long_rope: bo
             submission=submission,
             params=replace(submission.sampling, choice=choice, prompt_logprobs=asked),
             arrived=arrived,
-            tokens=list(submission.prompt),
-            prompt_length=len(submission.prompt),
+            tokens=list(tokens),
+            prompt_length=len(tokens),
             long_rope=long_rope,
             leader=leader,
             hashes=[root],
+            active_root=active_root,
             prompt_logprobs=None if asked is None else [],
         )
         leader = leader or request

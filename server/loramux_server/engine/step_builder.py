@@ -47,6 +47,7 @@ class StepBuilder:
         """The tokens of `request` from the first not computed up to `end`; their blocks are there."""
         start = request.computed
         tokens = request.tokens
+        is_base = request.lease is None or start < request.active_from
         history = None
         if not request.entered:
             request.entered = request.seen_by_runner = True
@@ -58,16 +59,17 @@ class StepBuilder:
                 tuple(tokens[start:end]),
                 start,
                 self._tables.get_table(request, end),
-                BASE_SLOT if request.lease is None else request.lease.slot,
+                BASE_SLOT if is_base or request.lease is None else request.lease.slot,
                 end == len(tokens) and request.submission.max_tokens > 0,
                 request.params,
                 request.prompt_length,
                 history,
                 request.long_rope,
+                request.submission.virtual_tokens,
             )
         )
         self._left -= end - start
-        self._digests.add(request.submission.digest)
+        self._digests.add(None if is_base else request.submission.digest)
 
     def find_merged(self, ready: frozenset[str]) -> str | None:
         """The digest of all rows, if it is one and has merged weights; never in exact mode: paths must not vary."""
@@ -79,11 +81,13 @@ class StepBuilder:
     def _find_chunk_end(self, request: Request) -> int | None:
         """Where the next chunk ends. Exact mode cuts by the request alone and waits for room rather than cut else."""
         start, known = request.computed, len(request.tokens)
+        if start < request.active_from:
+            known = request.active_from  # no chunk is the base's and the adapter's
         if self._exact_chunk is None:
             end = min(known, start + self._left)
             return end if end > start else None
         if start < request.prompt_length:
-            end = min((start // self._exact_chunk + 1) * self._exact_chunk, request.prompt_length)
+            end = min((start // self._exact_chunk + 1) * self._exact_chunk, request.prompt_length, known)
         else:
             end = start + 1  # output is replayed as it was computed first: one token a step
         return end if end - start <= self._left else None

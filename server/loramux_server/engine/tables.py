@@ -104,4 +104,7 @@ class BlockTables:
     def _extend_hashes(self, request: Request, blocks: int) -> None:
         hashes, size = request.hashes, self._size
         for index in range(len(hashes) - 1, blocks):
-            hashes.append(block_hash(hashes[-1], request.tokens[index * size : (index + 1) * size]))
+            parent = hashes[-1]
+            if request.active_root and index == request.active_from // size:
+                parent += request.active_root
+            hashes.append(block_hash(parent, request.tokens[index * size : (index + 1) * size]))

@@ -6,7 +6,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -80,6 +80,10 @@ class DecodeAttention(Protocol):
         ...
 
 
+ReplaceKv = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Layer, key and value [heads, T, width] of the step's tokens -> those to be written."""
+
+
 class AttentionMetadata:
     """One step. `places` [T]: where its tokens go in the cache, block * block_size + offset."""
 
@@ -95,10 +99,13 @@ class AttentionMetadata:
     ) -> None:
         self.cache, self.slot_mapping, self.decode = cache, slot_mapping, decode
         self.prefills, self.decodes, self.tiled = prefills, decodes, tiled
+        self.replace: ReplaceKv | None = None
         self._write_rows: dict[int, torch.Tensor] = {}
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores key and value [heads, T, width] of this step's tokens."""
+        if self.replace is not None:
+            key, value = self.replace(layer, key, value)
         heads = key.shape[0]
         if heads not in self._write_rows:
             self._write_rows[heads] = self.cache.write_rows(self.slot_mapping, heads)

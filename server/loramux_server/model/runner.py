@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -69,7 +70,12 @@ class ModelRunner:
             tiled=self._config.deterministic,
             decode=self._decode,
         )
-        adapters = AdapterBatch(self._map(batch.token_slots), self._map(batch.logit_slots), merged)
+        has_virtual_ids = any(chunk.start < chunk.virtual_tokens for chunk in chunks)
+        adapters = AdapterBatch(
+            self._map(batch.token_slots, has_virtual_ids), self._map(batch.logit_slots, has_virtual_ids), merged
+        )
+        if has_virtual_ids:
+            batch.context.replace = partial(self._replace_kv, batch.ids)
         prepared = time.perf_counter()
         logits = self._forward(batch, adapters)
         forwarded = time.perf_counter()
@@ -77,8 +83,21 @@ class ModelRunner:
         timing = StepTiming(prepared - started, forwarded - prepared, time.perf_counter() - forwarded)
         return StepResult(step, sampled, prompt_logprobs, failures, timing)
 
-    def _map(self, slots: Sequence[int]) -> RowMap:
-        return RowMap(slots, self._kernels, self.adapted.base.device, self.adapted.slot_kinds)
+    def _replace_kv(
+        self, ids: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer >= len(self.adapted.attention):
+            return key, value
+        return self.adapted.attention[layer].replace(ids, key, value)
+
+    def _map(self, slots: Sequence[int], has_virtual_ids: bool) -> RowMap:
+        return RowMap(
+            slots,
+            self._kernels,
+            self.adapted.base.device,
+            self.adapted.slot_kinds,
+            has_virtual_ids=has_virtual_ids,
+        )
 
     def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:
         """Logits [n, vocab] of the batch's logit rows."""

@@ -117,7 +117,7 @@ class Sampler:
         return tokens, dict(zip(asked, found, strict=True))
 
     def prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> tuple[TokenLogprob | None, ...] | RequestFailure:
-        """Log-probabilities of the chunk's prompt tokens, in order; None for the very first.
+        """Log-probabilities of the chunk's prompt tokens, in order; None for the very first, and none for virtual ones.
 
         `logits` [len(chunk.tokens), vocab] predict the token after each of the chunk's, as the model gave
         them: penalties and bias shape the output only. The chunks of one request come in order from
@@ -137,12 +137,15 @@ class Sampler:
         if not bool(finite_rows(rows).all()):
             return _numeric_failure()
         number = chunk.params.prompt_logprobs or 0
-        first: tuple[TokenLogprob | None, ...] = (None,)
-        if chunk.start > 0:
-            if before is None:
-                raise ValueError(f"{chunk.request_id}: no logits kept from before position {chunk.start}")
-            first = tuple(_prompt_part(before, prompt[:1], number))
-        return first + tuple(_prompt_part(rows[:-1], prompt[1:], number))
+        if chunk.start > 0 and before is None:
+            raise ValueError(f"{chunk.request_id}: no logits kept from before position {chunk.start}")
+        predicting = rows[:-1] if before is None else torch.cat((before, rows[:-1]))
+        # The first token of the text has no probability, whatever virtual tokens are before it.
+        skipped = max(0, chunk.virtual_tokens - chunk.start + 1)
+        told = prompt[skipped:]
+        found = _prompt_part(predicting[len(predicting) - len(told) :], told, number) if told else []
+        has_first = chunk.start <= chunk.virtual_tokens < chunk.start + len(prompt)
+        return (*(None for _ in range(has_first)), *found)
 
     def retire(self, request_ids: Iterable[str]) -> None:
         """Forget these requests; unknown ids are fine."""

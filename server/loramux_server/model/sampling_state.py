@@ -38,8 +38,9 @@ class TokenCounts:
         for chunk in chunks:
             row, first, fresh = self._admit(chunk)
             ends[chunk.request_id] = first + len(fresh)
-            rows += [row] * len(fresh)
-            tokens += fresh
+            seen = fresh[max(0, chunk.virtual_tokens - first) :]
+            rows += [row] * len(seen)
+            tokens += seen
             output = fresh[max(0, chunk.prompt_length - first) :]
             output_rows += [row] * len(output)
             output_tokens += output

@@ -59,7 +59,6 @@ def test_what_is_left_out_has_pefts_defaults() -> None:
 
 
 NOT_DEFAULT: dict[str, Any] = {
-    "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 0.1},
     "layer_replication": [[0, 2], [1, 3]],

@@ -72,9 +72,9 @@ def test_a_step_copies_at_most_its_budget_and_decoding_goes_on(
     copied: list[int] = []
     original = PooledLowRank.write
 
-    def write(self: PooledLowRank, slot: int, member: int, prepared: Any, rank_rows: Any) -> None:
+    def write(self: PooledLowRank, slot: int, member: int, part: Any, prepared: Any, rank_rows: Any) -> None:
         copied[-1] += sum(tensor.numel() * tensor.element_size() for tensor in prepared)
-        original(self, slot, member, prepared, rank_rows)
+        original(self, slot, member, part, prepared, rank_rows)
 
     monkeypatch.setattr(PooledLowRank, "write", write)
     for turn in range(60):

@@ -30,6 +30,8 @@ _TASKS = {"CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SE
 _TASK_HEADS = {"classifier", "score", "qa_outputs"}
 # A number no model has: above it, r is nonsense rather than a rank over this server's limit.
 _MAX_SANE_RANK = 65_536
+# Far more than any template's turn has.
+_MAX_IDS = 1_024
 # More than any base has modules.
 _MAX_PATTERN_KEYS = 8_192
 
@@ -134,6 +136,15 @@ class PeftConfig:
             return (value,)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise bad_key(key, "must be a string or a list of strings", _SAVE_AGAIN)
+        return tuple(value)
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """Token ids."""
+        value = self.raw.get(key) or []
+        if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
+            raise bad_key(key, "must be a list of token ids", _SAVE_AGAIN)
+        if len(value) > _MAX_IDS:
+            raise bad_key(key, f"has more than {_MAX_IDS} ids", "train with a shorter sequence")
         return tuple(value)
 
     def layers(self, key: str) -> frozenset[int] | None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from loramux_adapters.adapter_files import CONFIG_FILE
-from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.digest import low_rank_config
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.name_keys import NameKeys
-from loramux_adapters.formats.peft.selection import LINEAR_AND_EMBEDDING, Selection, select_modules
+from loramux_adapters.formats.peft.selection import LINEAR, LINEAR_AND_EMBEDDING, Selection, select_modules
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.bias import Bias
@@ -34,11 +34,10 @@ from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 KEYS = ConfigKeys(
     applied=SELECTION_KEYS
     | {
-        "alpha_pattern", "ensure_weight_tying", "init_lora_weights", "lora_alpha", "lora_bias", "r", "rank_pattern",
-        "use_dora", "use_rslora",
+        "alora_invocation_tokens", "alpha_pattern", "ensure_weight_tying", "init_lora_weights", "lora_alpha",
+        "lora_bias", "r", "rank_pattern", "use_dora", "use_rslora",
     },
     refused={
-        "alora_invocation_tokens": "aLoRA adapters",
         "arrow_config": "Arrow routing",
         "kasa_config": "KaSA adapters, which change the base,",
         "layer_replication": "replicated layers",
@@ -128,6 +127,12 @@ class LoraTuner(Tuner):
     use_dora: bool
     lora_bias: bool
     bias: str
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """See AdapterSpec."""
+        return self.invocation_tokens
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> LoraTuner:
@@ -144,7 +149,10 @@ class LoraTuner(Tuner):
             use_dora=config.flag("use_dora"),
             lora_bias=config.flag("lora_bias"),
             bias=config.choice("bias", ("none", "all", "lora_only"), "none"),
+            invocation_tokens=config.ids("alora_invocation_tokens"),
         )
+        if tuner.invocation and (tuner.use_dora or tuner.bias != "none"):
+            raise bad_key("alora_invocation_tokens", "cannot go with use_dora or bias", "train with one of them")
         if tuner.use_dora and tuner.lora_bias:
             # PEFT takes the bias for a part of the weight when it measures its rows: no formula of either paper.
             raise bad_key("lora_bias", "cannot go with use_dora", "train with one of them")
@@ -168,7 +176,14 @@ class LoraTuner(Tuner):
         budget = RegexBudget(limits)
         rank_keys = NameKeys(self.rank_pattern, f"{CONFIG_FILE}: rank_pattern", budget)
         alpha_keys = NameKeys(self.alpha_pattern, f"{CONFIG_FILE}: alpha_pattern", budget)
-        selected = select_modules(self.selection, base, budget, LINEAR_AND_EMBEDDING)
+        if any(token >= base.vocab_size for token in self.invocation):
+            raise AdapterIncompatible(
+                f"{CONFIG_FILE}: alora_invocation_tokens: an id is over the vocabulary of {base.vocab_size}",
+                subject=f"{CONFIG_FILE}: alora_invocation_tokens",
+                remedy="upload an adapter made for this base",
+            )
+        adaptable = LINEAR if self.invocation else LINEAR_AND_EMBEDDING  # PEFT activates no embedding
+        selected = select_modules(self.selection, base, budget, adaptable)
         targets = {}
         for name in selected.names:
             rank_key, alpha_key = rank_keys.find(name), alpha_keys.find(name)
@@ -179,9 +194,8 @@ class LoraTuner(Tuner):
 
     def arithmetic(self, targets: Targets) -> dict[str, Any]:
         """Ranks, targets and biases are in the tensors' names and shapes already."""
-        return low_rank_config(
-            {name: target.scale for name, target in targets.modules.items() if isinstance(target, LoraTarget)}
-        )
+        scales = {name: target.scale for name, target in targets.modules.items() if isinstance(target, LoraTarget)}
+        return low_rank_config(scales) | ({"invocation": list(self.invocation)} if self.invocation else {})
 
 
 def _check_init(value: object) -> None:

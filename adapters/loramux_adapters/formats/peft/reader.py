@@ -65,6 +65,8 @@ def read_peft(
         biases=frozenset(name for name, module in modules.items() if module.get(Bias) is not None),
         nbytes=sum(tensor.entry.nbytes for tensor in placed),
         others=frozenset(name for name, module in modules.items() if _is_other(module)),
+        virtual_tokens=tuner.virtual_tokens,
+        invocation=tuner.invocation,
     )
     return AdapterWeights(spec, modules)
 
@@ -93,7 +95,8 @@ def _read_tensors(
 def _canonical(read: dict[str, Tensors], targets: Targets) -> dict[str, ModuleWeights]:
     shared = read.pop("")
     modules = {}
-    for name, tensors in read.items():
+    for name in dict.fromkeys([*targets.modules, *read]):
+        tensors = read.get(name, {})
         bias = tensors.pop(BIAS, None)
         parts: tuple[Part, ...] = () if bias is None else (Bias(bias.float()),)
         if name in targets.modules:

@@ -22,7 +22,6 @@ BIAS, BASE_WEIGHT = "bias", "base_weight"
 """Roles that every method's files may have."""
 
 PREFIX = "base_model.model."
-_SHARED_PREFIX = "base_model."
 _KINDS: tuple[ModuleKind, ...] = ("linear", "conv1d", "embedding", "norm")
 # PEFT wraps a target, which moves its own parameters under base_layer.
 _WRAPPED_SUFFIXES = {BIAS: ".base_layer.bias", BASE_WEIGHT: ".base_layer.weight"}
@@ -81,7 +80,7 @@ def _place(
 ) -> PlacedTensor:
     _refuse_wrapped(entry)
     for role, shared in tuner.shared_names.items():
-        if entry.name == _SHARED_PREFIX + shared:
+        if entry.name == shared:
             return PlacedTensor("", role, entry)
     if not entry.name.startswith(PREFIX):
         raise _invalid(entry, f"its name does not begin with {PREFIX}, so PEFT would not load it")
@@ -181,7 +180,8 @@ def _check_shapes(
             if role not in entries:
                 what = tuner.suffixes(base.modules[name].kind)[role].removesuffix(".weight")[1:]
                 raise _missing(name, f"selects the module, but its {what} is missing")
-        _check_rank(next(iter(entries.values())), target.rank(shapes_found), limits)
+        if entries:
+            _check_rank(next(iter(entries.values())), target.rank(shapes_found), limits)
         for role, entry in entries.items():
             if role not in expected:
                 raise _invalid(entry, "adapter_config.json does not ask for it")

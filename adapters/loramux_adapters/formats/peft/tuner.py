@@ -64,13 +64,23 @@ class Tuner(ABC):
     shape_keys: ClassVar[str] = "adapter_config.json"
     """The keys that the shapes of tensors follow from, for messages."""
     shared_names: ClassVar[Mapping[str, str]] = {}
-    """Role -> name in the file behind `base_model.`, of tensors that belong to no module."""
+    """Role -> name in the file, of tensors that belong to no module."""
 
     may_be_empty: ClassVar[bool] = False
     """Whether a module may have tensors without elements: what training pruned to nothing."""
 
     bias: str
     """PEFT's `bias`: none, all, or `<method>_only`."""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """See AdapterSpec."""
+        return ()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """See AdapterSpec."""
+        return 0
 
     @classmethod
     @abstractmethod

@@ -52,7 +52,7 @@ class VeraTuner(ModuleTuner):
         ignorable=frozenset({"d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "vera_dropout"}),
     )
     endings: ClassVar = {"lambda_b": ".vera_lambda_b", "lambda_d": ".vera_lambda_d"}
-    shared_names: ClassVar = {"shared_a": "vera_A", "shared_b": "vera_B"}
+    shared_names: ClassVar = {"shared_a": "base_model.vera_A", "shared_b": "base_model.vera_B"}
 
     r: int
 
