@@ -197,9 +197,9 @@ class AdaptedNorm(nn.Module):
         self.frozen, self.parts, self._cell = frozen, PartsAtSite(site), cell
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, width] -> [1, T, width]."""
+        """[1, T, width] -> [1, T, width]; [1, T, heads, width] alike, where heads are normalized each."""
         y: torch.Tensor = self.frozen(x)
         batch = self._cell.batch
         if batch is not None and batch.tokens.kinds:
-            self.parts.change(y.view(-1, y.shape[-1]), [x.reshape(-1, x.shape[-1])], batch.tokens)
+            self.parts.change(y[0], [x[0]], batch.tokens)
         return y

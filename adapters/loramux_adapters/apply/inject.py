@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from loramux_adapters.apply.batch import StepCell
@@ -28,7 +29,7 @@ from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, W
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
-from loramux_adapters.parts.site import Site, SiteKind
+from loramux_adapters.parts.site import Normalize, Site, SiteKind
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -110,8 +111,9 @@ def inject(
             scale = getattr(module, "embed_scale", None)
             site = replace(_site(base, spec, rank_rows, None, scale), weight=_table_of(module))
             adapted = AdaptedEmbedding(module, site, cell)
-        elif spec.kind == "norm" and spec.has_bias:
-            adapted = AdaptedNorm(module, _site(base, spec, rank_rows, module.get_parameter("bias")), cell)
+        elif spec.kind == "norm" and getattr(module, "weight", None) is not None:
+            own = module.get_parameter("bias") if spec.has_bias else None
+            adapted = AdaptedNorm(module, replace(_site(base, spec, rank_rows, own), normalize=_norm_of(module)), cell)
         else:
             continue
         sites[name] = (adapted.parts, 0)
@@ -210,6 +212,14 @@ def _table_of(module: nn.Embedding) -> Callable[[int], torch.Tensor]:
         return module.weight.detach().T.to(torch.float32, copy=True)
 
     return weight
+
+
+def _norm_of(module: nn.Module) -> Normalize:
+    def normalize(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = functional_call(module, {"weight": weight}, (x,))
+        return y
+
+    return normalize
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

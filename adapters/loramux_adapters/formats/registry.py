@@ -16,6 +16,7 @@ from loramux_adapters.formats.peft.adalora import AdaLoraTuner
 from loramux_adapters.formats.peft.gralora import GraloraTuner
 from loramux_adapters.formats.peft.hra import HraTuner
 from loramux_adapters.formats.peft.ia3 import Ia3Tuner
+from loramux_adapters.formats.peft.ln_tuning import LnTuner
 from loramux_adapters.formats.peft.loha import LohaTuner
 from loramux_adapters.formats.peft.lokr import LokrTuner
 from loramux_adapters.formats.peft.lora import LoraTuner
@@ -23,6 +24,7 @@ from loramux_adapters.formats.peft.miss import MissTuner
 from loramux_adapters.formats.peft.prefix import CartridgeTuner, PrefixTuner
 from loramux_adapters.formats.peft.prompts import MultitaskPromptTuner, PromptTuner, PTuner
 from loramux_adapters.formats.peft.reader import read_peft
+from loramux_adapters.formats.peft.trainable_tokens import TrainableTokensTuner
 from loramux_adapters.formats.peft.tuner import Tuner
 from loramux_adapters.formats.peft.vera import VeraTuner
 from loramux_adapters.formats.refusals import quote
@@ -39,6 +41,8 @@ PEFT_METHODS: tuple[type[Tuner], ...] = (
     MissTuner,
     HraTuner,
     Ia3Tuner,
+    LnTuner,
+    TrainableTokensTuner,
     PromptTuner,
     PTuner,
     MultitaskPromptTuner,

@@ -9,13 +9,17 @@ from loramux_adapters.parts import (
     kv_prefix,
     low_rank,
     magnitude,
+    norm_weight,
     output_gain,
+    token_rows,
     virtual_tokens,
 )
 from loramux_adapters.parts.part import Kind, Part
 
 KINDS: tuple[Kind, ...] = (
+    norm_weight.KIND,
     dense.KIND,
+    token_rows.KIND,
     low_rank.KIND,
     input_gain.KIND,
     output_gain.KIND,

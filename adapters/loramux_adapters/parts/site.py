@@ -17,6 +17,9 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]
 """A dense weight [out, in] and a bias [out] on the device, in the compute dtype -> their product."""
 
+Normalize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""x [..., width] and a weight [width] -> what the normalization gives with it."""
+
 SiteKind = Literal["linear", "embedding", "norm", "attention"]
 
 
@@ -35,6 +38,7 @@ class Site:
     output_scale: float | None = None  # what an embedding multiplies its output by
     weight: Callable[[int], torch.Tensor] | None = None  # of a member, see `frozen_weight`
     make_product: MakeProduct | None = None  # at linear maps
+    normalize: Normalize | None = None  # at normalizations
 
     def frozen_weight(self, member: int) -> torch.Tensor:
         """The base's weight [out, in] of one member, float32 on the device; the caller may write to it.
@@ -50,6 +54,12 @@ class Site:
         if self.make_product is None:
             raise ValueError(f"{self.members[0]} is no linear map")
         return self.make_product(weight, bias)
+
+    def normalized(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [..., width] normalized with another weight [width] than the base's."""
+        if self.normalize is None:
+            raise ValueError(f"{self.members[0]} is no normalization")
+        return self.normalize(x, weight)
 
     @property
     def dtype_name(self) -> str:

@@ -19,6 +19,8 @@ SELECTION_KEYS = frozenset({"exclude_modules", "layers_pattern", "layers_to_tran
 """Which modules an adapter is on: the same keys in every method that adapts modules."""
 
 _COMMON_APPLIED = frozenset({"bias", "peft_type", "task_type"})
+_EXTRA_KEYS = frozenset({"modules_to_save", "trainable_token_indices"})
+"""See `extras`: what the file of any method that adapts modules may hold besides."""
 
 _COMMON_IGNORABLE = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
@@ -26,8 +28,6 @@ _COMMON_IGNORABLE = frozenset(
 
 # PEFT computes the same deltas for all of them; what a task adds (a classifier's head) is refused for itself.
 _TASKS = {"CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"}
-# What PEFT calls the heads of tasks that generate no text.
-_TASK_HEADS = {"classifier", "score", "qa_outputs"}
 # A number no model has: above it, r is nonsense rather than a rank over this server's limit.
 _MAX_SANE_RANK = 65_536
 # Far more than any template's turn has.
@@ -55,7 +55,7 @@ class ConfigKeys:
     @property
     def all_applied(self) -> frozenset[str]:
         """With the common ones."""
-        return self.applied | _COMMON_APPLIED
+        return self.applied | _COMMON_APPLIED | _EXTRA_KEYS.difference(self.refused)
 
     @property
     def all_ignorable(self) -> frozenset[str]:
@@ -202,8 +202,6 @@ def _number(key: str, value: object) -> float:
 def _remedy(key: str, value: object, raw: Mapping[str, object]) -> str:
     if key == "target_parameters":
         return _remedy_for_experts(raw.get("target_modules"))
-    if key == "modules_to_save" and isinstance(value, list) and _TASK_HEADS.intersection(map(str, value)):
-        return "the head of a classifier generates no text: only adapters without one are served"
     return "train without it"
 
 

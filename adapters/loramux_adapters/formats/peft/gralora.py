@@ -71,7 +71,6 @@ class GraloraTuner(ModuleTuner):
     marker = ".gralora_"
     keys = ConfigKeys(
         applied=SELECTION_KEYS | {"alpha", "gralora_k", "hybrid_r", "r"},
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"fan_in_fan_out", "gralora_dropout", "init_weights"}),
     )
     endings: ClassVar = {

@@ -80,7 +80,6 @@ class HraTuner(ModuleTuner):
     marker = ".hra_"
     keys = ConfigKeys(
         applied=SELECTION_KEYS | {"apply_GS", "r"},
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"init_weights"}),
     )
     endings: ClassVar = {"u": ".hra_u"}

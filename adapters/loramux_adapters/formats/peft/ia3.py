@@ -51,7 +51,6 @@ class Ia3Tuner(ModuleTuner):
     marker = ".ia3_"
     keys = ConfigKeys(
         applied=frozenset({"exclude_modules", "feedforward_modules", "target_modules"}),
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"fan_in_fan_out", "init_ia3_weights"}),
     )
     endings: ClassVar = {"gain": ".ia3_l"}

@@ -75,7 +75,6 @@ class LohaTuner(ModuleTuner):
     marker = ".hada_"
     keys = ConfigKeys(
         applied=SELECTION_KEYS | {"alpha", "alpha_pattern", "r", "rank_pattern"},
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d"}),
     )
     endings: ClassVar = {"b1": ".hada_w1_a", "a1": ".hada_w1_b", "b2": ".hada_w2_a", "a2": ".hada_w2_b"}

@@ -101,7 +101,6 @@ class LokrTuner(ModuleTuner):
     marker = ".lokr_"
     keys = ConfigKeys(
         applied=SELECTION_KEYS | {"alpha", "alpha_pattern", "decompose_both", "decompose_factor", "r", "rank_pattern"},
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset(
             {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
         ),

@@ -19,6 +19,7 @@ from loramux_adapters.formats.digest import low_rank_config
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
+from loramux_adapters.formats.peft.extras import NO_EXTRAS, Extras
 from loramux_adapters.formats.peft.name_keys import NameKeys
 from loramux_adapters.formats.peft.selection import LINEAR, LINEAR_AND_EMBEDDING, Selection, select_modules
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
@@ -42,10 +43,8 @@ KEYS = ConfigKeys(
         "kasa_config": "KaSA adapters, which change the base,",
         "layer_replication": "replicated layers",
         "megatron_config": "Megatron layers",
-        "modules_to_save": "fully trained modules",
         "monteclora_config": "Monte Carlo adapters",
         "target_parameters": "adapters on the experts and routers of mixture-of-experts models",
-        "trainable_token_indices": "trained token rows",
         "use_bdlora": "block-diagonal adapters",
         "use_qalora": "QA-LoRA adapters",
         "velora_config": "VeLoRA adapters",
@@ -127,6 +126,7 @@ class LoraTuner(Tuner):
     use_dora: bool
     lora_bias: bool
     bias: str
+    extras: Extras = NO_EXTRAS
     invocation_tokens: tuple[int, ...] = ()
 
     @property
@@ -149,10 +149,15 @@ class LoraTuner(Tuner):
             use_dora=config.flag("use_dora"),
             lora_bias=config.flag("lora_bias"),
             bias=config.choice("bias", ("none", "all", "lora_only"), "none"),
+            extras=Extras.parse(config),
             invocation_tokens=config.ids("alora_invocation_tokens"),
         )
-        if tuner.invocation and (tuner.use_dora or tuner.bias != "none"):
-            raise bad_key("alora_invocation_tokens", "cannot go with use_dora or bias", "train with one of them")
+        if tuner.invocation and (tuner.use_dora or tuner.bias != "none" or tuner.extras != NO_EXTRAS):
+            raise bad_key(
+                "alora_invocation_tokens",
+                "cannot go with use_dora, bias, modules_to_save or trainable_token_indices",
+                "train with one of them",
+            )
         if tuner.use_dora and tuner.lora_bias:
             # PEFT takes the bias for a part of the weight when it measures its rows: no formula of either paper.
             raise bad_key("lora_bias", "cannot go with use_dora", "train with one of them")

@@ -81,7 +81,6 @@ class MissTuner(ModuleTuner):
     marker = ".miss_"
     keys = ConfigKeys(
         applied=SELECTION_KEYS | {"init_weights", "mini_r", "r"},
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"miss_dropout"}),
     )
     endings: ClassVar = {"block": ".miss_block"}

@@ -11,6 +11,7 @@ from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig, bad_key
+from loramux_adapters.formats.peft.extras import Extras
 from loramux_adapters.formats.peft.name_keys import NameKeys
 from loramux_adapters.formats.peft.selection import LINEAR, Selection, select_modules
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
@@ -45,6 +46,7 @@ class ModuleTuner(Tuner):
 
     selection: Selection
     bias: str
+    extras: Extras
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> Self:
@@ -58,6 +60,7 @@ class ModuleTuner(Tuner):
         return cls(
             selection=Selection.parse(config),
             bias=config.choice("bias", cls.biases, "none"),
+            extras=Extras.parse(config),
             **cls.options(config),
         )
 

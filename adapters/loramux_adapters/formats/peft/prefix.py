@@ -15,6 +15,7 @@ from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig
+from loramux_adapters.formats.peft.extras import NO_EXTRAS, Extras
 from loramux_adapters.formats.peft.prompts import EMBEDDINGS, SIZE_KEYS, check_submodules, check_virtual_tokens
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
 from loramux_adapters.parts.kv_prefix import KvPrefix
@@ -51,7 +52,7 @@ class PrefixTuner(Tuner):
     shared_names: ClassVar = {"rows": EMBEDDINGS}
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules"},
+        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
         ignorable=frozenset({"encoder_hidden_size", "init_weights", "prefix_projection"}),
     )
 
@@ -60,6 +61,7 @@ class PrefixTuner(Tuner):
     heads: int
     width: int
     bias: str = "none"
+    extras: Extras = NO_EXTRAS
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> Self:
@@ -116,6 +118,6 @@ class CartridgeTuner(PrefixTuner):
     kind = "cartridge"
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules"},
+        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
         ignorable=frozenset({"num_frozen_tokens"}),
     )

@@ -16,6 +16,7 @@ from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig, bad_key
+from loramux_adapters.formats.peft.extras import NO_EXTRAS, Extras
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
 from loramux_adapters.parts.part import Part
 from loramux_adapters.parts.virtual_tokens import VirtualTokens
@@ -55,7 +56,7 @@ class PromptTuner(Tuner):
     shared_names: ClassVar = {"rows": EMBEDDINGS}
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules"},
+        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
         ignorable=frozenset(
             {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"}
         ),
@@ -63,6 +64,7 @@ class PromptTuner(Tuner):
 
     count: int
     bias: str = "none"
+    extras: Extras = NO_EXTRAS
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> Self:
@@ -114,7 +116,7 @@ class PTuner(PromptTuner):
     kind = "p-tuning"
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules"},
+        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
         ignorable=frozenset(
             {"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
         ),
@@ -130,7 +132,7 @@ class MultitaskPromptTuner(PromptTuner):
     shared_names: ClassVar = {"rows": EMBEDDINGS, "task_columns": "prefix_task_cols", "task_rows": "prefix_task_rows"}
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS | {"num_ranks", "num_tasks"},
-        refused={"modules_to_save": "fully trained modules"},
+        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
         ignorable=PromptTuner.keys.ignorable | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"},
     )
 

@@ -6,6 +6,7 @@ config, patterns, header, tensor names and shapes, declared base, and only then 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from loramux_adapters.formats.base_weight import check_is_base_weight
 from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base
 from loramux_adapters.formats.digest import AdapterDigest
 from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft.extras import tie_token_rows
 from loramux_adapters.formats.peft.tensors import BASE_WEIGHT, BIAS, PlacedTensor, place_tensors
 from loramux_adapters.formats.peft.tuner import Targets, Tuner
 from loramux_adapters.formats.refusals import quote
@@ -42,7 +44,7 @@ def read_peft(
 
     Raises AdapterInvalid or AdapterIncompatible, naming file, tensor or key, and OSError when the disk fails.
     """
-    targets = tuner.resolve(base, limits)
+    targets = _with_extras(tuner, base, limits)
     declarations = {
         name: strict_json.read_object(files[name], name, limits.max_config_bytes)
         for name in DECLARATION_FILES
@@ -55,9 +57,9 @@ def read_peft(
         tensors, digest = _read_tensors(file, placed, base)
     if targets.tied_head is not None and base.embedding is not None:
         _check_tied(tensors, targets.tied_head, base.embedding)
-    modules = _canonical(tensors, targets)
+    modules = _canonical(tensors, targets, base)
     spec = AdapterSpec(
-        digest=digest.finish(tuner.arithmetic(targets)),
+        digest=digest.finish(tuner.arithmetic(targets) | tuner.extras.arithmetic(targets.modules)),
         kind=tuner.kind,
         base_fingerprint=declared,
         base_mismatch=mismatch,
@@ -69,6 +71,11 @@ def read_peft(
         invocation=tuner.invocation,
     )
     return AdapterWeights(spec, modules)
+
+
+def _with_extras(tuner: Tuner, base: BaseModelSpec, limits: ReadLimits) -> Targets:
+    targets = tuner.resolve(base, limits)
+    return replace(targets, modules={**targets.modules, **tuner.extras.resolve(base, targets.modules)})
 
 
 def _is_other(module: ModuleWeights) -> bool:
@@ -92,17 +99,18 @@ def _read_tensors(
     return read, digest
 
 
-def _canonical(read: dict[str, Tensors], targets: Targets) -> dict[str, ModuleWeights]:
+def _canonical(read: dict[str, Tensors], targets: Targets, base: BaseModelSpec) -> dict[str, ModuleWeights]:
     shared = read.pop("")
-    modules = {}
+    modules: dict[str, tuple[Part, ...]] = {}
     for name in dict.fromkeys([*targets.modules, *read]):
         tensors = read.get(name, {})
         bias = tensors.pop(BIAS, None)
         parts: tuple[Part, ...] = () if bias is None else (Bias(bias.float()),)
         if name in targets.modules:
             parts = (*targets.modules[name].parts({**shared, **tensors}), *parts)
-        modules[name] = ModuleWeights(parts)
-    return modules
+        modules[name] = parts
+    tie_token_rows(modules, base)
+    return {name: ModuleWeights(parts) for name, parts in modules.items()}
 
 
 def _check_tied(read: Mapping[str, Tensors], head: str, embedding: str) -> None:

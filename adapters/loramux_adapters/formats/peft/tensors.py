@@ -7,7 +7,7 @@ no method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from loramux_adapters.adapter_files import WEIGHTS_FILE
@@ -57,8 +57,8 @@ def place_tensors(
     Raises AdapterInvalid or AdapterIncompatible, naming the tensor, when one has no place, a module lacks one,
     or a shape or rank does not fit.
     """
-    suffixes = _all_suffixes(tuner)
-    placed = [_place(entry, tuner, suffixes, targets, base) for entry in entries]
+    suffixes, own = _all_suffixes(tuner), _own_names(targets)
+    placed = [_place(entry, tuner, suffixes, own, targets, base) for entry in entries]
     for tensor in placed:
         if not tuner.may_be_empty:
             _check_not_empty(tensor.entry)
@@ -75,10 +75,27 @@ def _all_suffixes(tuner: Tuner) -> list[tuple[str, str]]:
     )
 
 
+def _own_names(targets: Targets) -> dict[str, tuple[str, str]]:
+    """Name in the file -> (module, role), of targets whose tensors the method does not name."""
+    return {
+        f"{PREFIX}{name}{suffix}": (name, role)
+        for name, target in targets.modules.items()
+        for role, suffix in (target.own_suffixes or {}).items()
+    }
+
+
 def _place(
-    entry: TensorEntry, tuner: Tuner, suffixes: list[tuple[str, str]], targets: Targets, base: BaseModelSpec
+    entry: TensorEntry,
+    tuner: Tuner,
+    suffixes: list[tuple[str, str]],
+    own: Mapping[str, tuple[str, str]],
+    targets: Targets,
+    base: BaseModelSpec,
 ) -> PlacedTensor:
     _refuse_wrapped(entry)
+    if entry.name in own:
+        module_name, role = own[entry.name]
+        return PlacedTensor(module_name, role, entry)
     for role, shared in tuner.shared_names.items():
         if entry.name == shared:
             return PlacedTensor("", role, entry)
@@ -149,7 +166,8 @@ def _check_biases(placed: list[PlacedTensor], tuner: Tuner, targets: Targets, ba
     biased: set[str] = set()
     if tuner.bias != "none":
         names = base.modules if tuner.bias == "all" else targets.modules
-        biased = {name for name in names if base.modules[name].has_bias}
+        whole = {name for name, target in targets.modules.items() if "whole_bias" in (target.own_suffixes or {})}
+        biased = {name for name in names if base.modules[name].has_bias and name not in whole}
     present = set()
     for tensor in placed:
         if tensor.role == BIAS:
@@ -178,7 +196,8 @@ def _check_shapes(
         expected = target.shapes(shapes_found)
         for role in expected:
             if role not in entries:
-                what = tuner.suffixes(base.modules[name].kind)[role].removesuffix(".weight")[1:]
+                suffixes = target.own_suffixes or tuner.suffixes(base.modules[name].kind)
+                what = suffixes[role][1:].removesuffix(".weight")
                 raise _missing(name, f"selects the module, but its {what} is missing")
         if entries:
             _check_rank(next(iter(entries.values())), target.rank(shapes_found), limits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from loramux_adapters.spec import BaseModelSpec, ModuleKind
 
@@ -23,6 +23,11 @@ Shape = tuple[int, ...]
 
 class Target(ABC):
     """How one module is adapted. A *role* is what a tensor is to its method, whatever the file calls it."""
+
+    @property
+    def own_suffixes(self) -> Mapping[str, str] | None:
+        """Role -> the end of the tensor's name, where it is not the method's; see `Tuner.suffixes`."""
+        return None
 
     @abstractmethod
     def shapes(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
@@ -52,6 +57,18 @@ class Targets:
     tied_head: str | None = None
 
 
+class ExtraTargets(Protocol):
+    """What a config asks for besides its method's own; see `extras`."""
+
+    def resolve(self, base: BaseModelSpec, adapted: Mapping[str, Target]) -> Mapping[str, Target]:
+        """Their modules; `adapted` are the method's. Raises AdapterInvalid or AdapterIncompatible."""
+        ...
+
+    def arithmetic(self, targets: Mapping[str, Target]) -> dict[str, Any]:
+        """See Tuner."""
+        ...
+
+
 class Tuner(ABC):
     """One parsed config."""
 
@@ -69,6 +86,8 @@ class Tuner(ABC):
     may_be_empty: ClassVar[bool] = False
     """Whether a module may have tensors without elements: what training pruned to nothing."""
 
+    extras: ExtraTargets
+    """Modules trained whole, and trained token rows."""
     bias: str
     """PEFT's `bias`: none, all, or `<method>_only`."""
 

@@ -48,7 +48,6 @@ class VeraTuner(ModuleTuner):
     marker = ".vera_"
     keys = ConfigKeys(
         applied=SELECTION_KEYS | {"r", "save_projection"},
-        refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "vera_dropout"}),
     )
     endings: ClassVar = {"lambda_b": ".vera_lambda_b", "lambda_d": ".vera_lambda_d"}
