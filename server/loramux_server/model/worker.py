@@ -35,6 +35,7 @@ class Worker:
         self._runner, self._staged, self._merges, self._verification = runner, staged, merges, verification
         self._bound: set[int] = set()
         self._step = -1
+        self._retired: set[str] = set()  # to be forgotten by the runner
         self._commands: deque[Callable[[], None]] = deque()
         self._retry_at = 0.0  # when commands that met no memory are worth another try, if no request runs
 
@@ -73,7 +74,7 @@ class Worker:
         if plan.step != self._step:
             try:
                 # Whatever an error left of an earlier plan comes first: no command is ever skipped.
-                self._commands.append(partial(self._runner.retire, plan.retired))
+                self._retired.update(plan.retired)  # a step that failed brings its own again
                 self._commands += [partial(self._merges.drop, number) for number in plan.unmerge]
                 self._commands += [partial(self._merges.begin, merge) for merge in plan.merge]
                 self._commands += [partial(self._unbind, slot) for slot in plan.unbind]
@@ -84,6 +85,8 @@ class Worker:
 
     def _follow_commands(self) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
+        self._runner.retire(self._retired)
+        self._retired.clear()
         while self._commands:
             self._commands[0]()
             self._commands.popleft()

@@ -362,12 +362,11 @@ def test_a_followers_copy_that_fails_in_its_bind_begins_anew(case: Case, monkeyp
     assert writing.calls == 4 + pieces
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_commands_that_cannot_be_taken_in_are_the_end(case: Case, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_cannot_be_taken_in_are_the_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not come again, and a skipped `unbind` would leave an adapter's parts in another's slot."""
     engine = case.engine()
-    plan = StepPlan(1, (), bind=(staged(engine, "a", 0),))
-    monkeypatch.setattr(worker_module, "partial", Failing(worker_module.partial, number))
+    plan = StepPlan(1, (), unbind=(1,), bind=(staged(engine, "a", 0),))
+    monkeypatch.setattr(worker_module, "partial", Failing(worker_module.partial, 1))
     with pytest.raises(WorkerLost, match="could not be taken in"):
         execute_contained(engine.worker, plan)
 
@@ -418,3 +417,22 @@ def test_a_slot_that_cannot_be_cleared_is_tried_again_after_a_pause(
         engine.worker.execute(StepPlan(turn, ()))
     assert clearing.calls == 1
     assert not engine.worker.is_busy
+
+
+def test_what_waits_for_a_command_that_meets_no_memory_is_kept_once(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many requests fail until then, each of which is to be forgotten: every failing step brings all again."""
+    engine = case.engine()
+    changing = Failing(RankRowsTable.changed, *range(999))
+    with monkeypatch.context() as patch:
+        patch.setattr(RankRowsTable, "changed", lambda *arguments: changing(*arguments))
+        engine.pool.pin(frozenset({engine.digests["a"]}))
+        turns_until_resident(engine, "a")
+        for _ in range(50):
+            ticket = engine.submit(None, prompts(1)[0], 2)
+            engine.step()
+            assert engine.events[ticket, 0][-1].terminal
+        assert len(engine.worker._commands) == 1  # the bind
+        assert len(engine.worker._retired) <= 50
+    assert_equal_to_peft(engine, case.truths)
