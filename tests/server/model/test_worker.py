@@ -103,7 +103,15 @@ def test_an_idle_worker_brings_an_adapter_without_a_request(case: Case, monkeypa
     assert_equal_to_peft(engine, case.truths)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+    ids=repr,
+)
 def test_no_memory_for_a_copy_is_told_to_those_who_asked_for_it_alone(
     case: Case, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
