@@ -14,21 +14,23 @@ logger = logging.getLogger(__name__)
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller step may succeed. torch's CPU allocator raises a plain RuntimeError, and so does cuBLAS when it
-    finds no workspace."""
+    finds no workspace; what CUDA allocates beside torch's allocator, as for a kernel loaded at its first call, an
+    AcceleratorError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+    return isinstance(error, RuntimeError) and any(lack in text for lack in _NO_MEMORY)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether every later call on the device fails too: CUDA faults are sticky, the context is gone.
+    """Whether every later call on the device fails too: CUDA faults but the want of memory are sticky, the context is
+    gone.
 
     torch raises AcceleratorError for them; libraries beside it (bitsandbytes, Triton) a RuntimeError that names the
     CUDA error.
     """
     if isinstance(error, torch.AcceleratorError):
-        return True
+        return not is_out_of_memory(error)
     text = str(error)
     return isinstance(error, RuntimeError) and any(fault in text for fault in _STICKY)
 
@@ -51,6 +53,8 @@ def explain_background(error: Exception, work: str) -> AdapterError:
     logger.error("%s failed", work, exc_info=error)
     return AdapterError("the adapter could not be put on the device; see the server's log")
 
+
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 _STICKY = (
     "CUDA error: an illegal memory access",

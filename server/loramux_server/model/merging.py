@@ -46,12 +46,16 @@ class Merges:
             self._orders.pop(number, None)
 
     def begin(self, merge: Merge) -> None:
-        """Queues the merge for `advance`. Raises WorkerLost where its weights were not left."""
+        """Queues the merge for `advance`. Called again if it raised.
+
+        Raises WorkerLost where its weights were not left.
+        """
         with self._lock:
-            order = self._orders.pop(merge.number, None)
+            order = self._orders.get(merge.number)
         if order is None or order.digest != merge.digest:
             raise WorkerLost(f"merge {merge.number} of {merge.digest[:12]} is to begin without its weights")
         self._begun[merge.number] = order
+        self.discard(merge.number)  # last: what raised is called again
 
     def drop(self, number: int) -> None:
         """Frees merged weights, ready or not."""

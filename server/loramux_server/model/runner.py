@@ -6,7 +6,7 @@ Knows chunks and slots; not who asked, nor why this step looks as it does.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,7 +47,7 @@ class ModelRunner:
         self._decode = select_decode(adapted.base.device, adapted.base.compute_dtype)
         self._sampler = Sampler(adapted.spec.vocab_size, adapted.base.device)
 
-    def retire(self, request_ids: Sequence[str]) -> None:
+    def retire(self, request_ids: Iterable[str]) -> None:
         """Forget requests that have ended."""
         self._sampler.retire(request_ids)
 

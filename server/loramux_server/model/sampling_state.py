@@ -84,8 +84,9 @@ class TokenCounts:
     def _grow(self) -> None:
         size = self._seen.shape[0]
         more = max(8, size)
-        self._seen = torch.cat((self._seen, self._seen.new_zeros((more, self._seen.shape[1]))))
-        self._output = torch.cat((self._output, self._output.new_zeros((more, self._output.shape[1]))))
+        seen = torch.cat((self._seen, self._seen.new_zeros((more, self._seen.shape[1]))))
+        output = torch.cat((self._output, self._output.new_zeros((more, self._output.shape[1]))))
+        self._seen, self._output = seen, output  # both or neither: there may be memory for one only
         self._free += range(size + more - 1, size - 1, -1)
 
     def is_current(self, chunk: Chunk) -> bool:

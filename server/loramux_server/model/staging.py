@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from loramux_server.model.faults import explain_background
 _LEAST_PIECE = 32 << 10
 """Bytes that the shortest copy counts as: what calling it costs beyond its bytes (8 us, on 2 cores of a Xeon)."""
 
+_RETRY_SECONDS = 0.2
+"""Between two tries to clear a slot: an idle worker would try without a pause."""
+
 
 @dataclass(eq=False)
 class _Copy:
@@ -27,6 +31,12 @@ class _Copy:
     done: CopyDone
     is_complete: bool = False
     error: AdapterError | None = None
+    clear_at: float = 0.0  # when its slot is to be cleared, after an error
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to copy, or to clear after an error."""
+        return not self.is_complete and (self.error is None or time.monotonic() >= self.clear_at)
 
 
 class StagedAdapters:
@@ -52,8 +62,8 @@ class StagedAdapters:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to copy."""
-        return all(copy.is_complete for copy in self._all())
+        """Whether there is nothing to be done now."""
+        return not any(copy.is_due for copy in self._all())
 
     def advance(self, budget: int) -> None:
         """Copies what came first, about `budget` bytes. Raises DeviceLost; other errors go to the `done` at fault."""
@@ -62,7 +72,7 @@ class StagedAdapters:
                 if budget <= 0:
                     return
                 budget -= self._copy_piece(copy)
-            if copy.error is not None:
+            if copy.error is not None and copy.is_due:
                 self._give_up(copy, copy.error)
 
     def bind(self, binding: Binding) -> None:
@@ -104,6 +114,7 @@ class StagedAdapters:
             self._slots.unbind(copy.slot)
         except Exception as again:
             explain_background(again, f"clearing slot {copy.slot}")  # later, then
+            copy.clear_at = time.monotonic() + _RETRY_SECONDS
             return
         self._remove(copy)
         copy.done(error)

@@ -15,7 +15,7 @@ import torch
 
 from loramux_adapters.binding import Binding
 from loramux_adapters.device import use_device
-from loramux_server.engine.plan import BASE_SLOT, DeviceLost, StepOutOfMemory, StepPlan, StepResult
+from loramux_server.engine.plan import BASE_SLOT, DeviceLost, StepOutOfMemory, StepPlan, StepResult, WorkerLost
 from loramux_server.model.faults import is_device_lost, is_out_of_memory
 from loramux_server.model.merging import Merges
 from loramux_server.model.runner import ModelRunner
@@ -35,14 +35,15 @@ class Worker:
         self._runner, self._staged, self._merges, self._verification = runner, staged, merges, verification
         self._bound: set[int] = set()
         self._step = -1
+        self._retired: set[str] = set()  # to be forgotten by the runner
         self._commands: deque[Callable[[], None]] = deque()
-        self._retry_at = 0.0  # when commands that met no memory are worth another try, if nothing else is to be done
+        self._retry_at = 0.0  # when commands that met no memory are worth another try, if no request runs
 
     @property
     def is_busy(self) -> bool:
         """Whether adapters wait to be copied or merged, the base to be verified, or commands to be tried again."""
-        if self._commands and time.monotonic() >= self._retry_at:
-            return True
+        if self._commands:  # nothing else goes forward before them
+            return time.monotonic() >= self._retry_at
         return not (self._staged.is_empty and self._merges.is_empty) or self._verification.is_due
 
     @torch.inference_mode()
@@ -52,9 +53,10 @@ class Worker:
         Raises StepOutOfMemory, WorkerLost (DeviceLost after a fault the process cannot recover from), and whatever goes
         wrong in the forward or the draw. A second plan of the same step brings chunks only.
         """
-        use_device(self._runner.adapted.base.device)  # of the thread that calls: the engine's
+        self._take_in(plan)
         try:
-            self._take_commands(plan)
+            use_device(self._runner.adapted.base.device)  # of the thread that calls: the engine's
+            self._follow_commands()
             result = self._run(plan)
             # Last: a step that fails and comes again finds every slot as its commands left it.
             self._staged.advance(COPY_BYTES)
@@ -68,16 +70,23 @@ class Worker:
                 raise DeviceLost(str(error)) from error
             raise
 
-    def _take_commands(self, plan: StepPlan) -> None:
+    def _take_in(self, plan: StepPlan) -> None:
         if plan.step != self._step:
-            # Whatever an error left of an earlier plan comes first: no command is ever skipped.
+            try:
+                # Whatever an error left of an earlier plan comes first: no command is ever skipped.
+                self._retired.update(plan.retired)  # a step that failed brings its own again
+                self._commands += [partial(self._merges.drop, number) for number in plan.unmerge]
+                self._commands += [partial(self._merges.begin, merge) for merge in plan.merge]
+                self._commands += [partial(self._unbind, slot) for slot in plan.unbind]
+                self._commands += [partial(self._bind, binding) for binding in plan.bind]
+            except BaseException as error:  # they do not come again, see `execute_contained`
+                raise WorkerLost(f"the commands of step {plan.step} could not be taken in") from error
             self._step = plan.step
-            self._commands.append(partial(self._runner.retire, plan.retired))
-            self._commands += [partial(self._merges.drop, number) for number in plan.unmerge]
-            self._commands += [partial(self._merges.begin, merge) for merge in plan.merge]
-            self._commands += [partial(self._unbind, slot) for slot in plan.unbind]
-            self._commands += [partial(self._bind, binding) for binding in plan.bind]
+
+    def _follow_commands(self) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
+        self._runner.retire(self._retired)
+        self._retired.clear()
         while self._commands:
             self._commands[0]()
             self._commands.popleft()
@@ -87,8 +96,8 @@ class Worker:
         self._bound.discard(slot)
 
     def _bind(self, binding: Binding) -> None:
+        self._bound.add(binding.slot)  # first: no row is computed while a command is left
         self._staged.bind(binding)
-        self._bound.add(binding.slot)
 
     def _run(self, plan: StepPlan) -> StepResult:
         if not plan.chunks:

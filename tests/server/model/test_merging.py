@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from loramux_server.engine.plan import WorkerLost
+from loramux_server.engine.plan import Merge, WorkerLost
+from loramux_server.model.merging import Merges
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
 from support.merged_sets import Sets, in_order, settle, small_engine
@@ -134,3 +135,21 @@ def test_merging_that_fails_in_the_step_that_uses_it_is_the_end(
     monkeypatch.setattr("loramux_adapters.apply.merge._fold", fail)
     with pytest.raises(WorkerLost, match="failed in a step"):
         sets.merges.find(digest)
+
+
+def test_a_merge_that_meets_no_memory_when_it_begins_is_begun_later(engine: ModelEngine) -> None:
+    """The worker calls it again: its weights must still be there."""
+
+    class Full(dict[int, Any]):
+        def __setitem__(self, number: int, merge: Any) -> None:
+            raise MemoryError
+
+    merges, weights = Merges(engine.adapted), engine.weights[engine.digests["a"]]
+    merges.put(0, weights, lambda _: None)
+    merges._begun = Full()
+    with pytest.raises(MemoryError):
+        merges.begin(Merge(0, weights.spec.digest))
+    merges._begun = {}
+    merges.begin(Merge(0, weights.spec.digest))
+    assert list(merges._begun) == [0]
+    assert not merges._orders

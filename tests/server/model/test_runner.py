@@ -176,8 +176,11 @@ def failing_above(limit: int, error: Callable[[], BaseException], original: Any)
         lambda: RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
         ),
+        lambda: torch.AcceleratorError(
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+        ),
     ],
-    ids=["torch", "python", "cpu allocator"],
+    ids=["torch", "python", "cpu allocator", "beside the allocator"],
 )
 def test_out_of_memory_is_retried_in_halves(
     harness: RunnerHarness, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch

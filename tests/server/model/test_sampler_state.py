@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,28 @@ def test_a_failed_observation_counts_nothing(monkeypatch: pytest.MonkeyPatch) ->
     counts.observe([later])
     assert counts.is_current(later)
     assert counts.seen(["good"])[0].nonzero().flatten().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_rows_that_found_no_memory_are_made_later(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tables grow or none does: rows that only one of them has would fail every later penalty."""
+    first = chunk((1, 2), 0, 2, request_id="first")
+    counts = TokenCounts(VOCABULARY, torch.device("cpu"))
+    original, calls = torch.cat, [0]
+
+    def cat(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] - 1 == number:
+            raise torch.OutOfMemoryError
+        return original(*arguments)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    with pytest.raises(torch.OutOfMemoryError):
+        counts.observe([first])
+    requests = [replace(first, request_id=str(row)) for row in range(20)]
+    counts.observe(requests)
+    assert counts.output(["7"]).sum() == 0
+    assert all(counts.seen([request.request_id])[0].nonzero().flatten().tolist() == [1, 2] for request in requests)
 
 
 def test_prompt_logprobs_begin_anew_after_preemption_and_notice_a_gap() -> None:
