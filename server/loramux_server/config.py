@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import platformdirs
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loramux_adapters.formats.limits import MAX_RANK
 from loramux_adapters.former_name import renamed_variables
+from loramux_adapters.text_files import TextFileInvalid, read_yaml
 from loramux_server.errors import ConfigInvalid
 from loramux_server.options import (
     Address,
@@ -271,14 +271,14 @@ def _variables(known: Iterable[str]) -> dict[str, str]:
 
 def _read_file(path: Path) -> dict[str, object]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise ConfigInvalid(
             f"cannot read the configuration file {path}: {error.strerror}", remedy="give a readable YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except TextFileInvalid as error:
         raise ConfigInvalid(
-            f"{path} is not YAML: {error}", remedy="see `loramux config init` for a commented one"
+            str(error), remedy=f"{error.remedy}; `loramux config init` writes a file with every option"
         ) from error
     if content is None:
         return {}

@@ -81,7 +81,7 @@ def test_a_wrong_value_is_refused_with_the_remedy(flags: dict[str, object], why:
     ("content", "why"),
     [
         ("- a\n", "mapping"),
-        ("a: [", "not YAML"),
+        ("a: [", r"serve\.yaml:1:4: not YAML: the list that begins here"),
         ("max_runing: 1\n", "unknown option"),
         ("max_running: {}\n", "one value"),
     ],

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from loramux_adapters.formats.limits import MAX_RANK
+from loramux_adapters.text_files import TextFileInvalid, read_yaml
 from loramux_adapters.validation import (
     FilePath,
     Number,
@@ -222,11 +222,13 @@ def renamed_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
 def read_job(path: Path) -> TrainConfig:
     """Read a YAML job; relative paths in it are relative to the file. Raises JobInvalid and SeveralInvalid."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise JobInvalid("", f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobInvalid("", f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except TextFileInvalid as error:
+        raise JobInvalid("", str(error), remedy=error.remedy) from error
+    if not isinstance(values, dict):
+        raise JobInvalid("", f"{path}: not a mapping of keys", remedy="write lines like `model: loramux-tiny`")
     return parse_job(values, root=path.parent)
 
 

@@ -113,7 +113,7 @@ def _trainer(error: BaseException) -> Failure | None:
     if isinstance(error, errors.SeveralInvalid):
         usage = any(isinstance(problem, start) for problem in error.problems)
         return Failure(str(error), ExitCode.USAGE if usage else ExitCode.REFUSED)
-    if isinstance(error, start):
-        return Failure(str(error), ExitCode.USAGE, getattr(error, "remedy", ""))
-    stopped = isinstance(error, errors.Interrupted)
-    return Failure(str(error), ExitCode.INTERRUPTED if stopped else ExitCode.REFUSED)
+    code = ExitCode.USAGE if isinstance(error, start) else ExitCode.REFUSED
+    if isinstance(error, errors.Interrupted):
+        code = ExitCode.INTERRUPTED
+    return Failure(str(error), code, getattr(error, "remedy", ""))
