@@ -28,6 +28,7 @@ YAML = {
     'a: "C:\\data"\n': ("1:8", "a backslash", "single quotes"),
     "a: {{ x }}\n": ("1:5", "a list or a mapping as a key", "quotes"),
     "a: ]\n": ("1:4", "a value is missing before ]", "quotes"),
+    "a: [": ("1:5", "the file ends within a list or mapping", "close it"),
     "a: 1\n---\nb: 2\n": ("2:1", "a second document", "---"),
     "a: 1\nb: 2026-13-01\n": ("2:4", "looks like a date", "quotes"),
     f"a: {'9' * 5000}\n": ("1:4", "looks like a date or a number", "quotes"),

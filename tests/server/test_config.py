@@ -81,7 +81,7 @@ def test_a_wrong_value_is_refused_with_the_remedy(flags: dict[str, object], why:
     ("content", "why"),
     [
         ("- a\n", "mapping"),
-        ("a: [", r"serve\.yaml:1:4: not YAML: the list that begins here"),
+        ("a: [", r"serve\.yaml:1:5: not YAML: the file ends within a list"),
         ("max_runing: 1\n", "unknown option"),
         ("max_running: {}\n", "one value"),
     ],
