@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from loramux_adapters.errors import AdapterError
@@ -228,20 +228,29 @@ def serve(config: ServeConfig) -> NoReturn:
     """Be a server until SIGTERM, SIGINT or SIGHUP, then end the process: 0, or 1 when the engine died. A second
     SIGTERM or SIGINT ends it at once.
 
-    Raises StartError before torch is imported where it can be known, and StoreUnavailable when another process has the
-    data directory.
+    Raises StartError, before torch is imported where it can be known: also when another process has the data directory.
     """
     configure_logs(config.log_level, config.log_format)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
-    if config.data_dir == default_data_dir() and (former := move_former(config.data_dir)):
-        print(f"moved {former} to {config.data_dir}: the project was renamed", flush=True)
-    check_start(config)
-    lock = DirectoryLock(config.data_dir)  # before a base is loaded that could not be served then
+    with _store_errors_at_start():
+        if config.data_dir == default_data_dir() and (former := move_former(config.data_dir)):
+            print(f"moved {former} to {config.data_dir}: the project was renamed", flush=True)
+        check_start(config)
+        lock = DirectoryLock(config.data_dir)  # before a base is loaded that could not be served then
     try:
         asyncio.run(_serve(config, lock))  # ends the process itself
     finally:
         lock.release()
+
+
+@contextmanager
+def _store_errors_at_start() -> Iterator[None]:
+    """A data directory that cannot be used stops a start as a port in use does."""
+    try:
+        yield
+    except AdapterError as error:
+        raise StartError(error.message, remedy=error.remedy) from error
 
 
 async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
@@ -266,7 +275,8 @@ async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
     where = f"gRPC on {config.listen} answers health with NOT_SERVING until ready"
     print(f"loading {config.model} ... ({where})", flush=True)
     try:
-        await starting
+        with _store_errors_at_start():
+            await starting
     except asyncio.CancelledError:
         _leave(0)
     for key, value in app.describe().items():
