@@ -31,6 +31,7 @@ from loramux_server.api.inference_service import InferenceService
 from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.config import ServeConfig, default_data_dir
+from loramux_server.drain import Drain
 from loramux_server.errors import StartError
 from loramux_server.observe.exporter import Exporter, Probes
 from loramux_server.observe.logs import configure_logs
@@ -42,7 +43,6 @@ from loramux_server.runtime import Build, EngineCallbacks, ServerRuntime
 _LOG = logging.getLogger("loramux_server.app")
 _TENANT = "default"
 _WATCH_SECONDS = 1.0
-_JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 
 
 def build_engine(config: ServeConfig, hooks: EngineCallbacks, lock: DirectoryLock | None = None) -> ServerRuntime:
@@ -152,7 +152,8 @@ class App:
         else:
             config = self._config
             in_order = Shutdown(config.readiness_seconds, config.drain_seconds, keeps_port=self._ends_process)
-            await self._server.shut_down(in_order, lambda seconds: _end_engine(built, seconds))
+            drain = Drain(built)
+            drain.report(await self._server.shut_down(in_order, drain.end_work))
             await asyncio.to_thread(built.close)
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
@@ -356,14 +357,6 @@ async def _warm_up(services: Services, seconds: float) -> None:
                     raise StartError(f"the warm-up step failed: {event.failure.message}", remedy="see the log")
     except TimeoutError:
         raise StartError(f"the warm-up step took over {seconds:g} s", remedy="raise --step-timeout-seconds") from None
-
-
-async def _end_engine(built: ServerRuntime, seconds: float) -> None:
-    """Let running requests end; whatever is left after `seconds` ends with ABORTED."""
-    built.services.engine.drain()
-    if not await asyncio.to_thread(built.engine.stop, seconds, seconds + _JOIN_SECONDS):
-        _LOG.error("the engine did not end")
-    await asyncio.sleep(0)  # its last events are delivered before the calls are waited for
 
 
 def _tenant_of(context: Any) -> str:
