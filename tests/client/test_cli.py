@@ -186,6 +186,20 @@ def test_generate_json_and_many_answers(fake: FakeServer) -> None:
     assert "--- 1" in invoke("generate", "x", "-a", fake.address, "-n", "2").stdout
 
 
+def test_an_empty_answer_is_told_on_stderr_and_prints_nothing(fake: FakeServer) -> None:
+    fake.state.faults.empty = True
+    result = invoke("generate", "x", "-a", fake.address)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "the answer is empty: 0 tokens, finish reason stop\n"
+    several = invoke("generate", "x", "-a", fake.address, "-n", "2")
+    assert (several.exit_code, several.stdout) == (0, "--- 0\n--- 1\n")
+    assert several.stderr.splitlines() == [f"answer {i} is empty: 0 tokens, finish reason stop" for i in range(2)]
+    fake.state.faults.finish = inference_pb2.FINISH_REASON_ABORTED
+    aborted = invoke("generate", "x", "-a", fake.address)
+    assert (aborted.exit_code, aborted.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert "finish reason aborted" in aborted.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["--json"], ["-n", "2"]])
 def test_an_aborted_answer_is_shown_and_has_its_code(fake: FakeServer, arguments: list[str]) -> None:
     fake.state.faults.finish = inference_pb2.FINISH_REASON_ABORTED
