@@ -229,7 +229,7 @@ def resolve_config(
     given = {name: raw for name, raw in (flags or {}).items() if raw is not None}
     take(given, lambda name: f"flag --{name.replace('_', '-')}")
     for old, new in renamed_variables(environ, _variables(known)).items():
-        wrong.append(ConfigInvalid(f"env {old} is not read any more", remedy=f"set {new}"))
+        wrong.append(ConfigInvalid(f"env {old} was renamed to {new}", remedy=f"set {new}"))
     if wrong:
         raise ConfigInvalid.of_all(wrong)
     config = ServeConfig(**values)
@@ -240,7 +240,7 @@ def resolve_config(
 
 def _unknown(name: str, origin: str, nearest: str) -> ConfigInvalid:
     if name in RENAMED_OPTIONS:
-        return ConfigInvalid(f"{origin}: {name} is called {RENAMED_OPTIONS[name]} now", remedy="rename it")
+        return ConfigInvalid(f"{origin}: {name} was renamed to {RENAMED_OPTIONS[name]}", remedy="rename it")
     near = difflib.get_close_matches(str(name), options(), n=1)
     remedy = f"did you mean {near[0]!r}?" if near else "`loramux config show` lists every option"
     return ConfigInvalid(f"{nearest}unknown option {name!r}", remedy=remedy)

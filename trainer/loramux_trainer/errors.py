@@ -23,6 +23,14 @@ class JobInvalid(TrainerError):
         self.field, self.message, self.remedy = field, message, remedy
 
 
+class KeyRenamed(JobInvalid):
+    """A key has another name here: `message` goes on from the key, as in `was renamed to training.max_grad_norm`."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.args = (f"{field} {message}",)
+
+
 class ModelInvalid(JobInvalid):
     """The base cannot be found, loaded or trained exactly."""
 

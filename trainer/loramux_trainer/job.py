@@ -28,7 +28,7 @@ from loramux_adapters.validation import (
     YesNo,
     read,
 )
-from loramux_trainer.errors import JobInvalid, Problems
+from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems
 from loramux_trainer.schedule import warmup_length
 
 T = TypeVar("T")
@@ -200,10 +200,10 @@ class TrainConfig(Section):
 def _hints() -> dict[str, str]:
     """Messages for former and foreign names of keys and values."""
     return {
-        **{key: f"is now {present}" for key, present in RENAMED.items()},
+        **{key: f"was renamed to {present}" for key, present in RENAMED.items()},
         **{key: f"is called {ours} here" for key, ours in _CALLED.items()},
         **{
-            f"{key}={value}": f"{value!r} is now {present}"
+            f"{key}={value}": f"{value!r} was renamed to {present}"
             for key, values in _RENAMED_VALUES.items()
             for value, present in values.items()
         },
@@ -254,7 +254,7 @@ def _read(section: type[T], values: object, at: str = "") -> T:
     except ValuesInvalid as error:
         problems = Problems()
         for key, rule in error.findings:
-            problems.add(JobInvalid(key, rule))
+            problems.add(KeyRenamed(key, rule) if key in RENAMED or key in _CALLED else JobInvalid(key, rule))
         raise problems.whole() from error
 
 
