@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, PartsAtSite, SiteGroup
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
-from loramux_adapters.base.frozen import Nf4Linear, WeightFormats, freeze
+from loramux_adapters.base.frozen import Nf4Linear, freeze
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.parts.site import Site, SiteKind
