@@ -76,3 +76,12 @@ def test_so_does_the_help_of_every_command() -> None:
 def test_the_words_are_found() -> None:
     for sample in ("a house", "Materialise it", "the codec", "quantised", "Whoever asks", "neighbour"):
         assert words_in(sample), sample
+
+
+def test_the_glossary_explains_what_lists_show_and_readme_links_it() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = {term.lower() for term in re.findall(r"^- \*\*(.+)\*\*:", text, re.MULTILINE)}
+    assert terms >= {"digest", "rank", "tier", "lease", "merged weights"}
+    assert 5 <= len(terms) <= 8
+    assert [tier for tier in ("registered", "loaded", "resident") if f"`{tier}`" not in text] == []
+    assert "(docs/glossary.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loramux_adapters.base.frozen import supports_packed
+from loramux_adapters.base.weight_formats import supports_packed
 
 BFLOAT16_CAPABILITY = (8, 0)
 """NVIDIA compute capability from which on bfloat16 is computed by the card (Ampere)."""

@@ -6,6 +6,9 @@ Torch-free and transport-free. `subject` names the thing (file, tensor, config k
 
 from __future__ import annotations
 
+REFUSED = 3
+"""The exit code of a program of this package that refuses, as of every command (docs/configuration.md)."""
+
 
 class AdapterError(Exception):
     """Base of the family. `str(error)` is one sentence fit for a stranger: no paths, no internals."""

@@ -33,8 +33,12 @@ class RetryPolicy:
         """Whether a failure uses up one of the attempts; waiting for what ends by itself may not."""
         return True
 
-    def pause(self, error: LoramuxError, attempt: int, *, idempotent: bool) -> float | None:
-        """Seconds to wait after failed attempt number `attempt` (from 1), or None to give up."""
+    def pause(self, error: LoramuxError, attempt: int, *, idempotent: bool, left: float | None = None) -> float | None:
+        """Seconds to wait after failed attempt number `attempt` (from 1), or None to give up.
+
+        `left`: seconds of the caller's own time for the whole call, None without a limit. A pause that is not shorter
+        is not made: the caller gets the error.
+        """
         if attempt >= self.attempts or not isinstance(error, Unavailable | ResourceExhausted):
             return None
         if error.retry_after is not None:
@@ -79,10 +83,11 @@ class Attempts:
         counted = self._policy.is_counted(error)
         self._failed[counted] += 1
         attempt = self._failed[counted]
+        left = None if self._deadline is None else self._deadline - time.monotonic()
         if moved:
             pause = self._policy.first if attempt < self._policy.attempts else None
         else:
-            pause = self._policy.pause(error, attempt, idempotent=idempotent)
-        if pause is None or (self._deadline is not None and time.monotonic() + pause >= self._deadline):
+            pause = self._policy.pause(error, attempt, idempotent=idempotent, left=left)
+        if pause is None or (left is not None and pause >= left):
             raise error
         return pause

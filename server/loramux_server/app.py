@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from loramux_adapters.errors import AdapterError
@@ -31,6 +31,7 @@ from loramux_server.api.inference_service import InferenceService
 from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.config import ServeConfig, default_data_dir
+from loramux_server.drain import Drain
 from loramux_server.errors import StartError
 from loramux_server.observe.exporter import Exporter, Probes
 from loramux_server.observe.logs import configure_logs
@@ -42,7 +43,6 @@ from loramux_server.runtime import Build, EngineCallbacks, ServerRuntime
 _LOG = logging.getLogger("loramux_server.app")
 _TENANT = "default"
 _WATCH_SECONDS = 1.0
-_JOIN_SECONDS = 10.0  # for a step under way when the drain is over
 
 
 def build_engine(config: ServeConfig, hooks: EngineCallbacks, lock: DirectoryLock | None = None) -> ServerRuntime:
@@ -152,7 +152,8 @@ class App:
         else:
             config = self._config
             in_order = Shutdown(config.readiness_seconds, config.drain_seconds, keeps_port=self._ends_process)
-            await self._server.shut_down(in_order, lambda seconds: _end_engine(built, seconds))
+            drain = Drain(built)
+            drain.report(await self._server.shut_down(in_order, drain.end_work))
             await asyncio.to_thread(built.close)
         if self._exporter is not None:
             await asyncio.to_thread(self._exporter.close)
@@ -228,20 +229,29 @@ def serve(config: ServeConfig) -> NoReturn:
     """Be a server until SIGTERM, SIGINT or SIGHUP, then end the process: 0, or 1 when the engine died. A second
     SIGTERM or SIGINT ends it at once.
 
-    Raises StartError before torch is imported where it can be known, and StoreUnavailable when another process has the
-    data directory.
+    Raises StartError, before torch is imported where it can be known: also when another process has the data directory.
     """
     configure_logs(config.log_level, config.log_format)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars are for people, logs are not
-    if config.data_dir == default_data_dir() and (former := move_former(config.data_dir)):
-        print(f"moved {former} to {config.data_dir}: the project was renamed", flush=True)
-    check_start(config)
-    lock = DirectoryLock(config.data_dir)  # before a base is loaded that could not be served then
+    with _store_errors_at_start():
+        if config.data_dir == default_data_dir() and (former := move_former(config.data_dir)):
+            print(f"moved {former} to {config.data_dir}: the project was renamed", flush=True)
+        check_start(config)
+        lock = DirectoryLock(config.data_dir)  # before a base is loaded that could not be served then
     try:
         asyncio.run(_serve(config, lock))  # ends the process itself
     finally:
         lock.release()
+
+
+@contextmanager
+def _store_errors_at_start() -> Iterator[None]:
+    """A data directory that cannot be used stops a start as a port in use does."""
+    try:
+        yield
+    except AdapterError as error:
+        raise StartError(error.message, remedy=error.remedy) from error
 
 
 async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
@@ -266,7 +276,8 @@ async def _serve(config: ServeConfig, lock: DirectoryLock) -> NoReturn:
     where = f"gRPC on {config.listen} answers health with NOT_SERVING until ready"
     print(f"loading {config.model} ... ({where})", flush=True)
     try:
-        await starting
+        with _store_errors_at_start():
+            await starting
     except asyncio.CancelledError:
         _leave(0)
     for key, value in app.describe().items():
@@ -346,14 +357,6 @@ async def _warm_up(services: Services, seconds: float) -> None:
                     raise StartError(f"the warm-up step failed: {event.failure.message}", remedy="see the log")
     except TimeoutError:
         raise StartError(f"the warm-up step took over {seconds:g} s", remedy="raise --step-timeout-seconds") from None
-
-
-async def _end_engine(built: ServerRuntime, seconds: float) -> None:
-    """Let running requests end; whatever is left after `seconds` ends with ABORTED."""
-    built.services.engine.drain()
-    if not await asyncio.to_thread(built.engine.stop, seconds, seconds + _JOIN_SECONDS):
-        _LOG.error("the engine did not end")
-    await asyncio.sleep(0)  # its last events are delivered before the calls are waited for
 
 
 def _tenant_of(context: Any) -> str:

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.slots import SlotTensors
-from loramux_adapters.base.frozen import Nf4Linear, select_weight_formats
+from loramux_adapters.base.frozen import Nf4Linear
 from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base
 from loramux_adapters.base.source import explain_load
 from loramux_adapters.base.weight_counts import count_weights, is_mixture
+from loramux_adapters.base.weight_formats import select_weight_formats
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.formats import registry as formats

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import platformdirs
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loramux_adapters.formats.limits import MAX_RANK
 from loramux_adapters.former_name import renamed_variables
+from loramux_adapters.text_files import TextFileInvalid, read_yaml
 from loramux_server.errors import ConfigInvalid
 from loramux_server.options import (
     Address,
@@ -229,7 +229,7 @@ def resolve_config(
     given = {name: raw for name, raw in (flags or {}).items() if raw is not None}
     take(given, lambda name: f"flag --{name.replace('_', '-')}")
     for old, new in renamed_variables(environ, _variables(known)).items():
-        wrong.append(ConfigInvalid(f"env {old} is not read any more", remedy=f"set {new}"))
+        wrong.append(ConfigInvalid(f"env {old} was renamed to {new}", remedy=f"set {new}"))
     if wrong:
         raise ConfigInvalid.of_all(wrong)
     config = ServeConfig(**values)
@@ -240,7 +240,7 @@ def resolve_config(
 
 def _unknown(name: str, origin: str, nearest: str) -> ConfigInvalid:
     if name in RENAMED_OPTIONS:
-        return ConfigInvalid(f"{origin}: {name} is called {RENAMED_OPTIONS[name]} now", remedy="rename it")
+        return ConfigInvalid(f"{origin}: {name} was renamed to {RENAMED_OPTIONS[name]}", remedy="rename it")
     near = difflib.get_close_matches(str(name), options(), n=1)
     remedy = f"did you mean {near[0]!r}?" if near else "`loramux config show` lists every option"
     return ConfigInvalid(f"{nearest}unknown option {name!r}", remedy=remedy)
@@ -271,14 +271,14 @@ def _variables(known: Iterable[str]) -> dict[str, str]:
 
 def _read_file(path: Path) -> dict[str, object]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise ConfigInvalid(
             f"cannot read the configuration file {path}: {error.strerror}", remedy="give a readable YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except TextFileInvalid as error:
         raise ConfigInvalid(
-            f"{path} is not YAML: {error}", remedy="see `loramux config init` for a commented one"
+            str(error), remedy=f"{error.remedy}; `loramux config init` writes a file with every option"
         ) from error
     if content is None:
         return {}

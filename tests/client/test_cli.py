@@ -17,6 +17,7 @@ from loramux.cli.main import app
 from loramux.errors import ErrorDetails, Unavailable
 from loramux.terminal.failures import CommandError, ExitCode, Failure, explain
 from loramux.terminal.output import tell_failure
+from loramux_adapters.errors import REFUSED
 from loramux_protos.v1 import inference_pb2
 from loramux_server.config import resolve_config
 from support.fake_service import DIGEST, FakeServer
@@ -61,6 +62,18 @@ def test_light_commands_do_not_import_torch(arguments: list[str], tmp_path: Path
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.split() == ["0", "False"]
+
+
+def test_exit_codes_are_documented_in_one_place_and_the_help_agrees() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    table = page.partition("## Exit codes")[2].partition("\n## ")[0]
+    codes = {code.value for code in ExitCode}
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert [row for row in rows if row.isdecimal()] == [str(code) for code in sorted(codes)]
+    assert [row for row in rows if not row.isdecimal()] == ["128 + N"]  # of a second signal to `serve`
+    help_page = " ".join(invoke("--help").stdout.split()).partition("Exit codes: ")[2]
+    assert [int(part.split()[0]) for part in help_page.rstrip(".").split(", ")] == sorted(codes)
+    assert REFUSED == ExitCode.REFUSED
 
 
 def test_version() -> None:
@@ -171,6 +184,20 @@ def test_generate_json_and_many_answers(fake: FakeServer) -> None:
     assert answer["choices"][0]["text"] == "base: x"
     assert answer["choices"][0]["finish"]["usage"]["prompt"] == 1
     assert "--- 1" in invoke("generate", "x", "-a", fake.address, "-n", "2").stdout
+
+
+def test_an_empty_answer_is_told_on_stderr_and_prints_nothing(fake: FakeServer) -> None:
+    fake.state.faults.empty = True
+    result = invoke("generate", "x", "-a", fake.address)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "the answer is empty: 0 tokens, finish reason stop\n"
+    several = invoke("generate", "x", "-a", fake.address, "-n", "2")
+    assert (several.exit_code, several.stdout) == (0, "--- 0\n--- 1\n")
+    assert several.stderr.splitlines() == [f"answer {i} is empty: 0 tokens, finish reason stop" for i in range(2)]
+    fake.state.faults.finish = inference_pb2.FINISH_REASON_ABORTED
+    aborted = invoke("generate", "x", "-a", fake.address)
+    assert (aborted.exit_code, aborted.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert "finish reason aborted" in aborted.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"], ["-n", "2"]])

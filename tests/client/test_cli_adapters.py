@@ -66,3 +66,20 @@ def test_taking_a_desired_state_back_waits_for_nothing(fake: FakeServer) -> None
     adapters(fake, "merge", "bot")
     said = adapters(fake, "merge", "bot", "--off")
     assert said == "bot: merged weights ready, desired by another name of this version\n"
+
+
+def test_merged_weights_of_a_shared_version_are_not_taken_for_desired_by_each_name(fake: FakeServer) -> None:
+    ready = adapters_pb2.Residency(merged=adapters_pb2.MERGED_STATE_READY)
+    add(fake, "asked", merge=True, pinned=True, residency=ready)
+    add(fake, "same", residency=ready)
+    header, *lines = adapters(fake, "ls").splitlines()
+    start, end = header.index("MERGED"), header.index("ALIASES")
+    cells = {line.split()[0]: line[start:end].split(maxsplit=1) for line in lines}
+    assert header[start:end].split() == ["MERGED", "DESIRED"]
+    assert {name: [cell.strip() for cell in row] for name, row in cells.items()} == {
+        "asked": ["ready", "pin, merge"],
+        "same": ["ready"],
+    }
+    shown = {name: adapters(fake, "show", name) for name in ("asked", "same")}
+    assert "desired by another name" not in shown["asked"]
+    assert "ready, desired by another name of this version" in shown["same"]

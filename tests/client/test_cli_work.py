@@ -37,6 +37,19 @@ def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
     assert "lora.rank" in result.stderr
 
 
+def test_a_job_that_is_broken_yaml_is_told_in_one_line_with_its_remedy(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("model: loramux-tiny\noutput: out\ndata:\n\ttrain: train.jsonl\n")
+    result = invoke("train", str(job))
+    assert result.exit_code == ExitCode.REFUSED
+    assert result.stderr == f"error: {job}:4:1: not YAML: a tab\n       indent with spaces\n"
+    for text in ("", "- model\n"):
+        job.write_text(text)
+        assert invoke("train", str(job)).stderr == (
+            f"error: {job}: not a mapping of keys\n       write lines like `model: loramux-tiny`\n"
+        )
+
+
 def test_the_first_ctrl_c_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +78,17 @@ def test_bench_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         result = invoke("bench", *arguments)
         assert result.exit_code == ExitCode.USAGE
         assert words in result.stderr
+
+
+def test_a_workload_that_is_broken_toml_is_told_in_one_line_with_its_remedy(tmp_path: Path) -> None:
+    workload = tmp_path / "work.toml"
+    workload.write_text("name = x\n")
+    result = invoke("bench", "--driver", "engine", "-w", str(workload))
+    assert result.exit_code == ExitCode.USAGE
+    said = "text is in double quotes, and true and false have no capitals"
+    assert result.stderr == f"error: {workload}:1:8: not TOML: not a value\n       {said}\n"
+    workload.write_text('name = "x"\n')
+    assert f"error: {workload}: shape: is required" in invoke("bench", "-w", str(workload)).stderr
 
 
 def test_bench_leaves_an_absent_peft_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

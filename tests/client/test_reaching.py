@@ -19,7 +19,7 @@ from loramux.channel import channel_options, find_proxy
 from loramux.cli import connecting
 from loramux.cli.main import app
 from loramux.errors import ClientClosed, ErrorDetails, InvalidArgument, LoramuxError, Unavailable
-from loramux.retry import NO_RETRY
+from loramux.retry import NO_RETRY, Attempts
 from loramux.unreachable import explain_too_large, explain_transport
 from support.fake_service import FakeServer, serve_fake
 
@@ -212,6 +212,33 @@ def test_the_wait_for_a_server_is_bounded_and_can_be_left_out() -> None:
         assert result.exit_code == 5
         assert result.stderr.count("no server is listening") == lines
         assert f"no server reachable at {address}; start one with `loramux serve`" in result.stderr
+
+
+def test_the_wait_that_is_announced_is_bounded_by_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr(connecting.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(connecting, "say", said.append)
+    absent = Unavailable("x", ErrorDetails(metadata={"transport": "Connection refused"}))
+    warming = Unavailable("x", ErrorDetails(reason="WARMING_UP"))
+
+    def try_twice(timeout: float | None) -> None:
+        attempts = Attempts(connecting.StartRetryPolicy(address="a:1", start_seconds=30.0), timeout)
+        for error in (absent, warming):
+            now[0] += 0.25
+            attempts.pause(error, idempotent=False)
+
+    try_twice(2.0)
+    assert said == [
+        "no server is listening at a:1 yet; waiting up to 1.8 s for it",
+        "the server is warming up; waiting up to 1.5 s for it",
+    ]
+    said.clear()
+    try_twice(None)
+    assert [line.partition("; ")[2] for line in said] == ["waiting up to 30 s for it", "waiting up to 60 s for it"]
+    said.clear()
+    with pytest.raises(Unavailable):
+        try_twice(0.5)
+    assert said == []  # nothing is waited for
 
 
 def test_only_a_server_of_this_machine_is_waited_for_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from loramux import Client
 from loramux.errors import InvalidArgument, LoramuxError, Unavailable
 from loramux.local_server import LocalServer, free_ports
 from loramux.retry import NO_RETRY
+from loramux.terminal.failures import ExitCode
 from support.live import until
 
 OPTIONS = {"dtype": "float32", "kv_bytes": "64MiB", "readiness_seconds": "0.2", "drain_seconds": "20"}
@@ -51,7 +52,7 @@ def test_a_start_that_cannot_succeed_says_why_at_once(tmp_path: Path) -> None:
             (["--device", "cuda:77", "--listen=127.0.0.1:0", *data], "cuda:77", "cuda:0" if _gpus() else "--device"),
         ):
             code, output, seconds = _serve(*flags)
-            assert code != 0
+            assert code == ExitCode.USAGE
             assert what in output
             assert remedy in output
             assert "Traceback" not in output

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux.terminal.failures import ExitCode
+from loramux_adapters.errors import StoreCorrupt
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.threads import limit_spinning
+from loramux_server import app as server_app
 from loramux_server.config import ServeConfig, groups, options, resolve_config
 from loramux_server.errors import ConfigInvalid, StartError
 from loramux_server.preflight import check_address, check_cuda, check_data_dir, check_model, check_start
@@ -81,7 +83,7 @@ def test_a_wrong_value_is_refused_with_the_remedy(flags: dict[str, object], why:
     ("content", "why"),
     [
         ("- a\n", "mapping"),
-        ("a: [", "not YAML"),
+        ("a: [", r"serve\.yaml:1:5: not YAML: the file ends within a list"),
         ("max_runing: 1\n", "unknown option"),
         ("max_running: {}\n", "one value"),
     ],
@@ -226,7 +228,7 @@ def test_the_data_dir_of_another_server_is_refused_before_anything_is_loaded(tmp
         )
     finally:
         lock.release()
-    assert other.returncode == ExitCode.REFUSED
+    assert other.returncode == ExitCode.USAGE
     assert f"error: the store is in use by process {os.getpid()}\n" in other.stderr
     assert "stop that process or choose another store directory (--data-dir)" in other.stderr
     assert other.stdout == ""
@@ -235,6 +237,23 @@ def test_the_data_dir_of_another_server_is_refused_before_anything_is_loaded(tmp
     }
     assert "loramux_server.app" in imported
     assert "torch" not in imported
+
+
+def test_a_store_that_cannot_be_opened_stops_a_start_as_any_other_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        async def start(self) -> None:
+            raise StoreCorrupt("the catalog is damaged", remedy="repair it")
+
+    monkeypatch.setattr(server_app, "App", Broken)
+    monkeypatch.setattr(server_app, "configure_logs", lambda *_: None)  # this process' own stay as they are
+    config = resolve_config(flags={"data_dir": str(tmp_path), "listen": "127.0.0.1:0", "metrics_listen": "none"}).config
+    with pytest.raises(StartError, match="the catalog is damaged") as caught:
+        server_app.serve(config)
+    assert caught.value.remedy == "repair it"
 
 
 def test_a_start_that_can_succeed_passes(tmp_path: Path) -> None:

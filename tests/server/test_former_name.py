@@ -28,7 +28,7 @@ def test_every_variable_of_the_former_name_is_refused_with_the_present_one() -> 
     with pytest.raises(ConfigInvalid) as caught:
         resolve_config(environ={"LORICA_MAX_RUNNING": "4", "LORICA_CONFIG": "x.yaml", **kubernetes})
     text = str(caught.value)
-    assert "LORICA_MAX_RUNNING is not read any more" in text
+    assert "LORICA_MAX_RUNNING was renamed to LORAMUX_MAX_RUNNING" in text
     assert "set LORAMUX_CONFIG" in text
     assert "2 options are wrong" in text
     resolve_config(environ=kubernetes)
@@ -37,6 +37,7 @@ def test_every_variable_of_the_former_name_is_refused_with_the_present_one() -> 
 def test_the_former_address_is_refused_by_every_command() -> None:
     result = CliRunner(env={"LORICA_ADDRESS": "127.0.0.1:1"}).invoke(app, ["health"])
     assert result.exit_code == ExitCode.USAGE
+    assert "env LORICA_ADDRESS was renamed to LORAMUX_ADDRESS" in result.stderr
     assert "set LORAMUX_ADDRESS" in result.stderr
 
 
@@ -57,13 +58,13 @@ def test_the_former_name_of_the_embedded_base_leads_to_the_present_one() -> None
 def test_renamed_flags_and_commands_are_refused_with_the_present_name(arguments: list[str], present: str) -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
     assert result.exit_code == ExitCode.USAGE
-    assert f"is called {present} now" in result.stderr.replace("`", "")
+    assert f"was renamed to {present}" in result.stderr.replace("`", "")
 
 
 def test_a_renamed_option_of_a_file_is_refused_with_the_present_name(tmp_path: Path) -> None:
     file = tmp_path / "loramux.yaml"
     file.write_text("materialised_bytes: 0\n")
-    with pytest.raises(ConfigInvalid, match="materialised_bytes is called merged_bytes now"):
+    with pytest.raises(ConfigInvalid, match="materialised_bytes was renamed to merged_bytes"):
         resolve_config(file=file)
     for variable in ("LORICA_MATERIALISED_BYTES", "LORAMUX_MATERIALISED_BYTES"):
         with pytest.raises(ConfigInvalid) as caught:
@@ -135,7 +136,7 @@ async def test_a_former_client_hears_what_its_method_is_called_now(tmp_path: Pat
     async with served(tmp_path) as server:
         call = server.channel.unary_stream(method)(b"") if is_streamed else server.channel.unary_unary(method)(b"")
         assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert "/loramux.v1.InferenceService/Generate now" in await call.details()
+        assert "was renamed to /loramux.v1.InferenceService/Generate: update" in await call.details()
         unknown = server.channel.unary_unary("/other.v1.Service/Call")(b"")
         assert await unknown.details() == "Method not found!"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.base.frozen import WeightFormats, supports_packed
 from loramux_adapters.base.load import load_base
+from loramux_adapters.base.weight_formats import WeightFormats, supports_packed
 from loramux_server.requests import SamplingParams
 from support.against_peft import prompts
 from support.model_engine import ModelEngine

@@ -47,6 +47,7 @@ class Faults:
     download_name: str | None = None  # sent in place of a file's name
     fail_stream_after: int | None = None  # messages of one stream, then INTERNAL
     finish: inference_pb2.FinishReason.ValueType | None = None  # of every choice
+    empty: bool = False  # every choice ends before its first token
 
 
 @dataclass
@@ -140,7 +141,8 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> inference_pb2.GenerateResponse:
         text = self._check(request, context)
-        usage = common_pb2.Usage(prompt_tokens=len(text), completion_tokens=1, cached_tokens=0)
+        is_empty = self._state.faults.empty
+        usage = common_pb2.Usage(prompt_tokens=len(text), completion_tokens=0 if is_empty else 1, cached_tokens=0)
         return inference_pb2.GenerateResponse(
             prompt=inference_pb2.PromptInfo(
                 request_id=request.request_id or "made-up", adapter_digest=DIGEST if request.adapter else "", seed=7
@@ -148,7 +150,7 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             choices=[
                 inference_pb2.Choice(
                     index=i,
-                    text=f"{request.adapter or 'base'}: {text}",
+                    text="" if is_empty else f"{request.adapter or 'base'}: {text}",
                     token_ids=[1, 2],
                     logprobs=[
                         inference_pb2.TokenLogprob(
@@ -173,6 +175,11 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
     ) -> Iterator[inference_pb2.GenerateStreamResponse]:
         text = self._check(request, context)
         context.add_callback(self._state.cancelled.set)
+        if self._state.faults.empty:
+            yield inference_pb2.GenerateStreamResponse(
+                finish=inference_pb2.Finish(reason=self._state.faults.finish or inference_pb2.FINISH_REASON_STOP)
+            )
+            return
         words = text.split(" ")
         fail_after, self._state.faults.fail_stream_after = self._state.faults.fail_stream_after, None
         for number, word in enumerate(words):

@@ -16,8 +16,8 @@ from loramux_adapters.apply.batch import AdapterBatch
 from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.slots import SlotTensors
-from loramux_adapters.base.frozen import WeightFormats
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from loramux_adapters.guard.examine import Examined, examine

@@ -13,8 +13,9 @@ from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
 from loramux_adapters.base.bitsandbytes_compat import Linear4bit
-from loramux_adapters.base.frozen import Nf4Linear, logical_nf4, select_weight_formats
+from loramux_adapters.base.frozen import Nf4Linear, logical_nf4
 from loramux_adapters.base.load import LoadedBase, load_base
+from loramux_adapters.base.weight_formats import select_weight_formats
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits

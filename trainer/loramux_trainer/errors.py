@@ -14,19 +14,28 @@ class TrainerError(Exception):
 
 
 class JobInvalid(TrainerError):
-    """The job file must be corrected. `field` is the dotted key (`training.learning_rate`), `message` what is wrong."""
+    """The job file must be corrected. `field` is the dotted key (`training.learning_rate`), `message` what is wrong,
+    `remedy` what to do where that does not say it.
+    """
+
+    def __init__(self, field: str, message: str, *, remedy: str = "") -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field, self.message, self.remedy = field, message, remedy
+
+
+class KeyRenamed(JobInvalid):
+    """A key has another name here: `message` goes on from the key, as in `was renamed to training.max_grad_norm`."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
-        self.field, self.message = field, message
+        super().__init__(field, message)
+        self.args = (f"{field} {message}",)
 
 
 class ModelInvalid(JobInvalid):
-    """The base cannot be found, loaded or trained exactly. `remedy` says what to do."""
+    """The base cannot be found, loaded or trained exactly."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__("model", message)
-        self.remedy = remedy
+        super().__init__("model", message, remedy=remedy)
 
 
 class DeviceInvalid(JobInvalid):

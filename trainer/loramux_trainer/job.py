@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from loramux_adapters.formats.limits import MAX_RANK
+from loramux_adapters.text_files import TextFileInvalid, read_yaml
 from loramux_adapters.validation import (
     FilePath,
     Number,
@@ -28,7 +28,7 @@ from loramux_adapters.validation import (
     YesNo,
     read,
 )
-from loramux_trainer.errors import JobInvalid, Problems
+from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems
 from loramux_trainer.schedule import warmup_length
 
 T = TypeVar("T")
@@ -200,10 +200,10 @@ class TrainConfig(Section):
 def _hints() -> dict[str, str]:
     """Messages for former and foreign names of keys and values."""
     return {
-        **{key: f"is now {present}" for key, present in RENAMED.items()},
+        **{key: f"was renamed to {present}" for key, present in RENAMED.items()},
         **{key: f"is called {ours} here" for key, ours in _CALLED.items()},
         **{
-            f"{key}={value}": f"{value!r} is now {present}"
+            f"{key}={value}": f"{value!r} was renamed to {present}"
             for key, values in _RENAMED_VALUES.items()
             for value, present in values.items()
         },
@@ -222,11 +222,13 @@ def renamed_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
 def read_job(path: Path) -> TrainConfig:
     """Read a YAML job; relative paths in it are relative to the file. Raises JobInvalid and SeveralInvalid."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise JobInvalid("", f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobInvalid("", f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except TextFileInvalid as error:
+        raise JobInvalid("", str(error), remedy=error.remedy) from error
+    if not isinstance(values, dict):
+        raise JobInvalid("", f"{path}: not a mapping of keys", remedy="write lines like `model: loramux-tiny`")
     return parse_job(values, root=path.parent)
 
 
@@ -252,7 +254,7 @@ def _read(section: type[T], values: object, at: str = "") -> T:
     except ValuesInvalid as error:
         problems = Problems()
         for key, rule in error.findings:
-            problems.add(JobInvalid(key, rule))
+            problems.add(KeyRenamed(key, rule) if key in RENAMED or key in _CALLED else JobInvalid(key, rule))
         raise problems.whole() from error
 
 

@@ -1,4 +1,4 @@
-"""Puts adapted modules into a loaded base, in place: every Linear, Linear4bit, Conv1D, embedding and biased norm.
+"""Puts adapted modules into a loaded base, in place: every Linear, Linear4bit, Conv1D, embedding and norm.
 
 Afterwards the model's projections read the step's batch from one cell. Knows no slots' owners and no requests.
 """
@@ -25,8 +25,9 @@ from loramux_adapters.apply.group import (
     SiteGroup,
 )
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
-from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, WeightFormats, freeze
+from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, freeze
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.parts.site import Normalize, Site, SiteKind

@@ -13,7 +13,8 @@ import torch
 from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.group import SiteGroup
 from loramux_adapters.apply.inject import AdaptedModel
-from loramux_adapters.base.frozen import DenseLinear, WeightFormats
+from loramux_adapters.base.frozen import DenseLinear
+from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.parts.registry import KIND_OF, KINDS
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
 

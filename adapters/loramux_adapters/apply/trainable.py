@@ -19,8 +19,9 @@ from torch import nn
 
 from loramux_adapters.apply.autograd import LowRankRows, multiply_adapted, multiply_frozen
 from loramux_adapters.base.bitsandbytes_compat import Linear4bit
-from loramux_adapters.base.frozen import FrozenLinear, Nf4Linear, freeze, select_weight_formats
+from loramux_adapters.base.frozen import FrozenLinear, Nf4Linear, freeze
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.base.weight_formats import select_weight_formats
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.kernels.protocol import Kernels, SlotSegment
 from loramux_adapters.kernels.select import select_kernels

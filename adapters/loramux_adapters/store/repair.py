@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.errors import AdapterError, StoreUnavailable
+from loramux_adapters.errors import REFUSED, AdapterError, StoreUnavailable
 from loramux_adapters.store import schema
 from loramux_adapters.store.disk import Disk, storage_errors
 from loramux_adapters.store.lock import DirectoryLock
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = repair(root, rebuild=options.rebuild)
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return REFUSED
     if report is None:
         print("the catalog is healthy, and nothing was changed")
         return 0

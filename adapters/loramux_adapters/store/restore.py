@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.errors import AdapterError, StoreUnavailable
+from loramux_adapters.errors import REFUSED, AdapterError, StoreUnavailable
 from loramux_adapters.store.disk import Disk, storage_errors
 from loramux_adapters.store.journal import Publication, read_journal
 from loramux_adapters.store.lost import DIRECTORY as LOST
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restored = restore(options.store, options.output)
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return REFUSED
     if restored.adapters:
         print(f"{len(restored.adapters)} adapters restored to {options.output}")
     else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,11 +15,16 @@ from typing import Annotated
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
 from loramux_adapters.names import NAME
+from loramux_adapters.text_files import TextFileInvalid, parse_toml, read_text
 from loramux_adapters.validation import Section, Text, ValuesInvalid, read
 
 
 class WorkloadInvalid(Exception):
-    """The workload file must be corrected; the message names each wrong key."""
+    """The workload file must be corrected; the message names the file and each wrong key. `remedy`: what to do."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -109,22 +113,21 @@ def read_workload(reference: str) -> Workload:
         text = (resources.files("loramux.bench") / "workloads" / f"{reference}.toml").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(reference).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            text = read_text(Path(reference))
+        except OSError as error:
             raise WorkloadInvalid(
-                f"cannot read the workload {reference}: {why}; shipped are {', '.join(shipped())}"
+                f"cannot read the workload {reference}: {error.strerror}; shipped are {', '.join(shipped())}"
             ) from error
-    return parse_workload(text)
+        except TextFileInvalid as error:
+            raise WorkloadInvalid(str(error), remedy=error.remedy) from error
+    return parse_workload(text, reference)
 
 
-def parse_workload(text: str) -> Workload:
-    """A workload from TOML text. Raises WorkloadInvalid with every wrong key."""
+def parse_workload(text: str, name: str = "workload") -> Workload:
+    """A workload from TOML text; `name` is the file's in messages. Raises WorkloadInvalid with every wrong key."""
     try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise WorkloadInvalid(f"not TOML: {error}") from error
-    try:
-        return read(Workload, values)
+        return read(Workload, parse_toml(text, name))
+    except TextFileInvalid as error:
+        raise WorkloadInvalid(str(error), remedy=error.remedy) from error
     except ValuesInvalid as error:
-        raise WorkloadInvalid(str(error)) from error
+        raise WorkloadInvalid(f"{name}: {error}") from error

@@ -61,7 +61,10 @@ def push(
 
 @app.command("ls")
 def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """List every adapter with the engine's view of where it is."""
+    """List every adapter with the engine's view of where it is.
+
+    TIER, LEASES and MERGED are of the version (DIGEST), which other names may share; DESIRED is of the name alone.
+    """
     from loramux.cli.connecting import connect
 
     with connect(address) as client:
@@ -72,10 +75,10 @@ def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
         base = client.model().fingerprint
     rows = [
         (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
-         a.residency.merged, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a, base))
+         a.residency.merged, _desired(a), ",".join(a.aliases), _remarks(a, base))
         for a in found
     ]  # fmt: skip
-    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "PINNED", "ALIASES", "REMARKS")
+    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "DESIRED", "ALIASES", "REMARKS")
     print_table(columns, rows, empty="no adapters yet; add one with `loramux adapters push DIRECTORY`")
 
 
@@ -90,7 +93,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         print_json(adapter)
         return
     residency = adapter.residency
-    merged = ": ".join(filter(None, (residency.merged, residency.merged_reason)))
+    merged = ": ".join(filter(None, (residency.merged, residency.merged_reason))) + _of_another_name(adapter)
     rows = [
         ("name", adapter.name),
         ("digest", adapter.digest),
@@ -230,8 +233,7 @@ def merge(
     residency = adapter.residency
     if residency.merged == "refused" and not off:
         raise CommandError(f"{name} is not merged: {residency.merged_reason or 'refused'}")
-    others = ", desired by another name of this version" if off and residency.merged != "none" else ""
-    print(f"{name}: merged weights {residency.merged}{others}")
+    print(f"{name}: merged weights {residency.merged}{_of_another_name(adapter)}")
 
 
 def _set_pinned(name: str, pinned: bool, address: str) -> None:
@@ -264,6 +266,17 @@ def _labels(pairs: list[str]) -> dict[str, str]:
     if bad:
         raise CommandError(f"not a label: {bad[0]!r}", remedy="write --label KEY=VALUE", code=ExitCode.USAGE)
     return labels
+
+
+def _desired(adapter: Adapter) -> str:
+    """The desired state of the name, in the words of the commands that set it."""
+    return ", ".join(word for word, is_set in (("pin", adapter.pinned), ("merge", adapter.merge)) if is_set)
+
+
+def _of_another_name(adapter: Adapter) -> str:
+    """What explains merged weights of a name that does not desire them: one version may have several names."""
+    is_explained = adapter.merge or adapter.residency.merged == "none"
+    return "" if is_explained else ", desired by another name of this version"
 
 
 def _remarks(adapter: Adapter, base: str) -> str:

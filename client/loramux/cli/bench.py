@@ -62,7 +62,7 @@ def command(
             print(results.page)
         json_path, page_path = write(out, results.name, results.values, results.page)
     except WorkloadInvalid as error:
-        raise CommandError(str(error), code=ExitCode.USAGE) from error
+        raise CommandError(str(error), remedy=error.remedy, code=ExitCode.USAGE) from error
     except ResultsUnwritable as error:
         raise CommandError(str(error), remedy="give another directory with --out") from error
     except DriverFailed as error:

@@ -41,22 +41,23 @@ class StartRetryPolicy(RetryPolicy):
         """All but warming up, and no server there where a start is waited for."""
         return error.reason != _WARMING_UP and not (self.start_seconds and _is_absent(error))
 
-    def pause(self, error: LoramuxError, attempt: int, *, idempotent: bool) -> float | None:
+    def pause(self, error: LoramuxError, attempt: int, *, idempotent: bool, left: float | None = None) -> float | None:
         """As the usual policy, starting and warming up aside; the first wait for each is announced on stderr."""
         if self.is_counted(error):
-            return super().pause(error, attempt, idempotent=idempotent)
+            return super().pause(error, attempt, idempotent=idempotent, left=left)
         if _is_absent(error):
             state, seconds = f"no server is listening at {self.address} yet", self.start_seconds
         else:
             state, seconds = "the server is warming up", self.warm_up_seconds
         now = time.monotonic()
         is_new = state not in self._since
-        left = self._since.setdefault(state, now) + seconds - now
-        if left <= 0:
+        to_wait = self._since.setdefault(state, now) + seconds - now
+        pause = min(to_wait, _POLL_SECONDS)
+        if pause <= 0 or (left is not None and pause >= left):
             return None
         if is_new:
-            say(f"{state}; waiting up to {left:.0f} s for it")
-        return min(left, _POLL_SECONDS)
+            say(f"{state}; waiting up to {_seconds(to_wait if left is None else min(to_wait, left))} s for it")
+        return pause
 
 
 def connect(address: str, start_seconds: float | None = None) -> Client:
@@ -69,6 +70,11 @@ def connect(address: str, start_seconds: float | None = None) -> Client:
 def generate_start_seconds(address: str) -> float:
     """How long `loramux generate` waits for a server at `address` to listen, without --wait."""
     return GENERATE_START_SECONDS if is_local(address) else 0.0
+
+
+def _seconds(seconds: float) -> str:
+    """For people: whole ones, or tenths of a few."""
+    return f"{round(seconds, 1 if seconds < 10 else 0):g}"
 
 
 def _is_absent(error: LoramuxError) -> bool:

@@ -10,11 +10,11 @@ import typer
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address
 from loramux.cli.completion import complete_adapters
 from loramux.terminal.failures import CommandError, ExitCode
-from loramux.terminal.output import print_json
+from loramux.terminal.output import print_json, say
 
 if TYPE_CHECKING:
     from loramux.client import Client
-    from loramux.types import GenerateOptions, Message
+    from loramux.types import Finish, GenerateOptions, Message
 
 
 def command(
@@ -110,7 +110,9 @@ def command(
                 print_json(answer)
             else:
                 for choice in answer.choices:
-                    print(f"--- {choice.index}\n{choice.text}")
+                    print(f"--- {choice.index}\n{choice.text}" if choice.text else f"--- {choice.index}")
+                    if not choice.text:
+                        _say_empty(f"answer {choice.index}", choice.finish)
     if aborted:
         raise CommandError("the answer was aborted before its end", code=ExitCode.UNAVAILABLE)
 
@@ -124,19 +126,28 @@ def _stream(
     options: GenerateOptions,
 ) -> bool:
     """Print the one answer as it is made; whether it was aborted."""
-    aborted = is_in_line = False
+    is_in_line = False
+    finish: Finish | None = None
     try:
         for part in client.stream(text, messages=messages, adapter=adapter, timeout=timeout, **options):
             sys.stdout.write(part.text)
             sys.stdout.flush()
             is_in_line = is_in_line or bool(part.text)
-            aborted = part.finish is not None and part.finish.reason == "aborted"
+            finish = part.finish or finish
     except KeyboardInterrupt:
         if is_in_line:
             sys.stdout.write("\n")  # before the word that it was interrupted
         raise
-    sys.stdout.write("\n")
-    return aborted
+    if is_in_line:
+        sys.stdout.write("\n")
+    elif finish is not None:
+        _say_empty("the answer", finish)
+    return finish is not None and finish.reason == "aborted"
+
+
+def _say_empty(answer: str, finish: Finish) -> None:
+    tokens = finish.usage.completion
+    say(f"{answer} is empty: {tokens} token{'' if tokens == 1 else 's'}, finish reason {finish.reason}")
 
 
 def _read_prompt(prompt: str | None) -> str:

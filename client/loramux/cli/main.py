@@ -67,7 +67,7 @@ def _root(
     """One frozen 4-bit base model, many LoRA adapters, one batch."""
     limit_spinning()  # before any command loads torch
     for former, present in renamed_variables(os.environ, {_ADDRESS: _ADDRESS}).items():
-        raise CommandError(f"env {former} is not read any more", remedy=f"set {present}", code=ExitCode.USAGE)
+        raise CommandError(f"env {former} was renamed to {present}", remedy=f"set {present}", code=ExitCode.USAGE)
 
 
 app.command("serve")(serve.command)

@@ -14,7 +14,7 @@ def refuse_renamed(args: Sequence[str]) -> None:
     """Raises BadParameter for a command line of former names."""
     command = " ".join(args[:2])
     if command in _COMMANDS:
-        raise typer.BadParameter(f"`{command}` is called `{_COMMANDS[command]}` now")
+        raise typer.BadParameter(f"`{command}` was renamed to `{_COMMANDS[command]}`")
     for flag in (argument.partition("=")[0] for argument in args):
         if flag in _FLAGS:
-            raise typer.BadParameter(f"{flag} is called {_FLAGS[flag]} now")
+            raise typer.BadParameter(f"{flag} was renamed to {_FLAGS[flag]}")

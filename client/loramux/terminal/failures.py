@@ -16,8 +16,8 @@ class ExitCode(IntEnum):
 
     OK = 0
     NO = 1  # it ran, and the answer is no: not healthy, a bar missed, a difference found
-    USAGE = 2  # flags, environment or configuration
-    REFUSED = 3  # the input is wrong, or the state forbids it
+    USAGE = 2  # it cannot begin as it was called: flags, environment, configuration, base, device, what is in use
+    REFUSED = 3  # a request, an adapter, a job or its data is wrong, or the state forbids it
     NOT_FOUND = 4
     UNAVAILABLE = 5  # no server, an overloaded one, or a timeout: trying again may help
     FAULT = 6  # the server or the transfer is at fault
@@ -113,7 +113,7 @@ def _trainer(error: BaseException) -> Failure | None:
     if isinstance(error, errors.SeveralInvalid):
         usage = any(isinstance(problem, start) for problem in error.problems)
         return Failure(str(error), ExitCode.USAGE if usage else ExitCode.REFUSED)
-    if isinstance(error, start):
-        return Failure(str(error), ExitCode.USAGE, getattr(error, "remedy", ""))
-    stopped = isinstance(error, errors.Interrupted)
-    return Failure(str(error), ExitCode.INTERRUPTED if stopped else ExitCode.REFUSED)
+    code = ExitCode.USAGE if isinstance(error, start) else ExitCode.REFUSED
+    if isinstance(error, errors.Interrupted):
+        code = ExitCode.INTERRUPTED
+    return Failure(str(error), code, getattr(error, "remedy", ""))

@@ -21,6 +21,6 @@ class FormerService(grpc.GenericRpcHandler):
         present = f"/loramux.v1.{method.removeprefix(SERVICE_PREFIX)}"
 
         async def refuse(_requests: object, context: aio.ServicerContext[Any, Any]) -> None:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is {present} now: update the client")
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} was renamed to {present}: update the client")
 
         return grpc.stream_stream_rpc_method_handler(refuse)

@@ -6,7 +6,6 @@ Knows the services only as things to register; what they do is theirs.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from loramux_server.api.running_calls import RunningCalls
 from loramux_server.errors import StartError
 from loramux_server.options import is_unix, unix_path
 
-_LOG = logging.getLogger("loramux_server.api")
 _WINDOW_BYTES = 4 << 20  # 80 MB/s at a round trip of 50 ms
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -107,8 +105,10 @@ class GrpcServer:
         self._gate.drain()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
-    async def shut_down(self, shutdown: Shutdown, end_work: Callable[[float], Awaitable[None]] | None = None) -> None:
+    async def shut_down(self, shutdown: Shutdown, end_work: Callable[[float], Awaitable[None]] | None = None) -> int:
         """Say NOT_SERVING, wait the readiness period, refuse new work while running work ends, close.
+
+        Returns the number of calls that were ended before their answer, those without an end of their own aside.
 
         `end_work(seconds)` waits for the engine to become idle and aborts what is left after `seconds`; None where no
         engine is left to end work. The calls then end with their last message, those that are left with UNAVAILABLE.
@@ -118,13 +118,13 @@ class GrpcServer:
             await asyncio.sleep(shutdown.readiness_seconds)
         self._gate.drain()
         if end_work is not None:
-            _LOG.info("draining", extra={"fields": {"seconds": shutdown.drain_seconds}})
             await end_work(shutdown.drain_seconds)
-        await self._calls.end(shutdown.flush_seconds)
+        cut_off = await self._calls.end(shutdown.flush_seconds)
         if shutdown.keeps_port:
             _remove_socket(self.address)
         else:
             await self._server.stop(None)
+        return cut_off
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
         for service in ("", *_SERVICES):

@@ -33,17 +33,22 @@ class RunningCalls:
         task.uncancel()
         return True
 
-    async def end(self, seconds: float, status_seconds: float = 1.0) -> None:
-        """Wait for calls to end by themselves; after `seconds` cancel the rest, and wait for their statuses."""
+    async def end(self, seconds: float, status_seconds: float = 1.0) -> int:
+        """Wait for calls to end by themselves; after `seconds` cancel the rest, and wait for their statuses.
+
+        Returns the number of those cancelled that were waited for.
+        """
         finite = [task for task, ends in self._tasks.items() if ends]
         if finite and seconds > 0:
             await asyncio.wait(finite, timeout=seconds)
         left = [task for task in self._tasks if not task.done()]
+        cut_off = sum(self._tasks[task] for task in left)
         for task in left:
             self._ended.add(task)
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=status_seconds)
+        return cut_off
 
     def _discard(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)

@@ -25,7 +25,7 @@ from loramux_server.errors import (
     Unavailable,
     status_of,
 )
-from loramux_server.requests import RequestFailure, Submission, TokenEvent
+from loramux_server.requests import FinishReason, RequestFailure, Submission, TokenEvent
 
 _SHORTEST_RETRY = 0.05
 _LONGEST_RETRY = 30.0
@@ -39,6 +39,7 @@ class _Ticket:
 
     stream: RequestStream
     owed: set[int]
+    is_cut_off: bool = False
 
 
 class EngineClient:
@@ -62,6 +63,7 @@ class EngineClient:
         self._names: dict[tuple[str, str], int] = {}  # (tenant, request id) -> ticket, while a reader waits
         self._last_ticket = 0
         self._live = 0  # choices in `owed`
+        self._cut_off = 0
         self._refusal: Callable[[], Unavailable] | None = None  # set once nothing is taken any more
         self._finish_interval: float | None = None  # seconds between two ends, smoothed
         self._last_end: float | None = None
@@ -86,6 +88,16 @@ class EngineClient:
         self._tickets[ticket].stream.abort()
         return True
 
+    @property
+    def running_requests(self) -> int:
+        """Submissions that run or wait: the engine has not ended them yet."""
+        return len(self._tickets)
+
+    @property
+    def cut_off_requests(self) -> int:
+        """Submissions that ended before their end because the engine did, those that were aborted anyway aside."""
+        return self._cut_off
+
     def drain(self) -> None:
         """Refuse new submissions with Draining; those under way go on."""
         if self._refusal is None:
@@ -99,6 +111,7 @@ class EngineClient:
         self._names.clear()
         self._live = 0
         for ticket in tickets.values():
+            self._cut_off += not ticket.stream.is_aborted
             for choice in sorted(ticket.owed):
                 ticket.stream.push(TokenEvent(choice, failure=failure))
 
@@ -149,10 +162,12 @@ class EngineClient:
             ticket.stream.push(event)
             if event.terminal and event.choice in ticket.owed:
                 ticket.owed.discard(event.choice)
+                ticket.is_cut_off |= event.finish is FinishReason.ABORTED and not ticket.stream.is_aborted
                 self._live -= 1
                 self._note_end()
                 if not ticket.owed:
                     del self._tickets[number]
+                    self._cut_off += ticket.is_cut_off
                 self._free_name(number, ticket.stream)
 
     def _finish(self, number: int, choice: int) -> None:

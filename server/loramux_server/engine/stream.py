@@ -35,6 +35,11 @@ class RequestStream:
         """Whether more events may come."""
         return bool(self._open)
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether its reader, or its caller, has asked for its end."""
+        return self._aborted
+
     def push(self, event: TokenEvent) -> None:
         """Take in one event; after a choice's end nothing of it is kept."""
         if event.choice not in self._open:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters.base.frozen import WeightFormats
+from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.parts.bias import Bias
 from loramux_adapters.parts.low_rank import LowRank
 from support.against_peft import ask_peft, assert_equal_to_peft, engine_for, prompts

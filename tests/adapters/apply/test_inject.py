@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loramux_adapters.apply.inject import AdaptedModel, inject
-from loramux_adapters.base.frozen import WeightFormats
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.base.weight_formats import WeightFormats
 from support.checkpoints import float_base, save_checkpoint, wide_model
 
 IDS = torch.arange(12)[None]

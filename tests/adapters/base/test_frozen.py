@@ -9,14 +9,8 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import nn
 
-from loramux_adapters.base.frozen import (
-    DenseLinear,
-    Nf4Linear,
-    WeightFormats,
-    logical_nf4,
-    select_weight_formats,
-    supports_packed,
-)
+from loramux_adapters.base.frozen import DenseLinear, Nf4Linear, logical_nf4
+from loramux_adapters.base.weight_formats import WeightFormats, select_weight_formats, supports_packed
 from loramux_adapters.kernels.native_linear import find_native_linear
 
 needs_packed = pytest.mark.skipif(not supports_packed(), reason="no AVX512-BF16 kernel on this machine")

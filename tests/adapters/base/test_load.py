@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loramux_adapters.base.fingerprint import CONFIG_NOT_ARITHMETIC, fingerprint
-from loramux_adapters.base.frozen import select_weight_formats, supports_packed
 from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base, quantized_modules, refingerprint
+from loramux_adapters.base.weight_formats import select_weight_formats, supports_packed
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from support.adapters import files_of, peft_warnings_ignored, save, wrap

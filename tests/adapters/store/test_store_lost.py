@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.errors import REFUSED, AdapterNotFound
 from loramux_adapters.store.disk import Disk
 from loramux_adapters.store.journal import FILE_NAME, Journal, Publication, read_journal
 from loramux_adapters.store.local import LocalStore
@@ -157,7 +157,7 @@ def test_restoring_takes_no_damaged_bytes_and_names_what_it_does_not_know(
     assert said.startswith(f"0 adapters restored: {root / 'lost'} holds none whole\n")
     assert not (tmp_path / "out").exists()
     assert f"belongs to no known adapter: {file}" in said
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == REFUSED
     assert "there is no store" in capsys.readouterr().err
 
 

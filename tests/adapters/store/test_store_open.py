@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_adapters.errors import AdapterNotFound, StoreCorrupt, StoreUnavailable
+from loramux_adapters.errors import REFUSED, AdapterNotFound, StoreCorrupt, StoreUnavailable
 from loramux_adapters.store import schema
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.records import AdapterUpdate
@@ -246,11 +246,11 @@ def test_a_rebuild_drops_adapters_whose_files_are_gone(tmp_path: Path) -> None:
 def test_the_repair_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path)
     with LocalStore(tmp_path):
-        assert main([str(tmp_path)]) == 1
+        assert main([str(tmp_path)]) == REFUSED
         assert "in use by process" in capsys.readouterr().err
     assert main([str(tmp_path), "--rebuild"]) == 0
     said = capsys.readouterr().out
     assert "3 adapters kept, 0 lost" in said
     assert f"the catalog as it was is {tmp_path}/catalog.sqlite3.damaged-1\n" in said
-    assert main([str(tmp_path / "nowhere")]) == 1
+    assert main([str(tmp_path / "nowhere")]) == REFUSED
     assert "there is no store" in capsys.readouterr().err

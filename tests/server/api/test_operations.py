@@ -205,8 +205,9 @@ async def test_a_process_that_drains_ends_no_call_with_cancelled(tmp_path: Path)
 
 
 async def test_a_drain_tells_uploads_and_watches_that_do_not_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "loramux_server.drain")
     # On a machine whose cores are all busy a last message takes longer than a server that ends will wait for.
     monkeypatch.setattr(RunningCalls.end, "__defaults__", (60.0,))
     monkeypatch.setattr(interceptors, "_ABORT_SECONDS", 60.0)
@@ -225,6 +226,8 @@ async def test_a_drain_tells_uploads_and_watches_that_do_not_end(
             assert told["ErrorInfo"].reason == "DRAINING"
             assert "RetryInfo" in told
         await stopping
+    fields = {record.message: record.fields for record in caplog.records}["drained"]  # type: ignore[attr-defined]
+    assert (fields["finished"], fields["cut_off"], fields["calls_cut_off"]) == (0, 0, 1)  # a watch has no end
 
 
 async def test_a_unix_socket_serves_and_is_not_taken_from_a_running_server(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from grpc import aio
 
 from loramux_protos.v1 import inference_pb2
+from loramux_server import drain
 from loramux_server.app import App
 from loramux_server.engine.plan import StepPlan
 from support.engine_client import count_submissions
@@ -201,7 +202,11 @@ async def test_a_drain_lets_streams_end_and_refuses_new_work(tmp_path: Path) -> 
         assert await serving == 0
 
 
-async def test_a_stream_longer_than_the_grace_period_is_aborted(tmp_path: Path) -> None:
+async def test_a_stream_longer_than_the_grace_period_is_aborted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(drain, "_REPORT_SECONDS", 0.0)  # so that one report at least comes before the end
+    caplog.set_level("INFO", "loramux_server.drain")
     inside = Inside(before_step=_slow(0.03))
     app = App(serve_config(tmp_path, drain_seconds=0.3), inside.build)
     await app.start()
@@ -213,6 +218,12 @@ async def test_a_stream_longer_than_the_grace_period_is_aborted(tmp_path: Path) 
         last = [message async for message in stream][-1]
         assert last.finish.reason == inference_pb2.FINISH_REASON_ABORTED
         assert await serving == 0
+    first, *still, end = [(record.message, record.fields) for record in caplog.records]  # type: ignore[attr-defined]
+    assert first == ("draining", {"requests": 1, "seconds": 0.3})
+    assert {(message, fields["requests"]) for message, fields in still} >= {("still draining", 1)}
+    assert (end[0], end[1]["finished"], end[1]["cut_off"]) == ("drained", 0, 1)
+    assert end[1]["seconds"] >= 0.3
+    assert "calls_cut_off" not in end[1]
 
 
 async def test_the_engines_death_ends_every_request_and_the_server(tmp_path: Path) -> None:

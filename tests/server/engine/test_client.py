@@ -250,6 +250,22 @@ async def test_draining_refuses_the_new_and_keeps_the_old():
         server.client.submit(submission("c"))
 
 
+async def test_what_an_engine_cuts_off_is_counted_and_what_was_aborted_is_not():
+    harness = ClientHarness()
+    streams = [harness.client.submit(submission(name, n=2 if name == "a" else 1)) for name in "abcde"]
+    harness.client.drain()
+    assert harness.client.running_requests == 5
+    aborted = TokenEvent(0, finish=FinishReason.ABORTED)
+    await harness.publish((1, end(0)), (2, end()))
+    assert (harness.client.running_requests, harness.client.cut_off_requests) == (4, 0)
+    streams[2].abort()
+    await harness.publish((1, TokenEvent(1, finish=FinishReason.ABORTED)), (3, aborted))
+    assert (harness.client.running_requests, harness.client.cut_off_requests) == (2, 1)
+    streams[3].abort()
+    harness.client.fail_all(RequestFailure("DRAINING", "the server has stopped"))
+    assert (harness.client.running_requests, harness.client.cut_off_requests) == (0, 2)
+
+
 async def test_fail_all_ends_each_choice_once_and_refuses_from_then_on():
     harness = ClientHarness()
     stream = harness.client.submit(submission("a", n=3))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters.base.frozen import WeightFormats, select_weight_formats, supports_packed
 from loramux_adapters.base.load import load_base
+from loramux_adapters.base.weight_formats import WeightFormats, select_weight_formats, supports_packed
 from support.checkpoints import PeftOracle, float_base, make_adapter_for, save_checkpoint, wide_model
 from support.model_engine import ModelEngine
 
