@@ -8,6 +8,9 @@ from loramux_adapters.former_name import DECLARATION_FILE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+INITIAL_FILE = "initial_adapter_model.safetensors"
+"""The adapter as it was before its first step, of methods that subtract it from the base (PiSSA and its like)."""
+
 DECLARATION_FILES = ("loramux.json", DECLARATION_FILE)
 """Where the base may be declared beside the weights' own metadata."""
 
@@ -16,6 +19,7 @@ REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 MAX_FILE_BYTES: Mapping[str, int | None] = {
     CONFIG_FILE: 1 << 20,
     WEIGHTS_FILE: None,
+    INITIAL_FILE: None,
     **dict.fromkeys(DECLARATION_FILES, 1 << 20),
 }
 """Every allowed file and how large it may be; None: bounded by the upload quota alone."""

@@ -145,7 +145,8 @@ class AsyncClient:
     ) -> Pushed:
         """Upload a PEFT directory under `name`; a repeat after a cut goes on where the server stands.
 
-        Only adapter_config.json, adapter_model.safetensors and loramux.json travel; `Pushed.left_out` lists the rest.
+        Only adapter_config.json, adapter_model.safetensors, initial_adapter_model.safetensors and loramux.json travel;
+        `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
         path = Path(directory)

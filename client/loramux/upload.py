@@ -17,7 +17,8 @@ from loramux.types import FileEntry, FileProgress, ProgressCallback, TransferPro
 from loramux_protos.v1 import adapters_pb2
 
 REQUIRED = (CONFIG, WEIGHTS)
-OPTIONAL = ("loramux.json", "lorica.json")  # the second as the project was called before
+# The second as the project was called before; the third what PiSSA and its like subtracted from the base.
+OPTIONAL = ("loramux.json", "lorica.json", "initial_adapter_model.safetensors")
 CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
 
 

@@ -16,6 +16,7 @@ from loramux_adapters.spec import BaseModelSpec
 
 FINGERPRINT_KEY = "loramux_base_fingerprint"
 _KEYS = (FINGERPRINT_KEY, former_name.FINGERPRINT_KEY)
+RESIDUAL_KEY = "loramux_base_is_residual"
 
 
 def declared_fingerprint(
@@ -30,7 +31,7 @@ def declared_fingerprint(
     for subject, content in ((f"{metadata_subject}: __metadata__", metadata), *declarations.items()):
         declared |= {(subject, key): content[key] for key in _KEYS if content.get(key) is not None}
     for subject, content in declarations.items():
-        unknown = sorted(set(content) - set(_KEYS))
+        unknown = sorted(set(content) - {*_KEYS, RESIDUAL_KEY})
         if unknown:
             raise _invalid(f"{subject}: {quote(unknown[0])} is not a known key", subject)
     for (subject, key), value in declared.items():
@@ -40,6 +41,17 @@ def declared_fingerprint(
         subjects = list(dict.fromkeys(subject for subject, _ in declared))
         raise _invalid(f"{' and '.join(subjects)} declare different bases", subjects[-1])
     return next((str(value) for value in declared.values()), None)
+
+
+def declares_residual(declarations: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether the declared base is what an initialization left of another one. Raises AdapterInvalid."""
+    for subject, content in declarations.items():
+        value = content.get(RESIDUAL_KEY, False)
+        if not isinstance(value, bool):
+            raise _invalid(f"{subject}: {RESIDUAL_KEY} {quote(value)} is neither true nor false", subject)
+        if value:
+            return True
+    return False
 
 
 def is_other_base(declared: str | None, base: BaseModelSpec, *, allow: bool) -> bool:

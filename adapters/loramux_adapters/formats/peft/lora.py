@@ -92,14 +92,17 @@ class LoraTarget(Target):
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
-        b = tensors["b"].float() * self.scale
+        a, b = tensors["a"], tensors["b"].float() * self.scale
         if not bool(torch.isfinite(b).all()):
             raise AdapterInvalid(
                 f"{CONFIG_FILE}: scale {self.scale:g} makes lora_B of module {quote(self.module.name)} infinite",
                 subject=f"{CONFIG_FILE}: lora_alpha",
                 remedy="check lora_alpha and alpha_pattern",
             )
-        low_rank = LowRank(tensors["a"], b)
+        if "initial_a" in tensors:  # the base has lost these: (W - B0 A0) + B A
+            a = torch.cat([a.float(), tensors["initial_a"].float()])
+            b = torch.cat([b, tensors["initial_b"].float() * -self.scale], dim=1)
+        low_rank = LowRank(a, b)
         parts: list[Part] = [low_rank]
         if "magnitude" in tensors:
             parts.append(Magnitude(tensors["magnitude"].float(), low_rank))
@@ -127,7 +130,13 @@ class LoraTuner(Tuner):
     lora_bias: bool
     bias: str
     extras: Extras = NO_EXTRAS
+    moved_by: str | None = None
     invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def moved_base(self) -> str | None:
+        """See Tuner."""
+        return self.moved_by
 
     @property
     def invocation(self) -> tuple[int, ...]:
@@ -138,7 +147,6 @@ class LoraTuner(Tuner):
     def parse(cls, raw: Mapping[str, object]) -> LoraTuner:
         """See Tuner."""
         config = PeftConfig(raw, KEYS, cls.peft_type)
-        _check_init(raw.get("init_lora_weights", True))
         tuner = cls(
             selection=Selection.parse(config),
             r=config.rank("r", 8),
@@ -150,6 +158,7 @@ class LoraTuner(Tuner):
             lora_bias=config.flag("lora_bias"),
             bias=config.choice("bias", ("none", "all", "lora_only"), "none"),
             extras=Extras.parse(config),
+            moved_by=_moved_by(raw.get("init_lora_weights", True)),
             invocation_tokens=config.ids("alora_invocation_tokens"),
         )
         if tuner.invocation and (tuner.use_dora or tuner.bias != "none" or tuner.extras != NO_EXTRAS):
@@ -203,16 +212,13 @@ class LoraTuner(Tuner):
         return low_rank_config(scales) | ({"invocation": list(self.invocation)} if self.invocation else {})
 
 
-def _check_init(value: object) -> None:
-    """Initializations that subtract from the base leave an adapter that is wrong on the base itself."""
+def _moved_by(value: object) -> str | None:
+    """The initialization, where it subtracts from the base. Raises AdapterInvalid for one that is not known."""
     if value is None or isinstance(value, bool):
-        return
+        return None
     name = value.lower() if isinstance(value, str) else ""
     if name.startswith(_MOVING_INITS):
-        raise bad_key(
-            "init_lora_weights",
-            f"{quote(value)} moved the base weights, so the adapter is wrong without them",
-            "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
+        return name
     if name not in _UNMOVED_INITS:
         raise bad_key("init_lora_weights", f"{quote(value)} is not a known initialization", "train with a known one")
+    return None

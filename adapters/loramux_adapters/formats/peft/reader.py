@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.adapter_files import DECLARATION_FILES, WEIGHTS_FILE
-from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.adapter_files import DECLARATION_FILES, INITIAL_FILE, WEIGHTS_FILE
+from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.base_weight import check_is_base_weight
 from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base
 from loramux_adapters.formats.digest import AdapterDigest
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.extras import tie_token_rows
+from loramux_adapters.formats.peft.initial import needs_initial_pair
 from loramux_adapters.formats.peft.tensors import BASE_WEIGHT, BIAS, PlacedTensor, place_tensors
 from loramux_adapters.formats.peft.tuner import Targets, Tuner
 from loramux_adapters.formats.refusals import quote
@@ -53,11 +54,19 @@ def read_peft(
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits) as file:
         placed = place_tensors(file.header.tensors.values(), tuner, targets, base, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
+        has_initial = needs_initial_pair(tuner, files, declared, declarations, base)
         mismatch = is_other_base(declared, base, allow=allow_base_mismatch)
-        tensors, digest = _read_tensors(file, placed, base)
+        digest = AdapterDigest()
+        tensors = _read_tensors(file, placed, base, digest)
+    if has_initial:
+        with SafetensorsFile(files[INITIAL_FILE], INITIAL_FILE, limits) as file:
+            initial = place_tensors(file.header.tensors.values(), tuner, _without_extras(targets), base, limits)
+            for name, pair in _read_tensors(file, initial, base, digest, prefix="~initial ").items():
+                tensors[name] |= {f"initial_{role}": tensor for role, tensor in pair.items() if role in ("a", "b")}
     if targets.tied_head is not None and base.embedding is not None:
         _check_tied(tensors, targets.tied_head, base.embedding)
     modules = _canonical(tensors, targets, base)
+    _check_ranks(modules, limits)
     spec = AdapterSpec(
         digest=digest.finish(tuner.arithmetic(targets) | tuner.extras.arithmetic(targets.modules)),
         kind=tuner.kind,
@@ -82,21 +91,24 @@ def _is_other(module: ModuleWeights) -> bool:
     return any(not isinstance(part, (LowRank, Bias)) for part in module.parts)
 
 
+def _without_extras(targets: Targets) -> Targets:
+    return replace(targets, modules={name: each for name, each in targets.modules.items() if each.own_suffixes is None})
+
+
 def _read_tensors(
-    file: SafetensorsFile, placed: list[PlacedTensor], base: BaseModelSpec
-) -> tuple[dict[str, Tensors], AdapterDigest]:
+    file: SafetensorsFile, placed: list[PlacedTensor], base: BaseModelSpec, digest: AdapterDigest, prefix: str = ""
+) -> dict[str, Tensors]:
     """Every tensor once, in canonical order, hashed as uploaded. Those that all modules share are under ""."""
-    digest = AdapterDigest()
     read: dict[str, Tensors] = {"": {}}
     for tensor in sorted(placed, key=lambda tensor: tensor.canonical_name):
         data = file.read_bytes(tensor.entry)
-        digest.add_tensor(tensor.canonical_name, tensor.entry.dtype, tensor.entry.shape, data)
+        digest.add_tensor(prefix + tensor.canonical_name, tensor.entry.dtype, tensor.entry.shape, data)
         values = file.decode(tensor.entry, data)
         if tensor.role == BASE_WEIGHT:
             check_is_base_weight(tensor.module, tensor.entry, values, base)
         else:
             read.setdefault(tensor.module, {})[tensor.role] = values
-    return read, digest
+    return read
 
 
 def _canonical(read: dict[str, Tensors], targets: Targets, base: BaseModelSpec) -> dict[str, ModuleWeights]:
@@ -111,6 +123,19 @@ def _canonical(read: dict[str, Tensors], targets: Targets, base: BaseModelSpec) 
         modules[name] = parts
     tie_token_rows(modules, base)
     return {name: ModuleWeights(parts) for name, parts in modules.items()}
+
+
+def _check_ranks(modules: Mapping[str, ModuleWeights], limits: ReadLimits) -> None:
+    """Of what came of the tensors: an initial pair doubles a rank."""
+    for name, module in modules.items():
+        low_rank = module.get(LowRank)
+        if low_rank is not None and low_rank.rank > limits.max_rank:
+            raise AdapterIncompatible(
+                f"{WEIGHTS_FILE}: module {quote(name)}: rank {low_rank.rank}, with the initial pair, is over this "
+                f"server's limit of {limits.max_rank}",
+                subject=f"{WEIGHTS_FILE}: {quote(name)}",
+                remedy="train with a smaller rank",
+            )
 
 
 def _check_tied(read: Mapping[str, Tensors], head: str, embedding: str) -> None:

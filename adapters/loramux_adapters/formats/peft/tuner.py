@@ -92,6 +92,11 @@ class Tuner(ABC):
     """PEFT's `bias`: none, all, or `<method>_only`."""
 
     @property
+    def moved_base(self) -> str | None:
+        """What initialized the adapter, where that subtracted it from the base."""
+        return None
+
+    @property
     def invocation(self) -> tuple[int, ...]:
         """See AdapterSpec."""
         return ()
