@@ -22,7 +22,7 @@ from support.checkpoints import float_base
 def dequantized_model(checkpoint: Path) -> PreTrainedModel:
     """The checkpoint's own model, its linear weights replaced by what their NF4 codes stand for: PEFT has layers for
     quantized modules in some of its methods only."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(checkpoint), torch_dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
     base = float_base(checkpoint)
     for name, spec in base.spec.modules.items():
         quantized, module = base.model.get_submodule(name), model.get_submodule(name)

@@ -134,6 +134,11 @@ class LoraTuner(Tuner):
     invocation_tokens: tuple[int, ...] = ()
 
     @property
+    def variant(self) -> str:
+        """See Tuner."""
+        return "dora" if self.use_dora else "alora" if self.invocation else self.kind
+
+    @property
     def moved_base(self) -> str | None:
         """See Tuner."""
         return self.moved_by

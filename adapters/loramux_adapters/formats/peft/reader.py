@@ -69,7 +69,7 @@ def read_peft(
     _check_ranks(modules, limits)
     spec = AdapterSpec(
         digest=digest.finish(tuner.arithmetic(targets) | tuner.extras.arithmetic(targets.modules)),
-        kind=tuner.kind,
+        kind=tuner.variant,
         base_fingerprint=declared,
         base_mismatch=mismatch,
         ranks={name: part.rank for name, module in modules.items() if (part := module.get(LowRank)) is not None},

@@ -92,6 +92,11 @@ class Tuner(ABC):
     """PEFT's `bias`: none, all, or `<method>_only`."""
 
     @property
+    def variant(self) -> str:
+        """The kind, or what a variant of it is called."""
+        return self.kind
+
+    @property
     def moved_base(self) -> str | None:
         """What initialized the adapter, where that subtracted it from the base."""
         return None

@@ -1,0 +1,113 @@
+"""Adapters of many kinds, made by PEFT, in the real process: pushed, used in one batch, merged, fetched, removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft import PeftConfig
+
+from loramux import Client
+from loramux.errors import InvalidArgument
+from loramux.local_server import LocalServer
+from loramux_adapters.embedded.tiny import tiny_path
+from support.kinds import KindOracle, make_kind
+from support.live import until, until_idle
+
+PROMPT = [5, 17, 4, 60, 9, 33, 8]
+INVOCATION = [60, 9]
+ATTENTION = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+CONFIGS: dict[str, PeftConfig] = {
+    "lora": peft.LoraConfig(r=4, **ATTENTION),
+    "dora": peft.LoraConfig(r=4, use_dora=True, **ATTENTION),
+    "alora": peft.LoraConfig(r=4, alora_invocation_tokens=INVOCATION, **ATTENTION),
+    "tokens": peft.LoraConfig(r=4, trainable_token_indices=PROMPT, **ATTENTION),
+    "loha": peft.LoHaConfig(r=4, **ATTENTION),
+    "ia3": peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7),
+    "prefix tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "ln tuning": peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+}
+SAID_KIND = {"tokens": "lora"}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    return {
+        name: make_kind(tiny_path(), root / name, config, seed=seed, std=0.2)
+        for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def truths(directories: dict[str, Path]) -> dict[str, list[int]]:
+    """PEFT's own greedy tokens, and the base's."""
+    found = {name: KindOracle(tiny_path(), path).truth(name, PROMPT, 12).tokens for name, path in directories.items()}
+    return {"": KindOracle(tiny_path(), None).truth(None, PROMPT, 12).tokens, **found}
+
+
+@pytest.fixture
+def names(client: Client, server: LocalServer, directories: dict[str, Path]) -> Iterator[dict[str, str]]:
+    """Kind -> the adapter's name on the server."""
+    pushed = {kind: f"kind-{index}" for index, kind in enumerate(directories)}
+    for kind, name in pushed.items():
+        client.push(directories[kind], name)
+    yield pushed
+    for name in pushed.values():
+        client.delete(name)
+    until_idle(server)
+
+
+def answer(client: Client, adapter: str, **more: Any) -> list[int]:
+    options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12, "return_token_ids": True}
+    return list(client.generate(token_ids=PROMPT, adapter=adapter, **{**options, **more}).choices[0].token_ids)
+
+
+def test_all_kinds_answer_as_peft_does_in_one_batch(
+    client: Client, names: dict[str, str], truths: dict[str, list[int]]
+) -> None:
+    assert len({tuple(tokens) for tokens in truths.values()}) > len(truths) // 2
+    wanted = [kind for kind in truths for _ in range(2)]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        answers = list(pool.map(lambda kind: answer(client, names.get(kind, "")), wanted))
+    for kind, tokens in zip(wanted, answers, strict=True):
+        assert tokens == truths[kind], kind
+
+
+def test_they_say_what_they_are_and_come_back_byte_by_byte(
+    client: Client, names: dict[str, str], directories: dict[str, Path], tmp_path: Path
+) -> None:
+    for kind, name in names.items():
+        adapter = client.adapter(name)
+        assert adapter.kind == SAID_KIND.get(kind, kind)
+        client.pull(name, tmp_path / name)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (directories[kind] / file).read_bytes()
+
+
+def test_usage_counts_the_text_alone(client: Client, names: dict[str, str]) -> None:
+    for kind in ("prompt tuning", "prefix tuning", "alora"):
+        choice = client.generate(token_ids=PROMPT, adapter=names[kind], max_tokens=2, temperature=0.0).choices[0]
+        assert choice.finish.usage.prompt == len(PROMPT), kind
+
+
+def test_a_prompt_that_does_not_activate_its_adapter_is_refused(client: Client, names: dict[str, str]) -> None:
+    with pytest.raises(InvalidArgument, match="does not hold the tokens that activate this adapter"):
+        client.generate(token_ids=[5, 17, 4], adapter=names["alora"], max_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "ia3", "tokens", "ln tuning"])
+def test_merged_they_answer_alike(
+    client: Client, names: dict[str, str], truths: dict[str, list[int]], kind: str
+) -> None:
+    name = names[kind]
+    client.update(name, merge=True)
+    until(lambda: client.adapter(name).residency.merged == "ready", f"{kind} merged")
+    assert answer(client, name) == truths[kind]
