@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from loramux_adapters.apply.merge import merged_bytes
+from loramux_adapters.apply.merged_rows import measure_merged_rows
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base.frozen import Nf4Linear
 from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base
@@ -109,7 +110,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
         return read(files, allow_base_mismatch=allow_base_mismatch).spec
 
-    engine_limits = _engine_limits(config, cache, examined)
+    merged_rows = measure_merged_rows(adapted) if config.merged_bytes and not config.deterministic else None
+    engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
     host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
     loader = ThreadPoolExecutor(1, "loramux-loader")
@@ -149,7 +151,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights), close)
 
 
-def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
+def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined, merged_rows: int | None) -> EngineLimits:
     try:
         return EngineLimits(
             kv_blocks=cache.blocks - 1,  # the last one is scratch
@@ -160,6 +162,7 @@ def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -
             prefix_cache=config.prefix_cache,
             deterministic=config.deterministic,
             original_context=None if examined.rope is None else examined.rope.original_context,
+            merged_rows=merged_rows,
         )
     except ValueError as error:
         raise StartError(str(error), remedy="change the options it names") from error

@@ -114,7 +114,7 @@ class FakeRunner:
     def _write(self, chunk: Chunk, plan: StepPlan) -> None:
         if not chunk.tokens or chunk.request_id in self._retired:
             raise KvMismatch(f"an empty chunk, or one of a retired request: {chunk.request_id}")
-        if plan.merged is not None and plan.merged != self._digest(chunk):
+        if chunk.is_merged and plan.merged != self._digest(chunk):
             raise KvMismatch("a row of another adapter on a merged set")
         end = chunk.start + len(chunk.tokens)
         if len(chunk.blocks) != -(-end // self._block_tokens) or len(set(chunk.blocks)) != len(chunk.blocks):

@@ -77,10 +77,24 @@ class MergedWeights(NamedTuple):
 
 
 class AdapterBatch:
-    """One step: `tokens` maps every row of the forward, `logits` the rows the head sees."""
+    """One step: `tokens` maps every row of the forward, `logits` the rows the head sees.
 
-    def __init__(self, tokens: RowMap, logits: RowMap, merged: MergedWeights | None = None) -> None:
+    Rows that use `merged` weights come last in both; `shared_tokens` and `shared_logits` map those before them, and are
+    the same maps where no row does. What is no linear map acts on all rows alike.
+    """
+
+    def __init__(
+        self,
+        tokens: RowMap,
+        logits: RowMap,
+        merged: MergedWeights | None = None,
+        *,
+        shared_tokens: RowMap | None = None,
+        shared_logits: RowMap | None = None,
+    ) -> None:
         self.tokens, self.logits, self.merged = tokens, logits, merged
+        self.shared_tokens = tokens if shared_tokens is None else shared_tokens
+        self.shared_logits = logits if shared_logits is None else shared_logits
 
 
 class StepCell:

@@ -99,10 +99,24 @@ class SiteGroup:
         batch = self._cell.batch
         if batch is None:
             return self.frozen.forward(x)
-        if batch.merged is not None:
-            merged = batch.merged.weights.get(self.key)
-            return self.frozen.forward(x) if merged is None else merged.forward(x)
-        rows = batch.tokens if self.rows == "tokens" else batch.logits
+        if self.rows == "tokens":
+            rows, shared = batch.tokens, batch.shared_tokens
+        else:
+            rows, shared = batch.logits, batch.shared_logits
+        if batch.merged is None:
+            return self._shared(x, shared)
+        merged = batch.merged.weights.get(self.key)
+        product = self.frozen if merged is None else merged
+        if not shared.count:
+            return product.forward(x)
+        if len(x) != rows.count:  # a model may run a module on some of the rows
+            if merged is not None:
+                raise ValueError(f"{self.key}: {len(x)} rows in a step of {rows.count}, some of which are merged")
+            return self._shared(x, shared)
+        return torch.cat([self._shared(x[: shared.count], shared), product.forward(x[shared.count :])])
+
+    def _shared(self, x: torch.Tensor, rows: RowMap) -> torch.Tensor:
+        """The frozen product of rows that share it, and what their adapters do beside it."""
         if not rows.kinds:
             return self.frozen.forward(x)
         if rows.changes_inputs:

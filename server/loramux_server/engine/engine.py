@@ -17,7 +17,7 @@ from loramux_server.engine.execution import Worker, execute_contained
 from loramux_server.engine.mailbox import Abort, Command, Finish, Mailbox, MailboxClosed, Stop, Submit
 from loramux_server.engine.plan import StepPlan, StepResult
 from loramux_server.engine.scheduler import Routed, Scheduler
-from loramux_server.engine.stats import NoObserver, Observer, StepStats, StepTimes
+from loramux_server.engine.stats import NoObserver, Observer, StepStats, StepTimes, WeightsUsed
 from loramux_server.requests import RequestFailure
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Engine:
                 prefill_chunks=len(plan.chunks) - decodes,
                 decode_chunks=decodes,
                 distinct_adapters=len({chunk.slot for chunk in plan.chunks if chunk.slot >= 0}),
-                merged=plan.merged,
+                weights=_weights_of(plan),
                 failures=0 if result is None else len(result.failures),
                 load=self._scheduler.load(),
                 counters=self._scheduler.take_counters(),
@@ -188,3 +188,9 @@ class Engine:
         except RuntimeError:
             # The event loop is closed: nobody is left to hear it.
             logger.warning("the engine ended after its listener")
+
+
+def _weights_of(plan: StepPlan) -> WeightsUsed:
+    if plan.merged is None:
+        return "shared"
+    return "merged" if all(chunk.is_merged for chunk in plan.chunks) else "mixed"

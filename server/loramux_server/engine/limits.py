@@ -30,6 +30,7 @@ class EngineLimits:
     deterministic: bool = False
     prefill_chunk: int = 256
     original_context: int | None = None  # of a longrope base: longer requests use its long factors throughout
+    merged_rows: int | None = None  # as many rows of one adapter use its merged weights beside others; None: alone only
 
     def __post_init__(self) -> None:
         lows = dict.fromkeys(("kv_blocks", "block_tokens", "max_running", "max_loads_tried", "prefill_chunk"), 1)

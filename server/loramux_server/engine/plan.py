@@ -48,6 +48,7 @@ class Chunk:
     # (re)admission when params.needs_history; None otherwise
     long_rope: bool = False  # whether the request may grow beyond the original context of a longrope base
     virtual_tokens: int = 0  # of the adapter, before the prompt: the positions 0 .. virtual_tokens - 1
+    is_merged: bool = False  # whether its rows use the merged weights that the plan names
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class StepPlan:
     """Everything a worker does from one step to the next: commands, then one forward, if there are chunks.
 
     Commands come in the order unmerge, merge, unbind, bind and take effect once, before the forward, whatever becomes
-    of the chunks. `merged` is the digest of the merged adapter that all chunks use, or None for the shared base.
+    of the chunks. `merged` is the digest of the adapter whose merged weights some chunks use, or all; see Chunk.
     """
 
     step: int  # no two plans have the same

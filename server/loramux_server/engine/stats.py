@@ -11,6 +11,9 @@ from typing import Literal, Protocol
 WaitReason = Literal["capacity", "blocks", "adapter", "sibling"]
 """Why a request waits: no place in the batch, no KV blocks, its adapter is not ready, its first choice prefills."""
 
+WeightsUsed = Literal["shared", "merged", "mixed"]
+"""Whether a step used the frozen base for all rows, one adapter's merged weights for all, or both."""
+
 WAIT_REASONS: tuple[WaitReason, ...] = ("capacity", "blocks", "adapter", "sibling")
 
 
@@ -75,7 +78,7 @@ class StepStats:
     prefill_chunks: int
     decode_chunks: int
     distinct_adapters: int
-    merged: str | None
+    weights: WeightsUsed
     failures: int  # chunks whose request the step itself failed
     load: Load
     counters: StepCounters

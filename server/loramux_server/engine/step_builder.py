@@ -6,6 +6,7 @@ Cuts requests into chunks and nothing else; who may run is the scheduler's decis
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import BASE_SLOT, Chunk
@@ -19,7 +20,8 @@ class StepBuilder:
     def __init__(self, limits: EngineLimits, tables: BlockTables) -> None:
         self.chunks: list[Chunk] = []
         self._left = limits.max_batch_tokens
-        self._digests: set[str | None] = set()
+        self._digests: list[str | None] = []  # of the chunks: None where the base's weights alone are used
+        self._merged_rows = limits.merged_rows
         self._tables = tables
         self._exact_chunk = limits.prefill_chunk if limits.deterministic else None
 
@@ -69,14 +71,31 @@ class StepBuilder:
             )
         )
         self._left -= end - start
-        self._digests.add(None if is_base else request.submission.digest)
+        self._digests.append(None if is_base else request.submission.digest)
 
-    def find_merged(self, ready: frozenset[str]) -> str | None:
-        """The digest of all rows, if it is one and has merged weights; never in exact mode: paths must not vary."""
-        if len(self._digests) != 1 or self._exact_chunk is not None:
+    def choose_merged(self, ready: frozenset[str]) -> str | None:
+        """The digest of the adapter that uses its merged weights in this step; marks its chunks.
+
+        It has all rows, or more than any other that is ready, and enough that a product of its own costs less than
+        sharing the frozen one. Never in exact mode: paths must not vary.
+        """
+        if self._exact_chunk is not None:
             return None
-        (digest,) = self._digests
-        return digest if digest is not None and digest in ready else None
+        rows: dict[str, int] = {}
+        for digest, chunk in zip(self._digests, self.chunks, strict=True):
+            if digest is not None and digest in ready:
+                rows[digest] = rows.get(digest, 0) + len(chunk.tokens)
+        if not rows:
+            return None
+        chosen = max(rows, key=lambda digest: (rows[digest], digest))
+        is_alone = all(digest == chosen for digest in self._digests)
+        if not is_alone and (self._merged_rows is None or rows[chosen] < self._merged_rows):
+            return None
+        self.chunks = [
+            replace(chunk, is_merged=True) if digest == chosen else chunk
+            for digest, chunk in zip(self._digests, self.chunks, strict=True)
+        ]
+        return chosen
 
     def _find_chunk_end(self, request: Request) -> int | None:
         """Where the next chunk ends. Exact mode cuts by the request alone and waits for room rather than cut else."""

@@ -22,7 +22,9 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
-    """`chunks` in the order of their rows; `logit_rows` [n] are the step's rows that get logits.
+    """`chunks` in the order of their rows, merged ones last; `logit_rows` [n] are the step's rows that get logits.
+
+    `shared_rows` and `shared_logits` are the numbers of rows before the first merged one.
 
     Logit row ranges by chunk: `logits_of[i]` = (first, last) in the logits for chunks[i], empty where it needs none.
     """
@@ -36,6 +38,8 @@ class ForwardBatch:
     logits_of: tuple[tuple[int, int], ...]
     context: AttentionMetadata
     long_rope: torch.Tensor  # [T] bool: rows of requests that use the long rotary factors
+    shared_rows: int
+    shared_logits: int
 
 
 def build_batch(
@@ -47,7 +51,7 @@ def build_batch(
     decode: DecodeAttention = attend_rows,
 ) -> ForwardBatch:
     """Lays out a step. `scratch_block` receives the KV of padding rows; `tiled` pads and attends row-invariantly."""
-    ordered = tuple(sorted(chunks, key=lambda chunk: chunk.slot))
+    ordered = tuple(sorted(chunks, key=lambda chunk: (chunk.is_merged, chunk.slot)))
     size = cache.block_size
     count = sum(len(chunk.tokens) for chunk in ordered)
     padding = -count % ROW_MULTIPLE if tiled else 0
@@ -80,6 +84,10 @@ def build_batch(
             cache, torch.tensor(slot_mapping, device=device), decode, prefills, decodes, tiled=tiled
         ),
         long_rope=torch.tensor(long_rope, device=device),
+        shared_rows=len(ids) - sum(len(chunk.tokens) for chunk in ordered if chunk.is_merged),
+        shared_logits=next(
+            (first for chunk, (first, _) in zip(ordered, logits_of, strict=True) if chunk.is_merged), len(logit_rows)
+        ),
     )
 
 

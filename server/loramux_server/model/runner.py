@@ -71,9 +71,7 @@ class ModelRunner:
             decode=self._decode,
         )
         has_virtual_ids = any(chunk.start < chunk.virtual_tokens for chunk in chunks)
-        adapters = AdapterBatch(
-            self._map(batch.token_slots, has_virtual_ids), self._map(batch.logit_slots, has_virtual_ids), merged
-        )
+        adapters = self._map_rows(batch, merged, has_virtual_ids)
         if has_virtual_ids:
             batch.context.replace = partial(self._replace_kv, batch.ids)
         prepared = time.perf_counter()
@@ -89,6 +87,19 @@ class ModelRunner:
         if layer >= len(self.adapted.attention):
             return key, value
         return self.adapted.attention[layer].replace(ids, key, value)
+
+    def _map_rows(self, batch: ForwardBatch, merged: MergedWeights | None, has_virtual_ids: bool) -> AdapterBatch:
+        tokens, logits = batch.token_slots, batch.logit_slots
+        all_tokens, all_logits = self._map(tokens, has_virtual_ids), self._map(logits, has_virtual_ids)
+        if merged is None:
+            return AdapterBatch(all_tokens, all_logits)
+        return AdapterBatch(
+            all_tokens,
+            all_logits,
+            merged,
+            shared_tokens=self._map(tokens[: batch.shared_rows], has_virtual_ids),
+            shared_logits=self._map(logits[: batch.shared_logits], has_virtual_ids),
+        )
 
     def _map(self, slots: Sequence[int], has_virtual_ids: bool) -> RowMap:
         return RowMap(

@@ -107,7 +107,7 @@ class Metrics:
         self._load = stats.load
         if stats.tokens:
             self._step_tokens.inc(stats.tokens)
-            self._steps.labels("shared" if stats.merged is None else "merged").inc()
+            self._steps.labels(stats.weights).inc()
             self._distinct.observe(stats.distinct_adapters)
             self._step.observe(times.plan + times.run + times.commit + times.publish)
         for part, counter in self._parts_by_name.items():

@@ -296,6 +296,24 @@ def test_rows_carry_their_slot_and_leases_end_with_requests():
     harness.check_idle()
 
 
+def test_as_many_merged_rows_as_are_worth_it_are_merged_beside_others():
+    """The most rows of one adapter, and no adapter's but its own."""
+    harness = SchedulerHarness(
+        limits(max_batch_tokens=64, merged_rows=4), ready=lambda: frozenset({digest(1), digest(2)})
+    )
+    harness.submit(submission("a", prompt=5, digest=digest(1), max_tokens=2))
+    harness.submit(submission("b", prompt=9, digest=digest(2), max_tokens=2))
+    harness.submit(submission("c", prompt=19, max_tokens=2))
+    plan = harness.step()
+    assert plan.merged == digest(2)
+    assert [chunk.is_merged for chunk in plan.chunks] == [False, True, False]
+    plan = harness.step()  # one row each
+    assert plan.merged is None
+    assert not any(chunk.is_merged for chunk in plan.chunks)
+    harness.run()
+    harness.check_idle()
+
+
 def test_a_merged_serves_steps_of_its_adapter_alone():
     ready: set[str] = set()
     harness = SchedulerHarness(ready=lambda: frozenset(ready))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def test_the_dense_path_answers_as_peft_and_as_the_gathered_path(kind: str, tmp_
     assert_equal_to_peft(engine, truths[:4])  # all its own: the dense path
     assert {plan.merged for plan in engine.plans} == {engine.digests["hot"]}
     assert_equal_to_peft(engine, truths)  # mixed
+    engine.scheduler.limits = replace(engine.limits, merged_rows=1)
+    assert_equal_to_peft(engine, truths)  # merged rows beside others, in one step
+    assert any(len({chunk.is_merged for chunk in plan.chunks}) == 2 for plan in engine.plans)
     engine.merged_weights.reconcile(frozenset())
     count = len(engine.plans)
     assert_equal_to_peft(engine, truths[:4])  # dropped: the gathered path
