@@ -27,7 +27,7 @@ from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.api.activation import find_activation
+from loramux_server.api.activation import place_adapter
 from loramux_server.engine.execution import execute_contained
 from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import StepPlan
@@ -142,16 +142,11 @@ class ModelEngine:
         self._tickets += 1
         digest = None if adapter is None else self.digests[adapter]
         sampling = more.pop("sampling", SamplingParams(temperature=0.0))
-        if digest is not None:
-            spec = self.weights[digest].spec
-            more |= {
-                "virtual_tokens": spec.virtual_tokens,
-                "active_from": find_activation(prompt, spec.invocation),
-            }
         submission = Submission(
             f"r{self._tickets}", "t", digest, tuple(prompt), sampling, StopConditions(ignore_eos=True), count, **more
         )
-        self.scheduler.submit(self._tickets, submission, self._now)
+        spec = None if digest is None else self.weights[digest].spec
+        self.scheduler.submit(self._tickets, place_adapter(submission, spec), self._now)
         return self._tickets
 
     def step(self) -> StepPlan:

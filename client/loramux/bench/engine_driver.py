@@ -14,6 +14,7 @@ from loramux.bench.driver import Call, DriverFailed
 from loramux.bench.stats import Trace
 from loramux.upload import collect
 from loramux_adapters.store.records import FileEntry, UploadManifest
+from loramux_server.api.activation import place_adapter
 from loramux_server.app import build_engine
 from loramux_server.config import resolve_config
 from loramux_server.observe.metrics import Metrics
@@ -85,16 +86,18 @@ class EngineDriver:
         if self._built is None:
             raise RuntimeError("the driver was not started")
         self._count += 1
+        spec = None if call.adapter is None else self._resolved[call.adapter].spec
         submission = Submission(
             request_id=f"bench-{self._count}",
             tenant=TENANT,
-            digest=None if call.adapter is None else self._resolved[call.adapter].digest,
+            digest=None if spec is None else spec.digest,
             prompt=call.prompt,
             sampling=SamplingParams(temperature=0.0),
             stop=StopConditions(ignore_eos=True),
             max_tokens=output_tokens,
             cache_salt=salt,
         )
+        submission = place_adapter(submission, spec)
         arrivals: list[float] = []
         sent = time.perf_counter()
         async with self._built.services.engine.submit(submission) as stream:

@@ -1,10 +1,24 @@
-"""Where in a prompt an activated LoRA begins to act."""
+"""Where an adapter stands to a prompt: what comes before it, and from which token on it acts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from loramux_adapters.spec import AdapterSpec
 from loramux_server.errors import InvalidRequest
+from loramux_server.requests import Submission
+
+
+def place_adapter(submission: Submission, spec: AdapterSpec | None) -> Submission:
+    """`submission` with the positions of its adapter. Raises InvalidRequest, see `find_activation`."""
+    if spec is None:
+        return submission
+    return replace(
+        submission,
+        virtual_tokens=spec.virtual_tokens,
+        active_from=find_activation(submission.prompt, spec.invocation),
+    )
 
 
 def find_activation(prompt: Sequence[int], invocation: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from loramux_server.api import validate
-from loramux_server.api.activation import find_activation
+from loramux_server.api.activation import place_adapter
 from loramux_server.api.calls import GenerateCall
 from loramux_server.api.gate import Gate, Services
 from loramux_server.api.generation import Generation
@@ -49,14 +49,10 @@ class GenerateUseCase:
             digest = None if resolved is None else resolved.digest
             prompt = await self._tokenize(call, tokenizer, limits)
             note(digest=digest and digest[:DIGITS], prompt_tokens=len(prompt))
-            virtual = 0 if resolved is None else resolved.spec.virtual_tokens
-            active_from = 0 if resolved is None else find_activation(prompt, resolved.spec.invocation)
-            max_tokens = limits.fit_tokens(virtual + len(prompt), call.max_tokens)
-            submission = replace(
-                _build_submission(call, tenant, digest, prompt, max_tokens, deadline),
-                virtual_tokens=virtual,
-                active_from=active_from,
-            )
+            spec = None if resolved is None else resolved.spec
+            positions = len(prompt) + (0 if spec is None else spec.virtual_tokens)
+            max_tokens = limits.fit_tokens(positions, call.max_tokens)
+            submission = place_adapter(_build_submission(call, tenant, digest, prompt, max_tokens, deadline), spec)
             validate.check_suppressed(submission.sampling.suppressed, limits)
             async with services.engine.submit(submission) as stream:
                 generation = Generation(stream, call, tokenizer)
