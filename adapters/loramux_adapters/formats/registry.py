@@ -13,6 +13,7 @@ from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.adalora import AdaLoraTuner
+from loramux_adapters.formats.peft.boft import BoftTuner
 from loramux_adapters.formats.peft.gralora import GraloraTuner
 from loramux_adapters.formats.peft.hra import HraTuner
 from loramux_adapters.formats.peft.ia3 import Ia3Tuner
@@ -20,7 +21,9 @@ from loramux_adapters.formats.peft.loha import LohaTuner
 from loramux_adapters.formats.peft.lokr import LokrTuner
 from loramux_adapters.formats.peft.lora import LoraTuner
 from loramux_adapters.formats.peft.miss import MissTuner
+from loramux_adapters.formats.peft.oft import OftTuner
 from loramux_adapters.formats.peft.reader import read_peft
+from loramux_adapters.formats.peft.road import RoadTuner
 from loramux_adapters.formats.peft.tuner import Tuner
 from loramux_adapters.formats.peft.vera import VeraTuner
 from loramux_adapters.formats.refusals import quote
@@ -37,6 +40,9 @@ PEFT_METHODS: tuple[type[Tuner], ...] = (
     MissTuner,
     HraTuner,
     Ia3Tuner,
+    OftTuner,
+    BoftTuner,
+    RoadTuner,
 )
 
 _BY_TYPE = {tuner.peft_type: tuner for tuner in PEFT_METHODS}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from peft import PeftConfig
+from peft.tuners.boft import layer as boft_layer
 
 from support.against_peft import assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import save_checkpoint, wide_model
@@ -29,7 +31,9 @@ def ia3(architecture: str) -> PeftConfig:
 
 # What PEFT has no layer for on GPT-2's Conv1D.
 LINEAR_ONLY = {"loha", "loha-alpha", "loha-dense", "lokr", "lokr-both", "lokr-factor", "lokr-dense", "hra", "hra-gs"}
-LINEAR_ONLY |= {"miss", "miss-mini", "miss-bat"}
+LINEAR_ONLY |= {"miss", "miss-mini", "miss-bat", "road-1", "road-2", "road-4"}
+LINEAR_ONLY |= {"oft", "oft-exact", "oft-r", "oft-shared", "oft-terms", "coft", "coft-shared"}
+LINEAR_ONLY |= {"boft", "boft-num", "boft-bias", "boft-butterfly"}
 KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "adalora": of(peft.AdaLoraConfig, init_r=6, target_r=3, total_step=10),
     "adalora-bias": of(peft.AdaLoraConfig, init_r=4, total_step=10, lora_alpha=3, bias="lora_only"),
@@ -49,14 +53,43 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "hra": of(peft.HRAConfig, r=6),
     "hra-gs": of(peft.HRAConfig, r=4, apply_GS=True),
     "ia3": ia3,
+    "oft": of(peft.OFTConfig, oft_block_size=16),
+    "oft-exact": of(peft.OFTConfig, oft_block_size=16, use_cayley_neumann=False),
+    "oft-r": of(peft.OFTConfig, r=5, oft_block_size=0, num_cayley_neumann_terms=3),
+    "oft-shared": of(peft.OFTConfig, oft_block_size=30, block_share=True),
+    "oft-terms": of(peft.OFTConfig, oft_block_size=8, num_cayley_neumann_terms=8),
+    "coft": of(peft.OFTConfig, oft_block_size=16, coft=True, eps=0.5),
+    "coft-shared": of(peft.OFTConfig, oft_block_size=16, coft=True, eps=0.5, block_share=True),
+    "boft": of(peft.BOFTConfig, boft_block_size=8),
+    "boft-num": of(peft.BOFTConfig, boft_block_size=0, boft_block_num=4),
+    "boft-bias": of(peft.BOFTConfig, boft_block_size=4, bias="boft_only"),
+    "boft-butterfly": of(peft.BOFTConfig, boft_block_size=8, boft_n_butterfly_factor=3),
+    "road-1": of(peft.RoadConfig, variant="road_1", group_size=16),
+    "road-2": of(peft.RoadConfig, variant="road_2", group_size=32),
+    "road-4": of(peft.RoadConfig, variant="road_4", group_size=64),
 }
 
 # Of the noise that every trained tensor is moved by, where the usual one changes too little.
 STDS = {"adalora": 0.2, "adalora-bias": 0.2}
 
 
+@pytest.fixture(scope="module")
+def butterflies() -> Iterator[None]:
+    """BOFT with more than one factor: PEFT takes its block-diagonal matrices from an extension for CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boft_layer, "get_fbd_cuda", lambda: True)
+        patch.setattr(boft_layer.FastBlockDiag, "apply", _block_diagonals)
+        yield
+
+
+def _block_diagonals(factors: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.block_diag(*blocks) for blocks in factors])
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, butterflies: None
+) -> tuple[Path, dict[str, Path]]:
     architecture: str = request.param
     root = tmp_path_factory.mktemp("case")
     checkpoint = save_checkpoint(wide_model(architecture), root / "base")

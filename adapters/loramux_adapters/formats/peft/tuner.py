@@ -44,11 +44,13 @@ class Target(ABC):
 class Targets:
     """All adapted modules by name, and the tensors that they share, by role.
 
+    `shared_names` are names in the file of those whose number is not known before, see `Tuner.shared_names`.
     `tied_head` is the head whose adapter is the embedding's own, transposed.
     """
 
     modules: Mapping[str, Target]
     shared: Mapping[str, Shape] = field(default_factory=dict)
+    shared_names: Mapping[str, str] = field(default_factory=dict)
     tied_head: str | None = None
 
 
@@ -66,6 +68,8 @@ class Tuner(ABC):
     shared_names: ClassVar[Mapping[str, str]] = {}
     """Role -> name in the file behind `base_model.`, of tensors that belong to no module."""
 
+    index_roles: ClassVar[frozenset[str]] = frozenset()
+    """Tensors of integers: positions or choices."""
     may_be_empty: ClassVar[bool] = False
     """Whether a module may have tensors without elements: what training pruned to nothing."""
 
