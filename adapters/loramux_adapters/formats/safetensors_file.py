@@ -51,9 +51,7 @@ class SafetensorsFile:
             status = os.fstat(self._file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise AdapterInvalid(f"{self._subject} is not a regular file", subject=self._subject)
-            self.header = read_header(
-                self._file, status.st_size, self._subject, self._limits, integers=self._integers
-            )
+            self.header = read_header(self._file, status.st_size, self._subject, self._limits, integers=self._integers)
         except BaseException:
             self._file.close()
             raise

@@ -34,6 +34,8 @@ LINEAR_ONLY = {"loha", "loha-alpha", "loha-dense", "lokr", "lokr-both", "lokr-fa
 LINEAR_ONLY |= {"miss", "miss-mini", "miss-bat", "road-1", "road-2", "road-4"}
 LINEAR_ONLY |= {"oft", "oft-exact", "oft-r", "oft-shared", "oft-terms", "coft", "coft-shared"}
 LINEAR_ONLY |= {"boft", "boft-num", "boft-bias", "boft-butterfly"}
+LINEAR_ONLY |= {"shira", "c3a", "c3a-pattern"}
+LINEAR_ONLY |= {"delora", "glora", "glora-vector", "glora-constant", "supertuning", "supertuning-lora", "beft"}
 KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "adalora": of(peft.AdaLoraConfig, init_r=6, target_r=3, total_step=10),
     "adalora-bias": of(peft.AdaLoraConfig, init_r=4, total_step=10, lora_alpha=3, bias="lora_only"),
@@ -67,10 +69,41 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "road-1": of(peft.RoadConfig, variant="road_1", group_size=16),
     "road-2": of(peft.RoadConfig, variant="road_2", group_size=32),
     "road-4": of(peft.RoadConfig, variant="road_4", group_size=64),
+    "fourierft": of(peft.FourierFTConfig, n_frequency=200, scaling=300),
+    "fourierft-pattern": of(
+        peft.FourierFTConfig, n_frequency=150, n_frequency_pattern={"v_proj": 70, "c_fc": 90}, random_loc_seed=-3
+    ),
+    "randlora": of(peft.RandLoraConfig, r=24),
+    "randlora-sparse": of(peft.RandLoraConfig, r=64, sparse=True, randlora_alpha=100),
+    "shira": of(peft.ShiraConfig, r=3, random_seed=1),
+    "c3a": of(peft.C3AConfig, block_size=32),
+    "c3a-pattern": of(peft.C3AConfig, block_size=64, block_size_pattern={"v_proj": 8, "layers.1.mlp.down_proj": 16}),
+    "waveft": of(peft.WaveFTConfig, n_frequency=500),
+    "waveft-db3": of(peft.WaveFTConfig, n_frequency=500, wavelet_family="db3", proportional_parameters=True),
+    "waveft-plain": of(peft.WaveFTConfig, n_frequency=300, use_idwt=False, n_frequency_pattern={"v_proj": 70}),
+    "hira": of(peft.HiraConfig, r=4),
+    "hira-pattern": of(peft.HiraConfig, r=2, rank_pattern={"v_proj": 5}),
+    "vblora": of(peft.VBLoRAConfig, num_vectors=12, vector_length=32),
+    "vblora-topk": of(peft.VBLoRAConfig, num_vectors=300, vector_length=16, topk=3, save_only_topk_weights=True),
+    "vblora-one": of(peft.VBLoRAConfig, num_vectors=9, vector_length=64, topk=1, save_only_topk_weights=True),
+    "delora": of(peft.DeloraConfig, r=4, rank_pattern={"v_proj": 2}),
+    "deft": of(peft.DeftConfig, r=4),
+    "deft-qr": of(peft.DeftConfig, r=4, alpha=3, decomposition_method="qr"),
+    "deft-para": of(peft.DeftConfig, r=4, decomposition_method="qr", para=True),
+    "pvera": of(peft.PveraConfig, r=24),
+    "unilora": of(peft.UniLoraConfig, r=4, save_indices=True),
+    "tinylora": of(peft.TinyLoraConfig, u=8),
+    "tinylora-tied": of(peft.TinyLoraConfig, r=3, u=8, weight_tying=0.5),
+    "glora": of(peft.GloraConfig, r=4),
+    "glora-vector": of(peft.GloraConfig, config_A_B="vector", config_C="vector", config_D_E="vector"),
+    "glora-constant": of(peft.GloraConfig, config_A_B="constant", config_C="none"),
+    "beft": of(peft.BeftConfig),
+    "supertuning": of(peft.SupertuningConfig, sparsity=0.9),
+    "supertuning-lora": of(peft.SupertuningConfig, sparsity=0.95, select_top=False, r=4, lora_alpha=6),
 }
 
 # Of the noise that every trained tensor is moved by, where the usual one changes too little.
-STDS = {"adalora": 0.2, "adalora-bias": 0.2}
+STDS = {"adalora": 0.2, "adalora-bias": 0.2, "hira": 0.2, "hira-pattern": 0.3, "unilora": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,17 @@ class PeftConfig:
         value = self.raw.get(key, default)
         return 0 if value == 0 and type(value) is int else _rank(key, value)
 
+    def amount(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 that may be large."""
+        return _amount(key, self.raw.get(key, default))
+
+    def seed(self, key: str, default: int | None = None) -> int:
+        """A whole number of 64 bits."""
+        value = self.raw.get(key, default)
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
+            raise bad_key(key, f"{quote(value)} is not a seed", _SAVE_AGAIN)
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         return _number(key, self.raw.get(key, default))
@@ -115,6 +126,10 @@ class PeftConfig:
     def ranks(self, key: str) -> dict[str, int]:
         """Patterns of module names -> ranks, in the order of the file, which decides between matching keys."""
         return self._table(key, _rank)
+
+    def amounts(self, key: str) -> dict[str, int]:
+        """Patterns of module names -> whole numbers that may be large, in the order of the file."""
+        return self._table(key, _amount)
 
     def numbers(self, key: str) -> dict[str, float]:
         """Patterns of module names -> numbers, in the order of the file."""
@@ -175,6 +190,12 @@ def bad_key(key: str, what: str, remedy: str) -> AdapterInvalid:
 def _rank(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_SANE_RANK:
         raise bad_key(key, f"{quote(value)} is not a rank", "a rank is a whole number from 1")
+    return value
+
+
+def _amount(key: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value < 1 << 48:
+        raise bad_key(key, f"{quote(value)} is not a whole number from 1", _SAVE_AGAIN)
     return value
 
 

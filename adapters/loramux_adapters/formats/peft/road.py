@@ -37,7 +37,7 @@ class RotateOutputs(WeightChange):
         """See WeightChange."""
         return self._rotate(weight, self.own[:, None], self.other[:, None])
 
-    def bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def bias(self, bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
         """See WeightChange: rotated as the outputs are."""
         return None if bias is None else self._rotate(bias, self.own, self.other)
 
@@ -70,9 +70,7 @@ class RoadTarget(ModuleTarget):
         own, other = alpha * theta.cos(), alpha * theta.sin()
         if self.angles == 1:
             # Both of a pair share the angle.
-            own, other = (
-                values.view(-1, 1, self.group // 2).expand(-1, 2, -1).reshape(-1) for values in (own, other)
-            )
+            own, other = (values.view(-1, 1, self.group // 2).expand(-1, 2, -1).reshape(-1) for values in (own, other))
         elif self.angles == 4:
             own, other = (
                 values.view(-1, 2, self.group)[:, half].reshape(-1) for half, values in enumerate((own, other))
