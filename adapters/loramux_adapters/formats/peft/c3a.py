@@ -24,7 +24,8 @@ from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 
 @dataclass(frozen=True, eq=False)
 class AddCirculants(WeightChange):
-    """W and blocks whose row i is the first one shifted by i to the right. Takes two W beside it."""
+    """W and blocks whose row i is the first one shifted by i to the right. Takes two W beside it, and the places of
+    one block."""
 
     rows: torch.Tensor  # [out / b, in / b, b], float32, scaled
 

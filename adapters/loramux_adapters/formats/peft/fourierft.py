@@ -96,5 +96,6 @@ class FourierftTuner(ModuleTuner):
         for name, module in modules.items():
             count = counts.of(name)
             check_fits("n_frequency", count, module.out_features * module.in_features, name)
+            drawn.expect(module.out_features * module.in_features, count)
             targets[name] = FourierftTarget(module, count, self.scale, drawn)
         return Targets(targets)

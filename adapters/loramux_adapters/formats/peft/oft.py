@@ -147,7 +147,9 @@ def nearest_divisor(size: int, wanted: int) -> int:
     """The divisor of `size` that PEFT 0.21.2 takes for `wanted`: the nearest, of two equally near the smaller."""
     if wanted >= size:
         return size
-    divisors = [number for number in range(1, size + 1) if size % number == 0]
-    below = max(number for number in divisors if number <= wanted)
-    above = min(number for number in divisors if number >= wanted)
-    return below if wanted - below <= above - wanted else above
+    distance = 0
+    while True:
+        for candidate in (wanted - distance, wanted + distance):
+            if candidate > 0 and size % candidate == 0:
+                return candidate
+        distance += 1

@@ -32,7 +32,7 @@ class AddAt(WeightChange):
 
 def add_at(positions: torch.Tensor, values: torch.Tensor) -> AddAt:
     """Values [n] at positions [n]; those at the same one add up."""
-    once, which = positions.unique(return_inverse=True)
+    once, which = torch.unique(positions, return_inverse=True)
     return AddAt(once, torch.zeros(len(once)).index_add_(0, which, values.float()))
 
 
@@ -59,22 +59,28 @@ class Drawn:
 
     seed: int
     key: str
+    _most: dict[int, int] = field(default_factory=dict)
     _known: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def expect(self, size: int, count: int) -> None:
+        """`of` will be called so: the most that are expected are drawn at once."""
+        self._most[size] = max(count, self._most.get(size, 0))
 
     def of(self, size: int, count: int) -> torch.Tensor:
         """`count` of the positions below `size`, in the order in which they are drawn.
 
         Raises AdapterInvalid for more than MAX_DRAWN, or a size that torch draws otherwise.
         """
-        if count > MAX_DRAWN or size >= 1 << 31:
+        most = max(count, self._most.get(size, 0))
+        if most > MAX_DRAWN or size >= 1 << 31:
             raise bad_key(
                 self.key,
-                f"draws {count} of {size} positions, this server draws {MAX_DRAWN} of {(1 << 31) - 1} at most",
+                f"draws {most} of {size} positions, this server draws {MAX_DRAWN} of {(1 << 31) - 1} at most",
                 "train fewer of them",
             )
         known = self._known.get(size)
         if known is None or len(known) < count:
-            known = self._known[size] = _draw(size, count, self.seed)
+            known = self._known[size] = _draw(size, most, self.seed)
         return known[:count]
 
 

@@ -95,7 +95,7 @@ class RandloraTuner(ModuleTuner):
     kind = "randlora"
     marker = ".randlora_"
     keys = ConfigKeys(
-        applied=SELECTION_KEYS | {"r", "randlora_alpha", "save_projection"},
+        applied=SELECTION_KEYS - {"exclude_modules"} | {"r", "randlora_alpha", "save_projection"},
         refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset(
             {"fan_in_fan_out", "init_weights", "projection_prng_key", "randlora_dropout", "sparse", "very_sparse"}

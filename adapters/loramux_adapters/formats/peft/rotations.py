@@ -40,7 +40,8 @@ def rotate_columns(weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def cayley(skew: torch.Tensor) -> torch.Tensor:
     """(I - S)(I + S)^-1 for skew-symmetric S [n, b, b]: an orthogonal matrix each."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
-    return torch.linalg.solve(eye + skew, eye - skew, left=False)
+    rotations: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    return rotations
 
 
 def check_block(width: int, key: str, module: str) -> None:

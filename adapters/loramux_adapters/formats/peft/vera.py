@@ -47,7 +47,7 @@ class VeraTuner(ModuleTuner):
     kind = "vera"
     marker = ".vera_"
     keys = ConfigKeys(
-        applied=SELECTION_KEYS | {"r", "save_projection"},
+        applied=SELECTION_KEYS - {"exclude_modules"} | {"r", "save_projection"},
         refused={"modules_to_save": "fully trained modules"},
         ignorable=frozenset({"d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "vera_dropout"}),
     )

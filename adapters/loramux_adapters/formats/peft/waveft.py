@@ -146,5 +146,6 @@ class WaveftTuner(ModuleTuner):
             else:
                 count = counts.of(name)
             check_fits("n_frequency", count, sizes[name], name)
+            drawn.expect(sizes[name], count)
             targets[name] = WaveftTarget(module, count, self.scale, self.moments, drawn)
         return Targets(targets)
