@@ -53,7 +53,7 @@ class GloraTarget(ModuleTarget):
 
     def rank(self, found: Mapping[str, Shape]) -> int:
         """See Target; it takes no rank rows."""
-        return self.r
+        return self.r if "lora" in self.forms.values() else 0
 
     def shapes(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """See Target."""
