@@ -58,8 +58,9 @@ class KindOracle:
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """[len(tokens), vocab] float32."""
-        out: torch.Tensor = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -len(tokens) :]
-        return out.float()
+        with peft_warnings_ignored():
+            logits: torch.Tensor = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        return logits[0, -len(tokens) :].float()
 
     def truth(self, adapter: str | None, prompt: list[int], count: int) -> Truth:
         """`count` greedy tokens after the prompt, and what predicted them."""

@@ -13,7 +13,15 @@ from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.adalora import AdaLoraTuner
+from loramux_adapters.formats.peft.beft import BeftTuner
+from loramux_adapters.formats.peft.boft import BoftTuner
+from loramux_adapters.formats.peft.c3a import C3aTuner
+from loramux_adapters.formats.peft.deft import DeftTuner
+from loramux_adapters.formats.peft.delora import DeloraTuner
+from loramux_adapters.formats.peft.fourierft import FourierftTuner
+from loramux_adapters.formats.peft.glora import GloraTuner
 from loramux_adapters.formats.peft.gralora import GraloraTuner
+from loramux_adapters.formats.peft.hira import HiraTuner
 from loramux_adapters.formats.peft.hra import HraTuner
 from loramux_adapters.formats.peft.ia3 import Ia3Tuner
 from loramux_adapters.formats.peft.ln_tuning import LnTuner
@@ -21,12 +29,23 @@ from loramux_adapters.formats.peft.loha import LohaTuner
 from loramux_adapters.formats.peft.lokr import LokrTuner
 from loramux_adapters.formats.peft.lora import LoraTuner
 from loramux_adapters.formats.peft.miss import MissTuner
+from loramux_adapters.formats.peft.oft import OftTuner
 from loramux_adapters.formats.peft.prefix import CartridgeTuner, PrefixTuner
 from loramux_adapters.formats.peft.prompts import MultitaskPromptTuner, PromptTuner, PTuner
+from loramux_adapters.formats.peft.pvera import PveraTuner
+from loramux_adapters.formats.peft.randlora import RandloraTuner
 from loramux_adapters.formats.peft.reader import read_peft
+from loramux_adapters.formats.peft.road import RoadTuner
+from loramux_adapters.formats.peft.shira import ShiraTuner
+from loramux_adapters.formats.peft.supertuning import SupertuningTuner
+from loramux_adapters.formats.peft.tinylora import TinyLoraTuner
 from loramux_adapters.formats.peft.trainable_tokens import TrainableTokensTuner
 from loramux_adapters.formats.peft.tuner import Tuner
+from loramux_adapters.formats.peft.unilora import UniLoraTuner
+from loramux_adapters.formats.peft.unserved import refuse_unserved
+from loramux_adapters.formats.peft.vblora import VbLoraTuner
 from loramux_adapters.formats.peft.vera import VeraTuner
+from loramux_adapters.formats.peft.waveft import WaveftTuner
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
@@ -48,6 +67,24 @@ PEFT_METHODS: tuple[type[Tuner], ...] = (
     MultitaskPromptTuner,
     PrefixTuner,
     CartridgeTuner,
+    OftTuner,
+    BoftTuner,
+    RoadTuner,
+    FourierftTuner,
+    RandloraTuner,
+    ShiraTuner,
+    C3aTuner,
+    WaveftTuner,
+    HiraTuner,
+    VbLoraTuner,
+    DeloraTuner,
+    DeftTuner,
+    PveraTuner,
+    UniLoraTuner,
+    TinyLoraTuner,
+    GloraTuner,
+    BeftTuner,
+    SupertuningTuner,
 )
 
 _BY_TYPE = {tuner.peft_type: tuner for tuner in PEFT_METHODS}
@@ -75,6 +112,7 @@ def read(
     method = config.get("peft_type")
     tuner = _BY_TYPE.get(method) if isinstance(method, str) else None
     if tuner is None:
+        refuse_unserved(str(method))
         raise AdapterInvalid(
             f"{CONFIG_FILE}: peft_type {quote(method)} is not supported",
             subject=f"{CONFIG_FILE}: peft_type",

@@ -20,7 +20,15 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_header import Header, TensorEntry, read_header
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 class SafetensorsFile:
@@ -28,8 +36,10 @@ class SafetensorsFile:
 
     header: Header
 
-    def __init__(self, path: Path, subject: str, limits: ReadLimits) -> None:
+    def __init__(self, path: Path, subject: str, limits: ReadLimits, *, integers: bool = False) -> None:
+        """With `integers` its tensors may be of integers, too."""
         self._path = path
+        self._integers = integers
         self._subject = subject
         self._limits = limits
         self._file: BufferedReader
@@ -41,7 +51,7 @@ class SafetensorsFile:
             status = os.fstat(self._file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise AdapterInvalid(f"{self._subject} is not a regular file", subject=self._subject)
-            self.header = read_header(self._file, status.st_size, self._subject, self._limits)
+            self.header = read_header(self._file, status.st_size, self._subject, self._limits, integers=self._integers)
         except BaseException:
             self._file.close()
             raise

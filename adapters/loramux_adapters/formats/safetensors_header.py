@@ -18,6 +18,8 @@ from loramux_adapters.formats.refusals import looks_like, quote
 
 # F64 is left out on purpose: no trainer writes it, and rounding it to float32 would change an adapter in silence.
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# Positions and choices, of the few methods whose files hold some.
+INTEGER_BYTES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 _LENGTH_BYTES = 8
 _MAX_DIMENSIONS = 8
@@ -46,8 +48,10 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(file: BinaryIO, size: int, subject: str, limits: ReadLimits) -> Header:
+def read_header(file: BinaryIO, size: int, subject: str, limits: ReadLimits, *, integers: bool = False) -> Header:
     """Read and check the header of `file`, which is `size` bytes long and stands at its beginning.
+
+    Tensors of integers are refused unless `integers`.
 
     Raises AdapterInvalid naming `subject` and the tensor; AdapterIncompatible when the file is over `max_bytes`.
     """
@@ -71,7 +75,8 @@ def read_header(file: BinaryIO, size: int, subject: str, limits: ReadLimits) -> 
     if len(entries) > limits.max_tensors:
         raise _too_many(subject, limits)
     data_start = _LENGTH_BYTES + length
-    tensors = {name: _entry(name, value, data_start, subject) for name, value in entries.items()}
+    item_bytes = ITEM_BYTES | (INTEGER_BYTES if integers else {})
+    tensors = {name: _entry(name, value, data_start, subject, item_bytes) for name, value in entries.items()}
     _check_cover(tensors, data_start, size, subject)
     return Header(tensors, metadata)
 
@@ -88,20 +93,20 @@ def _metadata(value: object, subject: str) -> dict[str, str]:
     return value
 
 
-def _entry(name: str, value: object, data_start: int, subject: str) -> TensorEntry:
+def _entry(name: str, value: object, data_start: int, subject: str, item_bytes: Mapping[str, int]) -> TensorEntry:
     if not _is_unicode(name):
         raise _bad(subject, name, "its name holds half a surrogate pair")
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise _bad(subject, name, "its entry must hold dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in item_bytes:
         raise _bad(subject, name, f"dtype {quote(dtype)} is not F32, F16 or BF16", "cast it before saving")
     if not _is_naturals(shape, _MAX_DIMENSIONS) or any(size > _MAX_DIMENSION for size in shape):
         raise _bad(subject, name, f"shape {quote(shape)} is not a list of at most {_MAX_DIMENSIONS} sizes")
     if not _is_naturals(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(subject, name, f"data_offsets {quote(offsets)} are not a range")
     start, end = offsets
-    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    nbytes = math.prod(shape) * item_bytes[dtype]
     if nbytes != end - start:
         raise _bad(subject, name, f"shape {shape} of {dtype} needs {nbytes} bytes, data_offsets give {end - start}")
     return TensorEntry(name, dtype, tuple(shape), data_start + start, nbytes)

@@ -26,8 +26,8 @@ class WeightChange(ABC):
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """W [out, in] float32 -> the new one. May write to W; this object's tensors are on W's device."""
 
-    def bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """The base's own bias [out] float32 -> the new one."""
+    def bias(self, bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+        """The base's own bias [out] and W, both float32 -> the new bias; called before `apply`."""
         return bias
 
     @property
@@ -83,9 +83,9 @@ class DenseParts(SiteParts[Dense]):
     ) -> None:
         """Makes the weight."""
         change = part.change.with_tensors([tensor.to(self.site.device, non_blocking=True) for tensor in prepared])
-        weight = change.apply(self.site.frozen_weight(member)).to(self.site.dtype)
-        own = self.site.own_bias(member)
-        bias = change.bias(None if own is None else own.to(self.site.device))
+        weight, own = self.site.frozen_weight(member), self.site.own_bias(member)
+        bias = change.bias(None if own is None else own.to(self.site.device), weight)
+        weight = change.apply(weight).to(self.site.dtype)
         if not torch.isfinite(weight).all():
             name = self.site.members[member]
             raise AdapterIncompatible(
@@ -124,8 +124,8 @@ class DenseParts(SiteParts[Dense]):
 
 def _fold(weight: torch.Tensor, bias: torch.Tensor, part: Dense) -> None:
     change = part.change.with_tensors([tensor.to(weight.device) for tensor in part.tensors])
+    own = change.bias(bias, weight)
     weight.copy_(change.apply(weight.clone()))
-    own = change.bias(bias)
     if own is not None:
         bias.copy_(own)
 

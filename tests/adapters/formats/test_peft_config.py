@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftType, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from loramux_adapters.errors import AdapterInvalid
@@ -17,6 +18,8 @@ from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.peft import lora
 from loramux_adapters.formats.peft.lora import LoraTuner
 from loramux_adapters.formats.peft.selection import Selection
+from loramux_adapters.formats.peft.tuner import Tuner
+from loramux_adapters.formats.registry import PEFT_METHODS
 from support.adapters import peft_warnings_ignored
 from support.timing import processor_seconds
 
@@ -31,10 +34,14 @@ def parse_text(text: str | bytes, directory: Path) -> LoraTuner:
     return LoraTuner.parse(strict_json.read_object(path, NAME, MAX_BYTES))
 
 
-def test_every_option_of_peft_is_classified_once() -> None:
-    known = [*lora.KEYS.all_applied, *lora.KEYS.refused, *lora.KEYS.all_ignorable]
+@pytest.mark.parametrize("tuner", PEFT_METHODS, ids=lambda tuner: tuner.kind)
+def test_every_option_of_peft_is_classified_once(tuner: type[Tuner]) -> None:
+    known = [*tuner.keys.all_applied, *tuner.keys.refused, *tuner.keys.all_ignorable]
     assert len(known) == len(set(known))
-    assert set(known) == {field.name for field in dataclasses.fields(LoraConfig)}
+    options = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(tuner.peft_type)])}
+    # What all methods have to us, and not all to PEFT.
+    common = {"bias", "runtime_config"}
+    assert set(known) - common == options - common
 
 
 def test_what_peft_writes_by_default_is_read(tmp_path: Path) -> None:

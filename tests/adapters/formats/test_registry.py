@@ -66,7 +66,7 @@ def test_config_and_weights_are_required(name: str, adapter: Path, model: PreTra
         read_directory(adapter, model)
 
 
-@pytest.mark.parametrize("method", ["POLY", "lora", "LATER_THAN_US", None, 7, ["LORA"], {}])
+@pytest.mark.parametrize("method", ["EARLIER_THAN_US", "lora", "LATER_THAN_US", None, 7, ["LORA"], {}])
 def test_another_method_is_refused(method: Any, adapter: Path, model: PreTrainedModel) -> None:
     edit_config(adapter, peft_type=method)
     with pytest.raises(AdapterInvalid, match="peft_type") as refusal:

@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
-from peft import PeftConfig
 
 from support.against_peft import assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import save_checkpoint, wide_model
-from support.kinds import ask_oracle, make_kind, targets_of
+from support.kinds import ask_oracle
+from support.module_kinds import butterflies, kinds_for, make_module_kind
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 
 
-def of(config: Callable[..., PeftConfig], **options: Any) -> Callable[[str], PeftConfig]:
-    """A config for the usual targets of an architecture."""
-    return lambda architecture: config(**{"task_type": "CAUSAL_LM", **targets_of(architecture), **options})
-
-
-def ia3(architecture: str) -> PeftConfig:
-    feedforward = "c_fc" if architecture == "gpt2" else "down_proj"
-    return of(peft.IA3Config, feedforward_modules=[feedforward])(architecture)
-
-
-# What PEFT has no layer for on GPT-2's Conv1D.
-LINEAR_ONLY = {"loha", "loha-alpha", "loha-dense", "lokr", "lokr-both", "lokr-factor", "lokr-dense", "hra", "hra-gs"}
-LINEAR_ONLY |= {"miss", "miss-mini", "miss-bat"}
-KINDS: dict[str, Callable[[str], PeftConfig]] = {
-    "adalora": of(peft.AdaLoraConfig, init_r=6, target_r=3, total_step=10),
-    "adalora-bias": of(peft.AdaLoraConfig, init_r=4, total_step=10, lora_alpha=3, bias="lora_only"),
-    "vera": of(peft.VeraConfig, r=24),
-    "loha": of(peft.LoHaConfig, r=4, alpha=8),
-    "loha-alpha": of(peft.LoHaConfig, r=3, alpha=5, rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 9}),
-    "loha-dense": of(peft.LoHaConfig, r=9),
-    "lokr": of(peft.LoKrConfig, r=4),
-    "lokr-both": of(peft.LoKrConfig, r=3, decompose_both=True),
-    "lokr-factor": of(peft.LoKrConfig, r=2, alpha=3, decompose_factor=4),
-    "lokr-dense": of(peft.LoKrConfig, r=64),
-    "gralora": of(peft.GraloraConfig, r=8, gralora_k=4, alpha=12),
-    "gralora-hybrid": of(peft.GraloraConfig, r=4, hybrid_r=3),
-    "miss": of(peft.MissConfig, r=8),
-    "miss-mini": of(peft.MissConfig, r=8, mini_r=4, init_weights="mini"),
-    "miss-bat": of(peft.MissConfig, r=16, init_weights="bat"),
-    "hra": of(peft.HRAConfig, r=6),
-    "hra-gs": of(peft.HRAConfig, r=4, apply_GS=True),
-    "ia3": ia3,
-}
-
-# Of the noise that every trained tensor is moved by, where the usual one changes too little.
-STDS = {"adalora": 0.2, "adalora-bias": 0.2}
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, Path]]]:
     architecture: str = request.param
     root = tmp_path_factory.mktemp("case")
     checkpoint = save_checkpoint(wide_model(architecture), root / "base")
-    return checkpoint, {
-        name: make_kind(checkpoint, root / name, config(architecture), seed=seed, std=STDS.get(name, 0.05))
-        for seed, (name, config) in enumerate(KINDS.items())
-        if architecture != "gpt2" or name not in LINEAR_ONLY
-    }
+    with butterflies():
+        yield (
+            checkpoint,
+            {name: make_module_kind(checkpoint, root / name, name, architecture) for name in kinds_for(architecture)},
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["plain", "deterministic"])

@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
     "target unknown": (config(target_modules=["query_key_value"]), "target_modules selects no module of llama base"),
     "layer excluded": (config(layers_to_transform=[0]), r"layers\.1"),
     "module excluded": (config(exclude_modules=["v_proj"]), "v_proj"),
-    "kind": (config(peft_type="POLY"), "POLY"),
+    "kind": (config(peft_type="POLY"), "Poly adapters are not served"),
     "dora": (config(use_dora=True), "lora_magnitude_vector is missing"),
     "dtype": (tensors(lambda content: {n: t.to(torch.int8) for n, t in content.items()}), "I8"),
     "cut to rank 3": (tensors(cut), "lora_[AB]"),

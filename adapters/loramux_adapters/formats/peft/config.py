@@ -19,8 +19,7 @@ SELECTION_KEYS = frozenset({"exclude_modules", "layers_pattern", "layers_to_tran
 """Which modules an adapter is on: the same keys in every method that adapts modules."""
 
 _COMMON_APPLIED = frozenset({"bias", "peft_type", "task_type"})
-_EXTRA_KEYS = frozenset({"modules_to_save", "trainable_token_indices"})
-"""See `extras`: what the file of any method that adapts modules may hold besides."""
+_MODULES_TO_SAVE = frozenset({"modules_to_save"})
 
 _COMMON_IGNORABLE = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
@@ -51,11 +50,12 @@ class ConfigKeys:
     applied: frozenset[str]
     refused: Mapping[str, str] = field(default_factory=dict)
     ignorable: frozenset[str] = frozenset()
+    extras: frozenset[str] = _MODULES_TO_SAVE  # see `extras`: what the file may hold besides
 
     @property
     def all_applied(self) -> frozenset[str]:
         """With the common ones."""
-        return self.applied | _COMMON_APPLIED | _EXTRA_KEYS.difference(self.refused)
+        return self.applied | _COMMON_APPLIED | self.extras
 
     @property
     def all_ignorable(self) -> frozenset[str]:
@@ -94,6 +94,17 @@ class PeftConfig:
         value = self.raw.get(key, default)
         return 0 if value == 0 and type(value) is int else _rank(key, value)
 
+    def amount(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 that may be large."""
+        return _amount(key, self.raw.get(key, default))
+
+    def seed(self, key: str, default: int | None = None) -> int:
+        """A whole number of 64 bits."""
+        value = self.raw.get(key, default)
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
+            raise bad_key(key, f"{quote(value)} is not a seed", _SAVE_AGAIN)
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         return _number(key, self.raw.get(key, default))
@@ -117,6 +128,10 @@ class PeftConfig:
     def ranks(self, key: str) -> dict[str, int]:
         """Patterns of module names -> ranks, in the order of the file, which decides between matching keys."""
         return self._table(key, _rank)
+
+    def amounts(self, key: str) -> dict[str, int]:
+        """Patterns of module names -> whole numbers that may be large, in the order of the file."""
+        return self._table(key, _amount)
 
     def numbers(self, key: str) -> dict[str, float]:
         """Patterns of module names -> numbers, in the order of the file."""
@@ -186,6 +201,12 @@ def bad_key(key: str, what: str, remedy: str) -> AdapterInvalid:
 def _rank(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_SANE_RANK:
         raise bad_key(key, f"{quote(value)} is not a rank", "a rank is a whole number from 1")
+    return value
+
+
+def _amount(key: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value < 1 << 48:
+        raise bad_key(key, f"{quote(value)} is not a whole number from 1", _SAVE_AGAIN)
     return value
 
 

@@ -70,7 +70,7 @@ class GraloraTuner(ModuleTuner):
     kind = "gralora"
     marker = ".gralora_"
     keys = ConfigKeys(
-        applied=SELECTION_KEYS | {"alpha", "gralora_k", "hybrid_r", "r"},
+        applied=SELECTION_KEYS - {"exclude_modules"} | {"alpha", "gralora_k", "hybrid_r", "r"},
         ignorable=frozenset({"fan_in_fan_out", "gralora_dropout", "init_weights"}),
     )
     endings: ClassVar = {

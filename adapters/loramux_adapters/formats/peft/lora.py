@@ -36,7 +36,7 @@ KEYS = ConfigKeys(
     applied=SELECTION_KEYS
     | {
         "alora_invocation_tokens", "alpha_pattern", "ensure_weight_tying", "init_lora_weights", "lora_alpha",
-        "lora_bias", "r", "rank_pattern", "use_dora", "use_rslora",
+        "lora_bias", "r", "rank_pattern", "trainable_token_indices", "use_dora", "use_rslora",
     },
     refused={
         "arrow_config": "Arrow routing",
@@ -117,6 +117,7 @@ class LoraTuner(Tuner):
 
     peft_type = "LORA"
     kind = "lora"
+    keys = KEYS
     marker = ".lora_"
     shape_keys = "r and rank_pattern"
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
-from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig, bad_key
+from loramux_adapters.formats.peft.config import PeftConfig, bad_key
 from loramux_adapters.formats.peft.extras import Extras
-from loramux_adapters.formats.peft.name_keys import NameKeys
+from loramux_adapters.formats.peft.name_keys import DottedKeys, NameKeys
 from loramux_adapters.formats.peft.selection import LINEAR, Selection, select_modules
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
 from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
@@ -23,9 +23,16 @@ T = TypeVar("T")
 class Patterned(Generic[T]):
     """A default, and other values for modules whose names match a key of `<name>_pattern`."""
 
-    def __init__(self, default: T, pattern: Mapping[str, T], key: str, budget: RegexBudget) -> None:
+    def __init__(
+        self,
+        default: T,
+        pattern: Mapping[str, T],
+        key: str,
+        budget: RegexBudget,
+        rule: type[NameKeys] | type[DottedKeys] = NameKeys,
+    ) -> None:
         self._default, self._pattern = default, pattern
-        self._keys = NameKeys(pattern, f"{CONFIG_FILE}: {key}", budget)
+        self._keys = rule(pattern, f"{CONFIG_FILE}: {key}", budget)
 
     def of(self, name: str) -> T:
         """The value for one module. Raises AdapterInvalid when the budget runs out."""
@@ -37,7 +44,6 @@ class Patterned(Generic[T]):
 class ModuleTuner(Tuner):
     """One parsed config of such a method; subclasses add their options as fields."""
 
-    keys: ClassVar[ConfigKeys]
     endings: ClassVar[Mapping[str, str]]
     """Role -> the end of a tensor's name."""
     adaptable: ClassVar[tuple[ModuleKind, ...]] = LINEAR

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from loramux_adapters.formats.patterns import RegexBudget, SafePattern
 
 _PLAIN = re.compile(r"(?P<anchor>\^?)(?P<text>[A-Za-z0-9_.]+)\$?")
+_WORD = re.compile(r"[A-Za-z0-9_]+")
 
 Dots = tuple[int, ...]
 
@@ -54,6 +55,28 @@ class NameKeys:
                     place = places.get(_with_dots(suffix, dots))
                     if place is not None:
                         yield place
+
+
+class DottedKeys:
+    """Ordered keys by another rule of PEFT's (C3A, FourierFT): the first for which `re.match(rf".*\\.{key}$", name)`
+    holds, which none does that begins with the name; else the name itself, if it is a key.
+    """
+
+    def __init__(self, keys: Iterable[str], subject: str, budget: RegexBudget) -> None:
+        """Raises AdapterInvalid naming `subject` for a key that is not a safe pattern."""
+        self._subject, self._budget = subject, budget
+        # A key without a pattern's signs is compared as text.
+        self._keys: dict[str, SafePattern | None] = {
+            key: None if _WORD.fullmatch(key) else SafePattern(rf".*\.{key}$", f"{subject} key", budget) for key in keys
+        }
+
+    def find(self, name: str) -> str | None:
+        """The key that speaks for the module `name`. Raises AdapterInvalid when the budget runs out."""
+        self._budget.remaining(self._subject)
+        for key, pattern in self._keys.items():
+            if name.endswith(f".{key}") if pattern is None else pattern.match(name) is not None:
+                return key
+        return name if name in self._keys else None
 
 
 def _with_dots(text: str, dots: Dots) -> str:

@@ -52,7 +52,8 @@ class PrefixTuner(Tuner):
     shared_names: ClassVar = {"rows": EMBEDDINGS}
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
+        refused={"modules_to_save": "fully trained modules"},
+        extras=frozenset(),
         ignorable=frozenset({"encoder_hidden_size", "init_weights", "prefix_projection"}),
     )
 
@@ -118,6 +119,7 @@ class CartridgeTuner(PrefixTuner):
     kind = "cartridge"
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
+        refused={"modules_to_save": "fully trained modules"},
+        extras=frozenset(),
         ignorable=frozenset({"num_frozen_tokens"}),
     )

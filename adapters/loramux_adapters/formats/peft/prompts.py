@@ -56,7 +56,8 @@ class PromptTuner(Tuner):
     shared_names: ClassVar = {"rows": EMBEDDINGS}
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
+        refused={"modules_to_save": "fully trained modules"},
+        extras=frozenset(),
         ignorable=frozenset(
             {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"}
         ),
@@ -116,7 +117,8 @@ class PTuner(PromptTuner):
     kind = "p-tuning"
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS,
-        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
+        refused={"modules_to_save": "fully trained modules"},
+        extras=frozenset(),
         ignorable=frozenset(
             {"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
         ),
@@ -132,7 +134,8 @@ class MultitaskPromptTuner(PromptTuner):
     shared_names: ClassVar = {"rows": EMBEDDINGS, "task_columns": "prefix_task_cols", "task_rows": "prefix_task_rows"}
     keys: ClassVar = ConfigKeys(
         applied=SIZE_KEYS | {"num_ranks", "num_tasks"},
-        refused={"modules_to_save": "fully trained modules", "trainable_token_indices": "trained token rows"},
+        refused={"modules_to_save": "fully trained modules"},
+        extras=frozenset(),
         ignorable=PromptTuner.keys.ignorable | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"},
     )
 

@@ -51,7 +51,7 @@ def read_peft(
         for name in DECLARATION_FILES
         if name in files
     }
-    with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits) as file:
+    with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits, integers=bool(tuner.index_roles)) as file:
         placed = place_tensors(file.header.tensors.values(), tuner, targets, base, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         has_initial = needs_initial_pair(tuner, files, declared, declarations, base)

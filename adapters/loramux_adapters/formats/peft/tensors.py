@@ -15,7 +15,7 @@ from loramux_adapters.errors import AdapterError, AdapterIncompatible, AdapterIn
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.tuner import Shape, Targets, Tuner
 from loramux_adapters.formats.refusals import quote
-from loramux_adapters.formats.safetensors_header import TensorEntry
+from loramux_adapters.formats.safetensors_header import ITEM_BYTES, TensorEntry
 from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 
 BIAS, BASE_WEIGHT = "bias", "base_weight"
@@ -60,6 +60,7 @@ def place_tensors(
     suffixes, own = _all_suffixes(tuner), _own_names(targets)
     placed = [_place(entry, tuner, suffixes, own, targets, base) for entry in entries]
     for tensor in placed:
+        _check_dtype(tensor, tuner)
         if not tuner.may_be_empty:
             _check_not_empty(tensor.entry)
     _check_biases(placed, tuner, targets, base)
@@ -96,7 +97,7 @@ def _place(
     if entry.name in own:
         module_name, role = own[entry.name]
         return PlacedTensor(module_name, role, entry)
-    for role, shared in tuner.shared_names.items():
+    for role, shared in _shared_names(tuner, targets).items():
         if entry.name == shared:
             return PlacedTensor("", role, entry)
     if not entry.name.startswith(PREFIX):
@@ -125,8 +126,14 @@ def _place(
     return PlacedTensor(name, role, entry)
 
 
+def _shared_names(tuner: Tuner, targets: Targets) -> dict[str, str]:
+    return {**tuner.shared_names, **targets.shared_names}
+
+
 def _a(tuner: Tuner) -> str:
-    return "a LoRA" if tuner.kind == "lora" else f"a {tuner.kind}"
+    if tuner.kind == "lora":
+        return "a LoRA"
+    return f"{'an' if tuner.kind[0] in 'aeiou' else 'a'} {tuner.kind}"
 
 
 def _expected_suffix(role: str, module: ModuleSpec, tuner: Tuner, *, is_target: bool) -> str | None:
@@ -149,6 +156,12 @@ def _refuse_wrapped(entry: TensorEntry) -> None:
             remedy="save the unwrapped model (accelerator.unwrap_model(model).save_pretrained(DIRECTORY)), or remove "
             f"{wrapper + '.'!r} from the names of the file's tensors",
         )
+
+
+def _check_dtype(tensor: PlacedTensor, tuner: Tuner) -> None:
+    """Whether it is a tensor of numbers where numbers are meant. Positions may be numbers: Windows saves them so."""
+    if tensor.role not in tuner.index_roles and tensor.entry.dtype not in ITEM_BYTES:
+        raise _invalid(tensor.entry, f"dtype {quote(tensor.entry.dtype)} is not F32, F16 or BF16")
 
 
 def _check_not_empty(entry: TensorEntry) -> None:
@@ -188,7 +201,7 @@ def _check_shapes(
             found.setdefault(tensor.module, {})[tensor.role] = tensor.entry
     for role, shape in targets.shared.items():
         if role not in found[""]:
-            raise _missing("", f"needs {quote(tuner.shared_names[role])}, which is missing")
+            raise _missing("", f"needs {quote(_shared_names(tuner, targets)[role])}, which is missing")
         _check_shape(found[""][role], shape, tuner)
     for name, target in targets.modules.items():
         entries = found.get(name, {})

@@ -24,7 +24,11 @@ class TrainableTokensTuner(ModuleTuner):
     peft_type = "TRAINABLE_TOKENS"
     kind = "trainable tokens"
     marker = ".trainable_tokens_"
-    keys = ConfigKeys(applied=frozenset({"target_modules", "token_indices"}), ignorable=frozenset({"init_weights"}))
+    keys = ConfigKeys(
+        applied=frozenset({"target_modules", "token_indices"}),
+        ignorable=frozenset({"init_weights"}),
+        extras=frozenset(),
+    )
     endings: ClassVar = {"token_rows": _SUFFIX}
     adaptable = ("embedding", "linear")
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+from loramux_adapters.formats.peft.config import ConfigKeys
 from loramux_adapters.spec import BaseModelSpec, ModuleKind
 
 if TYPE_CHECKING:
@@ -49,11 +50,13 @@ class Target(ABC):
 class Targets:
     """All adapted modules by name, and the tensors that they share, by role.
 
+    `shared_names` are names in the file of those whose number is not known before, see `Tuner.shared_names`.
     `tied_head` is the head whose adapter is the embedding's own, transposed.
     """
 
     modules: Mapping[str, Target]
     shared: Mapping[str, Shape] = field(default_factory=dict)
+    shared_names: Mapping[str, str] = field(default_factory=dict)
     tied_head: str | None = None
 
 
@@ -76,6 +79,8 @@ class Tuner(ABC):
     """What PEFT calls it in every config it writes."""
     kind: ClassVar[str]
     """What specs and clients call it."""
+    keys: ClassVar[ConfigKeys]
+    """What each key of its config means."""
     marker: ClassVar[str]
     """What the names of its tensors have in common: ".lora_"."""
     shape_keys: ClassVar[str] = "adapter_config.json"
@@ -83,6 +88,8 @@ class Tuner(ABC):
     shared_names: ClassVar[Mapping[str, str]] = {}
     """Role -> name in the file, of tensors that belong to no module."""
 
+    index_roles: ClassVar[frozenset[str]] = frozenset()
+    """Tensors of integers: positions or choices."""
     may_be_empty: ClassVar[bool] = False
     """Whether a module may have tensors without elements: what training pruned to nothing."""
 

@@ -47,7 +47,7 @@ class VeraTuner(ModuleTuner):
     kind = "vera"
     marker = ".vera_"
     keys = ConfigKeys(
-        applied=SELECTION_KEYS | {"r", "save_projection"},
+        applied=SELECTION_KEYS - {"exclude_modules"} | {"r", "save_projection"},
         ignorable=frozenset({"d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "vera_dropout"}),
     )
     endings: ClassVar = {"lambda_b": ".vera_lambda_b", "lambda_d": ".vera_lambda_d"}
