@@ -240,7 +240,7 @@ MUTANTS = (
     ),
     # Store, digest, fingerprint
     Mutant(
-        "bytes of a version that a request holds are removed", ADAPTERS + "store/local.py",
+        "bytes of a version that a request holds are removed", ADAPTERS + "store/collector.py",
         "for version, digest in unreachable.items() if digest not in self._holds]",
         "for version, digest in unreachable.items() if digest]",
         (TEST_ADAPTERS + "store/test_store_holds.py",),

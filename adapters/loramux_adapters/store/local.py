@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -28,6 +26,7 @@ from loramux_adapters.spec import AdapterId, AdapterSpec
 from loramux_adapters.store import changes, checks, schema
 from loramux_adapters.store.blobs import Blobs
 from loramux_adapters.store.catalog import Catalog, Connect
+from loramux_adapters.store.collector import Collector
 from loramux_adapters.store.disk import Disk, storage_errors
 from loramux_adapters.store.holds import Holds
 from loramux_adapters.store.journal import Journal, Publication
@@ -79,11 +78,7 @@ class LocalStore:
         self._holds = Holds()
         # Publish, delete and collect exclude each other; readers and holds do not wait for this one.
         self._changing = threading.RLock()
-        # Blobs of publishes that failed at their commit: a crash may still bring that commit back from SQLite's
-        # log, until a later one overwrites it there. So they stay until then.
-        self._doubtful: set[str] = set()
         self._unknown: set[str] = set()  # blobs that the catalog did not know at the start
-        self._removed: deque[str] = deque()  # digests nobody was told of yet
         disk = disk or Disk()
         self._reserve = Reserve(root, disk)
         self._journal = Journal(root, disk)
@@ -100,6 +95,7 @@ class LocalStore:
         except BaseException:
             self._lock.release()
             raise
+        self._collector = Collector(self._catalog, self._blobs, self._holds, self._reserve, self._changing)
         try:
             self._sweep()
         except BaseException:
@@ -171,7 +167,7 @@ class LocalStore:
                 created = self._publish(tenant, staged, spec, base)
                 record = self._catalog.get(tenant, staged.manifest.name)
             self._uploads.end(tenant, upload_id, upload)
-        self._collect_quietly()
+        self._collector.collect_quietly()
         return Published(record, created)
 
     def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str) -> bool:
@@ -192,9 +188,9 @@ class LocalStore:
                     with storage_errors("keep an adapter"):
                         self._journal.append(Publication(tenant, manifest.name, spec.digest, hashes))
         except BaseException:
-            self._doubtful |= new
+            self._collector.doubt(new)
             raise
-        self._settle()
+        self._collector.settle()
         self._shorten_journal(only_if_large=True)
         return changed
 
@@ -220,15 +216,15 @@ class LocalStore:
         with self._changing:
             with self._catalog.transaction() as tx:
                 changes.update(tx, tenant, name, change, self._clock())
-            self._settle()
+            self._collector.settle()
             return self._catalog.get(tenant, name)
 
     def delete(self, tenant: str, name: str) -> None:
         checks.check_reference(tenant, name, "")
         with self._changing:
             self._reserve.spend_on(lambda: self._delete(tenant, name))
-            self._settle()
-        self._collect_quietly()
+            self._collector.settle()
+        self._collector.collect_quietly()
 
     def _delete(self, tenant: str, name: str) -> None:
         with self._catalog.transaction() as tx:
@@ -263,31 +259,10 @@ class LocalStore:
             return self._holds.drop(digest)
 
     def collect(self) -> int:
-        with self._changing:
-            collected = self._reserve.spend_on(self._collect)
-            self._reserve.fill()
-        return collected
-
-    def _collect(self) -> int:
-        with self._catalog.transaction() as tx:
-            unreachable = changes.unreachable(tx)
-            with self._holds.lock:
-                # No name leads here since an earlier commit: what is not held now cannot be held any more.
-                doomed = [version for version, digest in unreachable.items() if digest not in self._holds]
-                self._holds.set_orphans(frozenset(d for d in unreachable.values() if d in self._holds))
-            blobs = changes.remove_versions(tx, doomed)
-            removed = changes.missing(tx, {unreachable[version] for version in doomed})
-        self._removed.extend(removed)
-        for sha256 in blobs:
-            self._remove_blob(sha256)
-        return len(doomed)
+        return self._collector.collect()
 
     def take_removed(self) -> frozenset[str]:
-        taken: set[str] = set()
-        while self._removed:
-            with suppress(IndexError):  # another thread was faster
-                taken.add(self._removed.popleft())
-        return frozenset(taken)
+        return self._collector.take_removed()
 
     # Bytes
 
@@ -300,7 +275,7 @@ class LocalStore:
             raise _corrupt(digest)
         finally:
             if self.release(digest):
-                self._collect_quietly()
+                self._collector.collect_quietly()
 
     def accepted_bases(self, digest: str) -> frozenset[str]:
         checks.check_digest(digest)
@@ -366,26 +341,6 @@ class LocalStore:
                 self._journal.shorten(self._catalog.publications(), self._lost.files().keys() | self._unknown)
         except (OSError, AdapterError) as error:
             _log.warning("the journal of publishes could not be shortened: %s", error)
-
-    def _settle(self) -> None:
-        """After a commit that wrote: failed ones before it cannot come back, their blobs may go."""
-        if self._doubtful:
-            for sha256 in self._doubtful - self._catalog.blobs():
-                self._remove_blob(sha256)
-            self._doubtful.clear()
-
-    def _remove_blob(self, sha256: str) -> None:
-        try:
-            self._blobs.remove(sha256)
-        except OSError as error:
-            _log.warning("file %s could not be removed, the next start tries again: %s", sha256, error.strerror)
-
-    def _collect_quietly(self) -> None:
-        """Collect after a change that is already durable: failing now only means collecting later."""
-        try:
-            self.collect()
-        except AdapterError as error:
-            _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
 
 
 def _corrupt(digest: str) -> AdapterCorrupt:
