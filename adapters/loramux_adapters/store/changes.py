@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded
 from loramux_adapters.names import MAX_ALIASES
 from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store import lifetimes
 from loramux_adapters.store.checks import check_labels
 from loramux_adapters.store.nearby import suggest
 from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, FileEntry, Quotas, UploadManifest
@@ -33,6 +34,7 @@ def publish(
     The count and the bytes are held against the quotas here, in the transaction: of two uploads that
     race for the last place exactly one gets it. Raises AdapterConflict, QuotaExceeded.
     """
+    lifetimes.remove_expired(tx, now)
     name = manifest.name
     if tx.execute("SELECT 1 FROM aliases WHERE tenant = ? AND alias = ?", (tenant, name)).fetchall():
         raise AdapterConflict(f"{name!r} is an alias", subject=name, remedy="choose another name or remove the alias")
@@ -108,6 +110,7 @@ def _point(
             "INSERT INTO names (tenant, name, version, created, updated) VALUES (?, ?, ?, ?, ?)",
             (*key, version, now, now),
         )
+    lifetimes.put(tx, tenant, manifest, is_new=not rows, now=now)
     if manifest.labels:
         _write_labels(tx, tenant, manifest.name, manifest.labels)
     return changed
@@ -147,6 +150,7 @@ def _make_room(tx: sqlite3.Connection, tenant: str, quotas: Quotas) -> None:
 
 def update(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate, now: float) -> None:
     """Apply `change` to a name. Raises AdapterNotFound, AdapterConflict, AdapterInvalid."""
+    lifetimes.remove_expired(tx, now)
     rows = tx.execute("SELECT labels FROM names WHERE tenant = ? AND name = ?", (tenant, name)).fetchall()
     if not rows:
         raise _absent(tx, tenant, name)

@@ -1,4 +1,4 @@
-"""What leaves the disk after a transaction that forgot it: versions without a name or hold, files that no version needs.
+"""What leaves the disk after the transaction that forgot it: versions without name or hold, files without a version.
 
 Serialized with publishes and deletes by `changing`. Knows no upload and no reference.
 """

@@ -23,11 +23,12 @@ from loramux_adapters.errors import (
     StoreUnavailable,
 )
 from loramux_adapters.spec import AdapterId, AdapterSpec
-from loramux_adapters.store import changes, checks, schema
+from loramux_adapters.store import changes, checks, lifetimes, schema
 from loramux_adapters.store.blobs import Blobs
 from loramux_adapters.store.catalog import Catalog, Connect
 from loramux_adapters.store.collector import Collector
 from loramux_adapters.store.disk import Disk, storage_errors
+from loramux_adapters.store.ends import Ends
 from loramux_adapters.store.holds import Holds
 from loramux_adapters.store.journal import Journal, Publication
 from loramux_adapters.store.lock import DirectoryLock
@@ -91,11 +92,14 @@ class LocalStore:
                 self._blobs = Blobs(root / "blobs", disk)
                 self._uploads = Uploads(root / "uploads", disk, self._quotas, clock)
                 blobs_exist = not self._blobs.is_empty()
-                self._catalog = self._reserve.spend_on(lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect))
+                self._catalog = self._reserve.spend_on(
+                    lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect, clock=clock)
+                )
         except BaseException:
             self._lock.release()
             raise
         self._collector = Collector(self._catalog, self._blobs, self._holds, self._reserve, self._changing)
+        self._ends = Ends(self._catalog, self._collector, self._holds, self._reserve, self._changing, clock)
         try:
             self._sweep()
         except BaseException:
@@ -122,11 +126,14 @@ class LocalStore:
         checks.check_name(tenant, "tenant")
         checks.check_upload_id(upload_id)
         checks.check_manifest(manifest, self._quotas)
+        self.expire()
         # A courtesy before the bytes are sent; what counts is the same check in the publish transaction.
         if self._catalog.has_alias(tenant, manifest.name):
             raise AdapterConflict(f"{manifest.name!r} is an alias", subject=manifest.name)
         if not self._catalog.has_name(tenant, manifest.name):
             changes.check_count(self._catalog.count(tenant), self._quotas)
+        elif manifest.ends and not self._catalog.has_end(tenant, manifest.name):
+            raise lifetimes.without_end(manifest.name)
         return self._uploads.begin(tenant, upload_id, manifest)
 
     def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
@@ -164,25 +171,26 @@ class LocalStore:
             staged = upload.staged()
             upload.sync()
             with self._changing:
-                created = self._publish(tenant, staged, spec, base)
-                record = self._catalog.get(tenant, staged.manifest.name)
+                now = self._clock()
+                created = self._publish(tenant, staged, spec, base, now)
+                record = self._catalog.get(tenant, staged.manifest.name, published=now)
             self._uploads.end(tenant, upload_id, upload)
         self._collector.collect_quietly()
         return Published(record, created)
 
-    def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str) -> bool:
+    def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str, now: float) -> bool:
         manifest = staged.manifest
         new: set[str] = set()
         try:
             with self._catalog.transaction() as tx:
-                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, self._clock())
+                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, now)
                 if install:
                     with storage_errors("keep an adapter"):
                         for entry in manifest.files:
                             if not self._blobs.exists(entry.sha256):
                                 new.add(entry.sha256)
                             self._blobs.install(staged.files[entry.file], entry.sha256)
-                if changed or install:
+                if (changed or install) and not manifest.ends:  # restored it would have no end
                     files = manifest.files if install else self._catalog.entries(tenant, spec.digest)
                     hashes = {entry.file: entry.sha256 for entry in files}
                     with storage_errors("keep an adapter"):
@@ -238,14 +246,28 @@ class LocalStore:
 
     # Holds
 
-    def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
+    def acquire(self, tenant: str, name: str, prefix: str = "", *, counts: bool = False) -> AdapterVersion:
         checks.check_reference(tenant, name, prefix)
         with self._holds.lock:
-            found, spec, health = self._catalog.find(tenant, name, prefix)
-            if health is Health.CORRUPT:
-                raise _corrupt(spec.digest)
-            self._holds.add(spec.digest)
-        return AdapterVersion(AdapterId(tenant, found), spec.digest, spec)
+            found = self._catalog.find(tenant, name, prefix)
+            digest = found.spec.digest
+            if found.health is Health.CORRUPT:
+                raise _corrupt(digest)
+            use = self._ends.take_use(found) if counts else None
+            self._holds.add(digest)
+        return AdapterVersion(AdapterId(tenant, found.name), digest, found.spec, use)
+
+    def count_use(self, use: int) -> None:
+        self._ends.count_use(use)
+
+    def give_back_use(self, use: int) -> None:
+        self._ends.give_back_use(use)
+
+    def next_expiry(self) -> float | None:
+        return self._catalog.next_expiry()
+
+    def expire(self) -> int:
+        return self._ends.expire()
 
     def hold(self, digest: str) -> None:
         checks.check_digest(digest)
@@ -327,6 +349,7 @@ class LocalStore:
 
     def _sweep(self) -> None:
         self._uploads.sweep()
+        self.expire()
         self.collect()
         with storage_errors("sweep"):
             unknown = self._blobs.sweep(self._catalog.blobs())
