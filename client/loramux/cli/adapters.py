@@ -11,6 +11,7 @@ import typer
 
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
 from loramux.cli.completion import complete_adapters
+from loramux.cli.lifetimes import describe_end
 from loramux.terminal.failures import CommandError, ExitCode
 from loramux.terminal.output import byte_progress, print_json, print_table, say, size
 
@@ -32,6 +33,12 @@ def push(
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Accept an adapter that declares another base.")
     ] = False,
+    ttl: Annotated[
+        float | None, typer.Option("--ttl", help="Seconds after which the server removes it; default: it stays.")
+    ] = None,
+    max_uses: Annotated[
+        int | None, typer.Option("--max-uses", help="Requests with the last of which the server removes it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter. A push that was cut goes on where it stopped when it is repeated."""
@@ -40,7 +47,13 @@ def push(
     target = name or directory.resolve().name
     with connect(address) as client, _transfer(f"push {target}", as_json) as report:
         pushed = client.push(
-            directory, target, labels=_labels(label or []), allow_base_mismatch=allow_base_mismatch, progress=report
+            directory,
+            target,
+            labels=_labels(label or []),
+            allow_base_mismatch=allow_base_mismatch,
+            ttl=ttl,
+            max_uses=max_uses,
+            progress=report,
         )
     if as_json:
         print_json(pushed)
@@ -55,6 +68,8 @@ def push(
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
         print(f"kept here: {', '.join(pushed.left_out)} (only the adapter's files travel)")
+    if ends := describe_end(adapter):
+        print(f"ends by itself: {ends}")
     if pushed.remark:
         say(f"warning: {pushed.remark}")
 
@@ -72,10 +87,10 @@ def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
         base = client.model().fingerprint
     rows = [
         (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
-         a.residency.merged, "yes" if a.pinned else "", ",".join(a.aliases), _remarks(a, base))
+         a.residency.merged, "yes" if a.pinned else "", describe_end(a), ",".join(a.aliases), _remarks(a, base))
         for a in found
     ]  # fmt: skip
-    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "PINNED", "ALIASES", "REMARKS")
+    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "PINNED", "ENDS", "ALIASES", "REMARKS")
     print_table(columns, rows, empty="no adapters yet; add one with `loramux adapters push DIRECTORY`")
 
 
@@ -108,6 +123,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
         ("leases", residency.leases),
         ("merged", merged),
+        ("ends", describe_end(adapter) or "never by itself"),
         ("created", adapter.created.isoformat(timespec="seconds")),
         ("updated", adapter.updated.isoformat(timespec="seconds")),
     ]
