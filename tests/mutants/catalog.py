@@ -246,6 +246,16 @@ MUTANTS = (
         (TEST_ADAPTERS + "store/test_store_holds.py",),
     ),
     Mutant(
+        "a name is found after its time", ADAPTERS + "store/catalog.py",
+        '"(l.expires IS NULL OR l.expires > :now)"', '"(l.expires IS NULL OR l.expires > 0 * :now)"',
+        (TEST_ADAPTERS + "store/test_store_lifetimes.py",),
+    ),
+    Mutant(
+        "a caller receives an answer before its use is durable", API + "generate.py",
+        "                    await resolved.confirm()", "                    resolved.confirm",
+        ("tests/server/api/test_lifetimes.py",),
+    ),
+    Mutant(
         "bytes of an upload that were received are written again", ADAPTERS + "store/staged_upload.py",
         "if offset != received:", "if offset > received:",
         (TEST_ADAPTERS + "store/test_store_uploads.py",),

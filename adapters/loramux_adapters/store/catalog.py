@@ -191,6 +191,13 @@ class Catalog:
             others.update((aliases or "").split(",") if aliases else ())
         return {digest: AdapterNames(tuple(sorted(n)), tuple(sorted(a))) for digest, (n, a) in found.items()}
 
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of `digests` of which any tenant has a version."""
+        holes = ",".join("?" * len(digests))
+        return frozenset(
+            row[0] for row in self._read(f"SELECT digest FROM versions WHERE digest IN ({holes})", tuple(digests))
+        )
+
     def bases(self, digest: str) -> frozenset[str]:
         """The bases of each tenant's version of a digest."""
         rows = self._read("SELECT bases FROM versions WHERE digest = ?", (digest,))

@@ -52,7 +52,7 @@ class Ends:
         with self._holds.lock:
             self._uses.end(use, counted=False)
 
-    def count_use(self, use: int) -> None:
+    def count_use(self, use: int) -> bool:
         """See AdapterStore.count_use."""
         counted = is_last = False
         try:
@@ -66,6 +66,7 @@ class Ends:
                 self._uses.end(use, counted=counted)
         if is_last:
             self._collector.collect_quietly()
+        return is_last
 
     def expire(self) -> int:
         """See AdapterStore.expire."""

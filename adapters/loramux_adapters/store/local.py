@@ -244,6 +244,9 @@ class LocalStore:
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         return self._catalog.names(digests)
 
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        return self._catalog.existing(digests)
+
     # Holds
 
     def acquire(self, tenant: str, name: str, prefix: str = "", *, counts: bool = False) -> AdapterVersion:
@@ -257,8 +260,8 @@ class LocalStore:
             self._holds.add(digest)
         return AdapterVersion(AdapterId(tenant, found.name), digest, found.spec, use)
 
-    def count_use(self, use: int) -> None:
-        self._ends.count_use(use)
+    def count_use(self, use: int) -> bool:
+        return self._ends.count_use(use)
 
     def give_back_use(self, use: int) -> None:
         self._ends.give_back_use(use)

@@ -89,8 +89,8 @@ class AdapterStore(Protocol):
         (ambiguous prefix), AdapterCorrupt (quarantined).
         """
 
-    def count_use(self, use: int) -> None:
-        """Make a use that `acquire` took durable. With the last one the name goes, and the bytes with the last hold.
+    def count_use(self, use: int) -> bool:
+        """Make a use that `acquire` took durable. True: it was the last, and the name is gone.
 
         What nobody was told before this returns need not be counted: a process that dies earlier has given nothing
         away. After an error the use is given back.
@@ -125,6 +125,9 @@ class AdapterStore(Protocol):
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` (some hundreds at most) now; those without a name are left out. Fast."""
+
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of `digests` (some hundreds at most) of which any tenant has a version, named or held. Fast."""
 
     def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
         """The record behind a name or alias, of a kept version with `prefix`. Errors as `acquire`, health aside."""

@@ -31,6 +31,9 @@ BASE = "base"
 Names = Callable[[Collection[str]], Mapping[str, AdapterNames]]
 """What points at digests now; asked on a scrape's thread."""
 
+Existing = Callable[[Collection[str]], Collection[str]]
+"""Those of some digests of which there is a version; asked on a scrape's thread."""
+
 
 @dataclass(frozen=True)
 class AdapterReading:
@@ -56,11 +59,13 @@ class Metrics:
         adapters: Callable[[], AdapterReading] = AdapterReading,
         top_adapters: int = 50,
         names: Names = lambda digests: {},
+        existing: Existing = lambda digests: digests,
     ) -> None:
         registry = self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._load: Load | None = None
         self._names: OrderedDict[str, str] = OrderedDict()
+        self._existing = existing
         self._per_adapter_sequences = TopSeries(top_adapters)
         self._per_adapter_tokens = TopSeries(top_adapters)
         self._calls = Counter("loramux_calls", "Finished calls.", ["method", "code"], registry=registry)
@@ -174,7 +179,15 @@ class Metrics:
         return self._load
 
     def per_adapter(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Ended sequences and output tokens by adapter: a digest, `base` or `other`."""
+        """Ended sequences and output tokens by adapter: a digest, `base` or `other`.
+
+        Those that are gone for good lose their series here and not when they go: their last request may end later.
+        """
+        counted = self._per_adapter_sequences.read().keys() | self._per_adapter_tokens.read().keys()
+        gone = counted - {BASE, OTHER}
+        gone -= set(self._existing(gone)) if gone else set()
+        for series in (self._per_adapter_sequences, self._per_adapter_tokens):
+            series.drop(gone)
         return self._per_adapter_sequences.read(), self._per_adapter_tokens.read()
 
 
