@@ -1,4 +1,4 @@
-"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify and remove adapters."""
+"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify, diff and remove adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux.cli.adapter_files import diff, names_directory, verify_directory
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
 from loramux.cli.completion import complete_adapters
 from loramux.cli.lifetimes import describe_end
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from loramux.types import Adapter, ProgressCallback, Pulled, TransferProgress
 
 app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
+app.command("diff")(diff)
 
 Name = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapters)]
 Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.", autocompletion=complete_adapters)]
@@ -169,12 +171,39 @@ def pull(
 
 @app.command("verify")
 def verify(
-    name: Reference,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name, alias or name@digest on the server, or a directory, written with a slash: ./shout.",
+            autocompletion=complete_adapters,
+        ),
+    ],
     against: Annotated[Path | None, typer.Option(help="Local directory that must hold the same bytes.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a directory: the base to check it against, as `serve --model` takes it.")
+    ] = None,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Of a directory: as `push` has it.")
+    ] = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Read an adapter back and check every sha256; with --against, compare it with a local directory too."""
+    """Read an adapter back and check every sha256; with --against, compare it with a local directory too.
+
+    Of a directory: say without a server what one would say of a push, and what it costs; exit 2 if it is refused.
+    """
+    if names_directory(name):
+        if against is not None:
+            raise CommandError("--against goes with a name", remedy="see loramux adapters diff", code=ExitCode.USAGE)
+        directory = Path(name).expanduser()
+        verify_directory(directory, base, allow_base_mismatch=allow_base_mismatch, as_json=as_json)
+        return
+    if base is not None or allow_base_mismatch:
+        raise CommandError(
+            f"{name} is the name of an adapter on the server, and --base and --allow-base-mismatch go with a directory",
+            remedy=f"write ./{name} for a directory",
+            code=ExitCode.USAGE,
+        )
     from loramux.cli.connecting import connect
     from loramux.upload import collect
 
