@@ -18,7 +18,7 @@ from typing import Any
 
 from loramux_adapters.errors import AdapterInvalid, AdapterNotFound
 from loramux_adapters.spec import AdapterId, AdapterSpec
-from loramux_adapters.store import lifetimes, schema
+from loramux_adapters.store import lifetimes, schema, tallies
 from loramux_adapters.store.journal import Publication
 from loramux_adapters.store.nearby import suggest
 from loramux_adapters.store.records import AdapterNames, AdapterRecord, DesiredState, FileEntry, Health, Lifetime
@@ -84,6 +84,7 @@ class Catalog:
             try:
                 schema.prepare(self._writer, root, blobs_exist=blobs_exist)
                 lifetimes.create_table(self._writer)
+                tallies.create_tables(self._writer)
                 self._reader = connect(path, _READER_BUSY_SECONDS)
                 self._reader.execute("PRAGMA query_only = ON")
             except BaseException:
@@ -138,7 +139,8 @@ class Catalog:
 
     def count(self, tenant: str) -> int:
         """How many names a tenant has."""
-        return int(self._read("SELECT count(*) FROM names WHERE tenant = ?", (tenant,))[0][0])
+        with self._read_lock, schema.catalog_errors():
+            return tallies.count_names(self._reader, tenant)
 
     def has_name(self, tenant: str, name: str) -> bool:
         """Whether `name` is a name, not an alias."""
@@ -206,6 +208,10 @@ class Catalog:
     def blobs(self) -> Set[str]:
         """The hash of every file that some version needs."""
         return {row[0] for row in self._read("SELECT sha256 FROM blobs")}
+
+    def has_blob(self, sha256: str) -> bool:
+        """Whether some version needs this file."""
+        return bool(self._read("SELECT 1 FROM blobs WHERE sha256 = ?", (sha256,)))
 
     def publications(self) -> list[Publication]:
         """Every version that a name without an end keeps, the oldest first."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from loramux_adapters.errors import AdapterError
-from loramux_adapters.store import changes
+from loramux_adapters.store import changes, tallies
 from loramux_adapters.store.blobs import Blobs
 from loramux_adapters.store.catalog import Catalog
 from loramux_adapters.store.holds import Holds
@@ -66,13 +66,14 @@ class Collector:
     def settle(self) -> None:
         """After a commit that wrote: failed ones before it cannot come back, their blobs may go."""
         if self._doubtful:
-            for sha256 in self._doubtful - self._catalog.blobs():
-                self._remove_blob(sha256)
+            for sha256 in self._doubtful:
+                if not self._catalog.has_blob(sha256):
+                    self._remove_blob(sha256)
             self._doubtful.clear()
 
     def _collect(self) -> int:
         with self._catalog.transaction() as tx:
-            unreachable = changes.unreachable(tx)
+            unreachable = tallies.take_unreachable(tx)
             with self._holds.lock:
                 # No name leads here since an earlier commit: what is not held now cannot be held any more.
                 doomed = [version for version, digest in unreachable.items() if digest not in self._holds]
