@@ -243,6 +243,7 @@ def _residency(message: adapters_pb2.Residency) -> types.Residency:
         leases=message.leases,
         merged=cast(types.MergedState, state) if state in get_args(types.MergedState) else "none",
         merged_reason=message.merged_reason,
+        host_bytes=message.host_bytes,
     )
 
 

@@ -204,6 +204,7 @@ class Residency:
     leases: int
     merged: MergedState
     merged_reason: str
+    host_bytes: int = 0  # of the server's memory, also of one on the device
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from loramux_adapters.base.source import explain_load
 from loramux_adapters.base.weight_counts import count_weights, is_mixture
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.errors import AdapterError
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.guard.exactness import ask_untouched
@@ -145,7 +146,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         registry.close()
 
     services = Services(client, registry, tokenizer, info, states)
-    return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights), close)
+    return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights, registry), close)
 
 
 def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined) -> EngineLimits:
@@ -306,7 +307,7 @@ class _States:
     def state(self, digest: str) -> AdapterState:
         """Where the version is at this moment."""
         view, dense = self._pool.residency(digest), self._merged_weights.state(digest)
-        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
+        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason, view.host_bytes)
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
         """Keep what is pinned on the device and have merged weights of what is to be merged; nothing else."""
@@ -320,12 +321,21 @@ class _States:
 
 
 def _read(
-    pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], merged: MergedWeightsCache
+    pool: AdapterPool[AdapterWeights],
+    host: HostCache[AdapterWeights],
+    merged: MergedWeightsCache,
+    registry: Registry,
 ) -> AdapterReading:
     stats = pool.stats()
     ready, dense_bytes, builds = merged.usage()
     return AdapterReading(
-        tiers={"resident": (stats.resident, stats.resident_bytes), "loaded": host.usage},
+        tiers={
+            "resident": (stats.resident, stats.resident_bytes),
+            "loaded": host.usage,
+            **_registered(registry),
+        },
+        leases=stats.leases,
+        pinned=stats.pinned,
         loads_total={"ok": stats.loads, "failed": stats.load_failures},
         load_seconds_total=stats.load_seconds,
         evictions_total={"resident": stats.evictions},
@@ -336,3 +346,11 @@ def _read(
         merges_total=builds,
         slots=stats.rows_capacity // MAX_ROWS_OF_RANK,
     )
+
+
+def _registered(registry: Registry) -> dict[str, tuple[int, int]]:
+    """A store that cannot be read costs its own series, not the others."""
+    try:
+        return {"registered": registry.usage()}
+    except AdapterError:
+        return {}

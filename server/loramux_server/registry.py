@@ -231,6 +231,10 @@ class Registry:
         """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
         return self._store.names(digests)
 
+    def usage(self) -> tuple[int, int]:
+        """Names in the store and bytes that they keep. As `names`."""
+        return self._store.usage()
+
     def existing(self, digests: Collection[str]) -> frozenset[str]:
         """Those of `digests` of which there is a version, held or named. As `names`."""
         return self._store.existing(digests)

@@ -34,9 +34,10 @@ class HostCache(Generic[W]):
         self._keep(digest, weights, discards)
         return weights
 
-    def holds(self, digest: str) -> bool:
-        """Whether it is in memory now."""
-        return digest in self._held
+    def size(self, digest: str) -> int:
+        """Bytes it takes in memory now, 0 if it is not there."""
+        held = self._held.get(digest)
+        return 0 if held is None else held.nbytes
 
     def discard(self, digest: str) -> None:
         """Frees it, if held."""

@@ -178,9 +178,10 @@ class AdapterPool(Generic[W]):
     def residency(self, digest: str) -> ResidencyView:
         """Where an adapter is at this moment. Any thread."""
         slot = self._slots.get(digest)
+        host_bytes = self._host.size(digest)
         if slot is not None:
-            return ResidencyView("resident", slot.number, slot.leases)
-        return ResidencyView("loaded" if self._host.holds(digest) else "registered")
+            return ResidencyView("resident", slot.number, slot.leases, host_bytes)
+        return ResidencyView("loaded" if host_bytes else "registered", host_bytes=host_bytes)
 
     def stats(self) -> PoolStats:
         """Counts and gauges. Any thread; gauges may be a step apart."""
@@ -191,6 +192,7 @@ class AdapterPool(Generic[W]):
             resident_bytes=sum(slot.nbytes for slot in slots),
             loading=len(self._loads),
             leases=sum(slot.leases for slot in slots),
+            pinned=len(self._pinned),
             rows_used=self._table.rows_used,
         )
 

@@ -142,6 +142,11 @@ class Catalog:
         with self._read_lock, schema.catalog_errors():
             return tallies.count_names(self._reader, tenant)
 
+    def usage(self) -> tuple[int, int]:
+        """Names and bytes of all tenants."""
+        with self._read_lock, schema.catalog_errors():
+            return tallies.count_all(self._reader)
+
     def has_name(self, tenant: str, name: str) -> bool:
         """Whether `name` is a name, not an alias."""
         return bool(self._read("SELECT 1 FROM names WHERE tenant = ? AND name = ?", (tenant, name)))

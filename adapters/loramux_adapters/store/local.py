@@ -244,6 +244,9 @@ class LocalStore:
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         return self._catalog.names(digests)
 
+    def usage(self) -> tuple[int, int]:
+        return self._catalog.usage()
+
     def existing(self, digests: Collection[str]) -> frozenset[str]:
         return self._catalog.existing(digests)
 

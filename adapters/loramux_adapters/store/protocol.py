@@ -126,6 +126,9 @@ class AdapterStore(Protocol):
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` (some hundreds at most) now; those without a name are left out. Fast."""
 
+    def usage(self) -> tuple[int, int]:
+        """Names of all tenants, and bytes of the files that they keep, superseded versions too. Fast."""
+
     def existing(self, digests: Collection[str]) -> frozenset[str]:
         """Those of `digests` (some hundreds at most) of which any tenant has a version, named or held. Fast."""
 

@@ -110,6 +110,12 @@ def count_bytes(tx: sqlite3.Connection, tenant: str) -> int:
     return int(rows[0][0]) if rows else 0
 
 
+def count_all(tx: sqlite3.Connection) -> tuple[int, int]:
+    """Names, and bytes as `count_bytes` counts them, of all tenants."""
+    names, size = tx.execute("SELECT coalesce(sum(names), 0), coalesce(sum(bytes), 0) FROM tenants").fetchall()[0]
+    return int(names), int(size)
+
+
 def oldest_superseded(tx: sqlite3.Connection, tenant: str) -> int | None:
     """The `seq` in `history` of the oldest version of a tenant that no name points at; None without any."""
     found = tx.execute("SELECT min(seq) FROM superseded WHERE tenant = ?", (tenant,)).fetchall()[0][0]

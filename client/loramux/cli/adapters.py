@@ -123,6 +123,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("merge", "yes" if adapter.merge else "no"),
         ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
         ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
+        ("host memory", size(residency.host_bytes) if residency.host_bytes else "not there"),
         ("leases", residency.leases),
         ("merged", merged),
         ("ends", describe_end(adapter) or "never by itself"),

@@ -485,12 +485,15 @@ class Residency(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     MERGED_REASON_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     slot: _builtins.int
     leases: _builtins.int
     merged: Global___MergedState.ValueType
     merged_reason: _builtins.str
     """Why it was refused, or empty."""
+    host_bytes: _builtins.int
+    """What it takes of host memory, also while it is on the device; 0 where it is not in host memory."""
     def __init__(
         self,
         *,
@@ -499,10 +502,11 @@ class Residency(_message.Message):
         leases: _builtins.int = ...,
         merged: Global___MergedState.ValueType = ...,
         merged_reason: _builtins.str = ...,
+        host_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "leases", b"leases", "merged", b"merged", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "host_bytes", b"host_bytes", "leases", b"leases", "merged", b"merged", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
     _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015

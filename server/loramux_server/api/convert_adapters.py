@@ -76,6 +76,7 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         leases=state.leases,
         merged=_MERGED[state.merged],
         merged_reason=state.reason,
+        host_bytes=state.host_bytes,
     )
     if state.slot is not None:
         residency.slot = state.slot

@@ -168,7 +168,7 @@ def test_a_discarded_adapter_stays_until_its_last_lease_goes() -> None:
     harness.pool.poll()
     first.release()
     harness.pool.poll()
-    assert harness.pool.residency("8-a") == ResidencyView("resident", second.slot, 1)
+    assert harness.pool.residency("8-a") == ResidencyView("resident", second.slot, 1, host_bytes=10)
     before = harness.notices
     second.release()
     assert harness.notices == before + 1  # an idle engine must come and free it
@@ -207,7 +207,7 @@ def test_a_load_nobody_waits_for_any_more_is_given_up(is_discarded: bool) -> Non
     for _ in range(3 if is_discarded else READY_TICKS + 1):
         harness.pool.poll()
     assert harness.pool.stats().loading == 0
-    assert harness.host.holds("8-b") != is_discarded
+    assert bool(harness.host.size("8-b")) != is_discarded
     lease.release()
 
 
@@ -217,7 +217,7 @@ def test_a_lease_is_a_context_manager() -> None:
         assert lease.digest == "8-a"
         assert harness.pool.stats().leases == 1
     assert harness.pool.stats().leases == 0
-    assert harness.pool.residency("8-a") == ResidencyView("resident", lease.slot, 0)
+    assert harness.pool.residency("8-a") == ResidencyView("resident", lease.slot, 0, host_bytes=10)
 
 
 def test_a_lease_that_is_released_again_gives_back_nobody_elses() -> None:
