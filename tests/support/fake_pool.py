@@ -36,6 +36,7 @@ class FakePool:
         self._reported: dict[str, AdapterError | None] = {}
         self._errors: dict[str, AdapterError] = {}
         self._used: dict[str, int] = {}
+        self.gone: list[str] = []
 
     def digest_of(self, slot: int) -> str | None:
         """The adapter in `slot`."""
@@ -66,6 +67,11 @@ class FakePool:
     def take_bindings(self) -> tuple[tuple[int, ...], tuple[Binding, ...]]:
         """Nothing: the runner looks into the slots."""
         return (), ()
+
+    def take_gone(self) -> tuple[str, ...]:
+        """As a test says."""
+        gone, self.gone = tuple(self.gone), []
+        return gone
 
     def check(self) -> None:
         """No books."""

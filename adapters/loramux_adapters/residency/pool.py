@@ -104,6 +104,7 @@ class AdapterPool(Generic[W]):
         self._pinned = PinnedSet()
         self._reports: deque[_Report[W]] = deque()
         self._discards: deque[str] = deque()
+        self._gone: list[str] = []
         self._bound: list[Binding] = []
         self._unbound: list[int] = []
         self._tick = 0
@@ -146,6 +147,7 @@ class AdapterPool(Generic[W]):
             slot = self._slots.get(digest)
             if slot is None or self._is_idle(slot):
                 self._doomed.discard(digest)
+                self._gone.append(digest)
                 self._host.discard(digest)
                 if slot is not None:
                     self._evict(slot)
@@ -160,6 +162,11 @@ class AdapterPool(Generic[W]):
         unbound, bound = tuple(self._unbound), tuple(self._bound)
         self._unbound, self._bound = [], []
         return unbound, bound
+
+    def take_gone(self) -> tuple[str, ...]:
+        """Digests whose discarding came to its end since the last call."""
+        gone, self._gone = tuple(self._gone), []
+        return gone
 
     def discard(self, digest: str) -> None:
         """Frees an adapter's slot and host bytes once its last lease is released. Any thread."""

@@ -42,6 +42,10 @@ class Adapters(Protocol):
         """(slots to unbind, then slots to bind) since the last call."""
         ...
 
+    def take_gone(self) -> tuple[str, ...]:
+        """Digests freed for good since the last call: nobody can ask for them until they are uploaded again."""
+        ...
+
     def check(self) -> None:
         """Raises ValueError when its books do not add up."""
         ...

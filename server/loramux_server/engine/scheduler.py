@@ -82,6 +82,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """What the next step does; no chunks when nothing can run."""
         self._adapters.poll()
+        for digest in self._adapters.take_gone():
+            self.tables.pool.forget(digest)  # before any block that somebody may still look for
         self._expire(now)
         builder = StepBuilder(self.limits, self.tables)
         preempted = self._counters.preemptions

@@ -169,11 +169,13 @@ def test_a_discarded_adapter_stays_until_its_last_lease_goes() -> None:
     first.release()
     harness.pool.poll()
     assert harness.pool.residency("8-a") == ResidencyView("resident", second.slot, 1, host_bytes=10)
+    assert harness.pool.take_gone() == ()
     before = harness.notices
     second.release()
     assert harness.notices == before + 1  # an idle engine must come and free it
     harness.pool.poll()
     assert harness.pool.residency("8-a") == ResidencyView("registered")
+    assert (harness.pool.take_gone(), harness.pool.take_gone()) == (("8-a",), ())
     unbound, bound = harness.pool.take_bindings()
     assert (unbound, bound) == ((second.slot,), (Binding(second.slot, "8-a", {"q": (0, 8)}),))
     assert harness.pool.take_bindings() == ((), ())
