@@ -32,6 +32,7 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import Examined, examine, refusals_of
 from loramux_adapters.kernels.select import select_kernels
+from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
@@ -111,7 +112,12 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
 
     engine_limits = _engine_limits(config, cache, examined)
     mailbox = Mailbox(engine_limits.max_live)
-    host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
+    by_frequency = config.adapter_eviction == "frequency"
+    host = HostCache(
+        AdapterLoader(store, read, base.spec.fingerprint).load,
+        config.adapter_host_bytes,
+        Frequency() if by_frequency else None,
+    )
     loader = ThreadPoolExecutor(1, "loramux-loader")
     staged, merges = StagedAdapters(SlotTensors(adapted), mailbox.notify), Merges(adapted)
     pool = AdapterPool(
@@ -120,6 +126,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         host,
         loader,
         mailbox.notify,
+        frequency=Frequency() if by_frequency else None,
     )
     refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
     merged_weights = MergedWeightsCache(

@@ -1,4 +1,4 @@
-"""Which adapters are on the device: leases, single-flight loads, least recently used out first, kept ones last.
+"""Which adapters are on the device: leases, single-flight loads, an order in which idle ones leave, kept ones last.
 
 Belongs to the engine thread, which never waits here: a loader thread reads and prepares, the device's owner copies, and
 both report back through `poll`. Which slots count is recorded for that owner. Torch-free; tiers are injected.
@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Generic, Literal, TypeVar
 
 from loramux_adapters.binding import Binding, RankRanges
 from loramux_adapters.errors import AdapterError, PoolExhausted
+from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.pinned_set import PinnedSet, Size
 from loramux_adapters.residency.slots import Slot, SlotTable
 from loramux_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Weights
@@ -94,9 +96,11 @@ class AdapterPool(Generic[W]):
         loader: Executor,
         notify: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        frequency: Frequency | None = None,
     ) -> None:
+        """With a `frequency` the most rarely used idle adapter goes first, else the least recently used one."""
         self._table, self._device, self._host, self._loader = table, device, host, loader
-        self._notify, self._clock = notify, clock
+        self._notify, self._clock, self._frequency = notify, clock, frequency
         self._slots: dict[str, Slot] = {}
         self._loads: dict[str, _Load[W]] = {}
         self._failures: dict[str, tuple[AdapterError, float]] = {}
@@ -118,7 +122,9 @@ class AdapterPool(Generic[W]):
         slot = self._slots.get(digest)
         if slot is not None:
             slot.leases += 1
-            slot.used_at = self._tick
+            slot.used_at, slot.was_leased = self._tick, True
+            if self._frequency is not None:
+                self._frequency.use(digest)
             self._count(hits=1)
             return Lease(self, slot)
         if digest in self._failures:
@@ -148,6 +154,8 @@ class AdapterPool(Generic[W]):
             if slot is None or self._is_idle(slot):
                 self._doomed.discard(digest)
                 self._gone.append(digest)
+                if self._frequency is not None:
+                    self._frequency.forget(digest)
                 self._host.discard(digest)
                 if slot is not None:
                     self._evict(slot)
@@ -330,11 +338,18 @@ class AdapterPool(Generic[W]):
         return not slot.leases and slot.bound_at != self._tick
 
     def _idle(self, *, pinned: bool) -> list[Slot]:
-        """Idle slots of adapters that are to be kept, or of the others; longest unused first."""
+        """Idle slots of adapters that are to be kept, or of the others; those to evict first come first."""
         idle = [
             slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._pinned) == pinned
         ]
-        return sorted(idle, key=lambda slot: slot.used_at)
+        return sorted(idle, key=self._worth)
+
+    def _worth(self, slot: Slot) -> tuple[float, int]:
+        if self._frequency is None:
+            return 0.0, slot.used_at
+        # One that was just brought for a request waits for it, however rarely it was used before.
+        is_new = not slot.was_leased and self._tick - slot.bound_at <= READY_TICKS
+        return inf if is_new else self._frequency.weight(slot.digest), slot.used_at
 
     def _evict(self, slot: Slot) -> None:
         self._unbound.append(slot.number)
