@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from loramux_adapters.binding import Binding
 from loramux_adapters.errors import AdapterError
 
@@ -37,6 +39,7 @@ class FakePool:
         self._errors: dict[str, AdapterError] = {}
         self._used: dict[str, int] = {}
         self.gone: list[str] = []
+        self.prefetched: list[str] = []
 
     def digest_of(self, slot: int) -> str | None:
         """The adapter in `slot`."""
@@ -54,6 +57,10 @@ class FakePool:
         self.leases[digest] = self.leases.get(digest, 0) + 1
         self._used[digest] = len(self.asked)
         return FakeLease(self, digest, self.slots.index(digest))
+
+    def prefetch(self, digests: Iterable[str]) -> None:
+        """Remembers what was asked for last."""
+        self.prefetched = list(digests)
 
     def poll(self) -> None:
         """See `engine.leases.Adapters`."""

@@ -5,6 +5,7 @@ The pool itself is `loramux_adapters.residency.pool`, merged adapters are kept b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from loramux_adapters.binding import Binding
@@ -32,6 +33,10 @@ class Adapters(Protocol):
 
         Raises AdapterError, once, when the load failed.
         """
+        ...
+
+    def prefetch(self, digests: Iterable[str]) -> None:
+        """Read what will be asked for soon into host memory, as far as it does not delay others; never blocks."""
         ...
 
     def poll(self) -> None:

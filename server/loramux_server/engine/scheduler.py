@@ -7,6 +7,7 @@ policy's order. Knows no thread, no clock and no device: times come in, events a
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.engine.leases import Adapters, MergedAdapters, NothingMerged
@@ -243,10 +244,16 @@ class Scheduler:
             self.tables.admit(request, cached)
             self._mark_admission(request, now)
             builder.add_prefill(request)
+        self._prefetch()
         rest = len(self._policy) - sum(waiting_for.values())
         if rest:
             waiting_for[stopped] = waiting_for.get(stopped, 0) + rest
         self._waiting_for = waiting_for
+
+    def _prefetch(self) -> None:
+        """Of the requests that wait first: when their turn comes, only the copy to the device is left."""
+        waiting = islice(self._policy, self.limits.max_loads_tried)
+        self._adapters.prefetch(dict.fromkeys(request.digest for request in waiting if request.digest is not None))
 
     def _lease(self, request: Request, admission: AdapterAdmission, now: float) -> bool:
         """Whether `request` has what it needs of adapters. A failed load ends it, and it alone."""

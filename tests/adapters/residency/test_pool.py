@@ -245,3 +245,67 @@ def test_twice_as_many_adapters_as_slots_all_get_their_turn() -> None:
         harness.settle()
     assert {name: served.count(name) >= 5 for name in names} == dict.fromkeys(names, True)
     assert len(harness.reads) == 8  # host memory has room for all: the store is read once for each
+
+
+def test_what_waits_is_read_ahead_a_few_at_a_time_and_takes_no_slot() -> None:
+    harness = PoolHarness()
+    harness.bring("8-here").release()
+    digests = ["8-here", "8-a", "8-b", "8-c"]
+    harness.pool.prefetch(digests)
+    harness.pool.prefetch(digests)
+    assert len(harness.loader.work) == 2
+    harness.loader.do_all()
+    harness.pool.prefetch(digests)
+    harness.loader.do_all()
+    harness.pool.prefetch(digests)
+    assert harness.loader.work == []
+    assert harness.reads == ["8-here", "8-a", "8-b", "8-c"]
+    assert [harness.pool.residency(digest).tier for digest in digests] == ["resident", "loaded", "loaded", "loaded"]
+    assert harness.pool.stats().loading == 0
+    harness.bring("8-b").release()
+    assert harness.reads.count("8-b") == 1
+    harness.pool.check()
+
+
+def test_a_read_ahead_that_fails_is_told_to_the_request_alone_and_not_repeated() -> None:
+    harness = PoolHarness()
+    harness.errors["8-bad"] = AdapterCorrupt("damaged")
+    for _ in range(3):
+        harness.pool.prefetch(["8-bad"])
+        harness.loader.do_all()
+        harness.pool.poll()
+    assert harness.reads == ["8-bad"]
+    assert harness.pool.try_acquire("8-bad") is None
+    harness.settle()
+    with pytest.raises(AdapterCorrupt):
+        harness.pool.try_acquire("8-bad")
+    del harness.errors["8-bad"]
+    harness.pool.prefetch(["8-bad"])
+    harness.loader.do_all()
+    assert harness.pool.residency("8-bad").tier == "loaded"
+
+
+def test_a_memory_that_is_too_small_for_all_that_waits_is_not_filled_in_circles() -> None:
+    harness = PoolHarness()
+    digests = [f"8-{number}" for number in range(150)]  # of which 100 fit into host memory
+    for _ in range(400):
+        harness.pool.prefetch(digests)
+        harness.loader.do_all()
+    assert sorted(harness.reads) == sorted(digests)
+
+
+def test_a_request_that_asks_while_it_is_read_ahead_waits_for_one_read() -> None:
+    harness = PoolHarness()
+    harness.pool.prefetch(["8-a"])
+    assert harness.pool.try_acquire("8-a") is None
+    harness.settle()
+    assert harness.pool.try_acquire("8-a") is not None
+    assert harness.reads == ["8-a"]
+
+
+def test_what_goes_while_it_is_read_ahead_does_not_come_into_memory() -> None:
+    harness = PoolHarness()
+    harness.pool.prefetch(["8-a"])
+    harness.pool.discard("8-a")
+    harness.pool.poll()
+    assert harness.pool.take_gone() == ("8-a",)
