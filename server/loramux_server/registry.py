@@ -208,7 +208,7 @@ class Registry:
 
     async def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open an upload or resume it; see AdapterStore.begin_upload."""
-        return await asyncio.to_thread(self._store.begin_upload, tenant, upload_id, manifest)
+        return await asyncio.to_thread(self._begin_upload, tenant, upload_id, manifest)
 
     async def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
         """Append a chunk; returns the bytes received so far. See AdapterStore.write_chunk."""
@@ -270,8 +270,16 @@ class Registry:
         return Resolved(tenant, version, self._count_use, self._release)
 
     async def _count_use(self, use: int) -> None:
-        if await asyncio.to_thread(self._store.count_use, use):
-            await asyncio.to_thread(self._reconcile)
+        # A caller that goes away now leaves the use neither taken nor given back otherwise.
+        await asyncio.shield(asyncio.to_thread(self._count, use))
+
+    def _count(self, use: int) -> None:
+        if self._store.count_use(use):
+            self._reconcile()
+
+    def _begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
+        self._expire()  # what has ended and takes the place or the name still
+        return self._store.begin_upload(tenant, upload_id, manifest)
 
     def _publish(self, tenant: str, upload_id: str) -> Published:
         staged = self._store.staged_files(tenant, upload_id)
@@ -290,6 +298,7 @@ class Registry:
         return published
 
     def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
+        self._expire()
         record = self._store.update(tenant, name, change)
         self._reconcile(retry=record.digest if change.pinned or change.merge else None)
         return record
@@ -327,7 +336,7 @@ class Registry:
                 _log.debug("unused adapters stay until the next start: the registry is closed")
 
     def _expire(self) -> None:
-        """On the thread of expiry, for which the worker would have to end a publish first."""
+        """Not on the worker, which would have to end a publish first."""
         if self._store.expire():
             self._reconcile()
             self._evict_removed()

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,44 @@ async def test_a_use_that_cannot_be_counted_is_none(registry: Registry, monkeypa
     monkeypatch.undo()
     with registry.resolve(TENANT, "one") as resolved:
         await resolved.confirm()
+
+
+async def test_a_caller_that_goes_away_while_its_use_is_counted_has_used_it(registry: Registry) -> None:
+    """It would be neither taken nor given back where the thread had not begun."""
+    await push(registry, "one", max_uses=2)
+    going_on = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        busy = threads.submit(going_on.wait, 60)
+        resolved = registry.resolve(TENANT, "one")
+        call = asyncio.ensure_future(resolved.confirm())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        resolved.release()
+        going_on.set()
+        await until(lambda: busy.done() and not registry._store._ends._uses._open)
+        lifetime = (await registry.get(TENANT, "one")).lifetime
+        assert lifetime is not None
+        assert lifetime.uses_left == 1
+
+
+@pytest.mark.parametrize("change", ["update", "begin"])
+async def test_what_another_change_finds_over_leaves_nothing_either(
+    registry: Registry, caches: Caches, clock: Clock, tmp_path: Path, change: str
+) -> None:
+    """The thread is not woken here: it may come after any other change."""
+    await push(registry, "one", ttl_seconds=5.0)
+    clock.now += 6
+    if change == "update":
+        with pytest.raises(AdapterNotFound):
+            await registry.update(TENANT, "one", AdapterUpdate(pinned=True))
+    else:
+        await registry.begin_upload(TENANT, new_id(), manifest_of("two", content("two")))
+    assert caches.evicted == [DIGEST]
+    assert blob_files(tmp_path) == set()
 
 
 async def test_a_restart_ends_what_is_due(tmp_path: Path) -> None:

@@ -138,7 +138,6 @@ def _make_room(tx: sqlite3.Connection, tenant: str, quotas: Quotas) -> None:
 
 def update(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate, now: float) -> None:
     """Apply `change` to a name. Raises AdapterNotFound, AdapterConflict, AdapterInvalid."""
-    lifetimes.remove_expired(tx, now)
     rows = tx.execute("SELECT labels FROM names WHERE tenant = ? AND name = ?", (tenant, name)).fetchall()
     if not rows:
         raise _absent(tx, tenant, name)

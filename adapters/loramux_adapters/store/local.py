@@ -221,6 +221,7 @@ class LocalStore:
         for alias in (*change.add_aliases, *change.remove_aliases):
             checks.check_name(alias, "alias")
         checks.check_labels(change.set_labels)
+        self.expire()
         with self._changing:
             with self._catalog.transaction() as tx:
                 changes.update(tx, tenant, name, change, self._clock())
