@@ -141,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "the adapter used last leaves first", ADAPTERS + "residency/pool.py",
-        "key=lambda slot: slot.used_at)", "key=lambda slot: -slot.used_at)",
+        "return 0.0, slot.used_at", "return 0.0, -slot.used_at",
         (TEST_ADAPTERS + "residency/test_pool.py",),
     ),
     Mutant(
@@ -244,6 +244,16 @@ MUTANTS = (
         "for version, digest in unreachable.items() if digest not in self._holds]",
         "for version, digest in unreachable.items() if digest]",
         (TEST_ADAPTERS + "store/test_store_holds.py",),
+    ),
+    Mutant(
+        "KV of an adapter that is gone leaves by age", ENGINE + "scheduler.py",
+        "            self.tables.pool.forget(digest)  #", "            digest  #",
+        (TEST_ENGINE + "test_prefix_cache.py",),
+    ),
+    Mutant(
+        "bytes of a superseded version count for ever", ADAPTERS + "store/tallies.py",
+        "SET bytes = bytes - old.size", "SET bytes = bytes - 0 * old.size",
+        (TEST_ADAPTERS + "store/test_store_quotas.py",),
     ),
     Mutant(
         "a name is found after its time", ADAPTERS + "store/catalog.py",
