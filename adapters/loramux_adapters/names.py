@@ -1,4 +1,4 @@
-"""What names, versions, upload ids and labels may be: each rule once, with its words.
+"""What names, versions, upload ids, labels and lifetimes may be: each rule once, with its words.
 
 The store and the server's API both judge by these and each refuse in their own error. Standard library only.
 """
@@ -39,6 +39,10 @@ LABEL_KEY = TextRule(
 MAX_LABELS = 64
 MAX_LABEL_CHARACTERS = 256
 MAX_ALIASES = 32
+
+MAX_TTL_SECONDS = 10 * 365 * 86_400
+MAX_USES = 1_000_000_000
+"""How long, and for how many requests, an adapter that ends by itself may be kept at most."""
 
 
 def wrong_labels(labels: Mapping[str, str]) -> Iterator[tuple[str, str]]:

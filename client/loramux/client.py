@@ -139,17 +139,29 @@ class Client:
         *,
         labels: Mapping[str, str] | None = None,
         allow_base_mismatch: bool = False,
+        ttl: float | None = None,
+        max_uses: int | None = None,
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> Pushed:
         """Upload a PEFT directory under `name`; a repeat after a cut goes on where the server stands.
 
+        The server removes the name `ttl` seconds after the push, and with the last of `max_uses` requests; those that
+        were accepted end on their version. A name that stays is given no end, and a push without one takes it away.
         Only adapter_config.json, adapter_model.safetensors, initial_adapter_model.safetensors and loramux.json travel;
         `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
         path = Path(directory)
-        bundle = run_blocking(upload.collect, path, name, labels or {}, allow_base_mismatch=allow_base_mismatch)
+        bundle = run_blocking(
+            upload.collect,
+            path,
+            name,
+            labels or {},
+            allow_base_mismatch=allow_base_mismatch,
+            ttl=ttl,
+            max_uses=max_uses,
+        )
         attempts = Attempts(self._retry, timeout)
         while True:
             held = upload.held_bytes(bundle, self._find_upload(bundle.upload_id, attempts.left()))

@@ -228,6 +228,9 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         residency=_residency(message.residency),
         merge=message.merge,
         accepted_bases=tuple(message.accepted_bases),
+        expires=message.expires.ToDatetime(tzinfo=UTC) if message.HasField("expires") else None,
+        max_uses=message.max_uses if message.HasField("max_uses") else None,
+        uses_left=message.uses_left if message.HasField("uses_left") else None,
     )
 
 
@@ -240,6 +243,7 @@ def _residency(message: adapters_pb2.Residency) -> types.Residency:
         leases=message.leases,
         merged=cast(types.MergedState, state) if state in get_args(types.MergedState) else "none",
         merged_reason=message.merged_reason,
+        host_bytes=message.host_bytes,
     )
 
 

@@ -55,6 +55,8 @@ REAL: Mapping[str, Range] = {
     "frequency_penalty": Range(-2.0, 2.0, _OFF),
 }
 BIAS = Range(-100.0, 100.0)
+TTL = Range(0.0, 10 * 365 * 86_400, "that is 10 years, and None means that the adapter stays", above=True)
+MAX_USES = (1, 1_000_000_000, "it must be from 1 to 1000000000, and None means no limit")
 YES_OR_NO = frozenset({"include_stop", "ignore_eos", "return_token_ids", "echo"})
 TEXTS = frozenset({"request_id", "cache_salt"})
 
@@ -136,6 +138,17 @@ def _real(value: Any, within: Range) -> float:
         )
         raise _WrongError(f"{number:g} is out of range: {rule}" + (f"; {within.note}" if within.note else ""))
     return number
+
+
+def ends(ttl: float | None, max_uses: int | None) -> dict[str, Any]:
+    """The fields of an upload that say when its name ends by itself, where given. InvalidArgument."""
+    found: dict[str, Any] = {}
+    with refusing() as refusals:
+        if ttl is not None:
+            found["ttl_seconds"] = refusals.take("ttl", ttl, lambda value: _real(value, TTL))
+        if max_uses is not None:
+            found["max_uses"] = refusals.take("max_uses", max_uses, lambda value: _whole(value, *MAX_USES))
+    return found
 
 
 def yes_or_no(value: Any) -> bool:

@@ -204,6 +204,7 @@ class Residency:
     leases: int
     merged: MergedState
     merged_reason: str
+    host_bytes: int = 0  # of the server's memory, also of one on the device
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,9 @@ class Adapter:
     residency: Residency
     merge: bool
     accepted_bases: tuple[str, ...]  # fingerprints; empty: not known
+    expires: datetime | None = None  # when the name is removed; None: never by itself
+    max_uses: int | None = None  # requests; with the last one the name is removed
+    uses_left: int | None = None
 
 
 @dataclass(frozen=True)

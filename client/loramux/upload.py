@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from loramux import fields
 from loramux.adapter_directory import CONFIG, WEIGHTS, hint, remark
 from loramux.errors import LocalFilesError, LoramuxError, NotFound, OutOfRange
 from loramux.types import FileEntry, FileProgress, ProgressCallback, TransferProgress
@@ -32,6 +34,7 @@ class Bundle:
     left_out: tuple[str, ...]
     labels: Mapping[str, str]
     allow_base_mismatch: bool
+    ends: Mapping[str, Any]  # ttl_seconds and max_uses, where given
     upload_id: str
     remark: str  # what its owner should know of the adapter, or nothing
 
@@ -41,8 +44,20 @@ class Bundle:
         return sum(entry.size for entry in self.files)
 
 
-def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base_mismatch: bool) -> Bundle:
-    """Read and hash what a push of `directory` sends. Raises LocalFilesError when it holds no adapter."""
+def collect(
+    directory: Path,
+    name: str,
+    labels: Mapping[str, str],
+    *,
+    allow_base_mismatch: bool,
+    ttl: float | None = None,
+    max_uses: int | None = None,
+) -> Bundle:
+    """Read and hash what a push of `directory` sends.
+
+    Raises LocalFilesError when it holds no adapter, InvalidArgument when `ttl` or `max_uses` is out of range.
+    """
+    ends = fields.ends(ttl, max_uses)
     if not directory.is_dir():
         raise LocalFilesError(f"{directory} is not a directory; give the directory that save_pretrained wrote")
     try:
@@ -62,7 +77,8 @@ def collect(directory: Path, name: str, labels: Mapping[str, str], *, allow_base
         tuple(sorted(present - set(sending))),
         labels,
         allow_base_mismatch,
-        _upload_id(name, files, labels, allow_base_mismatch),
+        ends,
+        _upload_id(name, files, labels, allow_base_mismatch, ends),
         remarked,
     )
 
@@ -73,8 +89,15 @@ def _entry(path: Path) -> FileEntry:
         return FileEntry(path.name, file.tell(), sha256)
 
 
-def _upload_id(name: str, files: tuple[FileEntry, ...], labels: Mapping[str, str], allow_base_mismatch: bool) -> str:
-    content = [name, [[f.file, f.size, f.sha256] for f in files], sorted(labels.items()), allow_base_mismatch]
+def _upload_id(
+    name: str,
+    files: tuple[FileEntry, ...],
+    labels: Mapping[str, str],
+    allow_base_mismatch: bool,
+    ends: Mapping[str, Any],
+) -> str:
+    content: list[object] = [name, [[f.file, f.size, f.sha256] for f in files], sorted(labels.items())]
+    content += [allow_base_mismatch, *([sorted(ends.items())] if ends else [])]
     return "push-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
 
 
@@ -95,6 +118,7 @@ def messages(
             manifest=[adapters_pb2.FileEntry(file=f.file, size=f.size, sha256=f.sha256) for f in bundle.files],
             labels=bundle.labels,
             allow_base_mismatch=bundle.allow_base_mismatch,
+            **bundle.ends,
         )
     )
     done = sum(held.values())

@@ -80,7 +80,7 @@ class App:
         self._exit_code = 0
         self._serving = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.metrics = Metrics(self._read_adapters, config.metrics_adapters, self._names_of)
+        self.metrics = Metrics(self._read_adapters, config.metrics_adapters, self._names_of, self._existing)
         self._gate = Gate()
         tokenizers = TokenizerPool()
         generate = GenerateUseCase(self._gate, self.metrics, tokenizers)
@@ -219,6 +219,16 @@ class App:
             return built.services.registry.names(digests)
         except AdapterError:
             return {}
+
+    def _existing(self, digests: Collection[str]) -> Collection[str]:
+        """As `_names_of`: what cannot be looked up is taken to be there."""
+        built = self._built
+        if built is None:
+            return digests
+        try:
+            return built.services.registry.existing(digests)
+        except AdapterError:
+            return digests
 
     def _read_adapters(self) -> AdapterReading:
         built = self._built

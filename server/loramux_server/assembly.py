@@ -28,11 +28,13 @@ from loramux_adapters.base.weight_counts import count_weights, is_mixture
 from loramux_adapters.base.weight_formats import select_weight_formats
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import tiny_path
+from loramux_adapters.errors import AdapterError
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.guard.exactness import ask_untouched
 from loramux_adapters.guard.examine import Examined, examine, refusals_of
 from loramux_adapters.kernels.select import select_kernels
+from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
@@ -113,7 +115,12 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     merged_rows = measure_merged_rows(adapted) if config.merged_bytes and not config.deterministic else None
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
-    host = HostCache(AdapterLoader(store, read, base.spec.fingerprint).load, config.adapter_host_bytes)
+    by_frequency = config.adapter_eviction == "frequency"
+    host = HostCache(
+        AdapterLoader(store, read, base.spec.fingerprint).load,
+        config.adapter_host_bytes,
+        Frequency() if by_frequency else None,
+    )
     loader = ThreadPoolExecutor(1, "loramux-loader")
     staged, merges = StagedAdapters(SlotTensors(adapted), mailbox.notify), Merges(adapted)
     pool = AdapterPool(
@@ -122,6 +129,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         host,
         loader,
         mailbox.notify,
+        frequency=Frequency() if by_frequency else None,
     )
     refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
     merged_weights = MergedWeightsCache(
@@ -148,7 +156,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         registry.close()
 
     services = Services(client, registry, tokenizer, info, states)
-    return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights), close)
+    return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights, registry), close)
 
 
 def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined, merged_rows: int | None) -> EngineLimits:
@@ -310,7 +318,7 @@ class _States:
     def state(self, digest: str) -> AdapterState:
         """Where the version is at this moment."""
         view, dense = self._pool.residency(digest), self._merged_weights.state(digest)
-        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason)
+        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason, view.host_bytes)
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
         """Keep what is pinned on the device and have merged weights of what is to be merged; nothing else."""
@@ -324,12 +332,21 @@ class _States:
 
 
 def _read(
-    pool: AdapterPool[AdapterWeights], host: HostCache[AdapterWeights], merged: MergedWeightsCache
+    pool: AdapterPool[AdapterWeights],
+    host: HostCache[AdapterWeights],
+    merged: MergedWeightsCache,
+    registry: Registry,
 ) -> AdapterReading:
     stats = pool.stats()
     ready, dense_bytes, builds = merged.usage()
     return AdapterReading(
-        tiers={"resident": (stats.resident, stats.resident_bytes), "loaded": host.usage},
+        tiers={
+            "resident": (stats.resident, stats.resident_bytes),
+            "loaded": host.usage,
+            **_registered(registry),
+        },
+        leases=stats.leases,
+        pinned=stats.pinned,
         loads_total={"ok": stats.loads, "failed": stats.load_failures},
         load_seconds_total=stats.load_seconds,
         evictions_total={"resident": stats.evictions},
@@ -340,3 +357,11 @@ def _read(
         merges_total=builds,
         slots=stats.rows_capacity // MAX_ROWS_OF_RANK,
     )
+
+
+def _registered(registry: Registry) -> dict[str, tuple[int, int]]:
+    """A store that cannot be read costs its own series, not the others."""
+    try:
+        return {"registered": registry.usage()}
+    except AdapterError:
+        return {}

@@ -104,6 +104,9 @@ class AdapterConfig(EngineConfig):
         None, description="device memory of adapter slots; unset: sized at start", ge=1 << 12
     )
     adapter_host_bytes: Bytes = Field(1 * GIB, description="host memory of loaded adapters", ge=1 << 12)
+    adapter_eviction: Literal["lru", "frequency"] = Field(
+        "lru", description="which idle adapter makes room: the longest unused, or the one rarely used of late"
+    )
     merged_bytes: Bytes = Field(512 * MIB, description="memory of merged weights of hot adapters", ge=0)
     max_rank: Count = Field(MAX_RANK, description="largest LoRA rank accepted", ge=1, le=4096)
     max_adapter_bytes: Bytes = Field(1 * GIB, description="largest adapter accepted", ge=1 << 10)

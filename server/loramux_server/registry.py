@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ from loramux_adapters.store.records import (
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
+    AdapterVersion,
     DesiredState,
     FileEntry,
     Published,
     UploadManifest,
     UploadProgress,
 )
+from loramux_server.registry_expiry import ExpiryThread
 
 _MIN_PREFIX = 8  # hex digits
 
@@ -62,10 +65,18 @@ class Resolved:
     `name` is the adapter's name even if an alias was given. A context manager.
     """
 
-    def __init__(self, tenant: str, name: str, spec: AdapterSpec, release: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tenant: str,
+        version: AdapterVersion,
+        count_use: Callable[[int], Awaitable[None]],
+        release: Callable[[str, int | None], None],
+    ) -> None:
         self.tenant = tenant
-        self.name = name
-        self.spec = spec
+        self.name = version.id.name
+        self.spec = version.spec
+        self._use = version.use
+        self._count_use = count_use
         self._release = release
         self._lock = threading.Lock()
         self._held = True
@@ -75,12 +86,22 @@ class Resolved:
         """The version, 64 hex digits."""
         return self.spec.digest
 
+    async def confirm(self) -> None:
+        """The request is accepted: returns once its use is durable, where uses of the name are limited. Idempotent.
+
+        Nothing may be told to the caller before. StoreUnavailable: it was not counted, and the request must not go on.
+        """
+        use, self._use = self._use, None
+        if use is not None:
+            await self._count_use(use)
+
     def release(self) -> None:
-        """Release the bytes. Idempotent, from any thread, never waits for the disk."""
+        """Release the bytes and a use that was not confirmed. Idempotent, from any thread, never waits for the disk."""
         with self._lock:
             held, self._held = self._held, False
         if held:
-            self._release(self.digest)
+            use, self._use = self._use, None
+            self._release(self.digest, use)
 
     def __enter__(self) -> Resolved:
         return self
@@ -149,8 +170,15 @@ class Download:
 class Registry:
     """The only way to the adapters. Errors are those of `loramux_adapters.errors`, as AdapterStore documents them."""
 
-    def __init__(self, store: AdapterStore, read: ReadAdapter, base: str, caches: AdapterCaches) -> None:
-        """`base` is the fingerprint of the base that `read` validates against."""
+    def __init__(
+        self,
+        store: AdapterStore,
+        read: ReadAdapter,
+        base: str,
+        caches: AdapterCaches,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`base` is the fingerprint of the base that `read` validates against; `clock` is the store's."""
         self._store = store
         self._read = read
         self._base = base
@@ -159,26 +187,28 @@ class Registry:
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
         self._reconcile()
+        self._expiry = ExpiryThread(store.next_expiry, self._expire, clock)
 
     def close(self) -> None:
         """Finish the publish under way, then close the store. Idempotent."""
+        self._expiry.close()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._store.close()
 
     def resolve(self, tenant: str, reference: str) -> Resolved:
-        """Hold what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now.
+        """Hold what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now, for a request.
 
         Point reads of a local database, tens of microseconds, and a millisecond to find the nearest name of one that is
-        absent. A delete or replace from here on leaves the bytes in place until the release. Raises AdapterNotFound (an
-        unfinished upload is not found either), AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined),
+        absent. A delete or replace from here on leaves the bytes in place until the release. Where the uses of the name
+        are limited, one is taken, for `Resolved.confirm`. Raises AdapterNotFound (an unfinished upload is not found
+        either, nor is what has ended by itself), AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined),
         StoreUnavailable.
         """
-        version = self._store.acquire(tenant, *split_reference(reference))
-        return Resolved(tenant, version.id.name, version.spec, self._release)
+        return self._hold(tenant, reference, counts=True)
 
     async def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open an upload or resume it; see AdapterStore.begin_upload."""
-        return await asyncio.to_thread(self._store.begin_upload, tenant, upload_id, manifest)
+        return await asyncio.to_thread(self._begin_upload, tenant, upload_id, manifest)
 
     async def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
         """Append a chunk; returns the bytes received so far. See AdapterStore.write_chunk."""
@@ -201,6 +231,14 @@ class Registry:
         """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
         return self._store.names(digests)
 
+    def usage(self) -> tuple[int, int]:
+        """Names in the store and bytes that they keep. As `names`."""
+        return self._store.usage()
+
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of `digests` of which there is a version, held or named. As `names`."""
+        return self._store.existing(digests)
+
     async def get(self, tenant: str, reference: str) -> AdapterRecord:
         """The record behind a reference."""
         return await asyncio.to_thread(self._store.get, tenant, *split_reference(reference))
@@ -219,13 +257,29 @@ class Registry:
 
     async def download(self, tenant: str, reference: str) -> Download:
         """The files behind a reference as first uploaded, held until `Download.close`."""
-        resolved = self.resolve(tenant, reference)
+        resolved = self._hold(tenant, reference, counts=False)
         try:
             files = await asyncio.to_thread(self._store.entries, tenant, resolved.digest)
         except BaseException:
             resolved.release()
             raise
         return Download(resolved, files, self._store)
+
+    def _hold(self, tenant: str, reference: str, *, counts: bool) -> Resolved:
+        version = self._store.acquire(tenant, *split_reference(reference), counts=counts)
+        return Resolved(tenant, version, self._count_use, self._release)
+
+    async def _count_use(self, use: int) -> None:
+        # A caller that goes away now leaves the use neither taken nor given back otherwise.
+        await asyncio.shield(asyncio.to_thread(self._count, use))
+
+    def _count(self, use: int) -> None:
+        if self._store.count_use(use):
+            self._reconcile()
+
+    def _begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
+        self._expire()  # what has ended and takes the place or the name still
+        return self._store.begin_upload(tenant, upload_id, manifest)
 
     def _publish(self, tenant: str, upload_id: str) -> Published:
         staged = self._store.staged_files(tenant, upload_id)
@@ -240,9 +294,11 @@ class Registry:
         # Whatever was wrong with this content, bytes or base, is right now.
         self._reconcile(retry=published.record.digest)
         self._evict_removed()
+        self._expiry.look()
         return published
 
     def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
+        self._expire()
         record = self._store.update(tenant, name, change)
         self._reconcile(retry=record.digest if change.pinned or change.merge else None)
         return record
@@ -270,12 +326,20 @@ class Registry:
         for digest in self._store.take_removed():
             self._caches.evict(digest)
 
-    def _release(self, digest: str) -> None:
+    def _release(self, digest: str, use: int | None) -> None:
+        if use is not None:
+            self._store.give_back_use(use)
         if self._store.release(digest):
             try:
                 self._worker.submit(self._collect)
             except RuntimeError:
                 _log.debug("unused adapters stay until the next start: the registry is closed")
+
+    def _expire(self) -> None:
+        """Not on the worker, which would have to end a publish first."""
+        if self._store.expire():
+            self._reconcile()
+            self._evict_removed()
 
     def _collect(self) -> None:
         try:

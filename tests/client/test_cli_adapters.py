@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
+from loramux.terminal.failures import ExitCode
 from loramux_protos.v1 import adapters_pb2
 from support.fake_service import BASE, FakeServer
 
@@ -55,6 +58,38 @@ def test_show_tells_bases_and_desired_state(fake: FakeServer, bases: list[str], 
     assert (rows["pinned"], rows["merge"], rows["merged"]) == ("yes", "no", "none")
     adapter.merge = True
     assert json.loads(adapters(fake, "show", "bot", "--json"))["merge"] is True
+
+
+def test_a_push_with_an_end_says_so_and_so_do_ls_and_show(fake: FakeServer, adapter_dir: Path) -> None:
+    pushed = adapters(fake, "push", str(adapter_dir), "brief", "--ttl", "7200.9", "--max-uses", "3")
+    assert "ends by itself: in 2 h, 3 of 3 uses left" in pushed
+    assert "ends by itself" not in adapters(fake, "push", str(adapter_dir), "stays")
+    header, brief, stays = adapters(fake, "ls").splitlines()
+    start, end = header.index("ENDS"), header.index("ALIASES")
+    assert (brief[start:end].strip(), stays[start:end].strip()) == ("in 2 h, 3 of 3 uses left", "")
+    assert "never by itself" in adapters(fake, "show", "stays")
+    shown = json.loads(adapters(fake, "show", "brief", "--json"))
+    assert (shown["max_uses"], shown["uses_left"]) == (3, 3)
+    assert datetime.fromisoformat(shown["expires"]) > datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--ttl", "0", "ttl: 0 is out of range: must be over 0 and at most 3.1536e+08"),
+        ("--ttl", "-5", "ttl: -5 is out of range: must be over 0"),
+        ("--max-uses", "0", "max_uses: 0 is out of range; it must be from 1 to 1000000000"),
+        ("--max-uses", "-1", "max_uses: -1 is out of range; it must be from 1 to 1000000000"),
+    ],
+)
+def test_an_end_that_is_none_is_refused_before_anything_is_sent(
+    fake: FakeServer, adapter_dir: Path, option: str, value: str, said: str
+) -> None:
+    arguments = ["adapters", "push", str(adapter_dir), "brief", option, value, "--address", fake.address]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == ExitCode.REFUSED
+    assert said in result.stderr
+    assert fake.state.calls == 0
 
 
 def test_taking_a_desired_state_back_waits_for_nothing(fake: FakeServer) -> None:

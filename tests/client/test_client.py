@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,19 @@ def test_push_sends_only_the_adapter(client: Client, fake: FakeServer, adapter_d
     assert pushed.resumed_bytes == 0
     assert seen[-1].done == seen[-1].total == pushed.sent_bytes
     assert not client.push(adapter_dir, "bot", labels={"team": "a"}).created
+
+
+def test_a_push_sets_anew_when_the_adapter_ends(client: Client, fake: FakeServer, adapter_dir: Path) -> None:
+    before = datetime.now(UTC)
+    brief = client.push(adapter_dir, "bot", ttl=60, max_uses=2).adapter
+    assert brief.expires is not None
+    assert before + timedelta(seconds=59) < brief.expires < datetime.now(UTC) + timedelta(seconds=61)
+    assert (brief.max_uses, brief.uses_left) == (2, 2)
+    stays = client.push(adapter_dir, "bot").adapter
+    assert (stays.expires, stays.max_uses, stays.uses_left) == (None, None, None)
+    with pytest.raises(errors.InvalidArgument) as caught:
+        client.push(adapter_dir, "bot", ttl=0, max_uses=0)
+    assert [violation.field for violation in caught.value.violations] == ["ttl", "max_uses"]
 
 
 def test_a_cut_push_resumes_by_itself(client: Client, fake: FakeServer, adapter_dir: Path) -> None:

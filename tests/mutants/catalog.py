@@ -141,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "the adapter used last leaves first", ADAPTERS + "residency/pool.py",
-        "key=lambda slot: slot.used_at)", "key=lambda slot: -slot.used_at)",
+        "return 0.0, slot.used_at", "return 0.0, -slot.used_at",
         (TEST_ADAPTERS + "residency/test_pool.py",),
     ),
     Mutant(
@@ -240,10 +240,30 @@ MUTANTS = (
     ),
     # Store, digest, fingerprint
     Mutant(
-        "bytes of a version that a request holds are removed", ADAPTERS + "store/local.py",
+        "bytes of a version that a request holds are removed", ADAPTERS + "store/collector.py",
         "for version, digest in unreachable.items() if digest not in self._holds]",
         "for version, digest in unreachable.items() if digest]",
         (TEST_ADAPTERS + "store/test_store_holds.py",),
+    ),
+    Mutant(
+        "KV of an adapter that is gone leaves by age", ENGINE + "scheduler.py",
+        "            self.tables.pool.forget(digest)  #", "            digest  #",
+        (TEST_ENGINE + "test_prefix_cache.py",),
+    ),
+    Mutant(
+        "bytes of a superseded version count for ever", ADAPTERS + "store/tallies.py",
+        "SET bytes = bytes - old.size", "SET bytes = bytes - 0 * old.size",
+        (TEST_ADAPTERS + "store/test_store_quotas.py",),
+    ),
+    Mutant(
+        "a name is found after its time", ADAPTERS + "store/catalog.py",
+        '"(l.expires IS NULL OR l.expires > :now)"', '"(l.expires IS NULL OR l.expires > 0 * :now)"',
+        (TEST_ADAPTERS + "store/test_store_lifetimes.py",),
+    ),
+    Mutant(
+        "a caller receives an answer before its use is durable", API + "generate.py",
+        "                    await resolved.confirm()", "                    resolved.confirm",
+        ("tests/server/api/test_lifetimes.py",),
     ),
     Mutant(
         "bytes of an upload that were received are written again", ADAPTERS + "store/staged_upload.py",

@@ -12,28 +12,11 @@ import pytest
 from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
 from loramux_adapters.store.records import AdapterUpdate, DesiredState, Quotas
 from loramux_server.registry import Registry
+from support.caches import Caches, desired
 from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_spec
 
 pytestmark = pytest.mark.asyncio
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))
-
-
-class Caches:
-    """Records its calls."""
-
-    def __init__(self) -> None:
-        self.evicted: list[str] = []
-        self.desired: list[DesiredState] = []
-        self.retries: list[str | None] = []
-
-    def evict(self, digest: str) -> None:
-        assert self.desired
-        assert digest not in self.desired[-1].pinned | self.desired[-1].merged  # or it would come back
-        self.evicted.append(digest)
-
-    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        self.desired.append(desired)
-        self.retries.append(retry)
 
 
 @pytest.fixture
@@ -55,10 +38,6 @@ async def push(registry: Registry, name: str, seed: str) -> None:
     for file, data in files.items():
         await registry.write_chunk(TENANT, upload_id, file, 0, data)
     await registry.publish(TENANT, upload_id)
-
-
-def desired(pinned: str = "", merged: str = "") -> DesiredState:
-    return DesiredState(frozenset({pinned} - {""}), frozenset({merged} - {""}))
 
 
 BOTH = AdapterUpdate(pinned=True, merge=True)

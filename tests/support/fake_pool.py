@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from loramux_adapters.binding import Binding
 from loramux_adapters.errors import AdapterError
 
@@ -36,6 +38,8 @@ class FakePool:
         self._reported: dict[str, AdapterError | None] = {}
         self._errors: dict[str, AdapterError] = {}
         self._used: dict[str, int] = {}
+        self.gone: list[str] = []
+        self.prefetched: list[str] = []
 
     def digest_of(self, slot: int) -> str | None:
         """The adapter in `slot`."""
@@ -54,6 +58,10 @@ class FakePool:
         self._used[digest] = len(self.asked)
         return FakeLease(self, digest, self.slots.index(digest))
 
+    def prefetch(self, digests: Iterable[str]) -> None:
+        """Remembers what was asked for last."""
+        self.prefetched = list(digests)
+
     def poll(self) -> None:
         """See `engine.leases.Adapters`."""
         for digest, error in self._reported.items():
@@ -66,6 +74,11 @@ class FakePool:
     def take_bindings(self) -> tuple[tuple[int, ...], tuple[Binding, ...]]:
         """Nothing: the runner looks into the slots."""
         return (), ()
+
+    def take_gone(self) -> tuple[str, ...]:
+        """As a test says."""
+        gone, self.gone = tuple(self.gone), []
+        return gone
 
     def check(self) -> None:
         """No books."""

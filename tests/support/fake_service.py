@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class Upload:
     sizes: dict[str, int]
     hashes: dict[str, str]
     data: dict[str, bytearray]
+    begin: adapters_pb2.UploadBegin
 
 
 @dataclass
@@ -252,6 +254,7 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
             {entry.file: entry.size for entry in begin.manifest},
             {entry.file: entry.sha256 for entry in begin.manifest},
             {entry.file: bytearray() for entry in begin.manifest},
+            begin,
         )
         return self._state.uploads.setdefault(begin.upload_id, fresh)
 
@@ -267,11 +270,20 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
             adapters_pb2.Adapter(name=upload.name, digest=DIGEST, kind="lora", max_rank=4, targets=["q_proj"]),
         )
         adapter.size_bytes = sum(upload.sizes.values())
+        self._end(adapter, upload.begin)
         adapter.health = adapters_pb2.ADAPTER_HEALTH_OK
         adapter.residency.tier = adapters_pb2.TIER_REGISTERED
         adapter.residency.merged = adapters_pb2.MERGED_STATE_NONE
         self._state.uploads = {key: value for key, value in self._state.uploads.items() if value is not upload}
         return adapters_pb2.UploadAdapterResponse(adapter=adapter, created=created)
+
+    def _end(self, adapter: adapters_pb2.Adapter, begin: adapters_pb2.UploadBegin) -> None:
+        for name in ("expires", "max_uses", "uses_left"):
+            adapter.ClearField(name)
+        if begin.HasField("ttl_seconds"):
+            adapter.expires.FromMilliseconds(round((time.time() + begin.ttl_seconds) * 1000))
+        if begin.HasField("max_uses"):
+            adapter.max_uses = adapter.uses_left = begin.max_uses
 
     def QueryUpload(self, request: adapters_pb2.QueryUploadRequest, context: Any) -> adapters_pb2.QueryUploadResponse:
         upload = self._state.uploads.get(request.upload_id)

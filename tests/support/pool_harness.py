@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramux_adapters.binding import RankRanges
+from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool, Lease
 from loramux_adapters.residency.slots import SlotTable
@@ -51,13 +52,19 @@ class Later(Executor):
 class PoolHarness:
     """A pool of `capacity` rank rows and what is around it."""
 
-    def __init__(self, capacity: int = 32, slots: int = 8) -> None:
+    def __init__(self, capacity: int = 32, slots: int = 8, frequency: Frequency | None = None) -> None:
         self.now, self.reads, self.notices = 0.0, [], 0
         self.errors: dict[str, Exception] = {}
         self.device, self.loader = Device(), Later()
         self.host: HostCache[FakeWeights] = HostCache(self.read, 1000)
         self.pool: AdapterPool[FakeWeights] = AdapterPool(
-            SlotTable(["q"], capacity, slots, 0), self.device, self.host, self.loader, self.notify, lambda: self.now
+            SlotTable(["q"], capacity, slots, 0),
+            self.device,
+            self.host,
+            self.loader,
+            self.notify,
+            lambda: self.now,
+            frequency,
         )
 
     def read(self, digest: str) -> FakeWeights:

@@ -234,10 +234,10 @@ def manifest(files: Mapping[str, bytes]) -> list[adapters_pb2.FileEntry]:
 
 
 def upload_messages(
-    name: str, files: Mapping[str, bytes], upload_id: str = "upload-1", chunk: int = 1 << 16
+    name: str, files: Mapping[str, bytes], upload_id: str = "upload-1", chunk: int = 1 << 16, **more: Any
 ) -> list[adapters_pb2.UploadAdapterRequest]:
-    """A whole upload: begin, chunks, commit."""
-    begin = adapters_pb2.UploadBegin(upload_id=upload_id, name=name, manifest=manifest(files))
+    """A whole upload: begin, with `more` fields, chunks, commit."""
+    begin = adapters_pb2.UploadBegin(upload_id=upload_id, name=name, manifest=manifest(files), **more)
     messages = [adapters_pb2.UploadAdapterRequest(begin=begin)]
     for file, data in files.items():
         for offset in range(0, len(data), chunk):

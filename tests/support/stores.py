@@ -2,6 +2,7 @@
 
 import hashlib
 import sqlite3
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -111,9 +112,9 @@ def _quick_connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     return connection
 
 
-def quick_store(root: Path, quotas: Quotas | None = None) -> LocalStore:
+def quick_store(root: Path, quotas: Quotas | None = None, *, clock: Callable[[], float] = time.time) -> LocalStore:
     """A store that is as fast as memory."""
-    return LocalStore(root, quotas, disk=QuickDisk(), connect=_quick_connect)
+    return LocalStore(root, quotas, disk=QuickDisk(), connect=_quick_connect, clock=clock)
 
 
 class SteppedDisk(Disk):

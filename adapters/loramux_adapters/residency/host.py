@@ -1,4 +1,4 @@
-"""Adapters in host memory under a byte budget, least recently used out first. Thread-safe; torch-free."""
+"""Adapters in host memory under a byte budget: the least recently or most rarely used leave. Thread-safe; no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.tiers import Weights
 
 W = TypeVar("W", bound=Weights)
@@ -15,8 +16,10 @@ W = TypeVar("W", bound=Weights)
 class HostCache(Generic[W]):
     """Implements `HostTier` over `read`, which verifies and parses from the store (and may raise AdapterError)."""
 
-    def __init__(self, read: Callable[[str], W], budget_bytes: int) -> None:
+    def __init__(self, read: Callable[[str], W], budget_bytes: int, frequency: Frequency | None = None) -> None:
+        """With a `frequency` the most rarely used goes first, else the least recently used one."""
         self._read, self._budget = read, budget_bytes
+        self._frequency = frequency
         self._held: OrderedDict[str, W] = OrderedDict()
         self._bytes = 0
         self._discards = 0
@@ -25,6 +28,8 @@ class HostCache(Generic[W]):
     def load(self, digest: str) -> W:
         """From memory or from the store; an adapter larger than the whole budget is read but not kept."""
         with self._lock:
+            if self._frequency is not None:
+                self._frequency.use(digest)
             held = self._held.get(digest)
             if held is not None:
                 self._held.move_to_end(digest)
@@ -34,14 +39,17 @@ class HostCache(Generic[W]):
         self._keep(digest, weights, discards)
         return weights
 
-    def holds(self, digest: str) -> bool:
-        """Whether it is in memory now."""
-        return digest in self._held
+    def size(self, digest: str) -> int:
+        """Bytes it takes in memory now, 0 if it is not there."""
+        held = self._held.get(digest)
+        return 0 if held is None else held.nbytes
 
     def discard(self, digest: str) -> None:
         """Frees it, if held."""
         with self._lock:
             self._discards += 1
+            if self._frequency is not None:
+                self._frequency.forget(digest)
             held = self._held.pop(digest, None)
             if held is not None:
                 self._bytes -= held.nbytes
@@ -61,5 +69,8 @@ class HostCache(Generic[W]):
             self._held[digest] = weights
             self._bytes += size
             while self._bytes > self._budget:
-                _, oldest = self._held.popitem(last=False)
-                self._bytes -= oldest.nbytes
+                self._bytes -= self._held.pop(self._find_victim()).nbytes
+
+    def _find_victim(self) -> str:
+        """Of equal ones the least recently used."""
+        return next(iter(self._held)) if self._frequency is None else min(self._held, key=self._frequency.weight)

@@ -61,6 +61,9 @@ class PinnedSet:
     def __contains__(self, digest: str) -> bool:
         return digest in self._digests
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def find_due(self, now: float, loading: Collection[str]) -> tuple[str, Size | None] | None:
         """The absent one to try now, that which has been due the longest, and its size if it is known."""
         due = [(digest, a) for digest, a in self._absent.items() if a.due <= now and digest not in loading]

@@ -1,4 +1,4 @@
-"""Which adapters are on the device: leases, single-flight loads, least recently used out first, kept ones last.
+"""Which adapters are on the device: leases, single-flight loads, an order in which idle ones leave, kept ones last.
 
 Belongs to the engine thread, which never waits here: a loader thread reads and prepares, the device's owner copies, and
 both report back through `poll`. Which slots count is recorded for that owner. Torch-free; tiers are injected.
@@ -11,11 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import replace
+from math import inf
+from typing import Any, Generic, TypeVar
 
 from loramux_adapters.binding import Binding, RankRanges
 from loramux_adapters.errors import AdapterError, PoolExhausted
+from loramux_adapters.residency.frequency import Frequency
+from loramux_adapters.residency.loads import Load, Prefetch, Report
 from loramux_adapters.residency.pinned_set import PinnedSet, Size
 from loramux_adapters.residency.slots import Slot, SlotTable
 from loramux_adapters.residency.tiers import DeviceTier, HostTier, PoolStats, ResidencyView, Weights
@@ -60,29 +63,6 @@ class Lease:
         self.release()
 
 
-@dataclass
-class _Load(Generic[W]):
-    """One adapter on its way: read from below, then given a slot, then copied to it."""
-
-    digest: str
-    started: float
-    is_asked: bool  # by a request; otherwise it is only to be kept
-    asked_at: int  # tick of the last request for it, or of its start
-    state: Literal["reading", "ready", "copying"] = "reading"
-    weights: W | None = None
-    size: Size | None = None
-    slot: Slot | None = None
-
-
-@dataclass(frozen=True)
-class _Report(Generic[W]):
-    """A stage of `digest` has ended: it was read, or its copy has ended, or an error came."""
-
-    digest: str
-    weights: W | None = None
-    error: AdapterError | None = None
-
-
 class AdapterPool(Generic[W]):
     """Slots under budgets. `notify` is called from any thread when `poll` has something to take in."""
 
@@ -94,16 +74,20 @@ class AdapterPool(Generic[W]):
         loader: Executor,
         notify: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        frequency: Frequency | None = None,
     ) -> None:
+        """With a `frequency` the most rarely used idle adapter goes first, else the least recently used one."""
         self._table, self._device, self._host, self._loader = table, device, host, loader
-        self._notify, self._clock = notify, clock
+        self._notify, self._clock, self._frequency = notify, clock, frequency
         self._slots: dict[str, Slot] = {}
-        self._loads: dict[str, _Load[W]] = {}
+        self._loads: dict[str, Load[W]] = {}
         self._failures: dict[str, tuple[AdapterError, float]] = {}
         self._doomed: set[str] = set()  # to be freed as soon as nobody holds a lease
         self._pinned = PinnedSet()
-        self._reports: deque[_Report[W]] = deque()
+        self._reports: deque[Report[W]] = deque()
         self._discards: deque[str] = deque()
+        self._gone: list[str] = []
+        self._prefetch = Prefetch(host, loader)
         self._bound: list[Binding] = []
         self._unbound: list[int] = []
         self._tick = 0
@@ -117,13 +101,16 @@ class AdapterPool(Generic[W]):
         slot = self._slots.get(digest)
         if slot is not None:
             slot.leases += 1
-            slot.used_at = self._tick
+            slot.used_at, slot.was_leased = self._tick, True
+            if self._frequency is not None:
+                self._frequency.use(digest)
             self._count(hits=1)
             return Lease(self, slot)
         if digest in self._failures:
             error, _ = self._failures.pop(digest)
             raise error
         load = self._loads.get(digest)
+        self._prefetch.asked(digest)
         if load is None:
             self._count(waits=1)
             self._start(digest, is_asked=True)
@@ -132,6 +119,12 @@ class AdapterPool(Generic[W]):
         if load.state == "ready":
             self._place(load)
         return None
+
+    def prefetch(self, digests: Iterable[str]) -> None:
+        """Brings what will be asked for soon into host memory, a few at a time; takes no slot. Never blocks."""
+        for digest in digests:
+            if digest not in self._slots and digest not in self._loads:
+                self._prefetch.ask(digest)
 
     def poll(self) -> None:
         """Takes in what loaders have reported, what was discarded and what is to be kept; once per step."""
@@ -146,6 +139,10 @@ class AdapterPool(Generic[W]):
             slot = self._slots.get(digest)
             if slot is None or self._is_idle(slot):
                 self._doomed.discard(digest)
+                self._gone.append(digest)
+                self._prefetch.asked(digest)
+                if self._frequency is not None:
+                    self._frequency.forget(digest)
                 self._host.discard(digest)
                 if slot is not None:
                     self._evict(slot)
@@ -160,6 +157,11 @@ class AdapterPool(Generic[W]):
         unbound, bound = tuple(self._unbound), tuple(self._bound)
         self._unbound, self._bound = [], []
         return unbound, bound
+
+    def take_gone(self) -> tuple[str, ...]:
+        """Digests whose discarding came to its end since the last call."""
+        gone, self._gone = tuple(self._gone), []
+        return gone
 
     def discard(self, digest: str) -> None:
         """Frees an adapter's slot and host bytes once its last lease is released. Any thread."""
@@ -178,9 +180,10 @@ class AdapterPool(Generic[W]):
     def residency(self, digest: str) -> ResidencyView:
         """Where an adapter is at this moment. Any thread."""
         slot = self._slots.get(digest)
+        host_bytes = self._host.size(digest)
         if slot is not None:
-            return ResidencyView("resident", slot.number, slot.leases)
-        return ResidencyView("loaded" if self._host.holds(digest) else "registered")
+            return ResidencyView("resident", slot.number, slot.leases, host_bytes)
+        return ResidencyView("loaded" if host_bytes else "registered", host_bytes=host_bytes)
 
     def stats(self) -> PoolStats:
         """Counts and gauges. Any thread; gauges may be a step apart."""
@@ -191,6 +194,7 @@ class AdapterPool(Generic[W]):
             resident_bytes=sum(slot.nbytes for slot in slots),
             loading=len(self._loads),
             leases=sum(slot.leases for slot in slots),
+            pinned=len(self._pinned),
             rows_used=self._table.rows_used,
         )
 
@@ -207,28 +211,28 @@ class AdapterPool(Generic[W]):
 
     def _read(self, digest: str) -> None:
         try:
-            report = _Report(digest, weights=self._host.load(digest))
+            report = Report(digest, weights=self._host.load(digest))
         except Exception as error:
-            report = _Report(digest, error=_told(digest, error))
+            report = Report(digest, error=_told(digest, error))
         self._take_report(report)
 
     def _stage(self, slot: Slot, weights: W) -> None:
         def done(error: AdapterError | None) -> None:
-            self._take_report(_Report(slot.digest, error=error))
+            self._take_report(Report(slot.digest, error=error))
 
         try:
             self._device.stage(slot.number, weights, slot.rows, done)
         except Exception as error:
             done(_told(slot.digest, error))
 
-    def _take_report(self, report: _Report[W]) -> None:
+    def _take_report(self, report: Report[W]) -> None:
         self._reports.append(report)
         self._notify()
 
     # On the engine thread.
 
     def _start(self, digest: str, *, is_asked: bool) -> None:
-        self._loads[digest] = _Load(digest, self._clock(), is_asked, self._tick)
+        self._loads[digest] = Load(digest, self._clock(), is_asked, self._tick)
         self._loader.submit(self._read, digest)
 
     def _bring_pinned(self) -> None:
@@ -248,7 +252,7 @@ class AdapterPool(Generic[W]):
         else:
             self._pinned.found_no_room(digest, now, size)
 
-    def _take_in(self, report: _Report[W]) -> None:
+    def _take_in(self, report: Report[W]) -> None:
         load = self._loads[report.digest]
         if report.error is not None:
             self._fail(load, report.error)
@@ -263,7 +267,7 @@ class AdapterPool(Generic[W]):
             del self._loads[report.digest]
             self._count(loads=1, load_seconds=self._clock() - load.started)
 
-    def _place(self, load: _Load[W]) -> None:
+    def _place(self, load: Load[W]) -> None:
         """Gives a read adapter a slot, evicting idle ones; leaves it `ready` when all are leased."""
         weights = load.weights
         if weights is None:
@@ -321,11 +325,18 @@ class AdapterPool(Generic[W]):
         return not slot.leases and slot.bound_at != self._tick
 
     def _idle(self, *, pinned: bool) -> list[Slot]:
-        """Idle slots of adapters that are to be kept, or of the others; longest unused first."""
+        """Idle slots of adapters that are to be kept, or of the others; those to evict first come first."""
         idle = [
             slot for slot in self._slots.values() if self._is_idle(slot) and (slot.digest in self._pinned) == pinned
         ]
-        return sorted(idle, key=lambda slot: slot.used_at)
+        return sorted(idle, key=self._worth)
+
+    def _worth(self, slot: Slot) -> tuple[float, int]:
+        if self._frequency is None:
+            return 0.0, slot.used_at
+        # One that was just brought for a request waits for it, however rarely it was used before.
+        is_new = not slot.was_leased and self._tick - slot.bound_at <= READY_TICKS
+        return inf if is_new else self._frequency.weight(slot.digest), slot.used_at
 
     def _evict(self, slot: Slot) -> None:
         self._unbound.append(slot.number)
@@ -338,7 +349,7 @@ class AdapterPool(Generic[W]):
         if slot.digest in self._doomed:
             self._notify()
 
-    def _fail(self, load: _Load[W], error: AdapterError) -> None:
+    def _fail(self, load: Load[W], error: AdapterError) -> None:
         if load.slot is not None:
             self._table.free(load.slot.number)
         del self._loads[load.digest]

@@ -23,6 +23,7 @@ class Slot:
     leases: int = 0
     used_at: int = 0  # tick of the last acquisition or of the binding
     bound_at: int = 0
+    was_leased: bool = False
 
 
 class SlotTable:

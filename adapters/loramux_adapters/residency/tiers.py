@@ -36,8 +36,8 @@ class HostTier(Protocol[W_co]):
         """From memory or, verified, from the store. Raises AdapterError."""
         ...
 
-    def holds(self, digest: str) -> bool:
-        """Whether it is in memory now. Any thread."""
+    def size(self, digest: str) -> int:
+        """Bytes of memory it takes now, 0 where it is not in memory. Any thread."""
         ...
 
     def discard(self, digest: str) -> None:
@@ -71,6 +71,7 @@ class ResidencyView:
     tier: Literal["registered", "loaded", "resident"]
     slot: int | None = None
     leases: int = 0
+    host_bytes: int = 0  # of host memory, also of one that is on the device
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class PoolStats:
     loaded: int = 0
     loading: int = 0
     leases: int = 0
+    pinned: int = 0  # to be kept on the device, whether they are there or not
     rows_used: int = 0  # of the fullest module
     rows_capacity: int = 0
     hits: int = 0

@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from loramux_adapters.errors import AdapterInvalid, AdapterNotFound
 from loramux_adapters.spec import AdapterId, AdapterSpec
-from loramux_adapters.store import schema
+from loramux_adapters.store import lifetimes, schema, tallies
 from loramux_adapters.store.journal import Publication
 from loramux_adapters.store.nearby import suggest
-from loramux_adapters.store.records import AdapterNames, AdapterRecord, DesiredState, FileEntry, Health
+from loramux_adapters.store.records import AdapterNames, AdapterRecord, DesiredState, FileEntry, Health, Lifetime
 from loramux_adapters.store.spec_json import decode_spec
 
 Connect = Callable[[Path, float], sqlite3.Connection]
@@ -34,12 +36,28 @@ _CORRUPT = """EXISTS (
     SELECT 1 FROM version_files f JOIN blobs b ON b.sha256 = f.sha256 WHERE f.version = v.id AND b.corrupt
 )"""
 _CANONICAL = "coalesce((SELECT name FROM aliases WHERE tenant = :tenant AND alias = :name), :name)"
-_CURRENT = f"FROM names n JOIN versions v ON v.id = n.version WHERE n.tenant = :tenant AND n.name = {_CANONICAL}"
+_LIFETIME = "LEFT JOIN lifetimes l ON l.tenant = n.tenant AND l.name = n.name"
+_ALIVE = "(l.expires IS NULL OR l.expires > :now)"  # whether or not it was removed yet
+_CURRENT = f"""FROM names n JOIN versions v ON v.id = n.version {_LIFETIME}
+    WHERE n.tenant = :tenant AND n.name = {_CANONICAL} AND {_ALIVE}"""
 _KEPT = f"""FROM names n JOIN history h ON h.tenant = n.tenant AND h.name = n.name JOIN versions v ON v.id = h.version
-    WHERE n.tenant = :tenant AND n.name = {_CANONICAL} AND substr(v.digest, 1, length(:prefix)) = :prefix"""
+    {_LIFETIME} WHERE n.tenant = :tenant AND n.name = {_CANONICAL} AND {_ALIVE}
+    AND substr(v.digest, 1, length(:prefix)) = :prefix"""
 _RECORD = f"""n.name, v.digest, v.spec, {_CORRUPT}, n.labels, n.pinned, n.materialised, n.created, n.updated,
     (SELECT group_concat(alias, ',') FROM aliases a WHERE a.tenant = n.tenant AND a.name = n.name),
-    (SELECT group_concat(bases, ',') FROM versions w WHERE w.digest = v.digest)"""
+    (SELECT group_concat(bases, ',') FROM versions w WHERE w.digest = v.digest), l.id, l.expires, l.max_uses, l.uses"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reference means: `lifetime` is the id of the name's, `max_uses` its limit, `uses_left` as counted."""
+
+    name: str
+    spec: AdapterSpec
+    health: Health
+    lifetime: int | None
+    max_uses: int | None
+    uses_left: int
 
 
 class Catalog:
@@ -49,7 +67,15 @@ class Catalog:
     descriptors; and a reader of its own is never behind a writer's wait for the disk.
     """
 
-    def __init__(self, root: Path, *, blobs_exist: bool, connect: Connect = schema.connect) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        blobs_exist: bool,
+        connect: Connect = schema.connect,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
         path = root / "catalog.sqlite3"
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
@@ -57,6 +83,8 @@ class Catalog:
             self._writer = connect(path, _WRITER_BUSY_SECONDS)
             try:
                 schema.prepare(self._writer, root, blobs_exist=blobs_exist)
+                lifetimes.create_table(self._writer)
+                tallies.create_tables(self._writer)
                 self._reader = connect(path, _READER_BUSY_SECONDS)
                 self._reader.execute("PRAGMA query_only = ON")
             except BaseException:
@@ -85,31 +113,39 @@ class Catalog:
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def find(self, tenant: str, name: str, prefix: str = "") -> tuple[str, AdapterSpec, Health]:
-        """The name, spec and health behind a name or alias; of its kept version with `prefix` if given.
+    def find(self, tenant: str, name: str, prefix: str = "") -> Found:
+        """What a name or alias means; its kept version with `prefix` if given.
 
         Raises AdapterNotFound, AdapterInvalid (ambiguous prefix).
         """
-        row = self._one(f"v.digest, n.name, v.spec, {_CORRUPT}", tenant, name, prefix)
-        return row[1], self._spec(row[2]), _health(row[3])
+        columns = f"v.digest, n.name, v.spec, {_CORRUPT}, l.id, l.max_uses, coalesce(l.max_uses - l.uses, 0)"
+        _, found, spec, corrupt, *lifetime = self._one(columns, tenant, name, prefix, self._clock())
+        return Found(found, self._spec(spec), _health(corrupt), *lifetime)
 
-    def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
-        """As `find`, the whole record."""
-        row = self._one(f"v.digest, {_RECORD}", tenant, name, prefix)
+    def get(self, tenant: str, name: str, prefix: str = "", *, published: float | None = None) -> AdapterRecord:
+        """As `find`, the whole record; as of the time `published` if that is given."""
+        now = self._clock() if published is None else published
+        row = self._one(f"v.digest, {_RECORD}", tenant, name, prefix, now)
         return self._record(tenant, row[1:])
 
     def page(self, tenant: str, after: str, limit: int) -> tuple[AdapterRecord, ...]:
         """Up to `limit` records with names above `after`, ascending."""
         rows = self._read(
-            f"""SELECT {_RECORD} FROM names n JOIN versions v ON v.id = n.version
-            WHERE n.tenant = ? AND n.name > ? ORDER BY n.name LIMIT ?""",
-            (tenant, after, limit),
+            f"""SELECT {_RECORD} FROM names n JOIN versions v ON v.id = n.version {_LIFETIME}
+            WHERE n.tenant = :tenant AND n.name > :after AND {_ALIVE} ORDER BY n.name LIMIT :limit""",
+            {"tenant": tenant, "after": after, "limit": limit, "now": self._clock()},
         )
         return tuple(self._record(tenant, row) for row in rows)
 
     def count(self, tenant: str) -> int:
         """How many names a tenant has."""
-        return int(self._read("SELECT count(*) FROM names WHERE tenant = ?", (tenant,))[0][0])
+        with self._read_lock, schema.catalog_errors():
+            return tallies.count_names(self._reader, tenant)
+
+    def usage(self) -> tuple[int, int]:
+        """Names and bytes of all tenants."""
+        with self._read_lock, schema.catalog_errors():
+            return tallies.count_all(self._reader)
 
     def has_name(self, tenant: str, name: str) -> bool:
         """Whether `name` is a name, not an alias."""
@@ -118,6 +154,15 @@ class Catalog:
     def has_alias(self, tenant: str, alias: str) -> bool:
         """Whether `alias` is an alias, not a name."""
         return bool(self._read("SELECT 1 FROM aliases WHERE tenant = ? AND alias = ?", (tenant, alias)))
+
+    def has_end(self, tenant: str, name: str) -> bool:
+        """Whether a name ends by itself."""
+        return bool(self._read("SELECT 1 FROM lifetimes WHERE tenant = ? AND name = ?", (tenant, name)))
+
+    def next_expiry(self) -> float | None:
+        """When the next name's time is over; it may be past. None without any."""
+        found = self._read("SELECT min(expires) FROM lifetimes WHERE expires IS NOT NULL")[0][0]
+        return None if found is None else float(found)
 
     def is_reachable(self, digest: str) -> bool:
         """Whether any name of any tenant keeps a version of this digest."""
@@ -153,6 +198,13 @@ class Catalog:
             others.update((aliases or "").split(",") if aliases else ())
         return {digest: AdapterNames(tuple(sorted(n)), tuple(sorted(a))) for digest, (n, a) in found.items()}
 
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of `digests` of which any tenant has a version."""
+        holes = ",".join("?" * len(digests))
+        return frozenset(
+            row[0] for row in self._read(f"SELECT digest FROM versions WHERE digest IN ({holes})", tuple(digests))
+        )
+
     def bases(self, digest: str) -> frozenset[str]:
         """The bases of each tenant's version of a digest."""
         rows = self._read("SELECT bases FROM versions WHERE digest = ?", (digest,))
@@ -162,11 +214,17 @@ class Catalog:
         """The hash of every file that some version needs."""
         return {row[0] for row in self._read("SELECT sha256 FROM blobs")}
 
+    def has_blob(self, sha256: str) -> bool:
+        """Whether some version needs this file."""
+        return bool(self._read("SELECT 1 FROM blobs WHERE sha256 = ?", (sha256,)))
+
     def publications(self) -> list[Publication]:
-        """Every version that a name keeps, the oldest first."""
+        """Every version that a name without an end keeps, the oldest first."""
         rows = self._read(
             """SELECT h.seq, h.tenant, h.name, v.digest, f.file, f.sha256 FROM history h
-            JOIN versions v ON v.id = h.version JOIN version_files f ON f.version = v.id ORDER BY h.seq, f.file"""
+            JOIN versions v ON v.id = h.version JOIN version_files f ON f.version = v.id
+            WHERE NOT EXISTS (SELECT 1 FROM lifetimes l WHERE l.tenant = h.tenant AND l.name = h.name)
+            ORDER BY h.seq, f.file"""
         )
         found: dict[int, Publication] = {}
         files: dict[int, dict[str, str]] = {}
@@ -201,22 +259,25 @@ class Catalog:
             found.setdefault(version, (_health(corrupt), {}))[1][file] = sha256
         return tuple(found.values())
 
-    def _one(self, columns: str, tenant: str, name: str, prefix: str) -> Row:
+    def _one(self, columns: str, tenant: str, name: str, prefix: str, now: float) -> Row:
         """The only row for a reference; `columns` starts with the digest."""
-        rows = self._read(
-            f"SELECT {columns} {_KEPT if prefix else _CURRENT}", {"tenant": tenant, "name": name, "prefix": prefix}
-        )
+        values = {"tenant": tenant, "name": name, "prefix": prefix, "now": now}
+        rows = self._read(f"SELECT {columns} {_KEPT if prefix else _CURRENT}", values)
         if not rows:
-            raise self._absent(tenant, name, prefix)
+            raise self._absent(values)
         if len(rows) > 1:
             raise AdapterInvalid(
                 f"{len(rows)} versions of {name!r} start with {prefix}", subject="version", remedy="give more digits"
             )
         return rows[0]
 
-    def _absent(self, tenant: str, name: str, prefix: str) -> AdapterNotFound:
+    def _absent(self, values: Mapping[str, Any]) -> AdapterNotFound:
+        tenant, name, prefix = values["tenant"], values["name"], values["prefix"]
         reference = f"{name}@{prefix}" if prefix else name
-        if prefix and (self.has_name(tenant, name) or self.has_alias(tenant, name)):
+        ended = f"SELECT 1 FROM lifetimes WHERE tenant = :tenant AND name = {_CANONICAL} AND expires <= :now"
+        if self._read(ended, values):
+            remedy = "its time is over; upload it again"
+        elif prefix and (self.has_name(tenant, name) or self.has_alias(tenant, name)):
             remedy = f"{name!r} is there, and no version of it that is kept starts with {prefix}"
         else:
             remedy = suggest(self._read, tenant, name, aliases=True)
@@ -228,7 +289,7 @@ class Catalog:
             return self._reader.execute(sql, values).fetchall()
 
     def _record(self, tenant: str, row: Row) -> AdapterRecord:
-        name, digest, spec, corrupt, labels, pinned, merge, created, updated, aliases, bases = row
+        name, digest, spec, corrupt, labels, pinned, merge, created, updated, aliases, bases, *lifetime = row
         return AdapterRecord(
             id=AdapterId(tenant, name),
             digest=digest,
@@ -241,8 +302,15 @@ class Catalog:
             created=created,
             updated=updated,
             health=_health(corrupt),
+            lifetime=_lifetime(*lifetime),
         )
 
 
 def _health(corrupt: int) -> Health:
     return Health.CORRUPT if corrupt else Health.OK
+
+
+def _lifetime(row: int | None, expires: float | None, max_uses: int | None, uses: int | None) -> Lifetime | None:
+    if row is None:
+        return None
+    return Lifetime(expires, max_uses, None if max_uses is None else max_uses - (uses or 0))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded
 from loramux_adapters.names import MAX_ALIASES
 from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.store import lifetimes, tallies
 from loramux_adapters.store.checks import check_labels
 from loramux_adapters.store.nearby import suggest
 from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, FileEntry, Quotas, UploadManifest
@@ -33,6 +34,7 @@ def publish(
     The count and the bytes are held against the quotas here, in the transaction: of two uploads that
     race for the last place exactly one gets it. Raises AdapterConflict, QuotaExceeded.
     """
+    lifetimes.remove_expired(tx, now)
     name = manifest.name
     if tx.execute("SELECT 1 FROM aliases WHERE tenant = ? AND alias = ?", (tenant, name)).fetchall():
         raise AdapterConflict(f"{name!r} is an alias", subject=name, remedy="choose another name or remove the alias")
@@ -102,12 +104,12 @@ def _point(
             tx.execute("UPDATE names SET version = ?, updated = ? WHERE tenant = ? AND name = ?", (version, now, *key))
     else:
         changed = True
-        count = tx.execute("SELECT count(*) FROM names WHERE tenant = ?", (tenant,)).fetchall()[0][0]
-        check_count(count, quotas)
+        check_count(tallies.count_names(tx, tenant), quotas)
         tx.execute(
             "INSERT INTO names (tenant, name, version, created, updated) VALUES (?, ?, ?, ?, ?)",
             (*key, version, now, now),
         )
+    lifetimes.put(tx, tenant, manifest, is_new=not rows, now=now)
     if manifest.labels:
         _write_labels(tx, tenant, manifest.name, manifest.labels)
     return changed
@@ -123,26 +125,15 @@ def check_count(count: int, quotas: Quotas) -> None:
 
 def _make_room(tx: sqlite3.Connection, tenant: str, quotas: Quotas) -> None:
     """Bring a tenant's kept bytes under the quota: superseded versions go, oldest first; else QuotaExceeded."""
-    while True:
-        used = tx.execute(
-            """SELECT coalesce(sum(size), 0) FROM blobs WHERE sha256 IN (
-                SELECT f.sha256 FROM history h JOIN version_files f ON f.version = h.version WHERE h.tenant = ?)""",
-            (tenant,),
-        ).fetchall()[0][0]
-        if used <= quotas.max_bytes:
-            return
-        superseded = tx.execute(
-            """SELECT h.seq FROM history h JOIN names n ON n.tenant = h.tenant AND n.name = h.name
-            WHERE h.tenant = ? AND h.version <> n.version ORDER BY h.seq LIMIT 1""",
-            (tenant,),
-        ).fetchall()
-        if not superseded:
+    while (used := tallies.count_bytes(tx, tenant)) > quotas.max_bytes:
+        superseded = tallies.oldest_superseded(tx, tenant)
+        if superseded is None:
             raise QuotaExceeded(
                 f"{used} bytes of adapters would be more than the {quotas.max_bytes} allowed",
                 subject="bytes",
                 remedy="delete an adapter first",
             )
-        tx.execute("DELETE FROM history WHERE seq = ?", superseded[0])
+        tx.execute("DELETE FROM history WHERE seq = ?", (superseded,))
 
 
 def update(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate, now: float) -> None:
@@ -181,17 +172,11 @@ def delete(tx: sqlite3.Connection, tenant: str, name: str) -> None:
         raise _absent(tx, tenant, name)
 
 
-def unreachable(tx: sqlite3.Connection) -> dict[int, str]:
-    """Versions that no name keeps: row id -> digest."""
-    return dict(tx.execute("SELECT id, digest FROM versions WHERE id NOT IN (SELECT version FROM history)").fetchall())
-
-
 def remove_versions(tx: sqlite3.Connection, versions: Iterable[int]) -> list[str]:
     """Remove version rows; returns the blobs that nothing needs any more, their rows removed too."""
     tx.executemany("DELETE FROM versions WHERE id = ?", [(version,) for version in versions])
-    unneeded = "sha256 NOT IN (SELECT sha256 FROM version_files)"
-    blobs = [row[0] for row in tx.execute(f"SELECT sha256 FROM blobs WHERE {unneeded}").fetchall()]
-    tx.execute(f"DELETE FROM blobs WHERE {unneeded}")
+    blobs = tallies.take_unneeded(tx)
+    tx.executemany("DELETE FROM blobs WHERE sha256 = ?", [(sha256,) for sha256 in blobs])
     return blobs
 
 

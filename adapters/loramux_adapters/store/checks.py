@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Mapping
 
 from loramux_adapters.adapter_files import MAX_FILE_BYTES
 from loramux_adapters.errors import AdapterInvalid, QuotaExceeded
-from loramux_adapters.names import DIGEST, MAX_LABELS, NAME, UPLOAD_ID, VERSION, TextRule, wrong_labels
+from loramux_adapters.names import (
+    DIGEST,
+    MAX_LABELS,
+    MAX_TTL_SECONDS,
+    MAX_USES,
+    NAME,
+    UPLOAD_ID,
+    VERSION,
+    TextRule,
+    wrong_labels,
+)
 from loramux_adapters.store.records import FileEntry, Quotas, UploadManifest
 
 MAX_PAGE_SIZE = 1000
@@ -68,6 +79,7 @@ def check_manifest(manifest: UploadManifest, quotas: Quotas) -> None:
     """AdapterInvalid on a bad name, label or file; QuotaExceeded when the upload alone is too large."""
     check_name(manifest.name)
     check_labels(manifest.labels)
+    _check_lifetime(manifest.ttl_seconds, manifest.max_uses)
     if not manifest.files:
         raise AdapterInvalid("the manifest names no file", subject="manifest")
     seen: set[str] = set()
@@ -80,6 +92,21 @@ def check_manifest(manifest: UploadManifest, quotas: Quotas) -> None:
     if total > quotas.max_upload_bytes:
         raise QuotaExceeded(
             f"an upload of {total} bytes is more than the {quotas.max_upload_bytes} allowed", subject="upload"
+        )
+
+
+def _check_lifetime(ttl: float | None, max_uses: int | None) -> None:
+    if ttl is not None and not (math.isfinite(ttl) and 0 < ttl <= MAX_TTL_SECONDS):
+        raise AdapterInvalid(
+            f"ttl_seconds {ttl:g} must be over 0 and at most {MAX_TTL_SECONDS}",
+            subject="ttl_seconds",
+            remedy="leave it out for an adapter that stays",
+        )
+    if max_uses is not None and not 1 <= max_uses <= MAX_USES:
+        raise AdapterInvalid(
+            f"max_uses {max_uses} must be 1 to {MAX_USES}",
+            subject="max_uses",
+            remedy="leave it out for an adapter without a limit",
         )
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -25,10 +23,12 @@ from loramux_adapters.errors import (
     StoreUnavailable,
 )
 from loramux_adapters.spec import AdapterId, AdapterSpec
-from loramux_adapters.store import changes, checks, schema
+from loramux_adapters.store import changes, checks, lifetimes, schema
 from loramux_adapters.store.blobs import Blobs
 from loramux_adapters.store.catalog import Catalog, Connect
+from loramux_adapters.store.collector import Collector
 from loramux_adapters.store.disk import Disk, storage_errors
+from loramux_adapters.store.ends import Ends
 from loramux_adapters.store.holds import Holds
 from loramux_adapters.store.journal import Journal, Publication
 from loramux_adapters.store.lock import DirectoryLock
@@ -79,11 +79,7 @@ class LocalStore:
         self._holds = Holds()
         # Publish, delete and collect exclude each other; readers and holds do not wait for this one.
         self._changing = threading.RLock()
-        # Blobs of publishes that failed at their commit: a crash may still bring that commit back from SQLite's
-        # log, until a later one overwrites it there. So they stay until then.
-        self._doubtful: set[str] = set()
         self._unknown: set[str] = set()  # blobs that the catalog did not know at the start
-        self._removed: deque[str] = deque()  # digests nobody was told of yet
         disk = disk or Disk()
         self._reserve = Reserve(root, disk)
         self._journal = Journal(root, disk)
@@ -96,10 +92,14 @@ class LocalStore:
                 self._blobs = Blobs(root / "blobs", disk)
                 self._uploads = Uploads(root / "uploads", disk, self._quotas, clock)
                 blobs_exist = not self._blobs.is_empty()
-                self._catalog = self._reserve.spend_on(lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect))
+                self._catalog = self._reserve.spend_on(
+                    lambda: Catalog(root, blobs_exist=blobs_exist, connect=connect, clock=clock)
+                )
         except BaseException:
             self._lock.release()
             raise
+        self._collector = Collector(self._catalog, self._blobs, self._holds, self._reserve, self._changing)
+        self._ends = Ends(self._catalog, self._collector, self._holds, self._reserve, self._changing, clock)
         try:
             self._sweep()
         except BaseException:
@@ -126,11 +126,14 @@ class LocalStore:
         checks.check_name(tenant, "tenant")
         checks.check_upload_id(upload_id)
         checks.check_manifest(manifest, self._quotas)
+        self.expire()
         # A courtesy before the bytes are sent; what counts is the same check in the publish transaction.
         if self._catalog.has_alias(tenant, manifest.name):
             raise AdapterConflict(f"{manifest.name!r} is an alias", subject=manifest.name)
         if not self._catalog.has_name(tenant, manifest.name):
             changes.check_count(self._catalog.count(tenant), self._quotas)
+        elif manifest.ends and not self._catalog.has_end(tenant, manifest.name):
+            raise lifetimes.without_end(manifest.name)
         return self._uploads.begin(tenant, upload_id, manifest)
 
     def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
@@ -168,33 +171,34 @@ class LocalStore:
             staged = upload.staged()
             upload.sync()
             with self._changing:
-                created = self._publish(tenant, staged, spec, base)
-                record = self._catalog.get(tenant, staged.manifest.name)
+                now = self._clock()
+                created = self._publish(tenant, staged, spec, base, now)
+                record = self._catalog.get(tenant, staged.manifest.name, published=now)
             self._uploads.end(tenant, upload_id, upload)
-        self._collect_quietly()
+        self._collector.collect_quietly()
         return Published(record, created)
 
-    def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str) -> bool:
+    def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str, now: float) -> bool:
         manifest = staged.manifest
         new: set[str] = set()
         try:
             with self._catalog.transaction() as tx:
-                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, self._clock())
+                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, now)
                 if install:
                     with storage_errors("keep an adapter"):
                         for entry in manifest.files:
                             if not self._blobs.exists(entry.sha256):
                                 new.add(entry.sha256)
                             self._blobs.install(staged.files[entry.file], entry.sha256)
-                if changed or install:
+                if (changed or install) and not manifest.ends:  # restored it would have no end
                     files = manifest.files if install else self._catalog.entries(tenant, spec.digest)
                     hashes = {entry.file: entry.sha256 for entry in files}
                     with storage_errors("keep an adapter"):
                         self._journal.append(Publication(tenant, manifest.name, spec.digest, hashes))
         except BaseException:
-            self._doubtful |= new
+            self._collector.doubt(new)
             raise
-        self._settle()
+        self._collector.settle()
         self._shorten_journal(only_if_large=True)
         return changed
 
@@ -217,18 +221,19 @@ class LocalStore:
         for alias in (*change.add_aliases, *change.remove_aliases):
             checks.check_name(alias, "alias")
         checks.check_labels(change.set_labels)
+        self.expire()
         with self._changing:
             with self._catalog.transaction() as tx:
                 changes.update(tx, tenant, name, change, self._clock())
-            self._settle()
+            self._collector.settle()
             return self._catalog.get(tenant, name)
 
     def delete(self, tenant: str, name: str) -> None:
         checks.check_reference(tenant, name, "")
         with self._changing:
             self._reserve.spend_on(lambda: self._delete(tenant, name))
-            self._settle()
-        self._collect_quietly()
+            self._collector.settle()
+        self._collector.collect_quietly()
 
     def _delete(self, tenant: str, name: str) -> None:
         with self._catalog.transaction() as tx:
@@ -240,16 +245,36 @@ class LocalStore:
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         return self._catalog.names(digests)
 
+    def usage(self) -> tuple[int, int]:
+        return self._catalog.usage()
+
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        return self._catalog.existing(digests)
+
     # Holds
 
-    def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
+    def acquire(self, tenant: str, name: str, prefix: str = "", *, counts: bool = False) -> AdapterVersion:
         checks.check_reference(tenant, name, prefix)
         with self._holds.lock:
-            found, spec, health = self._catalog.find(tenant, name, prefix)
-            if health is Health.CORRUPT:
-                raise _corrupt(spec.digest)
-            self._holds.add(spec.digest)
-        return AdapterVersion(AdapterId(tenant, found), spec.digest, spec)
+            found = self._catalog.find(tenant, name, prefix)
+            digest = found.spec.digest
+            if found.health is Health.CORRUPT:
+                raise _corrupt(digest)
+            use = self._ends.take_use(found) if counts else None
+            self._holds.add(digest)
+        return AdapterVersion(AdapterId(tenant, found.name), digest, found.spec, use)
+
+    def count_use(self, use: int) -> bool:
+        return self._ends.count_use(use)
+
+    def give_back_use(self, use: int) -> None:
+        self._ends.give_back_use(use)
+
+    def next_expiry(self) -> float | None:
+        return self._catalog.next_expiry()
+
+    def expire(self) -> int:
+        return self._ends.expire()
 
     def hold(self, digest: str) -> None:
         checks.check_digest(digest)
@@ -263,31 +288,10 @@ class LocalStore:
             return self._holds.drop(digest)
 
     def collect(self) -> int:
-        with self._changing:
-            collected = self._reserve.spend_on(self._collect)
-            self._reserve.fill()
-        return collected
-
-    def _collect(self) -> int:
-        with self._catalog.transaction() as tx:
-            unreachable = changes.unreachable(tx)
-            with self._holds.lock:
-                # No name leads here since an earlier commit: what is not held now cannot be held any more.
-                doomed = [version for version, digest in unreachable.items() if digest not in self._holds]
-                self._holds.set_orphans(frozenset(d for d in unreachable.values() if d in self._holds))
-            blobs = changes.remove_versions(tx, doomed)
-            removed = changes.missing(tx, {unreachable[version] for version in doomed})
-        self._removed.extend(removed)
-        for sha256 in blobs:
-            self._remove_blob(sha256)
-        return len(doomed)
+        return self._collector.collect()
 
     def take_removed(self) -> frozenset[str]:
-        taken: set[str] = set()
-        while self._removed:
-            with suppress(IndexError):  # another thread was faster
-                taken.add(self._removed.popleft())
-        return frozenset(taken)
+        return self._collector.take_removed()
 
     # Bytes
 
@@ -300,7 +304,7 @@ class LocalStore:
             raise _corrupt(digest)
         finally:
             if self.release(digest):
-                self._collect_quietly()
+                self._collector.collect_quietly()
 
     def accepted_bases(self, digest: str) -> frozenset[str]:
         checks.check_digest(digest)
@@ -352,6 +356,7 @@ class LocalStore:
 
     def _sweep(self) -> None:
         self._uploads.sweep()
+        self.expire()
         self.collect()
         with storage_errors("sweep"):
             unknown = self._blobs.sweep(self._catalog.blobs())
@@ -366,26 +371,6 @@ class LocalStore:
                 self._journal.shorten(self._catalog.publications(), self._lost.files().keys() | self._unknown)
         except (OSError, AdapterError) as error:
             _log.warning("the journal of publishes could not be shortened: %s", error)
-
-    def _settle(self) -> None:
-        """After a commit that wrote: failed ones before it cannot come back, their blobs may go."""
-        if self._doubtful:
-            for sha256 in self._doubtful - self._catalog.blobs():
-                self._remove_blob(sha256)
-            self._doubtful.clear()
-
-    def _remove_blob(self, sha256: str) -> None:
-        try:
-            self._blobs.remove(sha256)
-        except OSError as error:
-            _log.warning("file %s could not be removed, the next start tries again: %s", sha256, error.strerror)
-
-    def _collect_quietly(self) -> None:
-        """Collect after a change that is already durable: failing now only means collecting later."""
-        try:
-            self.collect()
-        except AdapterError as error:
-            _log.warning("collecting unused adapters failed, the next change tries again: %s", error)
 
 
 def _corrupt(digest: str) -> AdapterCorrupt:

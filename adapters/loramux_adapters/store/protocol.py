@@ -33,14 +33,17 @@ class AdapterStore(Protocol):
     version; the switch to another is atomic. The last `Quotas.keep_versions` versions of a name stay
     reachable by a prefix of their digest. An **alias** stands for a name and follows it; aliases and
     names share one namespace. A version's bytes are kept while a name reaches it or a hold is on it.
+    A name whose last upload gave it an end is not found from that moment on, and removed by `expire` or with its last
+    use; its next upload says anew whether it has one.
     """
 
     def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open an upload, or resume the one with this id if its name and files are the same.
 
-        On a resume labels and `allow_base_mismatch` are taken from this call.
-        Raises AdapterInvalid (bad name, file, size, hash or label), AdapterConflict (the id is in use for
-        something else, or the name is an alias), QuotaExceeded (too large, too many open uploads or adapters).
+        On a resume all but name and files is taken from this call.
+        Raises AdapterInvalid (bad name, file, size, hash, label or end), AdapterConflict (the id is in use for
+        something else, the name is an alias, or has no end and would get one), QuotaExceeded (too large, too many open
+        uploads or adapters).
         """
 
     def write_chunk(self, tenant: str, upload_id: str, file: str, offset: int, data: bytes) -> int:
@@ -75,13 +78,32 @@ class AdapterStore(Protocol):
     def discard_upload(self, tenant: str, upload_id: str) -> None:
         """Forget an upload and its bytes; an unknown one is no error."""
 
-    def acquire(self, tenant: str, name: str, prefix: str = "") -> AdapterVersion:
+    def acquire(self, tenant: str, name: str, prefix: str = "", *, counts: bool = False) -> AdapterVersion:
         """Look up a name or alias and hold what it points at, as one step against delete and replace.
+
+        `counts`: where the name has a limit of uses, take one of those that are left, with what others have taken and
+        not given back; AdapterNotFound if there is none.
 
         `prefix` selects a kept version by the start of its digest. The caller owes one `release(digest)`.
         Fast (tens of microseconds) and never waits for a writer. Raises AdapterNotFound, AdapterInvalid
         (ambiguous prefix), AdapterCorrupt (quarantined).
         """
+
+    def count_use(self, use: int) -> bool:
+        """Make a use that `acquire` took durable. True: it was the last, and the name is gone.
+
+        What nobody was told before this returns need not be counted: a process that dies earlier has given nothing
+        away. After an error the use is given back.
+        """
+
+    def give_back_use(self, use: int) -> None:
+        """The use was none: the request was refused. Fast."""
+
+    def next_expiry(self) -> float | None:
+        """When the next name ends, in seconds since the epoch; None if none does. Fast."""
+
+    def expire(self) -> int:
+        """Remove the names whose time is over; returns how many. Bytes that a request holds stay until its release."""
 
     def hold(self, digest: str) -> None:
         """Hold a version's bytes once more. Fast. AdapterNotFound unless a name reaches it or a hold is on it now."""
@@ -103,6 +125,12 @@ class AdapterStore(Protocol):
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` (some hundreds at most) now; those without a name are left out. Fast."""
+
+    def usage(self) -> tuple[int, int]:
+        """Names of all tenants, and bytes of the files that they keep, superseded versions too. Fast."""
+
+    def existing(self, digests: Collection[str]) -> frozenset[str]:
+        """Those of `digests` (some hundreds at most) of which any tenant has a version, named or held. Fast."""
 
     def get(self, tenant: str, name: str, prefix: str = "") -> AdapterRecord:
         """The record behind a name or alias, of a kept version with `prefix`. Errors as `acquire`, health aside."""

@@ -40,6 +40,22 @@ class UploadManifest:
     files: tuple[FileEntry, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
     allow_base_mismatch: bool = False
+    ttl_seconds: float | None = None  # from the publish on; then the name is removed
+    max_uses: int | None = None  # accepted requests; with the last one the name is removed
+
+    @property
+    def ends(self) -> bool:
+        """Whether the name is to be removed without anybody asking for it."""
+        return self.ttl_seconds is not None or self.max_uses is not None
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """When a name ends by itself: `expires` in seconds since the epoch, `max_uses` in requests; one of them is set."""
+
+    expires: float | None
+    max_uses: int | None
+    uses_left: int | None  # None without max_uses
 
 
 @dataclass(frozen=True)
@@ -75,11 +91,15 @@ class StagedFiles:
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """What a reference meant at one moment: `id` is the name (never an alias) it was reached by."""
+    """What a reference meant at one moment: `id` is the name (never an alias) it was reached by.
+
+    `use` is set where a use was taken: it is owed to `count_use` or `give_back_use`.
+    """
 
     id: AdapterId
     digest: str
     spec: AdapterSpec
+    use: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,7 @@ class AdapterRecord:
     created: float
     updated: float
     health: Health
+    lifetime: Lifetime | None = None  # None: it stays until it is deleted
 
 
 @dataclass(frozen=True)

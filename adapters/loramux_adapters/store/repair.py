@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux_adapters.errors import REFUSED, AdapterError, StoreUnavailable
-from loramux_adapters.store import schema
+from loramux_adapters.store import lifetimes, schema
 from loramux_adapters.store.disk import Disk, storage_errors
 from loramux_adapters.store.lock import DirectoryLock
 
@@ -33,6 +33,7 @@ _PRUNE = (
     "INSERT OR IGNORE INTO history (tenant, name, version) SELECT tenant, name, version FROM names",
     """DELETE FROM aliases
         WHERE NOT EXISTS (SELECT 1 FROM names n WHERE n.tenant = aliases.tenant AND n.name = aliases.name)""",
+    lifetimes.PRUNE,
     "DELETE FROM versions WHERE id NOT IN (SELECT version FROM history)",
     "DELETE FROM version_files WHERE version NOT IN (SELECT id FROM versions)",
     "DELETE FROM blobs WHERE sha256 NOT IN (SELECT sha256 FROM version_files)",
@@ -86,6 +87,7 @@ def _rebuild(root: Path, disk: Disk) -> Report:
     _remove_database(fresh, disk)
     with closing(sqlite3.connect(fresh, isolation_level=None)) as target:
         schema.create_tables(target)
+        lifetimes.create_table(target)
         target.execute("BEGIN IMMEDIATE")
         unread = _salvage(catalog, target) if catalog.exists() else {}
         present = {file.name for shard in disk.children(root / "blobs") for file in disk.children(shard)}
@@ -113,7 +115,9 @@ def _salvage(catalog: Path, target: sqlite3.Connection) -> dict[str, int | None]
     An older catalog's rows lack the last columns of today's.
     """
     unread: dict[str, int | None] = {}
-    for table in schema.TABLES:
+    for table in (*schema.TABLES, lifetimes.TABLE):
+        if table == lifetimes.TABLE and not _may_have(catalog, table):
+            continue
         columns = [column[1] for column in target.execute(f"PRAGMA table_info({table})").fetchall()]
         rows = _ReadableRows(catalog, table)
         for row in rows:
@@ -125,6 +129,14 @@ def _salvage(catalog: Path, target: sqlite3.Connection) -> dict[str, int | None]
         if rows.interrupted and expected != copied:
             unread[table] = None if expected is None or expected < copied else expected - copied
     return unread
+
+
+def _may_have(catalog: Path, table: str) -> bool:
+    try:
+        with closing(_open_damaged(catalog)) as source:
+            return bool(source.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (table,)).fetchall())
+    except sqlite3.DatabaseError:
+        return True
 
 
 class _ReadableRows:

@@ -79,7 +79,7 @@ class StagedUpload:
         return self._manifest
 
     def resume(self, manifest: UploadManifest) -> bool:
-        """Continue with a manifest of the same name and files, taking its labels and consent; else False."""
+        """Continue with a manifest of the same name and files, taking all else from it; False if they differ."""
         if (manifest.name, set(manifest.files)) != (self._manifest.name, set(self._manifest.files)):
             return False
         if manifest != self._manifest:
@@ -210,6 +210,8 @@ def _encode(manifest: UploadManifest) -> bytes:
             "files": [[entry.file, entry.size, entry.sha256] for entry in manifest.files],
             "labels": dict(manifest.labels),
             "allow_base_mismatch": manifest.allow_base_mismatch,
+            "ttl_seconds": manifest.ttl_seconds,
+            "max_uses": manifest.max_uses,
         }
     ).encode()
 
@@ -221,4 +223,6 @@ def _decode(data: bytes) -> UploadManifest:
         files=tuple(FileEntry(*entry) for entry in fields["files"]),
         labels=fields["labels"],
         allow_base_mismatch=fields["allow_base_mismatch"],
+        ttl_seconds=fields.get("ttl_seconds"),  # older ones have none
+        max_uses=fields.get("max_uses"),
     )

@@ -1,4 +1,4 @@
-"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify and remove adapters."""
+"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify, diff and remove adapters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux.cli.adapter_files import diff, names_directory, verify_directory
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
 from loramux.cli.completion import complete_adapters
+from loramux.cli.lifetimes import describe_end
 from loramux.terminal.failures import CommandError, ExitCode
 from loramux.terminal.output import byte_progress, print_json, print_table, say, size
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from loramux.types import Adapter, ProgressCallback, Pulled, TransferProgress
 
 app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
+app.command("diff")(diff)
 
 Name = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapters)]
 Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.", autocompletion=complete_adapters)]
@@ -32,6 +35,12 @@ def push(
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Accept an adapter that declares another base.")
     ] = False,
+    ttl: Annotated[
+        float | None, typer.Option("--ttl", help="Seconds after which the server removes it; default: it stays.")
+    ] = None,
+    max_uses: Annotated[
+        int | None, typer.Option("--max-uses", help="Requests with the last of which the server removes it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter. A push that was cut goes on where it stopped when it is repeated."""
@@ -40,7 +49,13 @@ def push(
     target = name or directory.resolve().name
     with connect(address) as client, _transfer(f"push {target}", as_json) as report:
         pushed = client.push(
-            directory, target, labels=_labels(label or []), allow_base_mismatch=allow_base_mismatch, progress=report
+            directory,
+            target,
+            labels=_labels(label or []),
+            allow_base_mismatch=allow_base_mismatch,
+            ttl=ttl,
+            max_uses=max_uses,
+            progress=report,
         )
     if as_json:
         print_json(pushed)
@@ -55,6 +70,8 @@ def push(
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
         print(f"kept here: {', '.join(pushed.left_out)} (only the adapter's files travel)")
+    if ends := describe_end(adapter):
+        print(f"ends by itself: {ends}")
     if pushed.remark:
         say(f"warning: {pushed.remark}")
 
@@ -74,11 +91,13 @@ def ls(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
             return
         base = client.model().fingerprint
     rows = [
-        (a.name, a.digest[:12], a.max_rank, size(a.size_bytes), a.residency.tier, a.residency.leases,
-         a.residency.merged, _desired(a), ",".join(a.aliases), _remarks(a, base))
+        (a.name, a.digest[:12], a.kind, a.max_rank or "", size(a.size_bytes), a.residency.tier, a.residency.leases,
+         a.residency.merged, _desired(a), describe_end(a), ",".join(a.aliases), _remarks(a, base))
         for a in found
     ]  # fmt: skip
-    columns = ("NAME", "DIGEST", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "DESIRED", "ALIASES", "REMARKS")
+    columns = (
+        "NAME", "DIGEST", "KIND", "RANK", "SIZE", "TIER", "LEASES", "MERGED", "DESIRED", "ENDS", "ALIASES", "REMARKS",
+    )  # fmt: skip
     print_table(columns, rows, empty="no adapters yet; add one with `loramux adapters push DIRECTORY`")
 
 
@@ -109,8 +128,10 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("merge", "yes" if adapter.merge else "no"),
         ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
         ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
+        ("host memory", size(residency.host_bytes) if residency.host_bytes else "not there"),
         ("leases", residency.leases),
         ("merged", merged),
+        ("ends", describe_end(adapter) or "never by itself"),
         ("created", adapter.created.isoformat(timespec="seconds")),
         ("updated", adapter.updated.isoformat(timespec="seconds")),
     ]
@@ -156,12 +177,39 @@ def pull(
 
 @app.command("verify")
 def verify(
-    name: Reference,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name, alias or name@digest on the server, or a directory, written with a slash: ./shout.",
+            autocompletion=complete_adapters,
+        ),
+    ],
     against: Annotated[Path | None, typer.Option(help="Local directory that must hold the same bytes.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a directory: the base to check it against, as `serve --model` takes it.")
+    ] = None,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Of a directory: as `push` has it.")
+    ] = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Read an adapter back and check every sha256; with --against, compare it with a local directory too."""
+    """Read an adapter back and check every sha256; with --against, compare it with a local directory too.
+
+    Of a directory: say without a server what one would say of a push, and what it costs; exit 2 if it is refused.
+    """
+    if names_directory(name):
+        if against is not None:
+            raise CommandError("--against goes with a name", remedy="see loramux adapters diff", code=ExitCode.USAGE)
+        directory = Path(name).expanduser()
+        verify_directory(directory, base, allow_base_mismatch=allow_base_mismatch, as_json=as_json)
+        return
+    if base is not None or allow_base_mismatch:
+        raise CommandError(
+            f"{name} is the name of an adapter on the server, and --base and --allow-base-mismatch go with a directory",
+            remedy=f"write ./{name} for a directory",
+            code=ExitCode.USAGE,
+        )
     from loramux.cli.connecting import connect
     from loramux.upload import collect
 

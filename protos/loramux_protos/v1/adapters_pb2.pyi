@@ -172,11 +172,20 @@ class UploadBegin(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     ALLOW_BASE_MISMATCH_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_USES_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
     """Chosen by the caller: 8 to 64 characters of [A-Za-z0-9_-]. The same id and manifest resume."""
     name: _builtins.str
     allow_base_mismatch: _builtins.bool
     """Accept an adapter that declares another base; it is marked."""
+    ttl_seconds: _builtins.float
+    """The name is removed this many seconds after the upload: over 0, at most 10 years. Unset: it stays."""
+    max_uses: _builtins.int
+    """The name is removed with its use by this many requests: 1 to 1,000,000,000. Unset: no limit. A request counts when
+    it is accepted, once, whatever its n; one that is refused does not, nor does a download. Requests that were accepted
+    end on their version. Only a new name, or one that has an end already, is given one; every upload says it anew.
+    """
     @_builtins.property
     def manifest(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileEntry]: ...
     @_builtins.property
@@ -189,12 +198,21 @@ class UploadBegin(_message.Message):
         manifest: _abc.Iterable[Global___FileEntry] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         allow_base_mismatch: _builtins.bool = ...,
+        ttl_seconds: _builtins.float | None = ...,
+        max_uses: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_ttl_seconds", b"_ttl_seconds", "max_uses", b"max_uses", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_base_mismatch", b"allow_base_mismatch", "labels", b"labels", "manifest", b"manifest", "name", b"name", "upload_id", b"upload_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_ttl_seconds", b"_ttl_seconds", "allow_base_mismatch", b"allow_base_mismatch", "labels", b"labels", "manifest", b"manifest", "max_uses", b"max_uses", "name", b"name", "ttl_seconds", b"ttl_seconds", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_uses: _TypeAlias = _typing.Literal["max_uses"]  # noqa: Y015
+    _WhichOneofArgType__max_uses: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses"]  # noqa: Y015
+    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_uses) -> _WhichOneofReturnType__max_uses | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
 
 Global___UploadBegin: _TypeAlias = UploadBegin  # noqa: Y015
 
@@ -370,6 +388,9 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     MERGE_FIELD_NUMBER: _builtins.int
     ACCEPTED_BASES_FIELD_NUMBER: _builtins.int
+    EXPIRES_FIELD_NUMBER: _builtins.int
+    MAX_USES_FIELD_NUMBER: _builtins.int
+    USES_LEFT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     """The version this name points at."""
@@ -386,6 +407,10 @@ class Adapter(_message.Message):
     health: Global___AdapterHealth.ValueType
     merge: _builtins.bool
     """Desired state: there are merged weights; Residency.merged says whether there are."""
+    max_uses: _builtins.int
+    """As the upload set it."""
+    uses_left: _builtins.int
+    """Of max_uses; set with it."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Distinct last components of adapted module names."""
@@ -405,6 +430,10 @@ class Adapter(_message.Message):
         """Fingerprints of the bases for which uploads of this content were accepted. When GetModel's is not among them,
         requests are refused until it is uploaded again. Empty: uploaded before servers remembered this, never refused for it.
         """
+
+    @_builtins.property
+    def expires(self) -> _timestamp_pb2.Timestamp:
+        """When the name is removed; unset: never by itself."""
 
     def __init__(
         self,
@@ -426,12 +455,22 @@ class Adapter(_message.Message):
         residency: Global___Residency | None = ...,
         merge: _builtins.bool = ...,
         accepted_bases: _abc.Iterable[_builtins.str] | None = ...,
+        expires: _timestamp_pb2.Timestamp | None = ...,
+        max_uses: _builtins.int | None = ...,
+        uses_left: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "residency", b"residency", "updated", b"updated"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "created", b"created", "expires", b"expires", "max_uses", b"max_uses", "residency", b"residency", "updated", b"updated", "uses_left", b"uses_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "expires", b"expires", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "max_uses", b"max_uses", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated", "uses_left", b"uses_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_uses: _TypeAlias = _typing.Literal["max_uses"]  # noqa: Y015
+    _WhichOneofArgType__max_uses: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses"]  # noqa: Y015
+    _WhichOneofReturnType__uses_left: _TypeAlias = _typing.Literal["uses_left"]  # noqa: Y015
+    _WhichOneofArgType__uses_left: _TypeAlias = _typing.Literal["_uses_left", b"_uses_left"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_uses) -> _WhichOneofReturnType__max_uses | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uses_left) -> _WhichOneofReturnType__uses_left | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
@@ -446,12 +485,15 @@ class Residency(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     MERGED_REASON_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     slot: _builtins.int
     leases: _builtins.int
     merged: Global___MergedState.ValueType
     merged_reason: _builtins.str
     """Why it was refused, or empty."""
+    host_bytes: _builtins.int
+    """What it takes of host memory, also while it is on the device; 0 where it is not in host memory."""
     def __init__(
         self,
         *,
@@ -460,10 +502,11 @@ class Residency(_message.Message):
         leases: _builtins.int = ...,
         merged: Global___MergedState.ValueType = ...,
         merged_reason: _builtins.str = ...,
+        host_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "leases", b"leases", "merged", b"merged", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "host_bytes", b"host_bytes", "leases", b"leases", "merged", b"merged", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
     _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015

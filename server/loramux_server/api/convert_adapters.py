@@ -13,6 +13,7 @@ from loramux_adapters.store.records import (
     AdapterUpdate,
     FileEntry,
     Health,
+    Lifetime,
     UploadManifest,
     UploadProgress,
 )
@@ -40,6 +41,8 @@ def read_manifest(begin: adapters_pb2.UploadBegin) -> UploadManifest:
         files=tuple(FileEntry(entry.file, entry.size, entry.sha256) for entry in begin.manifest),
         labels=dict(begin.labels),
         allow_base_mismatch=begin.allow_base_mismatch,
+        ttl_seconds=begin.ttl_seconds if begin.HasField("ttl_seconds") else None,
+        max_uses=begin.max_uses if begin.HasField("max_uses") else None,
     )
 
 
@@ -73,9 +76,11 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         leases=state.leases,
         merged=_MERGED[state.merged],
         merged_reason=state.reason,
+        host_bytes=state.host_bytes,
     )
     if state.slot is not None:
         residency.slot = state.slot
+    lifetime = record.lifetime or Lifetime(None, None, None)
     return adapters_pb2.Adapter(
         name=record.id.name,
         digest=record.digest,
@@ -94,6 +99,9 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         residency=residency,
         merge=record.merge,
         accepted_bases=() if UNKNOWN_BASE in record.bases else sorted(record.bases),
+        expires=None if lifetime.expires is None else _timestamp(lifetime.expires),
+        max_uses=lifetime.max_uses,
+        uses_left=lifetime.uses_left,
     )
 
 

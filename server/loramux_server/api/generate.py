@@ -55,6 +55,8 @@ class GenerateUseCase:
             submission = place_adapter(_build_submission(call, tenant, digest, prompt, max_tokens, deadline), spec)
             validate.check_suppressed(submission.sampling.suppressed, limits)
             async with services.engine.submit(submission) as stream:
+                if resolved is not None:
+                    await resolved.confirm()  # after all that may refuse, before the caller receives anything
                 generation = Generation(stream, call, tokenizer)
                 try:
                     yield generation

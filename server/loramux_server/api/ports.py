@@ -60,13 +60,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Where an adapter is now. `reason` says why merging was refused."""
+    """Where an adapter is now. `reason` says why merging was refused, `host_bytes` what it takes of host memory."""
 
     tier: Tier = "registered"
     slot: int | None = None
     leases: int = 0
     merged: Merged = "none"
     reason: str = ""
+    host_bytes: int = 0
 
 
 class AdapterObserver(Protocol):

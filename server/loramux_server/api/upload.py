@@ -71,12 +71,14 @@ class UploadStream:
         if self._upload_id is not None:
             raise InvalidRequest("begin", "only the first message may be begin")
         note(adapter=begin.name, upload_id=begin.upload_id)
+        manifest = read_manifest(begin)
         validate.check(
             validate.upload_id("begin.upload_id", begin.upload_id),
             validate.name("begin.name", begin.name),
             validate.labels("begin.labels", begin.labels),
+            validate.lifetime("begin", manifest.ttl_seconds, manifest.max_uses),
         )
-        await self._registry.begin_upload(self._tenant, begin.upload_id, read_manifest(begin))
+        await self._registry.begin_upload(self._tenant, begin.upload_id, manifest)
         self._upload_id = begin.upload_id
 
     async def _chunk(self, chunk: adapters_pb2.UploadChunk) -> None:

@@ -10,7 +10,17 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from loramux_adapters.names import LABEL_KEY, MAX_LABEL_CHARACTERS, MAX_LABELS, NAME, UPLOAD_ID, VERSION, wrong_labels
+from loramux_adapters.names import (
+    LABEL_KEY,
+    MAX_LABEL_CHARACTERS,
+    MAX_LABELS,
+    MAX_TTL_SECONDS,
+    MAX_USES,
+    NAME,
+    UPLOAD_ID,
+    VERSION,
+    wrong_labels,
+)
 from loramux_server.api.calls import ChatTurn, GenerateCall
 from loramux_server.api.server_limits import ServerLimits
 from loramux_server.errors import InvalidRequest
@@ -82,6 +92,13 @@ def labels(field: str, values: Mapping[str, str]) -> Wrong:
         shown = key if LABEL_KEY.allows(key) else repr(key[:64])
         limit = {"limit": str(MAX_LABEL_CHARACTERS)} if len(values[key]) > MAX_LABEL_CHARACTERS else None
         yield InvalidRequest(f"{field}[{shown}]", why, metadata=limit)
+
+
+def lifetime(field: str, ttl_seconds: float | None, max_uses: int | None) -> Wrong:
+    """When an adapter ends by itself; `field` is the message that holds both."""
+    note = "that is 10 years, and unset means that the adapter stays"
+    yield from _within(f"{field}.ttl_seconds", ttl_seconds, 0.0, MAX_TTL_SECONDS, open_low=True, note=note)
+    yield from _within(f"{field}.max_uses", max_uses, 1, MAX_USES, note="unset means no limit")
 
 
 def aliases(field: str, values: Sequence[str]) -> Wrong:

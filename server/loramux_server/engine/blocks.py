@@ -46,6 +46,8 @@ class BlockPool:
         self._references = [0] * count
         self._hashes: list[bytes | None] = [None] * count
         self._by_hash: dict[bytes, int] = {}
+        self._owners: list[str | None] = [None] * count  # of blocks with a hash
+        self._owned: dict[str, set[int]] = {}
         self._blank = list(range(count - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # no reference, hash kept; least recently used first
 
@@ -111,13 +113,27 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def publish(self, block: int, value: bytes) -> None:
-        """Let the held, full `block` be found under `value`. The first of two equal blocks stays the known one."""
+    def publish(self, block: int, value: bytes, owner: str | None = None) -> None:
+        """Let the held, full `block` be found under `value`. The first of two equal blocks stays the known one.
+
+        `owner` is for `forget`.
+        """
         if self._references[block] == 0:
             raise ValueError(f"block {block} published without a reference")
         if self._hashes[block] is None and value not in self._by_hash:
             self._hashes[block] = value
             self._by_hash[value] = block
+            if owner is not None:
+                self._owners[block] = owner
+                self._owned.setdefault(owner, set()).add(block)
+
+    def forget(self, owner: str) -> None:
+        """Nobody will look for the blocks of `owner` any more: those without a reference are blank from now on."""
+        for block in sorted(self._owned.get(owner, ())):
+            self._drop_hash(block)
+            if self._references[block] == 0:
+                del self._cached[block]
+                self._blank.append(block)
 
     def invalidate(self, blocks: Iterable[int]) -> None:
         """Make held `blocks` impossible to find again: their content is in doubt."""
@@ -141,9 +157,18 @@ class BlockPool:
         known = {value: block for block, value in enumerate(self._hashes) if value is not None}
         if known != self._by_hash:
             raise RuntimeError("prefix hashes and KV blocks disagree")
+        owned = {block: owner for owner, blocks in self._owned.items() for block in blocks}
+        owners = {block: owner for block, owner in enumerate(self._owners) if owner is not None}
+        if owned != owners or not owned.keys() <= set(known.values()) or not all(self._owned.values()):
+            raise RuntimeError("KV blocks and their owners disagree")
 
     def _drop_hash(self, block: int) -> None:
         value = self._hashes[block]
         if value is not None:
             self._hashes[block] = None
             del self._by_hash[value]
+            owner, self._owners[block] = self._owners[block], None
+            if owner is not None:
+                self._owned[owner].discard(block)
+                if not self._owned[owner]:
+                    del self._owned[owner]

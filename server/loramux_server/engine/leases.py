@@ -5,6 +5,7 @@ The pool itself is `loramux_adapters.residency.pool`, merged adapters are kept b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from loramux_adapters.binding import Binding
@@ -34,12 +35,20 @@ class Adapters(Protocol):
         """
         ...
 
+    def prefetch(self, digests: Iterable[str]) -> None:
+        """Read what will be asked for soon into host memory, as far as it does not delay others; never blocks."""
+        ...
+
     def poll(self) -> None:
         """Take in what loaders have reported."""
         ...
 
     def take_bindings(self) -> tuple[tuple[int, ...], tuple[Binding, ...]]:
         """(slots to unbind, then slots to bind) since the last call."""
+        ...
+
+    def take_gone(self) -> tuple[str, ...]:
+        """Digests freed for good since the last call: nobody can ask for them until they are uploaded again."""
         ...
 
     def check(self) -> None:

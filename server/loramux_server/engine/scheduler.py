@@ -7,6 +7,7 @@ policy's order. Knows no thread, no clock and no device: times come in, events a
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.engine.leases import Adapters, MergedAdapters, NothingMerged
@@ -82,6 +83,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """What the next step does; no chunks when nothing can run."""
         self._adapters.poll()
+        for digest in self._adapters.take_gone():
+            self.tables.pool.forget(digest)  # before any block that somebody may still look for
         self._expire(now)
         builder = StepBuilder(self.limits, self.tables)
         preempted = self._counters.preemptions
@@ -241,10 +244,16 @@ class Scheduler:
             self.tables.admit(request, cached)
             self._mark_admission(request, now)
             builder.add_prefill(request)
+        self._prefetch()
         rest = len(self._policy) - sum(waiting_for.values())
         if rest:
             waiting_for[stopped] = waiting_for.get(stopped, 0) + rest
         self._waiting_for = waiting_for
+
+    def _prefetch(self) -> None:
+        """Of the requests that wait first: when their turn comes, only the copy to the device is left."""
+        waiting = islice(self._policy, self.limits.max_loads_tried)
+        self._adapters.prefetch(dict.fromkeys(request.digest for request in waiting if request.digest is not None))
 
     def _lease(self, request: Request, admission: AdapterAdmission, now: float) -> bool:
         """Whether `request` has what it needs of adapters. A failed load ends it, and it alone."""

@@ -82,7 +82,7 @@ class BlockTables:
             return
         self._extend_hashes(request, full)
         for index in range(request.published, full):
-            self.pool.publish(request.blocks[index], request.hashes[index + 1])
+            self.pool.publish(request.blocks[index], request.hashes[index + 1], request.digest)
         request.published = full
 
     def release(self, request: Request, *, invalidate: bool = False) -> None:

@@ -31,12 +31,17 @@ BASE = "base"
 Names = Callable[[Collection[str]], Mapping[str, AdapterNames]]
 """What points at digests now; asked on a scrape's thread."""
 
+Existing = Callable[[Collection[str]], Collection[str]]
+"""Those of some digests of which there is a version; asked on a scrape's thread."""
+
 
 @dataclass(frozen=True)
 class AdapterReading:
     """The adapter side at the moment of a scrape. Counts since start where the name says total."""
 
     tiers: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # tier -> adapters, bytes
+    leases: int = 0
+    pinned: int = 0  # versions to be kept on the device, whether they are there or not
     loads_total: Mapping[str, int] = field(default_factory=dict)  # outcome -> loads
     load_seconds_total: float = 0.0
     evictions_total: Mapping[str, int] = field(default_factory=dict)  # tier -> evictions
@@ -56,11 +61,13 @@ class Metrics:
         adapters: Callable[[], AdapterReading] = AdapterReading,
         top_adapters: int = 50,
         names: Names = lambda digests: {},
+        existing: Existing = lambda digests: digests,
     ) -> None:
         registry = self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._load: Load | None = None
         self._names: OrderedDict[str, str] = OrderedDict()
+        self._existing = existing
         self._per_adapter_sequences = TopSeries(top_adapters)
         self._per_adapter_tokens = TopSeries(top_adapters)
         self._calls = Counter("loramux_calls", "Finished calls.", ["method", "code"], registry=registry)
@@ -174,7 +181,15 @@ class Metrics:
         return self._load
 
     def per_adapter(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Ended sequences and output tokens by adapter: a digest, `base` or `other`."""
+        """Ended sequences and output tokens by adapter: a digest, `base` or `other`.
+
+        Those that are gone for good lose their series here and not when they go: their last request may end later.
+        """
+        counted = self._per_adapter_sequences.read().keys() | self._per_adapter_tokens.read().keys()
+        gone = counted - {BASE, OTHER}
+        gone -= set(self._existing(gone)) if gone else set()
+        for series in (self._per_adapter_sequences, self._per_adapter_tokens):
+            series.drop(gone)
         return self._per_adapter_sequences.read(), self._per_adapter_tokens.read()
 
 
@@ -242,8 +257,21 @@ class _Scraped:
 def _adapter_families(reading: AdapterReading) -> Iterator[Metric]:
     counts = {tier: float(count) for tier, (count, _) in reading.tiers.items()}
     nbytes = {tier: float(size) for tier, (_, size) in reading.tiers.items()}
-    yield _gauges("loramux_adapters", "Adapters by the fastest place they are in.", "tier", counts)
-    yield _gauges("loramux_adapters_bytes", "Bytes of adapters by place.", "tier", nbytes)
+    yield _gauges(
+        "loramux_adapters",
+        "Adapters by place: versions on the device (resident), versions in host memory (loaded), names in the store "
+        "(registered). One adapter may be in all three.",
+        "tier",
+        counts,
+    )
+    yield _gauges(
+        "loramux_adapters_bytes",
+        "Bytes of adapters by place: as uploaded (resident), of host memory (loaded), of files (registered).",
+        "tier",
+        nbytes,
+    )
+    yield GaugeMetricFamily("loramux_adapter_leases", "Leases on adapters in slots.", value=reading.leases)
+    yield GaugeMetricFamily("loramux_pinned_adapters", "Versions to be kept on the device.", value=reading.pinned)
     yield _counters("loramux_adapter_loads", "Loads onto the device.", "outcome", reading.loads_total)
     yield CounterMetricFamily("loramux_adapter_load_seconds", "Time spent loading.", value=reading.load_seconds_total)
     yield _counters("loramux_adapter_evictions", "Adapters put out of a tier.", "tier", reading.evictions_total)

@@ -7,6 +7,7 @@ moment it gets its place, and for `other` before and after.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 
 OTHER = "other"
 _DECAY_EVERY = 4096  # additions between two halvings of the scores
@@ -42,6 +43,13 @@ class TopSeries:
         """Counts by key, `other` last."""
         with self._lock:
             return {**self._own, OTHER: self._other}
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """What the keys stand for is gone: they have no series of their own any more."""
+        with self._lock:
+            for key in keys:
+                self._own.pop(key, None)
+                self._scores.pop(key, None)
 
     def _promote(self, key: str) -> None:
         """Give `key` a place when one is free or its holder is much idler."""

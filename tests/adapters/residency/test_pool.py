@@ -168,12 +168,14 @@ def test_a_discarded_adapter_stays_until_its_last_lease_goes() -> None:
     harness.pool.poll()
     first.release()
     harness.pool.poll()
-    assert harness.pool.residency("8-a") == ResidencyView("resident", second.slot, 1)
+    assert harness.pool.residency("8-a") == ResidencyView("resident", second.slot, 1, host_bytes=10)
+    assert harness.pool.take_gone() == ()
     before = harness.notices
     second.release()
     assert harness.notices == before + 1  # an idle engine must come and free it
     harness.pool.poll()
     assert harness.pool.residency("8-a") == ResidencyView("registered")
+    assert (harness.pool.take_gone(), harness.pool.take_gone()) == (("8-a",), ())
     unbound, bound = harness.pool.take_bindings()
     assert (unbound, bound) == ((second.slot,), (Binding(second.slot, "8-a", {"q": (0, 8)}),))
     assert harness.pool.take_bindings() == ((), ())
@@ -207,7 +209,7 @@ def test_a_load_nobody_waits_for_any_more_is_given_up(is_discarded: bool) -> Non
     for _ in range(3 if is_discarded else READY_TICKS + 1):
         harness.pool.poll()
     assert harness.pool.stats().loading == 0
-    assert harness.host.holds("8-b") != is_discarded
+    assert bool(harness.host.size("8-b")) != is_discarded
     lease.release()
 
 
@@ -217,7 +219,7 @@ def test_a_lease_is_a_context_manager() -> None:
         assert lease.digest == "8-a"
         assert harness.pool.stats().leases == 1
     assert harness.pool.stats().leases == 0
-    assert harness.pool.residency("8-a") == ResidencyView("resident", lease.slot, 0)
+    assert harness.pool.residency("8-a") == ResidencyView("resident", lease.slot, 0, host_bytes=10)
 
 
 def test_a_lease_that_is_released_again_gives_back_nobody_elses() -> None:
@@ -243,3 +245,67 @@ def test_twice_as_many_adapters_as_slots_all_get_their_turn() -> None:
         harness.settle()
     assert {name: served.count(name) >= 5 for name in names} == dict.fromkeys(names, True)
     assert len(harness.reads) == 8  # host memory has room for all: the store is read once for each
+
+
+def test_what_waits_is_read_ahead_a_few_at_a_time_and_takes_no_slot() -> None:
+    harness = PoolHarness()
+    harness.bring("8-here").release()
+    digests = ["8-here", "8-a", "8-b", "8-c"]
+    harness.pool.prefetch(digests)
+    harness.pool.prefetch(digests)
+    assert len(harness.loader.work) == 2
+    harness.loader.do_all()
+    harness.pool.prefetch(digests)
+    harness.loader.do_all()
+    harness.pool.prefetch(digests)
+    assert harness.loader.work == []
+    assert harness.reads == ["8-here", "8-a", "8-b", "8-c"]
+    assert [harness.pool.residency(digest).tier for digest in digests] == ["resident", "loaded", "loaded", "loaded"]
+    assert harness.pool.stats().loading == 0
+    harness.bring("8-b").release()
+    assert harness.reads.count("8-b") == 1
+    harness.pool.check()
+
+
+def test_a_read_ahead_that_fails_is_told_to_the_request_alone_and_not_repeated() -> None:
+    harness = PoolHarness()
+    harness.errors["8-bad"] = AdapterCorrupt("damaged")
+    for _ in range(3):
+        harness.pool.prefetch(["8-bad"])
+        harness.loader.do_all()
+        harness.pool.poll()
+    assert harness.reads == ["8-bad"]
+    assert harness.pool.try_acquire("8-bad") is None
+    harness.settle()
+    with pytest.raises(AdapterCorrupt):
+        harness.pool.try_acquire("8-bad")
+    del harness.errors["8-bad"]
+    harness.pool.prefetch(["8-bad"])
+    harness.loader.do_all()
+    assert harness.pool.residency("8-bad").tier == "loaded"
+
+
+def test_a_memory_that_is_too_small_for_all_that_waits_is_not_filled_in_circles() -> None:
+    harness = PoolHarness()
+    digests = [f"8-{number}" for number in range(150)]  # of which 100 fit into host memory
+    for _ in range(400):
+        harness.pool.prefetch(digests)
+        harness.loader.do_all()
+    assert sorted(harness.reads) == sorted(digests)
+
+
+def test_a_request_that_asks_while_it_is_read_ahead_waits_for_one_read() -> None:
+    harness = PoolHarness()
+    harness.pool.prefetch(["8-a"])
+    assert harness.pool.try_acquire("8-a") is None
+    harness.settle()
+    assert harness.pool.try_acquire("8-a") is not None
+    assert harness.reads == ["8-a"]
+
+
+def test_what_goes_while_it_is_read_ahead_does_not_come_into_memory() -> None:
+    harness = PoolHarness()
+    harness.pool.prefetch(["8-a"])
+    harness.pool.discard("8-a")
+    harness.pool.poll()
+    assert harness.pool.take_gone() == ("8-a",)

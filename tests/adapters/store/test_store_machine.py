@@ -34,6 +34,7 @@ from support.stores import (
     spec_of,
     stored,
 )
+from support.tallies import check_tallies
 
 QUOTAS = Quotas(max_adapters=2, keep_versions=2, max_open_uploads=2)
 CONTENTS = {digest_of(files): files for files in (content(f"v{number}", 300) for number in range(4))}
@@ -225,6 +226,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close()
         self.store = quick_store(self.root, QUOTAS)
         self.holds.clear()
+
+    @invariant()
+    def tallies_are_what_a_count_gives(self) -> None:
+        check_tallies(self.root)
 
     @invariant()
     def bytes_are_those_of_names_and_pins(self) -> None:

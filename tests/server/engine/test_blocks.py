@@ -135,6 +135,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(6)
         self.held: list[list[int]] = []
         self.published: dict[bytes, int] = {}  # as far as it may be found; eviction can only remove
+        self.owners: dict[bytes, str | None] = {}
         self.serial = 0
 
     @rule(count=st.integers(0, 7))
@@ -158,8 +159,15 @@ class PoolMachine(RuleBasedStateMachine):
             if block not in self.published.values():
                 self.serial += 1
                 value = self.serial.to_bytes(4, "little")
-                self.pool.publish(block, value)
+                owner = data.draw(st.sampled_from([None, "red", "blue"]))
+                self.pool.publish(block, value, owner)
                 self.published[value] = block
+                self.owners[value] = owner
+
+    @rule(owner=st.sampled_from(["red", "blue"]))
+    def forget_owner(self, owner: str) -> None:
+        self.pool.forget(owner)
+        self.published = {value: block for value, block in self.published.items() if self.owners[value] != owner}
 
     @precondition(lambda self: self.published)
     @rule(data=st.data())

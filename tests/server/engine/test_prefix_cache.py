@@ -111,3 +111,38 @@ def test_sharing_an_idle_block_takes_from_what_is_available():
     harness.run()
     harness.check_equal_to_solo(ticket)
     harness.check_idle()
+
+
+def test_kv_of_an_adapter_that_is_gone_makes_room_first():
+    """Its blocks are the most recently used ones, and those of the other would go before them."""
+    harness = SchedulerHarness(limits(kv_blocks=12))
+    harness.submit(submission("kept", prompt=16, digest=digest(1)))
+    harness.run()
+    harness.submit(submission("gone", prompt=16, digest=digest(2)))
+    harness.run()
+    harness.pool.gone = [digest(2)]
+    ticket = harness.submit(submission("base", prompt=[*range(100, 116)]))
+    harness.run()
+    harness.check_equal_to_solo(ticket)
+    again = harness.submit(submission("again", prompt=16, digest=digest(1)))
+    harness.run()
+    harness.check_equal_to_solo(again)
+    end = harness.last(again)
+    assert end.usage is not None
+    assert end.usage.cached == 12
+    uploaded_again = harness.submit(submission("back", prompt=16, digest=digest(2)))
+    harness.run()
+    harness.check_equal_to_solo(uploaded_again)
+    end = harness.last(uploaded_again)
+    assert end.usage is not None
+    assert end.usage.cached == 0
+
+
+def test_a_request_that_runs_on_what_is_gone_keeps_its_blocks():
+    harness = SchedulerHarness()
+    ticket = harness.submit(submission("a", prompt=16, max_tokens=8, digest=digest(2)))
+    harness.step()
+    harness.pool.gone = [digest(2)]
+    harness.run()
+    harness.check_equal_to_solo(ticket)
+    harness.scheduler.check()

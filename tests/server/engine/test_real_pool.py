@@ -42,8 +42,8 @@ class Host:
         rank = 8 * (1 + int(wanted, 16) % 3)
         return Weights(AdapterSpec(wanted, "lora", None, False, {"layer": rank}, frozenset(), 1))
 
-    def holds(self, wanted: str) -> bool:
-        return False
+    def size(self, wanted: str) -> int:
+        return 0
 
     def discard(self, wanted: str) -> None:
         pass

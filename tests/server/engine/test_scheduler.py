@@ -357,3 +357,16 @@ def test_marks_and_load_tell_what_happened():
         ("length", 1.0, 1),
     ]
     assert harness.scheduler.take_counters().ended == []
+
+
+def test_adapters_of_waiting_requests_are_read_ahead_while_the_batch_is_full():
+    harness = SchedulerHarness(limits(max_running=1))
+    harness.submit(submission("running", max_tokens=8))
+    harness.step()
+    for number in (2, 1, 2):
+        harness.submit(submission(f"waiting-{number}-{harness.now}-{len(harness.submitted)}", digest=digest(number)))
+    asked = len(harness.pool.asked)
+    harness.step()
+    assert harness.pool.prefetched == [digest(2), digest(1)]
+    assert len(harness.pool.asked) == asked  # no slot is taken for them
+    harness.run()
