@@ -19,7 +19,7 @@ PROTOS := $(wildcard $(PROTO_DIR)/*.proto)
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test mutants bench format protos client clean lint lint-style lint-types lint-imports lint-protos lint-client lint-docker
+.PHONY: help setup setup-dev demo test mutants fuzz bench format protos client clean lint lint-style lint-types lint-imports lint-protos lint-client lint-docker
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,6 +55,9 @@ test: setup-dev ## The test suite
 
 mutants: setup-dev ## Put faults into copies of the tree; a test must notice each (MUTANTS='words of some')
 	$(BIN)/python tests/mutants $(MUTANTS)
+
+fuzz: setup-dev ## Read adapters that were changed at random (FUZZ='--rounds N --seed N')
+	$(BIN)/python tests/fuzz $(FUZZ)
 
 bench: setup-dev ## Mixed batches against base only, and against PEFT
 	$(BIN)/loramux bench $(BENCH_ARGS)

@@ -70,7 +70,7 @@ from loramux_server.runtime import EngineCallbacks, ServerRuntime
 from loramux_server.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger("loramux_server.assembly")
-_EXTRA_SHARE = 8  # one part in 8 of the device budget is for embedding factors and biases
+_EXTRA_SHARE = 4  # one part in 4 of the device budget is for what is no rank row, where the operator says nothing
 _MAX_SLOTS = 4096
 MAX_ROWS_OF_RANK = 8
 
@@ -124,7 +124,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     loader = ThreadPoolExecutor(1, "loramux-loader")
     staged, merges = StagedAdapters(SlotTensors(adapted), mailbox.notify), Merges(adapted)
     pool = AdapterPool(
-        SlotTable(adapted.linears, capacity, _MAX_SLOTS, memory.adapters // _EXTRA_SHARE),
+        SlotTable(adapted.linears, capacity, _MAX_SLOTS, _extra_bytes(config, memory)),
         staged,
         host,
         loader,
@@ -174,6 +174,13 @@ def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined, m
         )
     except ValueError as error:
         raise StartError(str(error), remedy="change the options it names") from error
+
+
+def _extra_bytes(config: ServeConfig, memory: Memory) -> int:
+    """Of the adapters' device bytes, those for what is no rank row."""
+    if config.adapter_extra_bytes is not None:
+        return min(config.adapter_extra_bytes, memory.adapters)
+    return memory.adapters // _EXTRA_SHARE
 
 
 def _quotas(config: ServeConfig) -> Quotas:
@@ -236,10 +243,10 @@ def _prepare(
         dense_base_bytes=config.dense_base_bytes,
         dense_needed=sum(weights) * base.compute_dtype.itemsize,
     )
-    capacity = memory.adapters * (_EXTRA_SHARE - 1) // _EXTRA_SHARE // row_bytes // MAX_ROWS_OF_RANK * MAX_ROWS_OF_RANK
+    capacity = (memory.adapters - _extra_bytes(config, memory)) // row_bytes // MAX_ROWS_OF_RANK * MAX_ROWS_OF_RANK
     if capacity < MAX_ROWS_OF_RANK:
         raise StartError(
-            f"{memory.adapters} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} on this base",
+            f"{memory.adapters - _extra_bytes(config, memory)} bytes hold no adapter of rank {MAX_ROWS_OF_RANK} here",
             remedy=f"set --adapter-device-bytes to {row_bytes * MAX_ROWS_OF_RANK * 2} or more",
         )
     blocks = memory.kv // (token_bytes * config.block_tokens)

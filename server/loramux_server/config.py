@@ -103,6 +103,9 @@ class AdapterConfig(EngineConfig):
     adapter_device_bytes: Bytes | None = Field(
         None, description="device memory of adapter slots; unset: sized at start", ge=1 << 12
     )
+    adapter_extra_bytes: Bytes | None = Field(
+        None, description="part of it for what is no rank row, as weights of OFT adapters; unset: a quarter", ge=0
+    )
     adapter_host_bytes: Bytes = Field(1 * GIB, description="host memory of loaded adapters", ge=1 << 12)
     adapter_eviction: Literal["lru", "frequency"] = Field(
         "lru", description="which idle adapter makes room: the longest unused, or the one rarely used of late"

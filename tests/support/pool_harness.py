@@ -27,8 +27,10 @@ class FakeWeights:
 class Device:
     """Accepts everything at once."""
 
+    extra_bytes = 0  # that each adapter takes beside its rank rows
+
     def cost(self, weights: FakeWeights) -> tuple[Mapping[str, int], int]:
-        return weights.spec.ranks, 0
+        return weights.spec.ranks, self.extra_bytes
 
     def stage(self, slot: int, weights: FakeWeights, rank_ranges: RankRanges, done: CopyDone) -> None:
         done(None)

@@ -362,9 +362,15 @@ class AdapterPool(Generic[W]):
 
     def _too_large(self, needs: Mapping[str, int], extra_bytes: int) -> PoolExhausted:
         largest = max(needs.values(), default=0)
+        if extra_bytes > self._table.extra_budget:
+            return PoolExhausted(
+                f"the adapter needs {extra_bytes} bytes of the device beside rank rows (weights of its own, token "
+                f"rows, gains), more than the {self._table.extra_budget} that are there for all adapters",
+                remedy="raise --adapter-extra-bytes, and --adapter-device-bytes, of which it is a part",
+            )
         return PoolExhausted(
-            f"the adapter needs {largest} rank rows per module and {extra_bytes} bytes beside them, "
-            f"more than the whole device budget of {self._table.capacity} rows",
+            f"the adapter needs {largest} rank rows per module, more than the whole device budget of "
+            f"{self._table.capacity} rows",
             remedy="raise --adapter-device-bytes",
         )
 

@@ -30,7 +30,7 @@ class SlotTable:
     """Slot numbers, rank rows and extra bytes, all or nothing per adapter."""
 
     def __init__(self, modules: Iterable[str], capacity: int, max_slots: int, extra_budget: int) -> None:
-        self.capacity, self._extra_budget = capacity, extra_budget
+        self.capacity, self.extra_budget = capacity, extra_budget
         self._spaces = {name: RowSpace(capacity) for name in modules}
         self._free_numbers = list(range(max_slots - 1, -1, -1))
         self._extra_used = 0
@@ -42,14 +42,14 @@ class SlotTable:
 
     def can_ever_hold(self, needs: Mapping[str, int], extra_bytes: int) -> bool:
         """Whether an empty table would have room."""
-        return max(needs.values(), default=0) <= self.capacity and extra_bytes <= self._extra_budget
+        return max(needs.values(), default=0) <= self.capacity and extra_bytes <= self.extra_budget
 
     def can_take_without(self, needs: Mapping[str, int], extra_bytes: int, numbers: Collection[int]) -> bool:
         """Whether `try_take` would succeed once the slots `numbers` were free."""
         leaving = [self._taken[number] for number in numbers]
         if not (self._free_numbers or leaving):
             return False
-        if self._extra_used - sum(extra for _, extra in leaving) + extra_bytes > self._extra_budget:
+        if self._extra_used - sum(extra for _, extra in leaving) + extra_bytes > self.extra_budget:
             return False
         return all(
             self._spaces[name].find(count, {rows[name] for rows, _ in leaving if name in rows}) is not None
@@ -58,7 +58,7 @@ class SlotTable:
 
     def try_take(self, needs: Mapping[str, int], extra_bytes: int) -> tuple[int, RankRanges] | None:
         """A slot number and its rows, or None and no change."""
-        if not self._free_numbers or self._extra_used + extra_bytes > self._extra_budget:
+        if not self._free_numbers or self._extra_used + extra_bytes > self.extra_budget:
             return None
         rows: dict[str, tuple[int, int]] = {}
         for name, count in needs.items():

@@ -99,6 +99,15 @@ def test_what_can_never_fit_is_refused_and_evicts_nobody() -> None:
     assert harness.resident("8-a") == [True]
 
 
+def test_what_has_no_rank_rows_is_told_of_its_own_budget() -> None:
+    harness = PoolHarness()
+    harness.device.extra_bytes = 500
+    assert harness.pool.try_acquire("8-a") is None
+    harness.settle()
+    with pytest.raises(PoolExhausted, match=r"needs 500 bytes .*more than the 0 .*--adapter-extra-bytes"):
+        harness.pool.try_acquire("8-a")
+
+
 def test_the_longest_unused_leaves_first() -> None:
     harness = PoolHarness(capacity=24)
     for digest in ("8-a", "8-b", "8-c"):
