@@ -108,7 +108,7 @@ def test_merged_weights_of_a_shared_version_are_not_taken_for_desired_by_each_na
     add(fake, "asked", merge=True, pinned=True, residency=ready)
     add(fake, "same", residency=ready)
     header, *lines = adapters(fake, "ls").splitlines()
-    start, end = header.index("MERGED"), header.index("ALIASES")
+    start, end = header.index("MERGED"), header.index("ENDS")
     cells = {line.split()[0]: line[start:end].split(maxsplit=1) for line in lines}
     assert header[start:end].split() == ["MERGED", "DESIRED"]
     assert {name: [cell.strip() for cell in row] for name, row in cells.items()} == {

@@ -75,9 +75,9 @@ def run(server: LocalServer, *arguments: str) -> str:
 
 
 def of_ls(server: LocalServer) -> dict[str, tuple[str, str, str, str]]:
-    """Name -> tier, leases, merged, pinned, as the table has them."""
+    """Name -> tier, leases, merged, desired state, as the table has them."""
     header, *lines = run(server, "ls").splitlines()
-    columns = ("TIER", "LEASES", "MERGED", "PINNED", "ENDS")
+    columns = ("TIER", "LEASES", "MERGED", "DESIRED", "ENDS")
     starts = [header.index(column) for column in columns]
     return {
         line.split()[0]: tuple(line[a:b].strip() for a, b in pairwise(starts))  # type: ignore[misc]
@@ -125,13 +125,13 @@ def test_list_metrics_and_ls_say_the_same(
             entry["residency"]["tier"],
             str(entry["residency"]["leases"]),
             entry["residency"]["merged"],
-            "yes" if entry["pinned"] else "",
+            ", ".join(word for word, key in (("pin", "pinned"), ("merge", "merge")) if entry[key]),
         )
         for entry in told
     }
     assert table == shown
     assert len(table) == report.names
-    assert table["small"][3] == "yes"
+    assert table["small"][3] == "pin"
     assert table["mlp"][2] == "ready"
     with streaming(server, client, ["large", "small"]):
         until(agree, "and while requests run")

@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "a step of two adapters runs on one's merged weights", ENGINE + "step_builder.py",
-        "if len(self._digests) != 1 or", "if not self._digests or",
+        "replace(chunk, is_merged=True) if digest == chosen else chunk", "replace(chunk, is_merged=True)",
         (TEST_ENGINE + "test_scheduler.py", TEST_ENGINE + "test_traffic.py"),
     ),
     Mutant(
@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "an output gain scales the base's bias too", ADAPTERS + "parts/output_gain.py",
-        "(y[rows, begin:end] - own) * gain + own", "y[rows, begin:end] * gain",
+        "own.to(gain) * (1 - gain)", "own.to(gain) * 0",
         (TEST_ADAPTERS + "parts/test_output_gain.py",),
     ),
     Mutant(
@@ -209,7 +209,7 @@ MUTANTS = (
     ),
     Mutant(
         "merged weights leave the adapter's bias out", ADAPTERS + "parts/bias.py",
-        "    bias.copy_(part.value)\n", "    pass\n",
+        "    bias.copy_(part.value.to(bias) + bias if part.is_delta else part.value)\n", "    pass\n",
         (TEST_ADAPTERS + "apply/test_merge.py", TEST_ADAPTERS + "parts"),
     ),
     # Sampler and its state
@@ -297,7 +297,7 @@ MUTANTS = (
     ),
     # Refusals
     Mutant(
-        "a tensor of another shape is accepted", ADAPTERS + "formats/peft_tensors.py",
+        "a tensor of another shape is accepted", ADAPTERS + "formats/peft/tensors.py",
         "if entry.shape != expected:", "if len(entry.shape) != len(expected):",
         (TEST_ADAPTERS + "formats/test_registry.py",),
     ),

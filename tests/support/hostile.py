@@ -183,8 +183,8 @@ def foreign(fingerprint: str) -> Iterator[Hostile]:
             made(config, with_tensors(**{FIRST.replace("layers.0", "layers.9"): torch.zeros(4, 256)})), "layers.9",
         ),
         "a module without tensors": (made(config | {"target_modules": ["q_proj", "v_proj"]}), "v_proj"),
-        "another method": (made(config | {"peft_type": "VERA"}), "peft_type"),
-        "DoRA": (made(config | {"use_dora": True}), "use_dora"),
+        "another method": (made(config | {"peft_type": "XLORA"}), "peft_type"),
+        "DoRA": (made(config | {"use_dora": True}), "q_proj"),
     }  # fmt: skip
     for case, (contents, subject) in cases.items():
         yield Hostile(case, contents, subject)
