@@ -1,6 +1,6 @@
 """Adapters of many kinds are pushed, replaced, aliased, merged and deleted while streams run on them.
 
-Every stream equals its solo run on the version it started with, and afterwards nothing is held. `LORAMUX_CHURN_SECONDS`
+Every stream equals its solo run on the version it started with, and afterwards nothing is held. `CHURN_SECONDS`
 makes it longer than the suite has time for.
 """
 
@@ -26,7 +26,7 @@ from loramux_adapters.embedded.tiny import tiny_path
 from support.kinds import make_kind
 from support.live import GREEDY, metric, until, until_idle
 
-SECONDS = float(os.environ.get("LORAMUX_CHURN_SECONDS", "6"))
+SECONDS = float(os.environ.get("CHURN_SECONDS", "6"))
 STREAMS = 32 if SECONDS > 30 else 7
 OPERATIONS_PER_SECOND = 20
 TOKENS = 40
