@@ -9,7 +9,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 
-from loramux_adapters.adapter_files import MAX_FILE_BYTES
+from loramux_adapters.adapter_files import MAX_FILE_BYTES, remedy_for
 from loramux_adapters.errors import AdapterInvalid, QuotaExceeded
 from loramux_adapters.names import DIGEST, MAX_LABELS, NAME, UPLOAD_ID, VERSION, TextRule, wrong_labels
 from loramux_adapters.store.records import FileEntry, Quotas, UploadManifest
@@ -88,7 +88,7 @@ def _check_entry(entry: FileEntry) -> None:
         raise AdapterInvalid(
             f"file {_shown(entry.file)} does not belong to an adapter",
             subject="manifest",
-            remedy=f"send only {', '.join(MAX_FILE_BYTES)}",
+            remedy=remedy_for(entry.file),
         )
     limit = MAX_FILE_BYTES[entry.file]
     if entry.size < 1 or (limit is not None and entry.size > limit):
