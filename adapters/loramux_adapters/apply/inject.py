@@ -147,7 +147,7 @@ def _sublayers(
             width = base.spec.hidden_size
             site = Site(
                 "sublayer", (each.name,), ((0, width),), width, base.compute_dtype, base.device, None, rank_rows,
-                make_product=_products(weight_formats),
+                make_product=_products(weight_formats), is_invariant=weight_formats.invariant,
             )  # fmt: skip
             norm.sublayer = AdaptedSublayer(site)
             _replace(base.model, each.projection, SublayerProjection(*projection, norm.sublayer))

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from loramux_adapters.kernels import invariant
 from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
 from loramux_adapters.parts.site import Product, Site, StepRows
 
@@ -36,8 +37,8 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 _EPS = 1e-5  # of the adapter's own norms: torch's default
-# Rows then lie at multiples of a vector register, so that no element of a row is computed by a loop's scalar tail.
-_WIDTH_MULTIPLE = 16
+# In deterministic steps: a tile's elements are whole turns of a vector loop, whose scalar tail would give other bits.
+_WIDTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,13 @@ class _Bound:
     up: Product
     norm_before: torch.Tensor | None
     norm_after: torch.Tensor | None
+    is_invariant: bool
 
     def output(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The sub-layer's output y [T, width] and what it will be added to -> its new output."""
+        return invariant.in_tiles(self._rows, y, residual) if self.is_invariant else self._rows(y, residual)
+
+    def _rows(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         form = self.form
         sources = {"output": y, "residual": residual}
         if "sum" in (form.reads, form.shortcut):
@@ -107,12 +112,12 @@ class Bottlenecks(SiteParts[Bottleneck]):
     def cost(self, part: Bottleneck) -> PartCost:
         """Bytes of all tensors, padded."""
         width, k = part.up.shape
-        elements = sum(tensor.numel() for tensor in part.tensors) + _padding(k) * (2 * width + 1)
+        elements = sum(tensor.numel() for tensor in part.tensors) + self._padding(k) * (2 * width + 1)
         return PartCost(nbytes=elements * self.site.dtype.itemsize)
 
     def prepare(self, member: int, part: Bottleneck) -> tuple[torch.Tensor, ...]:
         """Those of the part in order; zeros behind the last unit change nothing."""
-        missing = _padding(len(part.down))
+        missing = self._padding(len(part.down))
         padded = [
             F.pad(part.down, (0, 0, 0, missing)),
             F.pad(part.down_bias, (0, missing)),
@@ -137,6 +142,7 @@ class Bottlenecks(SiteParts[Bottleneck]):
             self.site.multiply(up, up_bias),
             None if part.norm_before is None else norms.pop(0),
             None if part.norm_after is None else norms.pop(0),
+            self.site.is_invariant,
         )
 
     def bind(self, slot: int) -> None:
@@ -160,9 +166,8 @@ class Bottlenecks(SiteParts[Bottleneck]):
             if slot in self.bound:
                 y[start:stop] = self.bound[slot].output(y[start:stop], inputs[0][start:stop])
 
-
-def _padding(k: int) -> int:
-    return -k % _WIDTH_MULTIPLE
+    def _padding(self, k: int) -> int:
+        return -k % _WIDTH_MULTIPLE if self.site.is_invariant else 0
 
 
 def _fold(_weight: torch.Tensor, _bias: torch.Tensor, _part: Bottleneck) -> None:

@@ -39,6 +39,7 @@ class Site:
     weight: Callable[[int], torch.Tensor] | None = None  # of a member, see `frozen_weight`
     make_product: MakeProduct | None = None  # at linear maps and sub-layers
     normalize: Normalize | None = None  # at normalizations
+    is_invariant: bool = False  # whether a row's numbers may depend on that row alone; told at sub-layers
 
     def frozen_weight(self, member: int) -> torch.Tensor:
         """The base's weight [out, in] of one member, float32 on the device; the caller may write to it.
