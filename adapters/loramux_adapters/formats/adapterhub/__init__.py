@@ -1,1 +1,0 @@
-"""Adapters in the format of AdapterHub's package `adapters`: one adapter_config.json, one adapter.safetensors."""
