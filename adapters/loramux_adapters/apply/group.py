@@ -147,23 +147,23 @@ class AdaptedSublayer:
 
     def __init__(self, site: Site) -> None:
         self.parts = PartsAtSite(site)
-        self._entered: tuple[torch.Tensor, RowMap] | None = None
+        self.entered: tuple[torch.Tensor, RowMap] | None = None  # from the norm on, where a part may act
 
     def enter(self, residual: torch.Tensor, rows: RowMap) -> None:
         """Keeps the residual stream [1, T, width] until the output comes."""
         if rows.changes_sublayers:
-            self._entered = (residual, rows)
+            self.entered = (residual, rows)
 
     def leave(self, y: torch.Tensor) -> None:
         """Changes the output [1, T, width], which is added to the residual stream next, in place."""
-        if self._entered is not None:
-            residual, rows = self._entered
-            self._entered = None
+        if self.entered is not None:
+            residual, rows = self.entered
+            self.entered = None
             self.parts.change(y.view(-1, y.shape[-1]), [residual.view(-1, residual.shape[-1])], rows)
 
     def reset(self) -> None:
         """Drops what a failed forward may have left behind."""
-        self._entered = None
+        self.entered = None
 
 
 class SublayerProjection(AdaptedLinear):
@@ -176,7 +176,8 @@ class SublayerProjection(AdaptedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         y = self.group.project(x, self.member)
-        self._sublayer.leave(y)
+        if self._sublayer.entered is not None:
+            self._sublayer.leave(y)
         return y
 
 
