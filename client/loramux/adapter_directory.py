@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB_WEIGHTS, HUB_INTERFACE = "adapter.safetensors", "adapter_interface.json"
+"""Those of AdapterHub's package, whose config is named as PEFT's."""
 
 # PEFT begins with zeros in these: B of a linear map, A of an embedding.
 _ZERO_AT_FIRST = (".lora_B.weight", ".lora_embedding_A")
@@ -27,6 +29,11 @@ def hint(directory: Path, present: set[str]) -> str:
         )
     if "adapter_model.bin" in present:
         return "adapter_model.bin is a pickle and is never sent: save again with safe_serialization=True"
+    if "pytorch_adapter.bin" in present:
+        return (
+            "pytorch_adapter.bin is a pickle of AdapterHub's and is never sent: save again with "
+            "save_adapter(DIRECTORY, NAME, with_head=False, use_safetensors=True)"
+        )
     if "adapters.safetensors" in present:
         return (
             "adapters.safetensors is an adapter of MLX, with other names and transposed matrices: "
@@ -44,8 +51,13 @@ def hint(directory: Path, present: set[str]) -> str:
     return "is it the directory that save_pretrained wrote?"
 
 
+def find_head(present: set[str]) -> str:
+    """A file of a prediction head that AdapterHub's package saved beside an adapter; empty if there is none."""
+    return _first(present, r"model_head\.safetensors|pytorch_model_head\.bin") if HUB_WEIGHTS in present else ""
+
+
 def remark(directory: Path) -> str:
-    """What its owner should know of a complete adapter; empty if nothing. OSError."""
+    """What its owner should know of a complete PEFT adapter; empty if nothing. OSError."""
     with (directory / WEIGHTS).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:

@@ -144,12 +144,11 @@ class Client:
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> Pushed:
-        """Upload a PEFT directory under `name`; a repeat after a cut goes on where the server stands.
+        """Upload a directory of PEFT's or AdapterHub's as `name`; a repeat after a cut goes on where the server stands.
 
         The server removes the name `ttl` seconds after the push, and with the last of `max_uses` requests; those that
         were accepted end on their version. A name that stays is given no end, and a push without one takes it away.
-        Only adapter_config.json, adapter_model.safetensors, initial_adapter_model.safetensors and loramux.json travel;
-        `Pushed.left_out` lists the rest.
+        Only the adapter's config, its safetensors and loramux.json travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
         path = Path(directory)

@@ -12,17 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from loramux.adapter_directory import CONFIG
 from loramux.errors import LocalFilesError, TransferError
 from loramux.types import FileEntry, ProgressCallback, Pulled, TransferProgress
-from loramux.upload import OPTIONAL, REQUIRED
+from loramux.upload import FILES
 from loramux_protos.v1 import adapters_pb2
-
-_CONFIG = REQUIRED[0]
 
 
 def find_existing(directory: Path) -> list[str]:
     """The files in `directory` that a pull into it would replace or remove. OSError."""
-    return [file for file in (*REQUIRED, *OPTIONAL) if (directory / file).exists()]
+    return [file for file in FILES if (directory / file).exists()]
 
 
 class Download:
@@ -87,7 +86,7 @@ class Download:
     def _begin(self, manifest: adapters_pb2.DownloadManifest) -> None:
         for entry in manifest.files:
             # The list of names is closed, so no name of a server's choosing ever reaches the file system.
-            if entry.file not in (*REQUIRED, *OPTIONAL) or entry.file in self._files:
+            if entry.file not in FILES or entry.file in self._files:
                 raise TransferError(f"the server names a file that an adapter does not have: {entry.file[:80]!r}")
             self._files[entry.file] = FileEntry(entry.file, entry.size, entry.sha256)
             self._received[entry.file] = 0
@@ -146,10 +145,11 @@ class Download:
                 os.fsync(part.fileno())
                 part.close()
             # A directory without a config is no adapter: where this is cut, none is there, never a mix of two.
-            (directory / _CONFIG).unlink(missing_ok=True)
-            for file in OPTIONAL:  # what the adapter that is replaced had, and this one may not have
-                (directory / file).unlink(missing_ok=True)
-            for file in sorted(self._parts, key=lambda file: file == _CONFIG):
+            (directory / CONFIG).unlink(missing_ok=True)
+            for file in FILES:  # what the adapter that is replaced had, and this one does not have
+                if file not in self._parts:
+                    (directory / file).unlink(missing_ok=True)
+            for file in sorted(self._parts, key=lambda file: file == CONFIG):
                 os.replace(self._parts[file].name, directory / file)
         except OSError as error:
             raise LocalFilesError(f"cannot write {directory}: {error.strerror}") from error

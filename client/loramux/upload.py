@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from loramux import fields
-from loramux.adapter_directory import CONFIG, WEIGHTS, hint, remark
+from loramux.adapter_directory import CONFIG, HUB_INTERFACE, HUB_WEIGHTS, WEIGHTS, find_head, hint, remark
 from loramux.errors import LocalFilesError, LoramuxError, NotFound, OutOfRange
 from loramux.types import FileEntry, FileProgress, ProgressCallback, TransferProgress
 from loramux_protos.v1 import adapters_pb2
 
-REQUIRED = (CONFIG, WEIGHTS)
-# The second as the project was called before; the third what PiSSA and its like subtracted from the base.
-OPTIONAL = ("loramux.json", "lorica.json", "initial_adapter_model.safetensors")
+_DECLARATIONS = ("loramux.json", "lorica.json")  # the second as the project was called before
+_INITIAL = "initial_adapter_model.safetensors"  # what PiSSA and its like subtracted from the base
+FILES = (CONFIG, WEIGHTS, _INITIAL, HUB_WEIGHTS, HUB_INTERFACE, *_DECLARATIONS)
+"""Every file that an adapter may have; its config and one of the weights it has."""
 CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
 
 
@@ -62,12 +63,19 @@ def collect(
         raise LocalFilesError(f"{directory} is not a directory; give the directory that save_pretrained wrote")
     try:
         present = {path.name for path in directory.iterdir()}
-        missing = [file for file in REQUIRED if file not in present]
+        is_hub = HUB_WEIGHTS in present and WEIGHTS not in present
+        missing = [file for file in (CONFIG, HUB_WEIGHTS if is_hub else WEIGHTS) if file not in present]
         if missing:
             raise LocalFilesError(f"{directory} holds no {' and no '.join(missing)}; {hint(directory, present)}")
-        sending = [file for file in (*REQUIRED, *OPTIONAL) if file in present]
+        if is_hub and (head := find_head(present)):
+            raise LocalFilesError(
+                f"{directory} holds a prediction head ({head}), which no upload carries: where it was not trained "
+                "along, save the adapter again with with_head=False, or remove the head's files"
+            )
+        left_out = (WEIGHTS,) if is_hub else (HUB_WEIGHTS, HUB_INTERFACE)
+        sending = [file for file in FILES if file in present and file not in left_out]
         files = tuple(_entry(directory / file) for file in sending)
-        remarked = remark(directory)
+        remarked = "" if is_hub else remark(directory)
     except OSError as error:
         raise LocalFilesError(f"cannot read {error.filename}: {error.strerror}") from error
     return Bundle(

@@ -14,6 +14,7 @@ from loramux import Client
 from loramux.adapter_directory import remark
 from loramux.cli.main import app
 from loramux.errors import LocalFilesError
+from loramux.upload import collect
 from support.fake_service import FakeServer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,6 +29,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
             r"its adapter is in shards \(adapter_model-00001-of-00002\.safetensors\): .* save it in one file",
         ),
         ([CONFIG, "adapter_model.bin"], r"adapter_model\.bin is a pickle and is never sent"),
+        ([CONFIG, "pytorch_adapter.bin"], r"is a pickle of AdapterHub's .* with_head=False, use_safetensors=True"),
+        ([CONFIG, "adapter.safetensors", "model_head.safetensors"], r"a prediction head \(model_head\.safetensors\)"),
+        (["adapter.safetensors"], r"holds no adapter_config\.json"),
         ([CONFIG, "adapters.safetensors", "0000100_adapters.safetensors"], "an adapter of MLX"),
         (["config.json", "model.safetensors", "tokenizer.json"], "it holds a whole model, into which"),
         (["config.json", "model.safetensors.index.json"], "serve the model itself with loramux serve --model"),
@@ -84,3 +88,14 @@ def test_a_push_says_that_the_adapter_changes_nothing(fake: FakeServer, tmp_path
     assert "warning: it changes nothing: every lora_B is zero" in " ".join(result.stderr.split())
     with Client(fake.address) as client:
         assert client.push(tmp_path, "idle").remark
+
+
+def test_a_directory_of_adapterhubs_is_sent_with_its_interface(tmp_path: Path) -> None:
+    for file in (CONFIG, "adapter.safetensors", "adapter_interface.json", "head_config.json"):
+        (tmp_path / file).write_bytes(b"{}")
+    bundle = collect(tmp_path, "name", {}, allow_base_mismatch=False)
+    assert [entry.file for entry in bundle.files] == [CONFIG, "adapter.safetensors", "adapter_interface.json"]
+    assert bundle.left_out == ("head_config.json",)
+    (tmp_path / WEIGHTS).write_bytes(b"{}")
+    bundle = collect(tmp_path, "name", {}, allow_base_mismatch=False)
+    assert [entry.file for entry in bundle.files] == [CONFIG, WEIGHTS]

@@ -192,6 +192,16 @@ MUTANTS = (
         (TEST_ADAPTERS + "parts/test_output_gain.py",),
     ),
     Mutant(
+        "a bottleneck beside a sub-layer reads its output", ADAPTERS + "formats/adapterhub/reader.py",
+        '        reads = "residual"\n', "        pass\n",
+        (TEST_ADAPTERS + "kinds/test_bottlenecks.py",),
+    ),
+    Mutant(
+        "a failed step's residual stream is read by the next", ADAPTERS + "apply/inject.py",
+        "            sublayer.reset()\n", "            pass\n",
+        (TEST_ADAPTERS + "kinds/test_bottlenecks.py",),
+    ),
+    Mutant(
         "the host waits for the device once more in each step", MODEL + "forward.py",
         "    return logits\n", "    logits.max().item()\n    return logits\n",
         (TEST_MODEL + "test_fake_cuda.py",),

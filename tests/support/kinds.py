@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramux_adapters.base.frozen import Nf4Linear
 from support.adapters import peft_warnings_ignored, save
 from support.against_peft import Truth
+from support.bottlenecks import is_bottleneck, with_bottlenecks
 from support.checkpoints import float_base
 
 
@@ -47,11 +47,15 @@ def make_kind(checkpoint: Path, out: Path, config: PeftConfig, *, seed: int, std
 
 
 class KindOracle:
-    """PEFT alone, one adapter at a time, in float32: recomputes the whole sequence per token."""
+    """PEFT alone, or the reference of AdapterHub's, one adapter at a time, in float32: recomputes the whole sequence
+    per token.
+    """
 
     def __init__(self, checkpoint: Path, adapter: Path | None) -> None:
-        self.model: nn.Module = dequantized_model(checkpoint)
-        if adapter is not None:
+        self.model: Any = dequantized_model(checkpoint)
+        if adapter is not None and is_bottleneck(adapter):
+            self.model = with_bottlenecks(self.model, adapter)
+        elif adapter is not None:
             with peft_warnings_ignored():
                 self.model = PeftModel.from_pretrained(self.model, str(adapter)).eval()
 

@@ -49,6 +49,7 @@ class RowMap:
         self.kinds = tuple(kind for kind in KINDS if kind in acting and (has_virtual_ids or not kind.for_virtual_ids))
         self.input_kinds = tuple(kind for kind in self.kinds if kind.changes_input)
         self.changes_inputs = bool(self.input_kinds)
+        self.changes_sublayers = any("sublayer" in kind.sites for kind in self.kinds)
 
     def add_low_rank(self, y: torch.Tensor, x: torch.Tensor, pools: LowRankPools) -> None:
         """See `StepRows.add_low_rank`."""

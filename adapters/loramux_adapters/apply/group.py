@@ -153,6 +153,48 @@ class AdaptedLinear(nn.Module):
         return self.group.project(x, self.member)
 
 
+class AdaptedSublayer:
+    """Where the output of a layer's attention or MLP passes, from the norm that reads the residual stream on.
+
+    In steps without a part for it nothing is kept, and nothing is done.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.parts = PartsAtSite(site)
+        self.entered: tuple[torch.Tensor, RowMap] | None = None  # from the norm on, where a part may act
+
+    def enter(self, residual: torch.Tensor, rows: RowMap) -> None:
+        """Keeps the residual stream [1, T, width] until the output comes."""
+        if rows.changes_sublayers:
+            self.entered = (residual, rows)
+
+    def leave(self, y: torch.Tensor) -> None:
+        """Changes the output [1, T, width], which is added to the residual stream next, in place."""
+        if self.entered is not None:
+            residual, rows = self.entered
+            self.entered = None
+            self.parts.change(y.view(-1, y.shape[-1]), [residual.view(-1, residual.shape[-1])], rows)
+
+    def reset(self) -> None:
+        """Drops what a failed forward may have left behind."""
+        self.entered = None
+
+
+class SublayerProjection(AdaptedLinear):
+    """The projection whose output is that of a sub-layer."""
+
+    def __init__(self, group: SiteGroup, member: int, sublayer: AdaptedSublayer) -> None:
+        super().__init__(group, member)
+        self._sublayer = sublayer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        y = self.group.project(x, self.member)
+        if self._sublayer.entered is not None:
+            self._sublayer.leave(y)
+        return y
+
+
 class AdaptedEmbedding(nn.Module):
     """An embedding; its parts are given token ids as their input."""
 
@@ -209,11 +251,14 @@ class AdaptedNorm(nn.Module):
     def __init__(self, frozen: nn.Module, site: Site, cell: StepCell) -> None:
         super().__init__()
         self.frozen, self.parts, self._cell = frozen, PartsAtSite(site), cell
+        self.sublayer: AdaptedSublayer | None = None  # that begins here
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1, T, width] -> [1, T, width]; [1, T, heads, width] alike, where heads are normalized each."""
         y: torch.Tensor = self.frozen(x)
         batch = self._cell.batch
         if batch is not None and batch.tokens.kinds:
+            if self.sublayer is not None:
+                self.sublayer.enter(x, batch.tokens)
             self.parts.change(y[0], [x[0]], batch.tokens)
         return y

@@ -6,7 +6,7 @@ Afterwards the model's projections read the step's batch from one cell. Knows no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from loramux_adapters.apply.group import (
     AdaptedEmbedding,
     AdaptedLinear,
     AdaptedNorm,
+    AdaptedSublayer,
     PartsAtSite,
     SiteGroup,
+    SublayerProjection,
 )
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
 from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, freeze
@@ -30,8 +32,9 @@ from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.parts.part import Kind
 from loramux_adapters.parts.rank_rows import RankRowsTable
-from loramux_adapters.parts.site import Normalize, Site, SiteKind
+from loramux_adapters.parts.site import MakeProduct, Normalize, Site, SiteKind
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
+from loramux_adapters.sublayers import sublayers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one parent that Hugging Face models call with the same input. Elsewhere each stands alone, which is
@@ -47,8 +50,9 @@ class AdaptedModel:
     cell: StepCell
     groups: tuple[SiteGroup, ...]
     linears: dict[str, tuple[SiteGroup, int]]
-    sites: dict[str, tuple[PartsAtSite, int]]  # every place: linear maps, embeddings, norms, attention
+    sites: dict[str, tuple[PartsAtSite, int]]  # every place where parts act, also those that are no module
     attention: tuple[AdaptedAttention, ...]  # by layer; none where layers differ
+    sublayers: tuple[AdaptedSublayer, ...]  # none where the architecture's are not known
     slot_kinds: dict[int, frozenset[Kind]]  # which kinds of parts the adapter of a slot has
     capacity: int  # rank rows per linear module
     weight_formats: WeightFormats  # of the frozen weights
@@ -59,9 +63,11 @@ class AdaptedModel:
         return self.base.spec
 
     def reset(self) -> None:
-        """Drops activations that a failed forward left in the groups."""
+        """Drops activations that a failed forward left behind."""
         for group in self.groups:
             group.reset()
+        for sublayer in self.sublayers:
+            sublayer.reset()
 
     def refingerprint(self) -> str:
         """The base's fingerprint recomputed from the content that serves now; equals `spec.fingerprint` for ever."""
@@ -121,7 +127,36 @@ def inject(
         _replace(base.model, name, adapted)
     attention = _attention(base, rank_rows, cell)
     sites |= {each.parts.site.members[0]: (each.parts, 0) for each in attention}
-    return AdaptedModel(base.model, base, cell, tuple(groups), linears, sites, attention, {}, capacity, weight_formats)
+    outputs = _sublayers(base, linears, rank_rows, weight_formats)
+    sites |= {each.parts.site.members[0]: (each.parts, 0) for each in outputs}
+    return AdaptedModel(
+        base.model, base, cell, tuple(groups), linears, sites, attention, outputs, {}, capacity, weight_formats
+    )
+
+
+def _sublayers(
+    base: LoadedBase,
+    linears: Mapping[str, tuple[SiteGroup, int]],
+    rank_rows: RankRowsTable,
+    weight_formats: WeightFormats,
+) -> tuple[AdaptedSublayer, ...]:
+    found = []
+    for each in sublayers(base.spec):
+        norm, projection = base.model.get_submodule(each.norm), linears.get(each.projection)
+        if isinstance(norm, AdaptedNorm) and projection is not None:
+            width = base.spec.hidden_size
+            site = Site(
+                "sublayer", (each.name,), ((0, width),), width, base.compute_dtype, base.device, None, rank_rows,
+                make_product=_products(weight_formats), is_invariant=weight_formats.invariant,
+            )  # fmt: skip
+            norm.sublayer = AdaptedSublayer(site)
+            _replace(base.model, each.projection, SublayerProjection(*projection, norm.sublayer))
+            found.append(norm.sublayer)
+    return tuple(found)
+
+
+def _products(weight_formats: WeightFormats) -> MakeProduct:
+    return lambda weight, bias: DenseLinear(weight, bias, replace(weight_formats, packed=False)).forward
 
 
 def _attention(base: LoadedBase, rank_rows: RankRowsTable, cell: StepCell) -> tuple[AdaptedAttention, ...]:
@@ -193,7 +228,7 @@ def _make_group(
     site = Site(
         "linear", names, tuple(zip([0, *ends[:-1]], ends, strict=True)), frozen.in_features, base.compute_dtype,
         base.device, _on_host(frozen.bias), rank_rows, weight=_weights_of(frozen, names, base.spec),
-        make_product=lambda weight, bias: DenseLinear(weight, bias, replace(weight_formats, packed=False)).forward,
+        make_product=_products(weight_formats),
     )  # fmt: skip
     return SiteGroup(frozen, site, cell, "logits" if names[0] == base.spec.head else "tokens")
 

@@ -15,6 +15,7 @@ from loramux_adapters.apply.group import SiteGroup
 from loramux_adapters.apply.inject import AdaptedModel
 from loramux_adapters.base.frozen import DenseLinear
 from loramux_adapters.base.weight_formats import WeightFormats
+from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.parts.registry import KIND_OF, KINDS
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
 
@@ -44,7 +45,10 @@ def merging(adapted: AdaptedModel, weights: AdapterWeights) -> Generator[None, N
     dtype = adapted.base.compute_dtype
     weight_formats = WeightFormats(native=adapted.weight_formats.native)
     merged: dict[str, DenseLinear] = {}
-    for group in _groups(adapted, weights):
+    groups = _groups(adapted, weights)
+    if not groups:
+        _refuse_unfoldable(weights)
+    for group in groups:
         weight, own = group.frozen.dequantize(torch.float32), group.frozen.bias
         bias = torch.zeros(len(weight), device=weight.device) if own is None else own.float().clone()
         for name, (begin, end) in zip(group.members, group.columns, strict=True):
@@ -62,6 +66,19 @@ def _fold(weight: torch.Tensor, bias: torch.Tensor, module: ModuleWeights | None
     for kind in KINDS:
         if kind in parts:
             kind.fold(weight, bias, parts[kind])
+
+
+def _refuse_unfoldable(weights: AdapterWeights) -> None:
+    """Beside parts that are folded, those that are in no weight act in merged steps as in any other."""
+    for module in weights.modules.values():
+        for part in module.parts:
+            kind = KIND_OF[type(part)]
+            if kind.unfoldable:
+                raise AdapterIncompatible(
+                    f"nothing of the adapter can be merged: {kind.unfoldable}",
+                    subject=weights.spec.kind,
+                    remedy="serve it as it is",
+                )
 
 
 def _groups(adapted: AdaptedModel, weights: AdapterWeights) -> list[SiteGroup]:

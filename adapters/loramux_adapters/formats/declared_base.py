@@ -7,9 +7,13 @@ Plain PEFT directories declare none. Torch-free. Declared in the safetensors met
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from loramux_adapters import former_name
+from loramux_adapters.adapter_files import DECLARATION_FILES
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.names import DIGEST
 from loramux_adapters.spec import BaseModelSpec
@@ -19,11 +23,20 @@ _KEYS = (FINGERPRINT_KEY, former_name.FINGERPRINT_KEY)
 RESIDUAL_KEY = "loramux_base_is_residual"
 
 
+def read_declarations(files: Mapping[str, Path], limits: ReadLimits) -> dict[str, Mapping[str, object]]:
+    """The contents of those of DECLARATION_FILES that are there. Raises AdapterInvalid, and OSError."""
+    return {
+        name: strict_json.read_object(files[name], name, limits.max_config_bytes)
+        for name in DECLARATION_FILES
+        if name in files
+    }
+
+
 def declared_fingerprint(
     metadata: Mapping[str, str], metadata_subject: str, declarations: Mapping[str, Mapping[str, object]]
 ) -> str | None:
-    """The declared fingerprint, None when no place holds one: the weights' `metadata`, or `declarations`, the contents
-    of those of DECLARATION_FILES that are there.
+    """The declared fingerprint, None when no place holds one: the weights' `metadata`, or the `declarations`
+    that `read_declarations` found.
 
     Raises AdapterInvalid when one is malformed or two differ.
     """

@@ -1,6 +1,6 @@
 """Files -> AdapterWeights: which files an adapter may have, and which format they are, by what they hold.
 
-A new method of PEFT's is one file in `peft/` and one line in `PEFT_METHODS`.
+A new method of PEFT's is one file in `peft/` and one line in `PEFT_METHODS`; bottlenecks are in `adapterhub/`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loramux_adapters.adapter_files import CONFIG_FILE, MAX_FILE_BYTES, REQUIRED_FILES
+from loramux_adapters.adapter_files import (
+    ADAPTERHUB_SAVE,
+    ADAPTERHUB_WEIGHTS_FILE,
+    CONFIG_FILE,
+    INTERFACE_FILE,
+    MAX_FILE_BYTES,
+    REQUIRED_FILES,
+    WEIGHTS_FILE,
+    remedy_for,
+)
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.adapterhub.config import is_adapterhub
+from loramux_adapters.formats.adapterhub.reader import read_adapterhub
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.adalora import AdaLoraTuner
 from loramux_adapters.formats.peft.beft import BeftTuner
@@ -103,12 +114,15 @@ def read(
             raise AdapterInvalid(
                 f"{quote(name)} is not a file of an adapter",
                 subject=quote(name),
-                remedy=f"send {', '.join(MAX_FILE_BYTES)}",
+                remedy=remedy_for(name),
             )
-    for name in REQUIRED_FILES:
-        if name not in files:
-            raise AdapterInvalid(f"{name} is missing", subject=name, remedy=f"send {' and '.join(REQUIRED_FILES)}")
+    if CONFIG_FILE not in files:
+        raise _missing(CONFIG_FILE, f"send {' and '.join(REQUIRED_FILES)}")
     config = strict_json.read_object(files[CONFIG_FILE], CONFIG_FILE, limits.max_config_bytes)
+    if is_adapterhub(config):
+        _check_files(files, ADAPTERHUB_WEIGHTS_FILE, (WEIGHTS_FILE,), f"save the adapter with {ADAPTERHUB_SAVE}")
+        return read_adapterhub(files, config, base, limits, allow_base_mismatch=allow_base_mismatch)
+    _check_files(files, WEIGHTS_FILE, (ADAPTERHUB_WEIGHTS_FILE, INTERFACE_FILE), f"send {' and '.join(REQUIRED_FILES)}")
     method = config.get("peft_type")
     tuner = _BY_TYPE.get(method) if isinstance(method, str) else None
     if tuner is None:
@@ -119,3 +133,17 @@ def read(
             remedy=f"supported: {', '.join(sorted(_BY_TYPE))}",
         )
     return read_peft(files, tuner.parse(config), base, limits, allow_base_mismatch=allow_base_mismatch)
+
+
+def _check_files(files: Mapping[str, Path], own: str, others: tuple[str, ...], remedy: str) -> None:
+    if own not in files:
+        raise _missing(own, remedy)
+    for name in others:
+        if name in files:
+            raise AdapterInvalid(
+                f"{name} is not a file of this adapter, whose weights are in {own}", subject=name, remedy="leave it out"
+            )
+
+
+def _missing(name: str, remedy: str) -> AdapterInvalid:
+    return AdapterInvalid(f"{name} is missing", subject=name, remedy=remedy)

@@ -109,6 +109,7 @@ class Kind:
     changes_input: bool = False  # has a `before`
     is_pooled: bool = False  # has its device memory from the start, at every site it may be at
     for_virtual_ids: bool = False  # acts on rows of virtual tokens alone
+    unfoldable: str = ""  # why it is in no weight: an adapter of it alone is not merged
 
     def at(self, site: Site) -> SiteParts[Any]:
         """An empty one. Raises AdapterIncompatible where the kind has no meaning."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loramux_adapters.parts import (
     bias,
+    bottleneck,
     dense,
     input_gain,
     kv_prefix,
@@ -27,6 +28,7 @@ KINDS: tuple[Kind, ...] = (
     bias.KIND,
     virtual_tokens.KIND,
     kv_prefix.KIND,
+    bottleneck.KIND,
 )
 
 KIND_OF: dict[type[Part], Kind] = {kind.part: kind for kind in KINDS}

@@ -20,7 +20,7 @@ MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]
 Normalize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """x [..., width] and a weight [width] -> what the normalization gives with it."""
 
-SiteKind = Literal["linear", "embedding", "norm", "attention"]
+SiteKind = Literal["linear", "embedding", "norm", "attention", "sublayer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,9 @@ class Site:
     rank_rows: RankRowsTable
     output_scale: float | None = None  # what an embedding multiplies its output by
     weight: Callable[[int], torch.Tensor] | None = None  # of a member, see `frozen_weight`
-    make_product: MakeProduct | None = None  # at linear maps
+    make_product: MakeProduct | None = None  # at linear maps and sub-layers
     normalize: Normalize | None = None  # at normalizations
+    is_invariant: bool = False  # whether a row's numbers may depend on that row alone; told at sub-layers
 
     def frozen_weight(self, member: int) -> torch.Tensor:
         """The base's weight [out, in] of one member, float32 on the device; the caller may write to it.
@@ -50,7 +51,7 @@ class Site:
         return self.weight(member)
 
     def multiply(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """The product of a dense weight that stands in place of the frozen one; see MakeProduct."""
+        """The product of a dense weight that an adapter brings; see MakeProduct."""
         if self.make_product is None:
             raise ValueError(f"{self.members[0]} is no linear map")
         return self.make_product(weight, bias)

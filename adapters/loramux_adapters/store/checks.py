@@ -10,7 +10,7 @@ import binascii
 import math
 from collections.abc import Mapping
 
-from loramux_adapters.adapter_files import MAX_FILE_BYTES
+from loramux_adapters.adapter_files import MAX_FILE_BYTES, remedy_for
 from loramux_adapters.errors import AdapterInvalid, QuotaExceeded
 from loramux_adapters.names import (
     DIGEST,
@@ -115,7 +115,7 @@ def _check_entry(entry: FileEntry) -> None:
         raise AdapterInvalid(
             f"file {_shown(entry.file)} does not belong to an adapter",
             subject="manifest",
-            remedy=f"send only {', '.join(MAX_FILE_BYTES)}",
+            remedy=remedy_for(entry.file),
         )
     limit = MAX_FILE_BYTES[entry.file]
     if entry.size < 1 or (limit is not None and entry.size > limit):

@@ -132,7 +132,7 @@ def test_an_adapter_leaves_nothing_when_it_goes(tmp_path: Path) -> None:
             engine.pool.discard(digest)
         engine.step()
         assert engine.pool.stats().resident == 0
-        places = [at for at, _ in engine.adapted.sites.values() if at.site.kind != "attention"]
+        places = [at for at, _ in engine.adapted.sites.values() if at.site.kind not in ("attention", "sublayer")]
         biased = [at for at in places if at.site.kind != "embedding"]
         assert not any(any(at.of(Bias).values) for at in biased)
         assert not any(at.of(LowRank).slots for at in places if at.site.kind == "embedding")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.adapter_files import DECLARATION_FILES, INITIAL_FILE, WEIGHTS_FILE
+from loramux_adapters.adapter_files import INITIAL_FILE, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
-from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.base_weight import check_is_base_weight
-from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base
+from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base, read_declarations
 from loramux_adapters.formats.digest import AdapterDigest
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.extras import tie_token_rows
@@ -46,11 +45,7 @@ def read_peft(
     Raises AdapterInvalid or AdapterIncompatible, naming file, tensor or key, and OSError when the disk fails.
     """
     targets = _with_extras(tuner, base, limits)
-    declarations = {
-        name: strict_json.read_object(files[name], name, limits.max_config_bytes)
-        for name in DECLARATION_FILES
-        if name in files
-    }
+    declarations = read_declarations(files, limits)
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits, integers=bool(tuner.index_roles)) as file:
         placed = place_tensors(file.header.tensors.values(), tuner, targets, base, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
