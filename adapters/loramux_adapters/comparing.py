@@ -5,6 +5,7 @@ Compares what was uploaded, name by name, and knows no base: no module is looked
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,13 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from loramux_adapters.adapter_files import (
+    ADAPTERHUB_WEIGHTS_FILE,
+    CONFIG_FILE,
+    INITIAL_FILE,
+    INTERFACE_FILE,
+    WEIGHTS_FILE,
+)
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import PEFT_METHODS
@@ -67,12 +74,14 @@ class Comparison:
     ranks: Mapping[str, tuple[int, int]]
     modules: tuple[ModuleDifference, ...]
     dtypes: tuple[str, ...]  # modules with equal values in another dtype, which is another digest
+    files: tuple[str, ...] = ()  # files beside the weights that are part of the digest, and differ or are in one alone
 
     @property
     def is_same(self) -> bool:
         """Whether tensors and arithmetic are the same, which makes one digest."""
         arithmetic = any(difference.is_arithmetic for difference in self.config)
-        return not (arithmetic or self.only_a or self.only_b or self.ranks or self.modules or self.dtypes)
+        differ = self.only_a or self.only_b or self.ranks or self.modules or self.dtypes or self.files
+        return not (arithmetic or differ)
 
 
 def compare(a: Path, b: Path, limits: ReadLimits) -> Comparison:
@@ -81,10 +90,7 @@ def compare(a: Path, b: Path, limits: ReadLimits) -> Comparison:
     Raises AdapterInvalid where a file is none, or unsafe to read, and OSError.
     """
     config = _compare_configs(*(_read_config(directory, limits) for directory in (a, b)))
-    with (
-        SafetensorsFile(a / WEIGHTS_FILE, f"{a}: {WEIGHTS_FILE}", limits) as file_a,
-        SafetensorsFile(b / WEIGHTS_FILE, f"{b}: {WEIGHTS_FILE}", limits) as file_b,
-    ):
+    with _open_weights(a, limits) as file_a, _open_weights(b, limits) as file_b:
         in_a, in_b = _by_module(file_a), _by_module(file_b)
         modules, ranks, dtypes = [], {}, []
         for module in sorted(in_a.keys() & in_b.keys()):
@@ -106,7 +112,22 @@ def compare(a: Path, b: Path, limits: ReadLimits) -> Comparison:
         ranks,
         tuple(sorted(modules, key=lambda difference: (-difference.distance, difference.module))),
         tuple(dtypes),
+        tuple(name for name in (INITIAL_FILE, INTERFACE_FILE) if _hash(a / name) != _hash(b / name)),
     )
+
+
+def _open_weights(directory: Path, limits: ReadLimits) -> SafetensorsFile:
+    of_hub = (directory / ADAPTERHUB_WEIGHTS_FILE).exists()
+    name = ADAPTERHUB_WEIGHTS_FILE if of_hub else WEIGHTS_FILE
+    return SafetensorsFile(directory / name, f"{directory}: {name}", limits)
+
+
+def _hash(path: Path) -> str | None:
+    """None where there is no file."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_config(directory: Path, limits: ReadLimits) -> Mapping[str, object]:

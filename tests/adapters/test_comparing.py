@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from loramux_adapters.adapter_files import INITIAL_FILE, WEIGHTS_FILE
 from loramux_adapters.comparing import ConfigDifference, compare
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
@@ -130,3 +132,13 @@ def test_zeros_are_equal_and_files_that_lie_are_refused(pair: tuple[Path, Path])
     (b / "adapter_config.json").write_text(json.dumps([]))
     with pytest.raises(AdapterInvalid):
         compare(a, b, LIMITS)
+
+
+def test_an_initial_pair_is_content(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    a, _ = pair
+    copy = Path(shutil.copytree(a, tmp_path / "copy"))
+    assert compare(a, copy, LIMITS).is_same
+    (copy / INITIAL_FILE).write_bytes((a / WEIGHTS_FILE).read_bytes())
+    for one, other in ((a, copy), (copy, a)):
+        found = compare(one, other, LIMITS)
+        assert (found.files, found.is_same) == ((INITIAL_FILE,), False)

@@ -38,6 +38,10 @@ class PartsAtSite:
             self._by_kind = {**self._by_kind, kind: kind.at(self.site)}
         return self._by_kind[kind]
 
+    def has(self, slot: int) -> bool:
+        """Whether an adapter has parts here."""
+        return any(parts.has(slot) for parts in self._by_kind.values())
+
     def inputs(self, x: torch.Tensor, rows: RowMap) -> list[torch.Tensor]:
         """What each member reads in place of x [T, in]."""
         inputs = [x] * len(self.site.members)
@@ -252,13 +256,32 @@ class AdaptedNorm(nn.Module):
         super().__init__()
         self.frozen, self.parts, self._cell = frozen, PartsAtSite(site), cell
         self.sublayer: AdaptedSublayer | None = None  # that begins here
+        self._row_axis: int | None = None  # of [T, heads, width] or [heads, T, width], once a step told them apart
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, T, width] -> [1, T, width]; [1, T, heads, width] alike, where heads are normalized each."""
+        """[1, T, width] -> the same; where heads are normalized each, [1, T, heads, width] or [1, heads, T, width].
+
+        Raises ValueError where rows and heads cannot be told apart: as many of the one as of the other, and no step
+        before had another number.
+        """
         y: torch.Tensor = self.frozen(x)
         batch = self._cell.batch
-        if batch is not None and batch.tokens.kinds:
-            if self.sublayer is not None:
-                self.sublayer.enter(x, batch.tokens)
-            self.parts.change(y[0], [x[0]], batch.tokens)
+        if batch is None or not batch.tokens.kinds:
+            return y
+        if self.sublayer is not None:
+            self.sublayer.enter(x, batch.tokens)
+        rows, out = x[0], y[0]
+        if rows.dim() == 3:
+            axis = self._find_rows(rows.shape[0], rows.shape[1], batch.tokens)
+            rows, out = rows.movedim(axis, 0), out.movedim(axis, 0)
+        self.parts.change(out, [rows], batch.tokens)
         return y
+
+    def _find_rows(self, first: int, second: int, rows: RowMap) -> int:
+        if first != second and rows.count in (first, second):
+            self._row_axis = 0 if rows.count == first else 1
+        if self._row_axis is not None:
+            return self._row_axis
+        if any(self.parts.has(segment.slot) for segment in rows.segments):
+            raise ValueError(f"{self.parts.site.members[0]}: rows and heads cannot be told apart in a step of {first}")
+        return 0

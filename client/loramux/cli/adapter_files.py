@@ -178,6 +178,8 @@ def _print_comparison(a: str, b: str, found: Comparison) -> None:
             print(f"only in {where}: {_some(modules)}")
     if found.ranks:
         print(f"other ranks: {_some([f'{module} {x} and {y}' for module, (x, y) in found.ranks.items()])}")
+    if found.files:
+        print(f"other files: {_some(found.files)}")
     if found.dtypes:
         print(f"equal values in another dtype: {_some(found.dtypes)}")
     if found.modules:

@@ -63,7 +63,8 @@ def push(
     adapter = pushed.adapter
     version = f"{adapter.name}@{adapter.digest[:12]}"
     if pushed.created:
-        print(f"{version} published ({size(pushed.sent_bytes)} sent, rank {adapter.max_rank})")
+        what = f"{adapter.kind}, rank {adapter.max_rank}" if adapter.max_rank else adapter.kind
+        print(f"{version} published ({size(pushed.sent_bytes)} sent, {what})")
     else:
         print(f"{version} is published, unchanged: the server had it already")
     if pushed.resumed_bytes:

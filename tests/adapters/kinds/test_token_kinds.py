@@ -18,6 +18,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),  # normalizes each head's queries and keys
+    "gemma3": ("gemma3_text", {}),  # the same, with heads before tokens
     "gemma": ("gemma", {}),  # scales its embedding, adds 1 to the weights of its norms, ties
     "gpt2": ("gpt2", {}),
 }
@@ -52,7 +53,7 @@ def kinds_of(architecture: str, tied: bool) -> dict[str, PeftConfig]:
         kinds["tokens of both ends"] = lambda: lora(
             architecture, trainable_token_indices={names["embedding"]: TOKENS, "lm_head": TOKENS[::2]}
         )
-    if architecture == "qwen3":
+    if architecture in ("qwen3", "gemma3_text"):
         kinds["norms of heads"] = lambda: lora(architecture, modules_to_save=["q_norm", "k_norm"])
     return {name: make() for name, make in kinds.items()}
 

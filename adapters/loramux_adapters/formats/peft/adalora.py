@@ -21,14 +21,15 @@ from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 
 @dataclass(frozen=True)
 class AdaLoraTarget(ModuleTarget):
-    """The rank is the file's: what training pruned is not in it."""
+    """The rank is the file's: what training pruned is not in it; the scale is that of the rank it began with."""
 
     alpha: float
+    init_r: int
 
     @property
     def arithmetic(self) -> Any:
         """See ModuleTarget."""
-        return self.alpha.hex()
+        return [self.alpha.hex(), self.init_r]
 
     def rank(self, found: Mapping[str, Shape]) -> int:
         """See Target."""
@@ -45,8 +46,9 @@ class AdaLoraTarget(ModuleTarget):
         if not rank:
             return ()
         a = tensors["a"].float() * tensors["e"].float()
-        # PEFT divides by the number of ranks plus this.
-        return (LowRank(a, tensors["b"].float() * ((self.alpha if self.alpha > 0 else rank) / (rank + 1e-5))),)
+        # PEFT divides by the number of ranks before any was pruned, plus this.
+        scale = (self.alpha if self.alpha > 0 else rank) / (self.init_r + 1e-5)
+        return (LowRank(a, tensors["b"].float() * scale),)
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,25 @@ class AdaLoraTuner(ModuleTuner):
     kind = "adalora"
     marker = ".lora_"
     keys = ConfigKeys(
-        applied=lora.KEYS.applied - {"use_dora", "lora_bias"},
+        applied=lora.KEYS.applied - {"use_dora", "lora_bias"} | {"init_r"},
         refused={**lora.KEYS.refused, "use_dora": "DoRA adapters", "lora_bias": "biases on lora_B"},
         ignorable=lora.KEYS.ignorable
-        | {"beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"},
+        | {"beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"},
     )
     endings: ClassVar = {"a": ".lora_A", "b": ".lora_B", "e": ".lora_E"}
     biases = ("none", "all", "lora_only")
     may_be_empty = True
 
     alpha: float
+    init_r: int
 
     @classmethod
     def options(cls, config: PeftConfig) -> dict[str, Any]:
         """See ModuleTuner. AdaLoRA takes neither its scale from r nor rank-stabilized ones."""
-        return {"alpha": config.number("lora_alpha", 8)}
+        return {"alpha": config.number("lora_alpha", 8), "init_r": config.rank("init_r", 12)}
 
     def targets(
         self, modules: Mapping[str, ModuleSpec], base: BaseModelSpec, limits: ReadLimits, budget: RegexBudget
     ) -> Targets:
         """See ModuleTuner."""
-        return Targets({name: AdaLoraTarget(module, self.alpha) for name, module in modules.items()})
+        return Targets({name: AdaLoraTarget(module, self.alpha, self.init_r) for name, module in modules.items()})

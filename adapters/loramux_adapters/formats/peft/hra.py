@@ -63,12 +63,14 @@ class HraTarget(ModuleTarget):
 
 
 def _orthogonal(u: torch.Tensor) -> torch.Tensor:
-    columns: list[torch.Tensor] = []
-    for column in u.T:
-        for other in columns:
-            column = column - (other @ column) * other
-        columns.append(column / column.norm())
-    return torch.stack(columns, dim=1)
+    """Gram-Schmidt; twice per column, as one pass over all columns before it rounds more than one after the other."""
+    columns = torch.zeros_like(u)
+    for index in range(u.shape[1]):
+        before, column = columns[:, :index], u[:, index]
+        for _ in range(2):
+            column = column - before @ (before.T @ column)
+        columns[:, index] = column / column.norm()
+    return columns
 
 
 @dataclass(frozen=True)

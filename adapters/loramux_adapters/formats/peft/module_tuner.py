@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from loramux_adapters.adapter_files import CONFIG_FILE
+from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import PeftConfig, bad_key
@@ -115,10 +116,20 @@ class ModuleTarget(Target):
         return self.module.out_features, self.module.in_features
 
 
+def check_rank(rank: int, limits: ReadLimits) -> None:
+    """Raises AdapterIncompatible over the server's limit, of methods that take no rank rows."""
+    if rank > limits.max_rank:
+        raise AdapterIncompatible(
+            f"{CONFIG_FILE}: r {rank} is over this server's limit of {limits.max_rank}",
+            subject=f"{CONFIG_FILE}: r",
+            remedy="train with a smaller rank",
+        )
+
+
 def fits_low_rank(rank: int, module: ModuleSpec, limits: ReadLimits) -> bool:
     """Whether a delta of this rank is better held as two factors than as a weight of its own."""
     out, wide = module.out_features, module.in_features
     return rank <= limits.max_rank and rank * (out + wide) < out * wide
 
 
-__all__ = ["ModuleTarget", "ModuleTuner", "Patterned", "Shape", "fits_low_rank"]
+__all__ = ["ModuleTarget", "ModuleTuner", "Patterned", "Shape", "check_rank", "fits_low_rank"]

@@ -14,6 +14,8 @@ from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import WeightChange
 
 MAX_DRAWN = 1 << 20
+# From here on torch.randperm draws otherwise (torch 2.13: its swaps would be biased by 32 bits).
+_LARGEST = 0xFFFFFFFF // 20
 """Positions of one module that are drawn from a seed: each takes about a microsecond."""
 
 
@@ -72,10 +74,10 @@ class Drawn:
         Raises AdapterInvalid for more than MAX_DRAWN, or a size that torch draws otherwise.
         """
         most = max(count, self._most.get(size, 0))
-        if most > MAX_DRAWN or size >= 1 << 31:
+        if most > MAX_DRAWN or size >= _LARGEST:
             raise bad_key(
                 self.key,
-                f"draws {most} of {size} positions, this server draws {MAX_DRAWN} of {(1 << 31) - 1} at most",
+                f"draws {most} of {size} positions, this server draws {MAX_DRAWN} of {_LARGEST - 1} at most",
                 "train fewer of them",
             )
         known = self._known.get(size)

@@ -15,7 +15,7 @@ from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
-from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
+from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape, check_rank
 from loramux_adapters.formats.peft.tuner import Targets
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
@@ -126,6 +126,7 @@ class RandloraTuner(ModuleTuner):
         self, modules: Mapping[str, ModuleSpec], base: BaseModelSpec, limits: ReadLimits, budget: RegexBudget
     ) -> Targets:
         """The shared matrices are as large as the largest module."""
+        check_rank(self.r, limits)
         out = max(module.out_features for module in modules.values())
         wide = max(module.in_features for module in modules.values())
         shared_a, shared_b = (self.r, 1, min(out, wide)), (max(out, wide), -(-min(out, wide) // self.r), self.r)

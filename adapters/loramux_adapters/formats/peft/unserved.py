@@ -23,6 +23,7 @@ _NOT_IN_FILE = "it changes singular directions of the base's weights, which the 
 UNSERVED: Mapping[str, Unserved] = {
     "ADAMSS": Unserved("AdaMSS", "it trains groups of outputs by a clustering that the file does not hold"),
     "ADAPTION_PROMPT": Unserved("LLaMA-Adapter", "it adds a gated attention of its own to every layer"),
+    "CPT": Unserved("CPT", "it projects its prompt's embeddings by token types that only training has"),
     "FROD": Unserved("FRoD", "it divides each weight by a matrix as wide as the weight, at every load"),
     "LILY": Unserved("Lily", "its weights depend on all tokens of a batch, so on other people's"),
     "OSF": Unserved("OSF", _NOT_IN_FILE),

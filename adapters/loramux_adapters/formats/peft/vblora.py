@@ -77,9 +77,9 @@ class VbLoraTarget(ModuleTarget):
         else:
             logits, choice = tensors[f"logits_{factor}"].float().topk(self.taken, dim=-1)
             share = logits.softmax(dim=-1)
-        mixed = torch.zeros(*choice.shape[:2], self.length)
+        mixed, bank = torch.zeros(*choice.shape[:2], self.length), tensors["bank"].float()
         for place in range(self.taken):
-            mixed += share[..., place, None] * tensors["bank"].float()[choice[..., place]]
+            mixed += share[..., place, None] * bank[choice[..., place]]
         return mixed
 
 
