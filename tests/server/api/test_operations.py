@@ -24,6 +24,7 @@ from loramux_server.app import App
 from loramux_server.observe.logs import fields_of
 from support.servers import (
     Inside,
+    Served,
     adapter_files,
     details,
     prompt_request,
@@ -204,6 +205,19 @@ async def test_a_process_that_drains_ends_no_call_with_cancelled(tmp_path: Path)
     await app._server._server.stop(None)  # this process goes on
 
 
+async def _until_begun(server: Served, upload_id: str) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await server.adapters.QueryUpload(adapters_pb2.QueryUploadRequest(upload_id=upload_id))
+            except aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+                await asyncio.sleep(0.01)
+            else:
+                return
+
+
 async def test_a_drain_tells_uploads_and_watches_that_do_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,6 +230,7 @@ async def test_a_drain_tells_uploads_and_watches_that_do_not_end(
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         upload = server.adapters.UploadAdapter()
         await upload.write(upload_messages("a", adapter_files())[0])
+        await _until_begun(server, "upload-1")  # else it is refused at the door, which cuts nothing off
         stopping = asyncio.ensure_future(server.app.stop())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         for call in (upload, watch.read()):
