@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,8 +23,16 @@ class TokenRows(Part):
     rows: torch.Tensor  # [k, hidden], in the dtype it was uploaded in
 
 
-class _Tables(SiteParts[TokenRows]):
-    """Keeps something for each slot."""
+K = TypeVar("K")
+
+
+class _Tables(SiteParts[TokenRows], Generic[K]):
+    """Keeps one K for each slot: what its tokens are, and what stands for their rows."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.bound: Mapping[int, K] = {}
+        self._written: dict[int, K] = {}
 
     def cost(self, part: TokenRows) -> PartCost:
         """Bytes of the rows and of their ids."""
@@ -34,14 +43,24 @@ class _Tables(SiteParts[TokenRows]):
         rows = part.rows.float() * (self.site.output_scale or 1.0)
         return part.ids, finite(self.site.members[member], rows.to(self.site.dtype))
 
+    def bind(self, slot: int) -> None:
+        """See SiteParts."""
+        if slot in self._written:
+            self.bound = {**self.bound, slot: self._written[slot]}
+            del self._written[slot]
 
-class EmbeddingRows(_Tables):
+    def unbind(self, slot: int) -> None:
+        """See SiteParts."""
+        self._written.pop(slot, None)
+        self.bound = {key: kept for key, kept in self.bound.items() if key != slot}
+
+    def has(self, slot: int) -> bool:
+        """See SiteParts."""
+        return slot in self.bound
+
+
+class EmbeddingRows(_Tables[tuple[torch.Tensor, torch.Tensor]]):
     """At an embedding, whose input are token ids."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self.tables: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot -> (ids, rows)
-        self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def write(
         self,
@@ -55,38 +74,18 @@ class EmbeddingRows(_Tables):
         ids, rows = (tensor.to(self.site.device, non_blocking=True) for tensor in prepared)
         self._written[slot] = (ids, rows)
 
-    def bind(self, slot: int) -> None:
-        """See SiteParts."""
-        if slot in self._written:
-            self.tables = {**self.tables, slot: self._written[slot]}
-            del self._written[slot]
-
-    def unbind(self, slot: int) -> None:
-        """See SiteParts."""
-        self._written.pop(slot, None)
-        self.tables = {key: table for key, table in self.tables.items() if key != slot}
-
-    def has(self, slot: int) -> bool:
-        """See SiteParts."""
-        return slot in self.tables
-
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Puts the trained row where a token has one."""
         for start, stop, slot in step.segments:
-            if slot in self.tables:
-                known, table = self.tables[slot]
+            if slot in self.bound:
+                known, table = self.bound[slot]
                 ids = inputs[0][start:stop]
                 places = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
                 y[start:stop] = torch.where((known[places] == ids)[:, None], table[places], y[start:stop])
 
 
-class HeadRows(_Tables):
+class HeadRows(_Tables[tuple[torch.Tensor, Product]]):
     """At the head: the logits of these tokens are computed anew, by the product that serves a dense weight."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self.products: Mapping[int, tuple[torch.Tensor, Product]] = {}  # slot -> (ids, product)
-        self._written: dict[int, tuple[torch.Tensor, Product]] = {}
 
     def write(
         self,
@@ -102,29 +101,14 @@ class HeadRows(_Tables):
         bias = None if own is None else own.to(self.site.device, self.site.dtype)[ids]
         self._written[slot] = (ids, self.site.multiply(rows, bias))
 
-    def bind(self, slot: int) -> None:
-        """See SiteParts."""
-        if slot in self._written:
-            self.products = {**self.products, slot: self._written[slot]}
-            del self._written[slot]
-
-    def unbind(self, slot: int) -> None:
-        """See SiteParts."""
-        self._written.pop(slot, None)
-        self.products = {key: product for key, product in self.products.items() if key != slot}
-
-    def has(self, slot: int) -> bool:
-        """See SiteParts."""
-        return slot in self.products
-
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Replaces the columns of these tokens."""
         for start, stop, slot in self._acting(step):
-            ids, product = self.products[slot]
+            ids, product = self.bound[slot]
             y[start:stop].index_copy_(1, ids, product(inputs[0][start:stop]))
 
     def _acting(self, step: StepRows) -> Iterator[tuple[int, int, int]]:
-        return ((start, stop, slot) for start, stop, slot in step.segments if slot in self.products)
+        return ((start, stop, slot) for start, stop, slot in step.segments if slot in self.bound)
 
 
 def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: TokenRows) -> None:

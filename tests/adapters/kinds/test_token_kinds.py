@@ -85,3 +85,15 @@ def test_each_of_them_changes_what_is_said(case: tuple[Path, dict[str, Path]]) -
     base, *adapted = ask_oracle(checkpoint, adapters, [(name, prompt) for name in (None, *adapters)], count=1)
     for truth in adapted:
         assert float((truth.logits - base.logits).abs().max() / base.logits.std()) > 0.01, truth.adapter
+
+
+def test_as_many_rows_as_heads_are_still_rows(tmp_path: Path) -> None:
+    """Gemma 3 normalizes [heads, T, width]: the base's rows in a step of four rows and four heads are the base's."""
+    checkpoint = save_checkpoint(wide_model("gemma3_text"), tmp_path / "base")
+    adapters = {
+        "a": make_kind(checkpoint, tmp_path / "a", lora("gemma3_text", modules_to_save=["q_norm"]), seed=0, std=0.3)
+    }
+    rows = list(zip([None, "a", None, "a"], prompts(4), strict=True))
+    engine = engine_for(checkpoint, adapters)
+    assert_equal_to_peft(engine, ask_oracle(checkpoint, adapters, rows))
+    assert any(sum(len(chunk.tokens) for chunk in plan.chunks) == 4 for plan in engine.plans)

@@ -116,6 +116,16 @@ class ModuleTarget(Target):
         return self.module.out_features, self.module.in_features
 
 
+def check_projection(config: PeftConfig) -> None:
+    """Raises AdapterInvalid where the random matrices that all modules share are not in the file."""
+    if not config.flag("save_projection", True):
+        raise bad_key(
+            "save_projection",
+            "the random matrices are not in the file, and another machine may draw others",
+            "save with save_projection=True",
+        )
+
+
 def check_rank(rank: int, limits: ReadLimits) -> None:
     """Raises AdapterIncompatible over the server's limit, of methods that take no rank rows."""
     if rank > limits.max_rank:
@@ -132,4 +142,4 @@ def fits_low_rank(rank: int, module: ModuleSpec, limits: ReadLimits) -> bool:
     return rank <= limits.max_rank and rank * (out + wide) < out * wide
 
 
-__all__ = ["ModuleTarget", "ModuleTuner", "Patterned", "Shape", "check_rank", "fits_low_rank"]
+__all__ = ["ModuleTarget", "ModuleTuner", "Patterned", "Shape", "check_projection", "check_rank", "fits_low_rank"]

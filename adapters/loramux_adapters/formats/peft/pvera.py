@@ -12,8 +12,8 @@ import torch
 
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
-from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
-from loramux_adapters.formats.peft.module_tuner import ModuleTuner, Shape
+from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
+from loramux_adapters.formats.peft.module_tuner import ModuleTuner, Shape, check_projection
 from loramux_adapters.formats.peft.tuner import Targets
 from loramux_adapters.formats.peft.vera import VeraTarget
 from loramux_adapters.parts.part import Part
@@ -58,12 +58,7 @@ class PveraTuner(ModuleTuner):
     @classmethod
     def options(cls, config: PeftConfig) -> dict[str, Any]:
         """See ModuleTuner."""
-        if not config.flag("save_projection", True):
-            raise bad_key(
-                "save_projection",
-                "the random matrices are not in the file, and another machine may draw others",
-                "save with save_projection=True",
-            )
+        check_projection(config)
         return {"r": config.rank("r", 256)}
 
     def targets(

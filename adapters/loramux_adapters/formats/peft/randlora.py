@@ -14,8 +14,8 @@ from loramux_adapters.adapter_files import WEIGHTS_FILE
 from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
-from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
-from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape, check_rank
+from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
+from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape, check_projection, check_rank
 from loramux_adapters.formats.peft.tuner import Targets
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
@@ -114,12 +114,7 @@ class RandloraTuner(ModuleTuner):
     @classmethod
     def options(cls, config: PeftConfig) -> dict[str, Any]:
         """See ModuleTuner."""
-        if not config.flag("save_projection", True):
-            raise bad_key(
-                "save_projection",
-                "the random matrices are not in the file, and another machine may draw others",
-                "save with save_projection=True",
-            )
+        check_projection(config)
         return {"r": config.rank("r", 32), "alpha": config.number("randlora_alpha", 640)}
 
     def targets(

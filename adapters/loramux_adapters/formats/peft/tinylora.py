@@ -11,7 +11,7 @@ import torch
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
-from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
+from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape, check_projection
 from loramux_adapters.formats.peft.tuner import Targets
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
@@ -66,12 +66,7 @@ class TinyLoraTuner(ModuleTuner):
     @classmethod
     def options(cls, config: PeftConfig) -> dict[str, Any]:
         """See ModuleTuner."""
-        if not config.flag("save_projection", True):
-            raise bad_key(
-                "save_projection",
-                "the random matrices are not in the file, and another machine may draw others",
-                "save with save_projection=True",
-            )
+        check_projection(config)
         tying = config.number("weight_tying", 0)
         if not 0 <= tying <= 1:
             raise bad_key("weight_tying", f"{tying:g} is not between 0 and 1", "save the adapter again with PEFT")
