@@ -219,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "merged weights leave the adapter's bias out", ADAPTERS + "parts/bias.py",
-        "    bias.copy_(part.value.to(bias) + bias if part.is_delta else part.value)\n", "    pass\n",
+        "    bias.mul_(part.base_share).add_(part.value.to(bias))\n", "    pass\n",
         (TEST_ADAPTERS + "apply/test_merge.py", TEST_ADAPTERS + "parts"),
     ),
     # Sampler and its state

@@ -51,8 +51,9 @@ class KindOracle:
     per token.
     """
 
-    def __init__(self, checkpoint: Path, adapter: Path | None) -> None:
-        self.model: Any = dequantized_model(checkpoint)
+    def __init__(self, checkpoint: Path, adapter: Path | None, model: PreTrainedModel | None = None) -> None:
+        """On `model` in place of the checkpoint's own where it is given; it is changed."""
+        self.model: Any = dequantized_model(checkpoint) if model is None else model
         if adapter is not None and is_bottleneck(adapter):
             self.model = with_bottlenecks(self.model, adapter)
         elif adapter is not None:

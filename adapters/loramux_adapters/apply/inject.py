@@ -120,7 +120,8 @@ def inject(
             adapted = AdaptedEmbedding(module, site, cell)
         elif spec.kind == "norm" and getattr(module, "weight", None) is not None:
             own = module.get_parameter("bias") if spec.has_bias else None
-            adapted = AdaptedNorm(module, replace(_site(base, spec, rank_rows, own), normalize=_norm_of(module)), cell)
+            site = _site(base, spec, rank_rows, own)
+            adapted = AdaptedNorm(module, replace(site, normalize=_norm_of(module), weight=_weight_of(module)), cell)
         else:
             continue
         sites[name] = (adapted.parts, 0)
@@ -246,6 +247,13 @@ def _weights_of(frozen: FrozenLinear, names: Sequence[str], spec: BaseModelSpec)
 def _table_of(module: nn.Embedding) -> Callable[[int], torch.Tensor]:
     def weight(_member: int) -> torch.Tensor:
         return module.weight.detach().T.to(torch.float32, copy=True)
+
+    return weight
+
+
+def _weight_of(module: nn.Module) -> Callable[[int], torch.Tensor]:
+    def weight(_member: int) -> torch.Tensor:
+        return module.get_parameter("weight").detach().to(torch.float32, copy=True)
 
     return weight
 

@@ -16,8 +16,8 @@ from loramux_adapters.apply.inject import AdaptedModel
 from loramux_adapters.base.frozen import DenseLinear
 from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.errors import AdapterIncompatible
-from loramux_adapters.parts.registry import KIND_OF, KINDS
-from loramux_adapters.weights import AdapterWeights, ModuleWeights
+from loramux_adapters.parts.registry import KIND_OF, fold_parts
+from loramux_adapters.weights import AdapterWeights
 
 
 def merged_bytes(adapted: AdaptedModel, weights: AdapterWeights) -> int:
@@ -52,20 +52,13 @@ def merging(adapted: AdaptedModel, weights: AdapterWeights) -> Generator[None, N
         weight, own = group.frozen.dequantize(torch.float32), group.frozen.bias
         bias = torch.zeros(len(weight), device=weight.device) if own is None else own.float().clone()
         for name, (begin, end) in zip(group.members, group.columns, strict=True):
-            _fold(weight[begin:end], bias[begin:end], weights.modules.get(name))
+            module = weights.modules.get(name)
+            fold_parts(weight[begin:end], bias[begin:end], () if module is None else module.parts)
         has_bias = own is not None or bool(bias.any())
         merged[group.key] = DenseLinear(weight.to(dtype), bias.to(dtype) if has_bias else None, weight_formats)
         del weight
         yield
     return MergedWeights(weights.spec.digest, merged)
-
-
-def _fold(weight: torch.Tensor, bias: torch.Tensor, module: ModuleWeights | None) -> None:
-    """Folds all parts of one module into its weight [out, in] and bias [out], in the order in which they act."""
-    parts = {KIND_OF[type(part)]: part for part in (module.parts if module else ())}
-    for kind in KINDS:
-        if kind in parts:
-            kind.fold(weight, bias, parts[kind])
 
 
 def _refuse_unfoldable(weights: AdapterWeights) -> None:

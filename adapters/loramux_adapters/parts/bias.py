@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.parts.part import Kind, Part
+from loramux_adapters.parts.part import Kind, Part, Share
 from loramux_adapters.parts.site import StepRows
 from loramux_adapters.parts.vectors import VectorParts
 
 
 @dataclass(frozen=True, eq=False)
 class Bias(Part):
-    """The whole effective bias of one module; with `is_delta`, what comes to the base's own."""
+    """A module's whole effective bias is `value` and `base_share` times the base's own."""
 
     value: torch.Tensor  # [out], float32
-    is_delta: bool = False
+    base_share: float = 0.0  # 1: the value comes to the base's own bias
 
 
 class BiasDeltas(VectorParts[Bias]):
@@ -26,7 +26,7 @@ class BiasDeltas(VectorParts[Bias]):
     def vector(self, member: int, part: Bias) -> torch.Tensor:
         """The difference [out]."""
         own = self.site.own_bias(member)
-        return part.value if own is None or part.is_delta else part.value - own
+        return part.value if own is None or part.base_share == 1.0 else part.value - (1.0 - part.base_share) * own
 
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Adds each segment's difference to its rows."""
@@ -36,7 +36,13 @@ class BiasDeltas(VectorParts[Bias]):
 
 
 def _fold(_weight: torch.Tensor, bias: torch.Tensor, part: Bias) -> None:
-    bias.copy_(part.value.to(bias) + bias if part.is_delta else part.value)
+    bias.mul_(part.base_share).add_(part.value.to(bias))
 
 
-KIND = Kind(Bias, {"linear": BiasDeltas, "norm": BiasDeltas}, _fold)
+def _combine(shares: Sequence[Share[Bias]]) -> Bias:
+    """own + sum of w * (value + (base_share - 1) * own)"""
+    value = torch.stack([share.weight * share.part.value for share in shares]).sum(0)
+    return Bias(value, 1.0 + sum(share.weight * (share.part.base_share - 1.0) for share in shares))
+
+
+KIND = Kind(Bias, {"linear": BiasDeltas, "norm": BiasDeltas}, _fold, _combine)

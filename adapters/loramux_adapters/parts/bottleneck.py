@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from loramux_adapters.kernels import invariant
-from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
+from loramux_adapters.parts.part import Kind, Part, PartCost, Share, SiteParts, finite
 from loramux_adapters.parts.site import Product, Site, StepRows
 
 Source = Literal["output", "sum", "residual"]
@@ -174,4 +174,28 @@ def _fold(_weight: torch.Tensor, _bias: torch.Tensor, _part: Bottleneck) -> None
     """Nothing of it is in a weight."""
 
 
-KIND = Kind(Bottleneck, {"sublayer": Bottlenecks}, _fold, unfoldable="a bottleneck is nonlinear, so it is in no weight")
+def _combine(shares: Sequence[Share[Bottleneck]]) -> Bottleneck | None:
+    """Units add, where each adds to one and the same output."""
+    first = shares[0].part
+    form = first.form
+    adds = form.shortcut == "output" and not form.shortcut_in_norm and form.keeps_residual
+    if not adds or any(
+        s.part.form != form or s.part.norm_before is not None or s.part.norm_after is not None for s in shares
+    ):
+        return None
+    return Bottleneck(
+        form,
+        torch.cat([share.part.down for share in shares]),
+        torch.cat([share.part.down_bias for share in shares]),
+        torch.cat([share.weight * share.part.up for share in shares], dim=1),
+        torch.stack([share.weight * share.part.up_bias for share in shares]).sum(0),
+    )
+
+
+KIND = Kind(
+    Bottleneck,
+    {"sublayer": Bottlenecks},
+    _fold,
+    _combine,
+    unfoldable="a bottleneck is nonlinear, so it is in no weight",
+)

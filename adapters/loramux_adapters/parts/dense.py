@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loramux_adapters.errors import AdapterIncompatible
-from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
+from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite, no_sum
 from loramux_adapters.parts.site import Product, Site, StepRows
 
 
@@ -130,4 +130,4 @@ def _fold(weight: torch.Tensor, bias: torch.Tensor, part: Dense) -> None:
         bias.copy_(own)
 
 
-KIND = Kind(Dense, {"linear": DenseParts}, _fold)
+KIND = Kind(Dense, {"linear": DenseParts}, _fold, no_sum, in_weight=True)

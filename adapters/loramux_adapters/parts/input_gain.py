@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.parts.part import Kind, Part
+from loramux_adapters.parts.part import Kind, Part, Share
 from loramux_adapters.parts.site import StepRows
-from loramux_adapters.parts.vectors import VectorParts
+from loramux_adapters.parts.vectors import VectorParts, product
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,4 +35,8 @@ def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: InputGain) -> None:
     weight.mul_(part.gain.to(weight))
 
 
-KIND = Kind(InputGain, {"linear": InputGains}, _fold, changes_input=True)
+def _combine(shares: Sequence[Share[InputGain]]) -> InputGain:
+    return InputGain(product([(share.part.gain, share.weight) for share in shares]))
+
+
+KIND = Kind(InputGain, {"linear": InputGains}, _fold, _combine, changes_input=True)

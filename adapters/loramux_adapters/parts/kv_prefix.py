@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.parts.part import Kind, Part
+from loramux_adapters.parts.part import Kind, Part, no_sum
 from loramux_adapters.parts.site import StepRows
 from loramux_adapters.parts.vectors import VectorParts
 
@@ -39,4 +39,4 @@ def _fold(_weight: torch.Tensor, _bias: torch.Tensor, _part: KvPrefix) -> None:
     """Nothing of it is in a weight."""
 
 
-KIND = Kind(KvPrefix, {"attention": KvPrefixes}, _fold, for_virtual_ids=True)
+KIND = Kind(KvPrefix, {"attention": KvPrefixes}, _fold, no_sum, for_virtual_ids=True)

@@ -13,8 +13,8 @@ import torch
 
 from loramux_adapters.kernels import invariant
 from loramux_adapters.kernels.protocol import LowRankPools
-from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
-from loramux_adapters.parts.site import Site, StepRows
+from loramux_adapters.parts.part import Kind, Part, PartCost, Share, SiteParts, finite
+from loramux_adapters.parts.site import Site, SiteKind, StepRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,4 +173,15 @@ def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: LowRank) -> None:
     weight.addmm_(weight @ b if part.on_input else b, part.a.to(weight))
 
 
-KIND = Kind(LowRank, {"linear": PooledLowRank, "embedding": GatheredLowRank}, _fold, is_pooled=True)
+def _combine(shares: Sequence[Share[LowRank]]) -> LowRank | None:
+    """Ranks add: [w1 B1, w2 B2, ...] [A1; A2; ...]."""
+    if len({share.part.on_input for share in shares}) > 1:
+        return None
+    dtypes = {share.part.a.dtype for share in shares}
+    a = [share.part.a if len(dtypes) == 1 else share.part.a.float() for share in shares]
+    b = [share.weight * share.part.b for share in shares]
+    return LowRank(torch.cat(a), torch.cat(b, dim=1), shares[0].part.on_input)
+
+
+_SITES: Mapping[SiteKind, type[SiteParts[LowRank]]] = {"linear": PooledLowRank, "embedding": GatheredLowRank}
+KIND = Kind(LowRank, _SITES, _fold, _combine, in_weight=True, is_pooled=True)

@@ -15,7 +15,7 @@ import torch
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.output_gain import GainParts
-from loramux_adapters.parts.part import Kind, Part
+from loramux_adapters.parts.part import Kind, Part, no_sum
 from loramux_adapters.parts.site import Site
 
 
@@ -72,4 +72,4 @@ def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: Magnitude) -> None:
     weight.mul_((part.length.to(weight) / weight.norm(dim=1))[:, None])
 
 
-KIND = Kind(Magnitude, {"linear": Magnitudes, "embedding": Magnitudes}, _fold)
+KIND = Kind(Magnitude, {"linear": Magnitudes, "embedding": Magnitudes}, _fold, no_sum, in_weight=True)

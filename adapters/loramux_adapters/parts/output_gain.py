@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from loramux_adapters.parts.part import Kind, Part, PartCost
+from loramux_adapters.parts.part import Kind, Part, PartCost, Share
 from loramux_adapters.parts.site import StepRows
-from loramux_adapters.parts.vectors import VectorParts
+from loramux_adapters.parts.vectors import VectorParts, product
 
 P = TypeVar("P", bound=Part)
 
@@ -66,4 +66,10 @@ def _fold(weight: torch.Tensor, bias: torch.Tensor, part: OutputGain) -> None:
         bias.mul_(part.gain.to(bias))
 
 
-KIND = Kind(OutputGain, {"linear": OutputGains}, _fold)
+def _combine(shares: Sequence[Share[OutputGain]]) -> OutputGain | None:
+    if len({share.part.with_bias for share in shares}) > 1:
+        return None
+    return OutputGain(product([(share.part.gain, share.weight) for share in shares]), shares[0].part.with_bias)
+
+
+KIND = Kind(OutputGain, {"linear": OutputGains}, _fold, _combine)

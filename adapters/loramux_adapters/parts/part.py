@@ -97,15 +97,29 @@ Fold = Callable[[torch.Tensor, torch.Tensor, Any], None]
 
 
 @dataclass(frozen=True, eq=False)
+class Share(Generic[P]):
+    """One adapter's part where several adapters act together, and by how much its effect is multiplied."""
+
+    part: P
+    weight: float
+
+
+Combine = Callable[[Sequence[Share[Any]]], Part | None]
+
+
+@dataclass(frozen=True, eq=False)
 class Kind:
     """One line of the registry: a type of part, the class for each kind of site it may be at, and what else it needs.
 
-    `fold` merges a part into a weight [out, in] and a bias [out] of one member, both float32, in place.
+    `fold` merges a part into a weight [out, in] and a bias [out] of one member, both float32, in place. `combine` makes
+    one part of the shares that several adapters have at one place, or None where there is none that is exact.
     """
 
     part: type[Part]
     sites: Mapping[SiteKind, type[SiteParts[Any]]]
     fold: Fold
+    combine: Combine
+    in_weight: bool = False  # changes the weight of a linear map or an embedding: another weight can do what it does
     changes_input: bool = False  # has a `before`
     is_pooled: bool = False  # has its device memory from the start, at every site it may be at
     for_virtual_ids: bool = False  # acts on rows of virtual tokens alone
@@ -121,6 +135,11 @@ class Kind:
                 remedy="train without it there",
             )
         return made(site)
+
+
+def no_sum(_shares: Sequence[Share[Any]]) -> None:
+    """The `combine` of kinds whose parts have no sum."""
+    return
 
 
 def finite(name: str, cast: torch.Tensor) -> torch.Tensor:

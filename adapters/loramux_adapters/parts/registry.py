@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from loramux_adapters.parts import (
     bias,
     bottleneck,
@@ -32,3 +36,11 @@ KINDS: tuple[Kind, ...] = (
 )
 
 KIND_OF: dict[type[Part], Kind] = {kind.part: kind for kind in KINDS}
+
+
+def fold_parts(weight: torch.Tensor, bias: torch.Tensor, parts: Sequence[Part]) -> None:
+    """Folds one module's parts into its weight [out, in] and bias [out], float32, in the order in which they act."""
+    known = {KIND_OF[type(part)]: part for part in parts}
+    for kind in KINDS:
+        if kind in known:
+            kind.fold(weight, bias, known[kind])

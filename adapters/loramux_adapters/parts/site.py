@@ -44,10 +44,11 @@ class Site:
     def frozen_weight(self, member: int) -> torch.Tensor:
         """The base's weight [out, in] of one member, float32 on the device; the caller may write to it.
 
-        Of an embedding the table transposed. Computed anew at every call, and by the owner of the device alone.
+        Of an embedding the table transposed, of a normalization its weight [width]. Computed anew at every call, and by
+        the owner of the device alone.
         """
         if self.weight is None:
-            raise ValueError(f"{self.members[member]} is no linear map")
+            raise ValueError(f"{self.members[member]} has no weight")
         return self.weight(member)
 
     def multiply(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite
+from loramux_adapters.parts.part import Kind, Part, PartCost, SiteParts, finite, no_sum
 from loramux_adapters.parts.site import Product, Site, StepRows
 
 
@@ -115,4 +115,4 @@ def _fold(weight: torch.Tensor, _bias: torch.Tensor, part: TokenRows) -> None:
     weight[part.ids.to(weight.device)] = part.rows.to(weight)
 
 
-KIND = Kind(TokenRows, {"embedding": EmbeddingRows, "linear": HeadRows}, _fold)
+KIND = Kind(TokenRows, {"embedding": EmbeddingRows, "linear": HeadRows}, _fold, no_sum, in_weight=True)

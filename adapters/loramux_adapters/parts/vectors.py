@@ -13,6 +13,11 @@ from loramux_adapters.parts.site import Site, StepRows
 P = TypeVar("P", bound=Part)
 
 
+def product(gains: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """(gain, weight), several -> the gain that they come to: each is 1 + weight * (gain - 1), and they multiply."""
+    return torch.stack([torch.lerp(torch.ones_like(gain), gain, weight) for gain, weight in gains]).prod(0)
+
+
 class VectorParts(SiteParts[P]):
     """Keeps one tensor in the compute dtype per slot and member, each for itself."""
 

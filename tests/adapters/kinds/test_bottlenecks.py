@@ -21,6 +21,7 @@ from loramux_adapters.weights import AdapterWeights
 from support.against_peft import BOUND, Truth, assert_equal_to_peft, engine_for, prompts
 from support.bottlenecks import make_bottleneck, variants
 from support.checkpoints import float_base, save_checkpoint, wide_model
+from support.combined import CombinedOracle, add_combination
 from support.kinds import ask_oracle, dequantized_model, make_kind, targets_of
 from support.model_engine import ModelEngine
 
@@ -193,3 +194,14 @@ def test_it_is_what_adapterhubs_package_says(architecture: str, tmp_path: Path) 
     assert_equal_to_peft(engine_for(checkpoint, adapters), truths)
     reference = ask_oracle(checkpoint, adapters, list(rows.items()))
     assert [truth.tokens for truth in reference] == [truth.tokens for truth in truths]
+
+
+def test_combined_with_a_low_rank_it_acts_on_what_that_gives(case: tuple[Path, dict[str, Path]]) -> None:
+    checkpoint, adapters = case
+    engine, prompt = engine_for(checkpoint, adapters), prompts(1)[0]
+    truths = []
+    for name in list(adapters)[1:4]:
+        terms = [("lora", 0.7), (name, 1.0)]
+        add_combination(engine, f"lora and {name}", terms, float_base(checkpoint).spec)
+        truths.append(CombinedOracle(checkpoint, adapters, terms).truth(f"lora and {name}", prompt, 4))
+    assert_equal_to_peft(engine, [*truths, *ask_oracle(checkpoint, adapters, [(None, prompt), ("lora", prompt)])])

@@ -13,6 +13,7 @@ from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.kernels import invariant
 from loramux_adapters.kernels.protocol import SlotSegment
 from loramux_adapters.parts.bottleneck import ACTIVATIONS, KIND, Bottleneck, BottleneckForm, Bottlenecks
+from loramux_adapters.parts.part import Share
 from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.parts.site import Product, Site
 from support.parts import numbers
@@ -151,3 +152,34 @@ def test_values_beyond_the_compute_dtype_are_refused(which: str) -> None:
         AdapterIncompatible, match=r"layers\.0\.mlp_output: the scaled weights are not finite in float16"
     ):
         make_parts(torch.float16).prepare(0, part)
+
+
+@pytest.mark.parametrize("form", ["pfeiffer", "houlsby", "parallel"])
+def test_units_of_several_add_by_their_weights(form: str) -> None:
+    parts = make_parts()
+    shares = [Share(make_part(FORMS[form]), 0.7), Share(make_part(FORMS[form], seed=10), -0.4)]
+    bind(parts, 0, combined(shares))
+    y, residual = numbers(20, WIDTH, seed=1), numbers(20, WIDTH, seed=2)
+    changed = y.clone()
+    parts.after(changed, [residual], Rows([SlotSegment(0, 20, 0)]))
+    expected = y.double()
+    for share in shares:
+        expected = expected + share.weight * (in_double(share.part, y, residual) - y.double())
+    torch.testing.assert_close(changed.double(), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["twice", "normed", "without"])
+def test_what_replaces_the_output_has_no_sum(form: str) -> None:
+    assert KIND.combine([Share(make_part(FORMS[form]), 0.5)]) is None
+
+
+def test_forms_that_differ_or_have_norms_have_no_sum() -> None:
+    one = Share(make_part(FORMS["houlsby"]), 1.0)
+    assert KIND.combine([one, Share(make_part(FORMS["pfeiffer"]), 1.0)]) is None
+    assert KIND.combine([one, Share(make_part(FORMS["houlsby"], norms=True), 1.0)]) is None
+
+
+def combined(shares: list[Share[Bottleneck]]) -> Bottleneck:
+    part = KIND.combine(shares)
+    assert isinstance(part, Bottleneck)
+    return part

@@ -28,7 +28,7 @@ class BeftTarget(ModuleTarget):
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
-        return (Bias(tensors["vector"].float()[0], is_delta=True),)
+        return (Bias(tensors["vector"].float()[0], base_share=1.0),)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class LoraTarget(Target):
         if "magnitude" in tensors:
             parts.append(Magnitude(tensors["magnitude"].float(), low_rank))
         if "b_bias" in tensors:
-            parts.append(Bias(tensors["b_bias"].float() * self.scale, is_delta=True))
+            parts.append(Bias(tensors["b_bias"].float() * self.scale, base_share=1.0))
         return tuple(parts)
 
 

@@ -1,0 +1,171 @@
+"""Several adapters as one: low ranks, biases and bottlenecks add, gains multiply, other changes of weights are summed.
+
+    W' = output_gain * (W + sum of w_i * (W_i - W)) * input_gain
+
+for each linear map: W_i is what the adapter i alone makes of the frozen W with everything but its gains, and the gains
+are the products of 1 + w_i * (gain_i - 1). This is exact or refused; nothing is approximated or dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from loramux_adapters.combination import combine_specs
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.parts.dense import Dense, WeightChange
+from loramux_adapters.parts.low_rank import LowRank
+from loramux_adapters.parts.part import Kind, Part, Share
+from loramux_adapters.parts.registry import KIND_OF, KINDS, fold_parts
+from loramux_adapters.spec import BaseModelSpec
+from loramux_adapters.weights import AdapterWeights, ModuleWeights
+
+Contribution = tuple[tuple[Part, ...], float]
+"""What one adapter does to a module, and its weight."""
+
+
+def combine(terms: Sequence[tuple[AdapterWeights, float]], base: BaseModelSpec) -> AdapterWeights:
+    """The adapter that several adapters with weights come to on `base`.
+
+    Raises AdapterIncompatible, with the module, where there is none that is exact.
+    """
+    _, spec = combine_specs([(weights.spec, weight) for weights, weight in terms])
+    # In one order, whatever the caller's: what is equal has equal bits.
+    terms = sorted(terms, key=lambda term: term[0].spec.digest)
+    names = sorted({name for weights, _ in terms for name in weights.modules})
+    modules = {}
+    for name in names:
+        shares = [(weights.modules[name].parts, weight) for weights, weight in terms if name in weights.modules]
+        modules[name] = ModuleWeights(_combine_module(name, shares, base))
+    ranks = {name: part.rank for name, module in modules.items() if (part := module.get(LowRank)) is not None}
+    others = (spec.others | spec.ranks.keys()) - ranks.keys()
+    return AdapterWeights(replace(spec, ranks=ranks, others=others), modules)
+
+
+def _combine_module(name: str, contributions: Sequence[Contribution], base: BaseModelSpec) -> tuple[Part, ...]:
+    if len(contributions) == 1 and contributions[0][1] == 1.0:
+        return contributions[0][0]
+    by_kind = _by_kind(contributions)
+    parts: dict[Kind, Part] = {}
+    weight_kinds = [kind for kind in by_kind if kind.in_weight]
+    for kind in weight_kinds:
+        summed = kind.combine(by_kind[kind])
+        if summed is not None:
+            parts[kind] = summed
+    if len(parts) < len(weight_kinds) and not _stand_alone(by_kind, contributions):
+        parts = {KIND_OF[Dense]: _sum_weights(name, contributions, base)}
+    elif len(parts) < len(weight_kinds):
+        parts = {kind: by_kind[kind][0].part for kind in weight_kinds}
+    for kind in by_kind:
+        if not kind.in_weight:
+            parts[kind] = _combine_kind(name, kind, by_kind[kind])
+    return tuple(parts[kind] for kind in KINDS if kind in parts)
+
+
+def _by_kind(contributions: Sequence[Contribution]) -> Mapping[Kind, list[Share[Any]]]:
+    found: dict[Kind, list[Share[Any]]] = {}
+    for parts, weight in contributions:
+        for part in parts:
+            found.setdefault(KIND_OF[type(part)], []).append(Share(part, weight))
+    return found
+
+
+def _stand_alone(by_kind: Mapping[Kind, Sequence[Share[Any]]], contributions: Sequence[Contribution]) -> bool:
+    """Whether all that acts on the prompt's own tokens here is of one adapter, whole."""
+    acting = [
+        weight for parts, weight in contributions if any(not KIND_OF[type(part)].for_virtual_ids for part in parts)
+    ]
+    return acting == [1.0]
+
+
+def _combine_kind(name: str, kind: Kind, shares: Sequence[Share[Any]]) -> Part:
+    part = shares[0].part if len(shares) == 1 and shares[0].weight == 1.0 else kind.combine(shares)
+    if part is None:
+        raise _no_sum(name, kind)
+    return part
+
+
+def _sum_weights(name: str, contributions: Sequence[Contribution], base: BaseModelSpec) -> Dense:
+    """The module's parts that are in its weight, as a weight of its own."""
+    module = base.modules[name]
+    shares = []
+    for parts, weight in contributions:
+        changing = tuple(part for part in parts if KIND_OF[type(part)].in_weight)
+        if changing:
+            shares.append((changing, weight))
+    if module.kind not in ("linear", "conv1d"):
+        raise _no_sum(name, next(KIND_OF[type(p)] for parts, _ in shares for p in parts if not isinstance(p, LowRank)))
+    return Dense(SummedWeights(tuple(shares)), module.out_features, module.in_features)
+
+
+@dataclass(frozen=True, eq=False)
+class SummedWeights(WeightChange):
+    """W + sum of w_i * (W_i - W), where the parts of the adapter i make W_i of W."""
+
+    shares: tuple[Contribution, ...]
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """See WeightChange."""
+        total, unused = weight.clone(), torch.zeros(len(weight), device=weight.device)
+        for parts, share in self.shares:
+            own = weight.clone()
+            fold_parts(own, unused, parts)
+            total += (own - weight).mul_(share)
+        return total
+
+    def bias(self, bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+        """See WeightChange: what the dense parts among them make of it."""
+        total = bias
+        for parts, share in self.shares:
+            for part in parts:
+                own = part.change.bias(bias, weight) if isinstance(part, Dense) else bias
+                if own is not bias and own is not None:
+                    change = own if bias is None else own - bias
+                    total = share * change if total is None else total + share * change
+        return total
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those of all parts, in order."""
+        return tuple(_walk(self.shares))
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> SummedWeights:
+        """See WeightChange."""
+        given = iter(tensors)
+        return SummedWeights(_rebuild(self.shares, lambda: next(given)))
+
+
+def _walk(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    for inner in _inner(value):
+        yield from _walk(inner)
+
+
+def _rebuild(value: Any, take: Callable[[], torch.Tensor]) -> Any:
+    """`value` with what `take` gives in place of each tensor, in the order of `_walk`."""
+    if isinstance(value, torch.Tensor):
+        return take()
+    if isinstance(value, tuple):
+        return tuple(_rebuild(inner, take) for inner in value)
+    if isinstance(value, Part | WeightChange):
+        return replace(value, **{field.name: _rebuild(getattr(value, field.name), take) for field in fields(value)})
+    return value
+
+
+def _inner(value: object) -> Iterator[object]:
+    if isinstance(value, tuple):
+        yield from value
+    elif isinstance(value, Part | WeightChange):
+        yield from (getattr(value, field.name) for field in fields(value))
+
+
+def _no_sum(name: str, kind: Kind) -> AdapterIncompatible:
+    return AdapterIncompatible(
+        f"{name}: {kind.part.__name__} of one adapter has no exact sum with what the others do there",
+        subject=name,
+        remedy="name adapters that do not meet there, or with the weight 1 only one of them",
+    )

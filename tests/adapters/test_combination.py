@@ -1,0 +1,77 @@
+"""Facts of combinations, without weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramux_adapters.combination import Combination, combine_specs
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.spec import AdapterSpec
+
+
+def _spec(digit: str, **more: object) -> AdapterSpec:
+    spec = AdapterSpec(digit * 64, "lora", "ab" * 32, False, {"q": 4}, frozenset({"k"}), 100)
+    return replace(spec, **more)  # type: ignore[arg-type]
+
+
+weights = st.floats(-100, 100).filter(bool)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("0123456789"), weights), min_size=1, unique_by=lambda term: term[0]), st.data()
+)
+def test_the_digest_is_of_content_and_weights_in_any_order(terms: list[tuple[str, float]], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(terms))
+    one, _ = combine_specs([(_spec(digit), weight) for digit, weight in terms])
+    other, spec = combine_specs([(_spec(digit), weight) for digit, weight in shuffled])
+    assert one == other
+    assert spec.digest == one.digest
+    assert one.digests == {digit * 64 for digit, _ in terms}
+    changed = [(terms[0][0], -terms[0][1]), *terms[1:]]
+    assert combine_specs([(_spec(digit), weight) for digit, weight in changed])[0].digest != one.digest
+    assert len(one.digest) == 64
+
+
+def test_the_digest_is_no_adapters() -> None:
+    """The domain is its own, and a weight is never read as part of a digest."""
+    assert Combination((("0" * 64, 1.0),)).digest != "0" * 64
+    one = Combination((("0" * 64, 1.0), ("1" * 64, 1.0)))
+    assert one.digest != Combination((("0" * 64, 1.0),)).digest
+    assert (
+        one.digest == "d21fb5ab88315af258a37b994f58f719147b9848d75ad06996b01b60049457f7"
+    )  # of every release: caches and logs of several servers agree
+
+
+def test_facts_add() -> None:
+    _, spec = combine_specs(
+        [
+            (_spec("1", ranks={"q": 4, "v": 2}), 0.5),
+            (_spec("2", ranks={"q": 8}, others=frozenset({"o"}), virtual_tokens=3, biases=frozenset({"n"})), 1.0),
+        ]
+    )
+    assert spec.ranks == {"q": 12, "v": 2}
+    assert spec.biases == {"k", "n"}
+    assert spec.others == {"o"}
+    assert (spec.virtual_tokens, spec.nbytes, spec.kind) == (3, 200, "combination")
+    assert spec.base_fingerprint == "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [("ab" * 32, "ab" * 32, "ab" * 32), ("ab" * 32, None, None), ("ab" * 32, "cd" * 32, None)],
+)
+def test_a_base_is_declared_where_all_declare_it(first: str | None, second: str | None, expected: str | None) -> None:
+    terms = [(_spec("1", base_fingerprint=first), 1.0), (_spec("2", base_fingerprint=second, base_mismatch=True), 1.0)]
+    _, spec = combine_specs(terms)
+    assert spec.base_fingerprint == expected
+    assert spec.base_mismatch
+
+
+def test_two_of_one_content_are_refused_with_the_remedy() -> None:
+    with pytest.raises(AdapterIncompatible, match="name it once, with the sum of its weights") as caught:
+        combine_specs([(_spec("1"), 1.0), (_spec("2"), 1.0), (_spec("1"), 0.5)])
+    assert caught.value.subject == "1" * 64
