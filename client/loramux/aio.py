@@ -80,11 +80,14 @@ class AsyncClient:
         *,
         token_ids: Sequence[int] | None = None,
         messages: Messages | None = None,
-        adapter: str = "",
+        adapter: str | Mapping[str, float] = "",
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
-        """The whole answer to exactly one of text, token_ids or messages; `adapter` "" means the base."""
+        """The whole answer to exactly one of text, token_ids or messages.
+
+        `adapter` is a reference, "" for the base, or several with their weights, which act as one.
+        """
         request = convert.generate_request(text, token_ids, messages, adapter, options)
         attempts = Attempts(self._retry, timeout)
         return convert.generation(await self._call(self._inference.Generate, request, attempts))
@@ -95,7 +98,7 @@ class AsyncClient:
         *,
         token_ids: Sequence[int] | None = None,
         messages: Messages | None = None,
-        adapter: str = "",
+        adapter: str | Mapping[str, float] = "",
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[StreamPart, None]:

@@ -32,7 +32,7 @@ def generate_request(
     text: str | None,
     token_ids: Sequence[int] | None,
     messages: Sequence[Mapping[str, object]] | None,
-    adapter: str,
+    adapter: str | Mapping[str, float],
     options: types.GenerateOptions,
 ) -> inference_pb2.GenerateRequest:
     """A GenerateRequest from exactly one kind of input; unset options stay unset on the wire."""
@@ -42,7 +42,11 @@ def generate_request(
     request = inference_pb2.GenerateRequest()
     given = [name for name, v in (("text", text), ("token_ids", token_ids), ("messages", messages)) if v is not None]
     with fields.refusing() as refusals:
-        request.adapter = refusals.take("adapter", adapter, fields.text) or ""
+        if isinstance(adapter, Mapping):
+            for name, weight in refusals.take("adapter", adapter, fields.adapters) or ():
+                request.adapters.add(adapter=name, weight=weight)
+        else:
+            request.adapter = refusals.take("adapter", adapter, fields.text) or ""
         if len(given) != 1:
             refusals.add("input", f"give exactly one of text, token_ids and messages, not {', '.join(given) or 'none'}")
         elif text is not None:

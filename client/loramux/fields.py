@@ -21,6 +21,7 @@ T = TypeVar("T", bound=Sized)
 _UINT32 = (1 << 32) - 1
 _OFF = "0 or unset means off"
 _MOST_TOKENS = 1024  # with a bias, or that stop
+_MOST_ADAPTERS = 16
 _MOST_CHARACTERS = 256  # of a stop string or a salt
 
 WHOLE: Mapping[str, tuple[int, int, str]] = {
@@ -55,6 +56,7 @@ REAL: Mapping[str, Range] = {
     "frequency_penalty": Range(-2.0, 2.0, _OFF),
 }
 BIAS = Range(-100.0, 100.0)
+WEIGHT = Range(-100.0, 100.0)
 TTL = Range(0.0, 10 * 365 * 86_400, "that is 10 years, and None means that the adapter stays", above=True)
 MAX_USES = (1, 1_000_000_000, "it must be from 1 to 1000000000, and None means no limit")
 YES_OR_NO = frozenset({"include_stop", "ignore_eos", "return_token_ids", "echo"})
@@ -200,6 +202,30 @@ def biases(value: Any) -> dict[int, float]:
         _part(f"[{key!r}]", _token, key): _part(f"[{key!r}]", lambda addend: _real(addend, BIAS), addend)
         for key, addend in value.items()
     }
+
+
+def adapters(value: Any) -> list[tuple[str, float]]:
+    """References to adapters with their weights."""
+    _at_most(value, _MOST_ADAPTERS, "adapters together")
+    if not value:
+        raise _WrongError("must not be empty; leave it out to ask the base")
+    return [
+        (
+            _part(f"[{name!r}]", _reference, name),
+            _part(f"[{name!r}]", lambda weight: _real(weight, WEIGHT) or _refuse_zero(), weight),
+        )
+        for name, weight in value.items()
+    ]
+
+
+def _reference(value: Any) -> str:
+    if not text(value):
+        raise _WrongError("must not be empty")
+    return value  # type: ignore[no-any-return]
+
+
+def _refuse_zero() -> float:
+    raise _WrongError("must not be 0: leave the adapter out")
 
 
 def json_text(value: Any) -> str:

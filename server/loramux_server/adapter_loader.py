@@ -5,10 +5,11 @@ Knows no format: what reads the files is injected. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from loramux_adapters.combination import Combination
 from loramux_adapters.errors import AdapterCorrupt, AdapterIncompatible
 from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.protocol import AdapterStore
@@ -54,3 +55,25 @@ class AdapterLoader(Generic[W]):
                 remedy="remove it and upload it again",
             )
         return weights
+
+
+class Combine(Protocol[W]):
+    """Make one adapter of several with weights; raises AdapterIncompatible where it cannot be exact."""
+
+    def __call__(self, terms: Sequence[tuple[W, float]]) -> W: ...
+
+
+class CombinationLoader(Generic[W]):
+    """Loads what `find` knows as combined of other adapters, each of which `load` gives; None where it knows none."""
+
+    def __init__(
+        self, find: Callable[[str], Combination | None], load: Callable[[str], W], combine: Combine[W]
+    ) -> None:
+        self._find, self._load, self._combine = find, load, combine
+
+    def load(self, digest: str) -> W | None:
+        """Raises AdapterIncompatible, and what loading one of the adapters raises."""
+        combination = self._find(digest)
+        if combination is None:
+            return None
+        return self._combine([(self._load(adapter), weight) for adapter, weight in combination.terms])

@@ -26,6 +26,7 @@ from loramux_adapters.base.load import BaseRefused, LoadedBase, load_base
 from loramux_adapters.base.source import explain_load
 from loramux_adapters.base.weight_counts import count_weights, is_mixture
 from loramux_adapters.base.weight_formats import select_weight_formats
+from loramux_adapters.combining import combine
 from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, select_device
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.errors import AdapterError
@@ -43,10 +44,11 @@ from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.adapter_loader import AdapterLoader
+from loramux_server.adapter_loader import AdapterLoader, CombinationLoader
 from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo
 from loramux_server.api.server_limits import ServerLimits
+from loramux_server.combinations import Combinations
 from loramux_server.config import EMBEDDED_MODEL, ServeConfig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
@@ -116,8 +118,11 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
     by_frequency = config.adapter_eviction == "frequency"
-    host = HostCache(
-        AdapterLoader(store, read, base.spec.fingerprint).load,
+    combinations = Combinations()
+    stored = AdapterLoader(store, read, base.spec.fingerprint)
+    combined = CombinationLoader(combinations.find, lambda digest: host.load(digest), partial(combine, base=base.spec))
+    host: HostCache[AdapterWeights] = HostCache(
+        lambda digest: combined.load(digest) or stored.load(digest),
         config.adapter_host_bytes,
         Frequency() if by_frequency else None,
     )
@@ -147,7 +152,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         on_death=hooks.on_death,
     )
     states = _States(pool, merged_weights)
-    registry = Registry(store, read_spec, base.spec.fingerprint, states)
+    registry = Registry(store, read_spec, base.spec.fingerprint, states, combinations=combinations)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:

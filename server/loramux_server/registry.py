@@ -11,13 +11,15 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol
 
+from loramux_adapters.combination import combine_specs
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.protocol import AdapterStore
@@ -26,13 +28,14 @@ from loramux_adapters.store.records import (
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
-    AdapterVersion,
     DesiredState,
     FileEntry,
     Published,
     UploadManifest,
     UploadProgress,
 )
+from loramux_server.combinations import Combinations
+from loramux_server.held import Held, HeldCombination, Resolved, name_of
 from loramux_server.registry_expiry import ExpiryThread
 
 _MIN_PREFIX = 8  # hex digits
@@ -57,59 +60,6 @@ class AdapterCaches(Protocol):
 
         What was refused or failed before is left alone, unless it is `retry`. Never waits.
         """
-
-
-class Resolved:
-    """What a reference meant when it was resolved; holds the version's bytes until `release`.
-
-    `name` is the adapter's name even if an alias was given. A context manager.
-    """
-
-    def __init__(
-        self,
-        tenant: str,
-        version: AdapterVersion,
-        count_use: Callable[[int], Awaitable[None]],
-        release: Callable[[str, int | None], None],
-    ) -> None:
-        self.tenant = tenant
-        self.name = version.id.name
-        self.spec = version.spec
-        self._use = version.use
-        self._count_use = count_use
-        self._release = release
-        self._lock = threading.Lock()
-        self._held = True
-
-    @property
-    def digest(self) -> str:
-        """The version, 64 hex digits."""
-        return self.spec.digest
-
-    async def confirm(self) -> None:
-        """The request is accepted: returns once its use is durable, where uses of the name are limited. Idempotent.
-
-        Nothing may be told to the caller before. StoreUnavailable: it was not counted, and the request must not go on.
-        """
-        use, self._use = self._use, None
-        if use is not None:
-            await self._count_use(use)
-
-    def release(self) -> None:
-        """Release the bytes and a use that was not confirmed. Idempotent, from any thread, never waits for the disk."""
-        with self._lock:
-            held, self._held = self._held, False
-        if held:
-            use, self._use = self._use, None
-            self._release(self.digest, use)
-
-    def __enter__(self) -> Resolved:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 @dataclass(frozen=True)
@@ -177,12 +127,15 @@ class Registry:
         base: str,
         caches: AdapterCaches,
         clock: Callable[[], float] = time.time,
+        combinations: Combinations | None = None,
     ) -> None:
-        """`base` is the fingerprint of the base that `read` validates against; `clock` is the store's."""
+        """`base` is the fingerprint of the base that `read` validates against; `clock` is the store's. In
+        `combinations` a loader finds what the digests of combined adapters stand for."""
         self._store = store
         self._read = read
         self._base = base
         self._caches = caches
+        self._combinations = combinations or Combinations()
         self._reconciling = threading.Lock()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
@@ -205,6 +158,22 @@ class Registry:
         StoreUnavailable.
         """
         return self._hold(tenant, reference, counts=True)
+
+    def resolve_all(self, tenant: str, references: Sequence[tuple[str, float]]) -> Held:
+        """Hold several adapters with weights, as one: `resolve` of each. One alone, with the weight 1, is itself.
+
+        Raises also AdapterIncompatible where they cannot act together.
+        """
+        with ExitStack() as held:
+            parts = [(held.enter_context(self.resolve(tenant, name)), weight) for name, weight in references]
+            if len(parts) == 1 and parts[0][1] == 1.0:
+                held.pop_all()
+                return parts[0][0]
+            combination, spec = combine_specs([(part.spec, weight) for part, weight in parts])
+            name = name_of([(part.name, weight) for part, weight in parts])
+            self._combinations.hold(combination, name)
+            held.pop_all()
+            return HeldCombination(combination, name, spec, [part for part, _ in parts], self._end_combination)
 
     async def begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open an upload or resume it; see AdapterStore.begin_upload."""
@@ -229,7 +198,7 @@ class Registry:
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
-        return self._store.names(digests)
+        return {**self._store.names(digests), **self._combinations.names(digests)}
 
     def usage(self) -> tuple[int, int]:
         """Names in the store and bytes that they keep. As `names`."""
@@ -237,7 +206,7 @@ class Registry:
 
     def existing(self, digests: Collection[str]) -> frozenset[str]:
         """Those of `digests` of which there is a version, held or named. As `names`."""
-        return self._store.existing(digests)
+        return self._store.existing(digests) | self._combinations.names(digests).keys()
 
     async def get(self, tenant: str, reference: str) -> AdapterRecord:
         """The record behind a reference."""
@@ -323,8 +292,13 @@ class Registry:
                 )
 
     def _evict_removed(self) -> None:
-        for digest in self._store.take_removed():
-            self._caches.evict(digest)
+        for removed in self._store.take_removed():
+            for digest in (removed, *self._combinations.forget(removed)):
+                self._caches.evict(digest)
+
+    def _end_combination(self, digest: str) -> None:
+        for forgotten in self._combinations.release(digest):
+            self._caches.evict(forgotten)
 
     def _release(self, digest: str, use: int | None) -> None:
         if use is not None:

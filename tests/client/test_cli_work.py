@@ -139,6 +139,22 @@ def test_unknown_demo_task_lists_the_known() -> None:
     assert "backwards" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["style=much"], "'much' is no number, as in style=0.5"),
+        (["style", "style=2"], "style is given twice"),
+        (["style", "=2"], "must not be empty"),
+        (["style", "facts=0"], "must not be 0"),
+    ],
+)
+def test_adapters_with_weights_are_refused_by_name(given: list[str], why: str) -> None:
+    arguments = [argument for each in given for argument in ("-A", each)]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["generate", "hi", *arguments, "--wait", "0"])
+    assert result.exit_code != 0
+    assert why in result.output
+
+
 def test_an_empty_adapter_name_is_refused_and_never_the_base() -> None:
     """As `--adapter "$NAME"` gives where NAME is not set."""
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["generate", "hi", "--adapter", ""])

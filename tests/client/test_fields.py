@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -134,6 +135,33 @@ def test_what_is_refused_here_is_what_a_server_refuses(option: str, values: list
     there = [value for value in values if _is_refused_there({option: value})]
     assert here == there
     assert len(there) < len(values)
+
+
+ADAPTERS: list[Mapping[str, float]] = [
+    {"a": 1.0}, {"a": 0.0}, {"a": 100.0, "b@12345678": -100.0}, {"a": 101.0}, {"": 1.0}, {"a": math.nan},
+    dict.fromkeys(map(str, range(16)), 1.0), dict.fromkeys(map(str, range(17)), 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_several_adapters_are_refused_here_where_a_server_refuses_them(adapters: Mapping[str, float]) -> None:
+    raw = raw_request("x", {})
+    for name, weight in adapters.items():
+        raw.adapters.add(adapter=name, weight=weight)
+    try:
+        check_generate(read_generate(raw), LIMITS)
+    except InvalidRequest:
+        with pytest.raises(InvalidArgument, match="adapter"):
+            convert.generate_request("x", None, None, adapters, {})
+    else:
+        sent = convert.generate_request("x", None, None, adapters, {})
+        assert sent.adapters == raw.adapters
+        assert not sent.adapter
+
+
+def test_no_adapters_at_all_are_not_the_base() -> None:
+    with pytest.raises(InvalidArgument, match="must not be empty; leave it out to ask the base"):
+        convert.generate_request("x", None, None, {}, {})
 
 
 def test_numbers_of_other_types_fit() -> None:

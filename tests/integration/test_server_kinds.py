@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import peft
 import pytest
 from peft import PeftConfig
+from typer.testing import CliRunner
 
 from loramux import Client
-from loramux.errors import InvalidArgument
+from loramux.cli.main import app
+from loramux.errors import FailedPrecondition, InvalidArgument
 from loramux.local_server import LocalServer
 from loramux_adapters.embedded.tiny import tiny_path
+from support.combined import CombinedOracle, Terms
 from support.kinds import KindOracle, make_kind
 from support.live import until, until_idle
 
@@ -66,7 +69,7 @@ def names(client: Client, server: LocalServer, directories: dict[str, Path]) -> 
     until_idle(server)
 
 
-def answer(client: Client, adapter: str, **more: Any) -> list[int]:
+def answer(client: Client, adapter: str | Mapping[str, float], **more: Any) -> list[int]:
     options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12, "return_token_ids": True}
     return list(client.generate(token_ids=PROMPT, adapter=adapter, **{**options, **more}).choices[0].token_ids)
 
@@ -102,6 +105,59 @@ def test_usage_counts_the_text_alone(client: Client, names: dict[str, str]) -> N
 def test_a_prompt_that_does_not_activate_its_adapter_is_refused(client: Client, names: dict[str, str]) -> None:
     with pytest.raises(InvalidArgument, match="does not hold the tokens that activate this adapter"):
         client.generate(token_ids=[5, 17, 4], adapter=names["alora"], max_tokens=2)
+
+
+COMBINED: dict[str, Terms] = {
+    "low ranks": [("lora", 0.7), ("loha", 1.0)],
+    "all parts": [("lora", 1.0), ("ia3", 1.0), ("prefix tuning", 1.0)],
+    "a weight of its own": [("dora", 0.5), ("lora", 1.0)],
+}
+
+
+def test_several_adapters_in_one_request_act_as_their_sum(
+    client: Client,
+    server: LocalServer,
+    names: dict[str, str],
+    directories: dict[str, Path],
+    truths: dict[str, list[int]],
+) -> None:
+    sums = {
+        name: CombinedOracle(tiny_path(), directories, terms).truth(name, PROMPT, 12).tokens
+        for name, terms in COMBINED.items()
+    }
+    assert len({tuple(tokens) for tokens in [*sums.values(), *truths.values()]}) > len(truths)
+    asked = {name: {names[kind]: weight for kind, weight in terms} for name, terms in COMBINED.items()}
+    with ThreadPoolExecutor(RUN_AND_QUEUED) as pool:
+        alone = {kind: pool.submit(answer, client, names[kind]) for kind in ("lora", "dora", "ia3")}
+        together = {name: pool.submit(answer, client, terms) for name, terms in asked.items() for _ in range(2)}
+        for name, found in together.items():
+            assert found.result() == sums[name], name
+        for kind, found in alone.items():
+            assert found.result() == truths[kind], kind
+
+    def digest(terms: Mapping[str, float]) -> str | None:
+        return client.generate(token_ids=PROMPT, adapter=terms, max_tokens=1).prompt.adapter_digest
+
+    assert len({digest(terms) for terms in asked.values()}) == 3
+    low_ranks = asked["low ranks"]
+    assert digest(low_ranks) == digest(dict(reversed(low_ranks.items())))
+    options = ["-A", f"{names['lora']}=0.7", "-A", names["loha"], "--temperature", "0", "--max-tokens", "12"]
+    result = CliRunner().invoke(app, ["generate", "Hello", *options, "--address", server.address])
+    said = client.generate("Hello", adapter=low_ranks, temperature=0.0, max_tokens=12).choices[0].text
+    assert result.exit_code == 0
+    assert result.stdout.rstrip("\n") == said.rstrip("\n")
+
+
+def test_what_has_no_sum_is_refused(client: Client, names: dict[str, str]) -> None:
+    for kinds, why in (
+        (("prompt tuning", "prefix tuning"), "2 of the adapters stand before the prompt"),
+        (("alora", "lora"), "acts from its invocation tokens on only"),
+    ):
+        with pytest.raises(InvalidArgument, match=why):
+            client.generate(token_ids=PROMPT, adapter={names[kind]: 1.0 for kind in kinds}, max_tokens=2)
+    with pytest.raises(FailedPrecondition, match="TokenRows of one adapter has no exact sum"):
+        client.generate(token_ids=PROMPT, adapter={names["tokens"]: 0.5}, max_tokens=2)
+    assert answer(client, names["lora"])
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "ia3", "tokens", "ln tuning"])

@@ -17,8 +17,8 @@ from loramux_adapters.store.records import FileEntry, UploadManifest
 from loramux_server.api.activation import place_adapter
 from loramux_server.app import build_engine
 from loramux_server.config import resolve_config
+from loramux_server.held import Resolved
 from loramux_server.observe.metrics import Metrics
-from loramux_server.registry import Resolved
 from loramux_server.requests import SamplingParams, StopConditions, Submission
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
 

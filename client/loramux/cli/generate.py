@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,9 +24,13 @@ def command(
     ] = None,
     address: Address = DEFAULT_ADDRESS,
     adapter: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--adapter", "-A", help="Name, alias or name@digest; unset: the base.", autocompletion=complete_adapters
+            "--adapter",
+            "-A",
+            metavar="NAME[=WEIGHT]",
+            help="Name, alias or name@digest; unset: the base. Repeated, all act together, each by its weight.",
+            autocompletion=complete_adapters,
         ),
     ] = None,
     chat: Annotated[
@@ -85,8 +90,7 @@ def command(
     """Generate text on the base or with an adapter, streaming it to the terminal."""
     from loramux.cli.connecting import connect, generate_start_seconds
 
-    if adapter == "":  # as of an unset variable of a shell: it must not become the base
-        raise typer.BadParameter("must not be empty; leave it out to ask the base", param_hint="--adapter")
+    asked = _read_adapters(adapter or [])
     text = _read_prompt(prompt)
     given = {
         "max_tokens": max_tokens, "min_tokens": min_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
@@ -102,9 +106,9 @@ def command(
     with connect(address, generate_start_seconds(address) if wait is None else wait) as client:
         plain = None if messages else text
         if not as_json and (n is None or n == 1):
-            aborted = _stream(client, plain, messages, adapter or "", timeout, options)
+            aborted = _stream(client, plain, messages, asked, timeout, options)
         else:
-            answer = client.generate(plain, messages=messages, adapter=adapter or "", timeout=timeout, **options)
+            answer = client.generate(plain, messages=messages, adapter=asked, timeout=timeout, **options)
             aborted = any(choice.finish.reason == "aborted" for choice in answer.choices)
             if as_json:
                 print_json(answer)
@@ -117,11 +121,27 @@ def command(
         raise CommandError("the answer was aborted before its end", code=ExitCode.UNAVAILABLE)
 
 
+def _read_adapters(given: list[str]) -> str | Mapping[str, float]:
+    """`name` or `name=weight`, several -> what a client takes; "" is the base."""
+    weights: dict[str, float] = {}
+    for text in given:
+        name, equals, weight = text.partition("=")
+        if not name:  # as of an unset variable of a shell: it must not become the base
+            raise typer.BadParameter("must not be empty; leave it out to ask the base", param_hint="--adapter")
+        if name in weights:
+            raise typer.BadParameter(f"{name} is given twice", param_hint="--adapter")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise typer.BadParameter(f"{weight!r} is no number, as in {name}=0.5", param_hint="--adapter") from None
+    return weights if len(weights) > 1 or "=" in "".join(given) else "".join(weights)
+
+
 def _stream(
     client: Client,
     text: str | None,
     messages: list[Message] | None,
-    adapter: str,
+    adapter: str | Mapping[str, float],
     timeout: float | None,
     options: GenerateOptions,
 ) -> bool:

@@ -59,6 +59,7 @@ class GenerateRequest(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller or, when empty, by the server. At most 128 characters."""
     adapter: _builtins.str
@@ -80,6 +81,12 @@ class GenerateRequest(_message.Message):
     def stopping(self) -> Global___Stopping: ...
     @_builtins.property
     def response(self) -> Global___ResponseOptions: ...
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """Several adapters that act together, in place of `adapter`; see docs/adapters.md. At most 16, all of different
+        content; what they come to is exact, or the request is refused.
+        """
+
     def __init__(
         self,
         *,
@@ -93,10 +100,11 @@ class GenerateRequest(_message.Message):
         response: Global___ResponseOptions | None = ...,
         priority: _builtins.int | None = ...,
         cache_salt: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "chat", b"chat", "input", b"input", "priority", b"priority", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "adapter", b"adapter", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "priority", b"priority", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "adapter", b"adapter", "adapters", b"adapters", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "priority", b"priority", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -108,6 +116,32 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class WeightedAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As GenerateRequest.adapter, not empty."""
+    weight: _builtins.float
+    """What the adapter's effect is multiplied by, default 1; from -100 to 100 and not 0."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
@@ -410,7 +444,9 @@ class PromptInfo(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     adapter_digest: _builtins.str
-    """Digest the adapter reference was resolved to; empty for the base."""
+    """Digest the adapter reference was resolved to; empty for the base. Of several adapters it is derived from
+    theirs and the weights.
+    """
     seed: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...

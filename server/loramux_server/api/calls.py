@@ -44,7 +44,8 @@ class ResponseOptions:
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One generation; exactly one of `text`, `token_ids` and `chat` is set in a valid call.
+    """One generation; exactly one of `text`, `token_ids` and `chat` is set in a valid call, and of `adapter` and
+    `adapters` one at most.
 
     `seed` and `max_tokens` are the server's to choose where they are None; those of `sampling` and `stop` that follow
     from the base or from other fields are set when the call is accepted.
@@ -52,6 +53,7 @@ class GenerateCall:
 
     request_id: str = ""
     adapter: str = ""
+    adapters: tuple[tuple[str, float], ...] = ()  # several in its place, each with its weight
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     chat: tuple[ChatTurn, ...] | None = None

@@ -36,6 +36,7 @@ def read_generate(request: inference_pb2.GenerateRequest) -> GenerateCall:
     return GenerateCall(
         request_id=request.request_id,
         adapter=request.adapter,
+        adapters=tuple((each.adapter, each.weight if each.HasField("weight") else 1.0) for each in request.adapters),
         text=request.text if kind == "text" else None,
         token_ids=tuple(request.token_ids.ids) if kind == "token_ids" else None,
         chat=read_chat("chat.messages", request.chat) if kind == "chat" else None,

@@ -20,8 +20,8 @@ from loramux_server.api.ports import AdapterObserver, Tokenizer
 from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.stop_tokens import resolve_stop_tokens
 from loramux_server.api.tokenizer_pool import TokenizerPool
+from loramux_server.held import Held
 from loramux_server.observe.logs import CALL_ID, DIGITS, note
-from loramux_server.registry import Resolved
 from loramux_server.requests import Submission
 
 
@@ -45,7 +45,7 @@ class GenerateUseCase:
         validate.check_generate(call, limits)
         stop = resolve_stop_tokens(call.stop, tokenizer.special_tokens, limits.vocabulary)
         call = replace(call, stop=replace(stop, eos_token_ids=tokenizer.eos_token_ids))
-        with self._resolve(services, tenant, call.adapter) as resolved:
+        with self._resolve(services, tenant, call) as resolved:
             digest = None if resolved is None else resolved.digest
             prompt = await self._tokenize(call, tokenizer, limits)
             note(digest=digest and digest[:DIGITS], prompt_tokens=len(prompt))
@@ -70,10 +70,11 @@ class GenerateUseCase:
             return await self.tokenizers.encode_chat(tokenizer, limits, call.chat, call.tools)
         return await self.tokenizers.encode_text("text", tokenizer, limits, call.text or "")
 
-    def _resolve(self, services: Services, tenant: str, reference: str) -> Resolved | nullcontext[None]:
-        if not reference:
+    def _resolve(self, services: Services, tenant: str, call: GenerateCall) -> Held | nullcontext[None]:
+        references = call.adapters or (((call.adapter, 1.0),) if call.adapter else ())
+        if not references:
             return nullcontext()
-        resolved = services.registry.resolve(tenant, reference)
+        resolved = services.registry.resolve_all(tenant, references)
         self.observer.named(resolved.digest, resolved.name)
         note(adapter=resolved.name)
         return resolved

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from loramux_adapters.combination import LARGEST_WEIGHT, MOST_COMBINED
 from loramux_adapters.names import (
     LABEL_KEY,
     MAX_LABEL_CHARACTERS,
@@ -51,6 +52,7 @@ def check_generate(call: GenerateCall, limits: ServerLimits) -> None:
     check(
         request_id("request_id", call.request_id) if call.request_id else (),
         reference("adapter", call.adapter) if call.adapter else (),
+        _combined(call) if call.adapters else (),
         _at_most("cache_salt", len(call.cache_salt), MAX_SALT_CHARS, "characters"),
         _input(call, limits),
         _sampling(call, limits),
@@ -71,6 +73,17 @@ def reference(field: str, value: str) -> Wrong:
     yield from name(field, adapter)
     if at and not VERSION.allows(digest):
         yield InvalidRequest(field, f"after @ there must be {VERSION.words}")
+
+
+def _combined(call: GenerateCall) -> Wrong:
+    if call.adapter:
+        yield InvalidRequest("adapters", "give either adapter or adapters")
+    yield from _at_most("adapters", len(call.adapters), MOST_COMBINED, "adapters together")
+    for index, (value, weight) in enumerate(call.adapters):
+        yield from reference(f"adapters[{index}].adapter", value)
+        if not weight or not math.isfinite(weight) or abs(weight) > LARGEST_WEIGHT:
+            why = f"must be a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} and not 0: leave the adapter out"
+            yield InvalidRequest(f"adapters[{index}].weight", why)
 
 
 def name(field: str, value: str) -> Wrong:

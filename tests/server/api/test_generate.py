@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loramux_protos.v1 import adapters_pb2
 from loramux_server.api.calls import GenerateCall
 from loramux_server.api.gate import Gate
 from loramux_server.api.generate import GenerateUseCase
@@ -85,6 +86,20 @@ async def test_the_version_is_held_until_the_generation_is_left(tmp_path: Path) 
             assert generation.submission.digest is not None
             assert len(await _text(generation)) > 0
         await until(lambda: server.inside.is_idle)
+
+
+async def test_several_adapters_are_one_submission_and_all_are_held(tmp_path: Path) -> None:
+    async with served(tmp_path) as server:
+        for name in ("style", "facts"):
+            await server.adapters.UploadAdapter(iter(upload_messages(name, adapter_files(name.encode()))))
+        call = GenerateCall(adapters=(("style", 0.5), ("facts", 1.0)), text="a", sampling=GREEDY, max_tokens=3)
+        async with _use_case(server).open(call, "default", None) as generation:
+            digest = generation.submission.digest
+            assert digest is not None
+            for name in ("style", "facts"):
+                await server.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name=name))
+            assert len(await _text(generation)) > 0
+        await until(lambda: server.inside.is_idle and not server.inside.registry.existing([digest]))
 
 
 async def test_leaving_early_aborts_what_runs(tmp_path: Path) -> None:

@@ -227,3 +227,30 @@ def test_what_is_within_bounds_passes() -> None:
         ),
         LIMITS,
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "field", "why"),
+    [
+        ({"adapter": "a", "adapters": (("b", 1.0),)}, "adapters", "give either adapter or adapters"),
+        ({"adapters": (("b", 1.0),) * 17}, "adapters", "17 adapters together"),
+        ({"adapters": (("b", 1.0), ("", 1.0))}, "adapters[1].adapter", "must be 1 to 64 letters"),
+        ({"adapters": (("b@12", 1.0),)}, "adapters[0].adapter", "after @ there must be"),
+        *(
+            (
+                {"adapters": (("b", 1.0), ("c", weight))},
+                "adapters[1].weight",
+                "must be a number from -100 to 100 and not 0",
+            )
+            for weight in (0.0, math.nan, math.inf, -100.1)
+        ),
+    ],
+)
+def test_several_adapters_have_names_and_weights(call: dict[str, Any], field: str, why: str) -> None:
+    refused = dict(_refused(replace(GOOD, **call)).violations)
+    assert refused.keys() == {field}
+    assert refused[field].startswith(why)
+
+
+def test_several_adapters_are_allowed() -> None:
+    validate.check_generate(replace(GOOD, adapters=tuple((f"a{index}", -100.0) for index in range(16))), LIMITS)
