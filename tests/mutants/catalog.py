@@ -222,6 +222,27 @@ MUTANTS = (
         "    bias.mul_(part.base_share).add_(part.value.to(bias))\n", "    pass\n",
         (TEST_ADAPTERS + "apply/test_merge.py", TEST_ADAPTERS + "parts"),
     ),
+    # Combined adapters
+    Mutant(
+        "a low rank is summed without its weight", ADAPTERS + "parts/low_rank.py",
+        "b = [share.weight * share.part.b for share in shares]", "b = [share.part.b for share in shares]",
+        (TEST_ADAPTERS + "kinds/test_combined.py",),
+    ),
+    Mutant(
+        "a magnitude stays as it is beside another adapter's low rank", ADAPTERS + "combining.py",
+        "return acting == [1.0]", "return True",
+        (TEST_ADAPTERS + "kinds/test_combined.py",),
+    ),
+    Mutant(
+        "a combination's digest leaves the weights out", ADAPTERS + "combination.py",
+        'bytes.fromhex(digest) + struct.pack("<d", weight)', "bytes.fromhex(digest)",
+        (TEST_ADAPTERS + "test_combination.py",),
+    ),
+    Mutant(
+        "a combination outlives the adapters it was made of", "server/loramux_server/registry.py",
+        "(removed, *self._combinations.forget(removed))", "(removed,)",
+        ("tests/server/test_combinations.py",),
+    ),
     # Sampler and its state
     Mutant(
         "a repetition penalty raises what is unlikely", MODEL + "logits.py",
