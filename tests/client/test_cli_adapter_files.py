@@ -47,10 +47,10 @@ def test_a_directory_is_told_as_a_server_with_the_base_would_see_it(adapter: Pat
     assert "8 rank rows" in shown.stdout
 
 
-def test_a_refusal_has_the_servers_words_and_exit_code_2(adapter: Path) -> None:
+def test_a_refusal_has_the_servers_words_and_is_told_by_exit_code(adapter: Path) -> None:
     edit_config(adapter, r=5)
     refused = verify(adapter, "--base", TINY)
-    assert refused.exit_code == 2
+    assert refused.exit_code == ExitCode.REFUSED
     assert refused.stderr.startswith("refused: adapter_model.safetensors: tensor ")
     assert "should be [5, " in refused.stderr
     told = json.loads(verify(adapter, "--base", TINY, "--json").stdout)
@@ -64,13 +64,13 @@ def test_without_a_base_it_says_what_the_files_tell_and_that_this_is_all(adapter
     assert "undeclared" in shown.stdout
     assert "give one with --base" in shown.stderr
     (adapter / "adapter_model.safetensors").write_bytes(b"PK" + b"x" * 100)
-    assert verify(adapter).exit_code == 2
+    assert verify(adapter).exit_code == ExitCode.REFUSED
 
 
 def test_a_directory_without_an_adapter_is_told_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
     refused = verify(tmp_path)
-    assert refused.exit_code == 2
+    assert refused.exit_code == ExitCode.REFUSED
     assert "adapter_model.bin is a pickle" in refused.stderr
 
 

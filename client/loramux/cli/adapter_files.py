@@ -42,7 +42,7 @@ def names_directory(target: str) -> bool:
 
 
 def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: bool, as_json: bool) -> None:
-    """Say what a server would say of a push of `directory`. Exit code 2 where it would be refused."""
+    """Say what a server would say of a push of `directory`. Exit code 3 where it would be refused."""
     from loramux.errors import LocalFilesError
     from loramux.upload import collect
     from loramux_adapters.checking import check, outline
@@ -66,7 +66,7 @@ def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: 
             print_json({"accepted": False, "directory": directory, "reason": reason, "refusal": str(error)})
         else:
             say(f"refused: {error}")
-        raise typer.Exit(ExitCode.USAGE) from None
+        raise typer.Exit(ExitCode.REFUSED) from None
     if as_json:
         told = {"accepted": True, "directory": directory, "left_out": bundle.left_out, "remark": bundle.remark}
         print_json({**told, "checked_against_base": loaded is not None, "adapter": found})

@@ -197,7 +197,7 @@ def verify(
 ) -> None:
     """Read an adapter back and check every sha256; with --against, compare it with a local directory too.
 
-    Of a directory: say without a server what one would say of a push, and what it costs; exit 2 if it is refused.
+    Of a directory: say without a server what one would say of a push, and what it costs; exit 3 if it is refused.
     """
     if names_directory(name):
         if against is not None:
