@@ -28,6 +28,9 @@ ATTENTION = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 CONFIGS: dict[str, PeftConfig] = {
     "lora": peft.LoraConfig(r=4, **ATTENTION),
     "dora": peft.LoraConfig(r=4, use_dora=True, **ATTENTION),
+    "dora of the embedding": peft.LoraConfig(
+        r=4, use_dora=True, target_modules=["embed_tokens"], task_type="CAUSAL_LM"
+    ),
     "alora": peft.LoraConfig(r=4, alora_invocation_tokens=INVOCATION, **ATTENTION),
     "tokens": peft.LoraConfig(r=4, trainable_token_indices=PROMPT, **ATTENTION),
     "loha": peft.LoHaConfig(r=4, **ATTENTION),
@@ -38,7 +41,7 @@ CONFIGS: dict[str, PeftConfig] = {
     "prefix tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
     "ln tuning": peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
 }
-SAID_KIND = {"tokens": "lora"}
+SAID_KIND = {"tokens": "lora", "dora of the embedding": "dora"}
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +158,8 @@ def test_what_has_no_sum_is_refused(client: Client, names: dict[str, str]) -> No
     ):
         with pytest.raises(InvalidArgument, match=why):
             client.generate(token_ids=PROMPT, adapter={names[kind]: 1.0 for kind in kinds}, max_tokens=2)
-    with pytest.raises(FailedPrecondition, match="TokenRows of one adapter has no exact sum"):
-        client.generate(token_ids=PROMPT, adapter={names["tokens"]: 0.5}, max_tokens=2)
+    with pytest.raises(FailedPrecondition, match="Magnitude of one adapter has no exact sum"):
+        client.generate(token_ids=PROMPT, adapter={names["dora of the embedding"]: 0.5}, max_tokens=2)
     assert answer(client, names["lora"])
 
 

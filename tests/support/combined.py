@@ -40,7 +40,10 @@ class CombinedOracle(KindOracle):
                 rest.append(directory)
                 continue
             with peft_warnings_ignored():
-                wrapped: Any = PeftModel.from_pretrained(dequantized_model(checkpoint), str(directory)).eval()
+                model = dequantized_model(checkpoint)
+                if not json.loads((directory / CONFIG_FILE).read_text()).get("trainable_token_indices"):
+                    _untie(model)  # trained tokens are of both ends
+                wrapped: Any = PeftModel.from_pretrained(model, str(directory)).eval()
                 config = wrapped.peft_config["default"]
                 if config.is_prompt_learning:
                     rest.append(directory)
@@ -54,7 +57,7 @@ class CombinedOracle(KindOracle):
                     merged = wrapped.merge_and_unload().state_dict()
                     for key, frozen in base.state_dict().items():
                         total[key] += weight * (merged[key] - frozen)
-        base.get_output_embeddings().weight = torch.nn.Parameter(total["lm_head.weight"])  # tied: no more
+        _untie(base)
         base.load_state_dict(total)
         for path, layer, weight in gains:
             _multiply(base.get_submodule(path), layer, weight)
@@ -77,6 +80,12 @@ def concatenated(out: Path, terms: Sequence[tuple[Path, float]]) -> Path:
     joined = {key: torch.cat([each[key] for each in scaled], dim=int("lora_B" in key)) for key in scaled[0]}
     save_file({key: value.contiguous() for key, value in joined.items()}, out / WEIGHTS_FILE)
     return out
+
+
+def _untie(model: Any) -> None:
+    """PEFT would merge a change of one end into both."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 @torch.no_grad()

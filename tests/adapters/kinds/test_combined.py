@@ -38,6 +38,13 @@ MORE: dict[str, Callable[[str], PeftConfig]] = {
     "ia3 too": CONFIGS["ia3"],
     "norms too": CONFIGS["norms"],
     "alora too": CONFIGS["alora"],
+    "tokens too": lambda architecture: _lora(architecture, r=4, trainable_token_indices=list(range(0, 320, 3))),
+    "dora of an embedding": lambda architecture: _lora(
+        architecture, r=4, use_dora=True, target_modules=["wte" if architecture == "gpt2" else "embed_tokens"]
+    ),
+    "lora of both ends": lambda architecture: _lora(
+        architecture, r=4, target_modules=["wte" if architecture == "gpt2" else "embed_tokens", "lm_head"]
+    ),
 }
 
 COMBINATIONS: dict[str, Terms] = {
@@ -59,6 +66,8 @@ COMBINATIONS: dict[str, Terms] = {
     "dense": [("oft", 0.7), ("fourierft", 0.5), ("lora 4", 1.0)],
     "two norms": [("norms", 0.3), ("norms too", 0.5)],
     "a head and low ranks": [("head", 1.0), ("lora 4", 0.5)],
+    "trained tokens": [("tokens", 0.6), ("tokens too", -0.3)],
+    "tokens and low ranks of both ends": [("tokens", 0.5), ("lora of both ends", 0.7)],
     "half a head": [("head", 0.5), ("tokens", 1.0)],
 }
 # Their weights are sums of whole weights, as no low rank is what they come to.
@@ -149,7 +158,7 @@ def test_a_combination_is_its_terms_in_any_order(case: Case) -> None:
         ([("prompt", 0.5), ("lora 4", 1.0)], "have no weight"),
         ([("alora", 1.0), ("lora 4", 1.0)], "acts from its invocation tokens on only"),
         ([("lora 4", 1.0), ("lora 4", 0.5)], "one and the same content"),
-        ([("tokens", 0.5)], "TokenRows of one adapter has no exact sum"),
+        ([("dora of an embedding", 0.5)], "Magnitude of one adapter has no exact sum"),
     ],
 )
 def test_what_has_no_exact_sum_is_refused(case: Case, terms: Terms, why: str) -> None:
