@@ -49,6 +49,7 @@ class Chunk:
     long_rope: bool = False  # whether the request may grow beyond the original context of a longrope base
     virtual_tokens: int = 0  # of the adapter, before the prompt: the positions 0 .. virtual_tokens - 1
     is_merged: bool = False  # whether its rows use the merged weights that the plan names
+    active_from: int = 0  # the position from which `slot` is meant: rows before it are the base's
 
 
 @dataclass(frozen=True)

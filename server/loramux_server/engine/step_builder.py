@@ -20,7 +20,7 @@ class StepBuilder:
     def __init__(self, limits: EngineLimits, tables: BlockTables) -> None:
         self.chunks: list[Chunk] = []
         self._left = limits.max_batch_tokens
-        self._digests: list[str | None] = []  # of the chunks: None where the base's weights alone are used
+        self._digests: list[str | None] = []  # of the chunks: None where some row uses the base's weights alone
         self._merged_rows = limits.merged_rows
         self._tables = tables
         self._exact_chunk = limits.prefill_chunk if limits.deterministic else None
@@ -49,7 +49,9 @@ class StepBuilder:
         """The tokens of `request` from the first not computed up to `end`; their blocks are there."""
         start = request.computed
         tokens = request.tokens
-        is_base = request.lease is None or start < request.active_from
+        lease = request.lease
+        is_base = lease is None or end <= request.active_from
+        is_mixed = start < request.active_from < end
         history = None
         if not request.entered:
             request.entered = request.seen_by_runner = True
@@ -61,17 +63,18 @@ class StepBuilder:
                 tuple(tokens[start:end]),
                 start,
                 self._tables.get_table(request, end),
-                BASE_SLOT if is_base or request.lease is None else request.lease.slot,
+                BASE_SLOT if is_base or lease is None else lease.slot,
                 end == len(tokens) and request.submission.max_tokens > 0,
                 request.params,
                 request.prompt_length,
                 history,
                 request.long_rope,
                 request.submission.virtual_tokens,
+                active_from=request.active_from if is_mixed else 0,
             )
         )
         self._left -= end - start
-        self._digests.append(None if is_base else request.submission.digest)
+        self._digests.append(None if is_base or is_mixed else request.submission.digest)
 
     def choose_merged(self, ready: frozenset[str]) -> str | None:
         """The digest of the adapter that uses its merged weights in this step; marks its chunks.
@@ -100,8 +103,10 @@ class StepBuilder:
     def _find_chunk_end(self, request: Request) -> int | None:
         """Where the next chunk ends. Exact mode cuts by the request alone and waits for room rather than cut else."""
         start, known = request.computed, len(request.tokens)
-        if start < request.active_from:
-            known = request.active_from  # no chunk is the base's and the adapter's
+        if start < request.active_from and (
+            self._exact_chunk is not None or request.params.prompt_logprobs is not None
+        ):
+            known = request.active_from  # no such chunk is the base's and the adapter's: its rows lie together
         if self._exact_chunk is None:
             end = min(known, start + self._left)
             return end if end > start else None

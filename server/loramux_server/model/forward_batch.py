@@ -1,7 +1,7 @@
 """One plan as tensors: ids, positions, cache rows, attention prefills, rows that need logits.
 
-Chunks are ordered by slot, those without an adapter first, so that rows of one adapter lie together. Built on the host
-once per step and copied once. Knows no model.
+Rows are ordered by slot, those without an adapter first, so that rows of one adapter lie together; a chunk of which an
+adapter acts on the end alone has rows in both places. Built on the host once per step and copied once. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,29 @@ ROW_MULTIPLE = 16
 """Rows of a deterministic step are padded to this, so that elementwise operations have no scalar tail of their own."""
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one chunk that lie together: positions start .. stop - 1."""
+
+    chunk: Chunk
+    start: int
+    stop: int
+    slot: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the chunk ends here."""
+        return self.stop == self.chunk.start + len(self.chunk.tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of its positions."""
+        return self.chunk.tokens[self.start - self.chunk.start : self.stop - self.chunk.start]
+
+
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
-    """`chunks` in the order of their rows, merged ones last; `logit_rows` [n] are the step's rows that get logits.
+    """`chunks` in the order of their last rows, merged ones last; `logit_rows` [n] are the rows that get logits.
 
     `shared_rows` and `shared_logits` are the numbers of rows before the first merged one.
 
@@ -51,9 +71,11 @@ def build_batch(
     decode: DecodeAttention = attend_rows,
 ) -> ForwardBatch:
     """Lays out a step. `scratch_block` receives the KV of padding rows; `tiled` pads and attends row-invariantly."""
-    ordered = tuple(sorted(chunks, key=lambda chunk: (chunk.is_merged, chunk.slot)))
+    pieces = sorted(
+        (piece for chunk in chunks for piece in _cut(chunk)), key=lambda piece: (piece.chunk.is_merged, piece.slot)
+    )
     size = cache.block_size
-    count = sum(len(chunk.tokens) for chunk in ordered)
+    count = sum(len(chunk.tokens) for chunk in chunks)
     padding = -count % ROW_MULTIPLE if tiled else 0
     ids = [0] * padding
     positions = [0] * padding
@@ -61,17 +83,18 @@ def build_batch(
     long_rope = [False] * padding
     slot_mapping = [scratch_block * size + row % size for row in range(padding)]
     firsts: list[int] = []
-    for chunk in ordered:
+    for piece in pieces:
         firsts.append(len(ids))
-        ids.extend(chunk.tokens)
-        stop = chunk.start + len(chunk.tokens)
-        positions.extend(range(chunk.start, stop))
-        slots.extend([chunk.slot] * len(chunk.tokens))
-        long_rope.extend([chunk.long_rope] * len(chunk.tokens))
-        slot_mapping.extend(chunk.blocks[place // size] * size + place % size for place in range(chunk.start, stop))
-    logit_rows, logits_of = _logit_rows(ordered, firsts, tiled=tiled)
+        ids.extend(piece.tokens)
+        places, blocks = range(piece.start, piece.stop), piece.chunk.blocks
+        positions.extend(places)
+        slots.extend([piece.slot] * len(places))
+        long_rope.extend([piece.chunk.long_rope] * len(places))
+        slot_mapping.extend(blocks[place // size] * size + place % size for place in places)
+    logit_rows, logits_of = _logit_rows(pieces, firsts, tiled=tiled)
+    ordered = tuple(piece.chunk for piece in pieces if piece.is_last)
     device = cache.keys[0].device
-    prefills, decodes = _attend(ordered, firsts, len(ids), size, device, tiled=tiled)
+    prefills, decodes = _attend(pieces, firsts, len(ids), size, device, tiled=tiled)
     return ForwardBatch(
         chunks=ordered,
         ids=torch.tensor(ids, device=device),
@@ -91,15 +114,25 @@ def build_batch(
     )
 
 
+def _cut(chunk: Chunk) -> list[_Piece]:
+    """By what acts on its rows: the base's before `active_from`, then those of its slot."""
+    start, stop = chunk.start, chunk.start + len(chunk.tokens)
+    if not start < chunk.active_from < stop:
+        return [_Piece(chunk, start, stop, chunk.slot)]
+    middle = chunk.active_from
+    return [_Piece(chunk, start, middle, BASE_SLOT), _Piece(chunk, middle, stop, chunk.slot)]
+
+
 def _logit_rows(
-    chunks: Sequence[Chunk], firsts: Sequence[int], *, tiled: bool
+    pieces: Sequence[_Piece], firsts: Sequence[int], *, tiled: bool
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
     """Rows that get logits, and where each chunk's are; never none at all, and padded where `tiled`."""
     wanted: list[int] = []
     ranges: list[tuple[int, int]] = []
-    for chunk, first in zip(chunks, firsts, strict=True):
-        before = len(wanted)
-        last = first + len(chunk.tokens)
+    for piece, first in zip(pieces, firsts, strict=True):
+        chunk, before, last = piece.chunk, len(wanted), first + len(piece.tokens)
+        if not piece.is_last:
+            continue
         if chunk.params.prompt_logprobs is not None and chunk.start < chunk.prompt_length:
             wanted.extend(range(first, last))
         elif chunk.samples:
@@ -115,27 +148,31 @@ def _logit_rows(
 
 
 def _attend(
-    chunks: Sequence[Chunk], firsts: Sequence[int], rows: int, size: int, device: torch.device, *, tiled: bool
+    pieces: Sequence[_Piece], firsts: Sequence[int], rows: int, size: int, device: torch.device, *, tiled: bool
 ) -> tuple[list[PrefillSegment], list[DecodeBatch]]:
-    """Sorts the chunks into prefills and batches of decode rows of similar length (within a factor of two)."""
+    """Sorts the pieces into prefills and batches of decode rows of similar length (within a factor of two).
+
+    The second piece of a chunk sees the first: keys and values of all rows are written before any row attends.
+    """
     prefills: list[PrefillSegment] = []
-    by_length: dict[int, list[tuple[int, Chunk]]] = {}
-    for chunk, first in zip(chunks, firsts, strict=True):
-        used = -(-(chunk.start + len(chunk.tokens)) // size)
-        if len(chunk.tokens) == 1 and not tiled:
-            by_length.setdefault(used.bit_length(), []).append((first, chunk))
+    by_length: dict[int, list[tuple[int, _Piece]]] = {}
+    for piece, first in zip(pieces, firsts, strict=True):
+        used, rows_here = -(-piece.stop // size), piece.stop - piece.start
+        if rows_here == 1 and not tiled:
+            by_length.setdefault(used.bit_length(), []).append((first, piece))
         else:
-            blocks = torch.tensor(chunk.blocks[:used], device=device)
-            prefills.append(PrefillSegment(first, first + len(chunk.tokens), chunk.start, blocks))
+            blocks = torch.tensor(piece.chunk.blocks[:used], device=device)
+            prefills.append(PrefillSegment(first, first + rows_here, piece.start, blocks))
     return prefills, [_decode_rows(members, rows, size, device) for members in by_length.values()]
 
 
-def _decode_rows(members: Sequence[tuple[int, Chunk]], rows: int, size: int, device: torch.device) -> DecodeBatch:
-    longest = max(chunk.start for _, chunk in members) // size + 1
-    table = [(*chunk.blocks[:longest], *[chunk.blocks[0]] * (longest - len(chunk.blocks))) for _, chunk in members]
+def _decode_rows(members: Sequence[tuple[int, _Piece]], rows: int, size: int, device: torch.device) -> DecodeBatch:
+    longest = max(piece.start for _, piece in members) // size + 1
+    tables = [piece.chunk.blocks for _, piece in members]
+    table = [(*blocks[:longest], *[blocks[0]] * (longest - len(blocks))) for blocks in tables]
     everything = len(members) == rows and [first for first, _ in members] == list(range(rows))
     return DecodeBatch(
         rows=None if everything else torch.tensor([first for first, _ in members], device=device),
         blocks=torch.tensor(table, device=device),
-        positions=torch.tensor([chunk.start for _, chunk in members], device=device),
+        positions=torch.tensor([piece.start for _, piece in members], device=device),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 
 from loramux_server.api.activation import find_activation
 from loramux_server.errors import InvalidRequest
+from loramux_server.requests import SamplingParams
 from support.against_peft import engine_for, prompts
 from support.checkpoints import save_checkpoint, wide_model
 from support.kinds import KindOracle, make_kind, targets_of
@@ -69,6 +71,36 @@ def test_where_it_activates_is_part_of_what_a_block_is(case: tuple[Path, dict[st
     tokens, found = cached(engine, None, late)
     assert tokens == KindOracle(checkpoint, None).truth(None, late, 4).tokens
     assert found == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "steps"),
+    [
+        ({}, {}, 1),
+        ({"deterministic": True, "prefill_chunk": 16}, {}, 2),  # there a chunk's shape is the base's own
+        ({}, {"sampling": SamplingParams(temperature=0.0, prompt_logprobs=0)}, 2),
+        ({"max_batch_tokens": 3, "max_running": 2}, {}, 3),  # 2 and 1 of the base's tail's and the adapter's 7
+    ],
+)
+def test_a_turn_on_a_cached_context_takes_one_step_to_its_first_token(
+    case: tuple[Path, dict[str, Path]], options: dict[str, Any], more: dict[str, Any], steps: int
+) -> None:
+    """Also where the context ends within a block, whose rest is computed anew as the base's."""
+    checkpoint, adapters = case
+    engine = engine_for(checkpoint, adapters, **options)
+    cached(engine, None, CONTEXT)
+    cached(engine, "b", [*INVOCATION, 1])  # both are in their slots
+    cached(engine, "a", [*INVOCATION, 1])
+    turn = {adapter: engine.submit(adapter, TURN, 1, **more) for adapter in ("a", "b")}
+    before = len(engine.plans)
+    engine.run()
+    chunks = [
+        chunk for plan in engine.plans[before:] for chunk in plan.chunks if chunk.request_id.startswith(f"{turn['a']}:")
+    ]
+    assert len(chunks) == steps
+    assert sum(len(chunk.tokens) for chunk in chunks) == len(TURN) - (0 if "prompt_logprobs" in str(more) else 48)
+    for adapter, ticket in turn.items():
+        assert engine.tokens(ticket) == KindOracle(checkpoint, adapters[adapter]).truth(adapter, TURN, 1).tokens
 
 
 def test_the_last_occurrence_counts() -> None:

@@ -28,6 +28,7 @@ def plans(draw: st.DrawFn) -> list[Chunk]:
         count = draw(st.sampled_from([1, 1, 1, 2, 5, 9]))
         tokens = tuple(draw(st.lists(st.integers(0, 99), min_size=count, max_size=count)))
         asks = draw(st.sampled_from([None, None, 3]))
+        middle = draw(st.integers(0, start + count + 2)) if asks is None else 0  # where its adapter begins to act
         chunks.append(
             Chunk(
                 request_id=f"r{index}",
@@ -38,20 +39,22 @@ def plans(draw: st.DrawFn) -> list[Chunk]:
                 samples=draw(st.booleans()),
                 params=SamplingParams(prompt_logprobs=asks),
                 prompt_length=draw(st.integers(1, 30)),
+                active_from=middle if start < middle < start + count else 0,
             )
         )
     return chunks
 
 
-def rows_of(batch: ForwardBatch, tiled: bool) -> tuple[int, dict[str, tuple[int, int]]]:
-    """The number of padding rows, and each chunk's [first, last)."""
-    total = sum(len(chunk.tokens) for chunk in batch.chunks)
-    first = padding = len(batch.ids) - total
+def rows_of(batch: ForwardBatch, tiled: bool) -> tuple[int, dict[str, list[int]]]:
+    """The number of padding rows, and each chunk's rows by position: found by where their KV goes."""
+    padding = len(batch.ids) - sum(len(chunk.tokens) for chunk in batch.chunks)
+    assert tiled or not padding
+    row_at = {place: row for row, place in enumerate(batch.context.slot_mapping.tolist()) if row >= padding}
+    assert len(row_at) == len(batch.ids) - padding  # no two write to one place
     found = {}
     for chunk in batch.chunks:
-        found[chunk.request_id] = (first, first + len(chunk.tokens))
-        first += len(chunk.tokens)
-    assert tiled or not padding
+        positions = range(chunk.start, chunk.start + len(chunk.tokens))
+        found[chunk.request_id] = [row_at[chunk.blocks[at // SIZE] * SIZE + at % SIZE] for at in positions]
     return padding, found
 
 
@@ -62,13 +65,11 @@ def test_every_token_has_its_row_position_slot_and_place(chunks: list[Chunk], ti
     assert sorted(chunk.request_id for chunk in batch.chunks) == sorted(chunk.request_id for chunk in chunks)
     assert len(batch.positions) == len(batch.token_slots) == len(batch.context.slot_mapping) == len(batch.ids)
     for chunk in batch.chunks:
-        first, last = rows[chunk.request_id]
         positions = list(range(chunk.start, chunk.start + len(chunk.tokens)))
-        assert tuple(batch.ids[first:last].tolist()) == chunk.tokens
-        assert batch.positions[first:last].tolist() == positions
-        assert batch.token_slots[first:last] == [chunk.slot] * len(positions)
-        slot_mapping = [chunk.blocks[position // SIZE] * SIZE + position % SIZE for position in positions]
-        assert batch.context.slot_mapping[first:last].tolist() == slot_mapping
+        assert tuple(batch.ids[rows[chunk.request_id]].tolist()) == chunk.tokens
+        assert batch.positions[rows[chunk.request_id]].tolist() == positions
+        slots = [batch.token_slots[row] for row in rows[chunk.request_id]]
+        assert slots == [chunk.slot if position >= chunk.active_from else BASE_SLOT for position in positions]
     if tiled:
         assert len(batch.ids) % 16 == 0
         assert len(batch.logit_rows) % 16 == 0
@@ -90,12 +91,11 @@ def test_logits_are_computed_where_they_are_wanted_and_nowhere_else(chunks: list
     _, rows = rows_of(batch, tiled)
     wanted = 0
     for chunk, (begin, end) in zip(batch.chunks, batch.logits_of, strict=True):
-        first, last = rows[chunk.request_id]
         found = batch.logit_rows[begin:end].tolist()
         if chunk.params.prompt_logprobs is not None and chunk.start < chunk.prompt_length:
-            assert found == list(range(first, last))
+            assert found == rows[chunk.request_id]
         else:
-            assert found == ([last - 1] if chunk.samples else [])
+            assert found == (rows[chunk.request_id][-1:] if chunk.samples else [])
         assert [batch.logit_slots[index] for index in range(begin, end)] == [chunk.slot] * (end - begin)
         wanted += end - begin
     if not tiled:
@@ -108,14 +108,14 @@ def test_single_tokens_are_attended_together_each_exactly_once(chunks: list[Chun
     batch = build_batch(chunks, CACHE, SCRATCH, tiled=False)
     _, rows = rows_of(batch, tiled=False)
     attended = [row for segment in batch.context.prefills for row in range(segment.first, segment.last)]
-    by_row = {rows[chunk.request_id][0]: chunk for chunk in batch.chunks}
+    by_row = {row: chunk for chunk in batch.chunks for row in rows[chunk.request_id]}
     for decode in batch.context.decodes:
         own = list(range(len(batch.ids))) if decode.rows is None else decode.rows.tolist()
         attended += own
         for row, table, position in zip(own, decode.blocks.tolist(), decode.positions.tolist(), strict=True):
             chunk = by_row[row]
-            used = chunk.start // SIZE + 1
-            assert position == chunk.start
+            used = position // SIZE + 1
+            assert position == batch.positions[row]
             assert tuple(table[:used]) == chunk.blocks[:used]
             assert set(table) <= set(chunk.blocks)  # also where it is padded: nobody else's
         lengths = [position // SIZE + 1 for position in decode.positions.tolist()]
@@ -128,8 +128,12 @@ def test_the_tiled_form_attends_request_by_request(chunks: list[Chunk]) -> None:
     batch = build_batch(chunks, CACHE, SCRATCH, tiled=True)
     padding, rows = rows_of(batch, tiled=True)
     assert not batch.context.decodes
-    assert [(segment.first, segment.last) for segment in batch.context.prefills] == list(rows.values())
-    for segment, chunk in zip(batch.context.prefills, batch.chunks, strict=True):
-        assert (segment.start, segment.length) == (chunk.start, chunk.start + len(chunk.tokens))
+    attended: list[int] = []
+    by_row = {row: chunk for chunk in batch.chunks for row in rows[chunk.request_id]}
+    for segment in batch.context.prefills:
+        attended += range(segment.first, segment.last)
+        (chunk,) = {by_row[row].request_id: by_row[row] for row in range(segment.first, segment.last)}.values()
+        assert batch.positions[segment.first : segment.last].tolist() == list(range(segment.start, segment.length))
         assert tuple(segment.blocks.tolist()) == chunk.blocks[: -(-segment.length // SIZE)]
+    assert attended == list(range(padding, len(batch.ids)))
     assert padding < 16

@@ -86,7 +86,7 @@ def test_a_merge_that_fails_on_the_device_is_refused_and_holds_nothing(
 
     sets, (first, second, _) = Sets(engine, engine.weights.__getitem__, 1 << 30, ""), in_order(engine)
     with monkeypatch.context() as patch:
-        patch.setattr("loramux_adapters.apply.merge._fold", fail)
+        patch.setattr("loramux_adapters.apply.merge.fold_parts", fail)
         sets.reconcile(frozenset({first}))
         settle(sets)
     assert sets.state(first).state == "refused"
@@ -136,7 +136,7 @@ def test_merging_that_fails_in_the_step_that_uses_it_is_the_end(
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("loramux_adapters.apply.merge._fold", fail)
+    monkeypatch.setattr("loramux_adapters.apply.merge.fold_parts", fail)
     with pytest.raises(WorkerLost, match="failed in a step"):
         sets.merges.find(digest)
 
