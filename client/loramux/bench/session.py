@@ -46,7 +46,7 @@ async def measure(workload: Workload, drivers: Sequence[Driver], vocabulary: int
 
 
 async def send(driver: Driver, calls: Sequence[Call], output_tokens: int, salt: str, at_once: int) -> list[Trace]:
-    """All calls, at most `at_once` of them on their way; whoever has its answer sends the next."""
+    """All calls, at most `at_once` of them on their way; the next goes out when one is answered."""
     if len(calls) <= at_once:
         return await driver.run(calls, output_tokens, salt)
     waiting, traces = deque(calls), list[Trace]()

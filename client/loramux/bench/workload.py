@@ -77,7 +77,7 @@ class Scenario(Section):
 class Workload(Section):
     """`requests`, each with `prompt_tokens` in and exactly `output_tokens` out, greedy.
 
-    At most `at_once` of them are on their way (0: all); whoever has its answer sends the next. Ratios are to the first
+    At most `at_once` of them are on their way (0: all); the next goes out when one is answered. Ratios are to the first
     scenario.
     """
 
