@@ -20,10 +20,10 @@ from pathlib import Path
 from loramux.bench.driver import Call
 from loramux.bench.engine_driver import EngineDriver
 from loramux.bench.shapes import get_shape, make_adapters, make_checkpoint
-from loramux.bench.workload import AdapterPlan
+from loramux.bench.workload import INVOCATION, AdapterPlan
 from loramux.machine import describe
+from loramux_adapters.threads import limit_spinning
 
-INVOCATION = [11, 12, 13]
 TURN = [21, 22, 23, 24, 25]
 
 
@@ -31,7 +31,7 @@ def activated_copy(directory: Path, out: Path) -> Path:
     """The same tensors, active from INVOCATION on."""
     shutil.copytree(directory, out)
     config = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": INVOCATION}))
+    (out / "adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": list(INVOCATION)}))
     return out
 
 
@@ -70,6 +70,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "loramux-bench")
     chosen = parser.parse_args()
+    limit_spinning()  # before torch, as a server does
     checkpoint = make_checkpoint(chosen.shape, 0, chosen.cache)
     (plain,) = make_adapters(chosen.shape, AdapterPlan(rank=8), 1, 0, chosen.cache)
     with tempfile.TemporaryDirectory(prefix="loramux-activated-") as folder:

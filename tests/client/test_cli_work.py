@@ -73,7 +73,7 @@ def test_bench_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         (["--driver", "warp"], "no driver 'warp'"),
         (["--address", "127.0.0.1:1"], "--driver grpc"),
         (["--driver", "peft", "--profile-step"], "--driver engine"),
-        (["--workload", str(tmp_path / "none.toml")], "shipped are mixed-125m"),
+        (["--workload", str(tmp_path / "none.toml")], "shipped are dense-125m, kinds-125m"),
     ):
         result = invoke("bench", *arguments)
         assert result.exit_code == ExitCode.USAGE

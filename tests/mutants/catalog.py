@@ -86,6 +86,11 @@ MUTANTS = (
         (TEST_ENGINE + "test_policies.py",),
     ),
     Mutant(
+        "a full batch loads adapters for all who wait", ENGINE + "policies.py",
+        "return len(self._not_ready) < places + LOADS_AHEAD", "return True",
+        (TEST_ENGINE + "test_policies.py", TEST_ENGINE + "test_more_adapters_than_slots.py"),
+    ),
+    Mutant(
         "the commands of a step that failed are lost", ENGINE + "execution.py",
         "replace(plan, chunks=plan.chunks[:middle])", "StepPlan(plan.step, plan.chunks[:middle], plan.merged)",
         (TEST_ENGINE + "test_execution.py", TEST_MODEL + "test_worker.py"),

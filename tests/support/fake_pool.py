@@ -45,12 +45,12 @@ class FakePool:
         """The adapter in `slot`."""
         return self.slots[slot]
 
-    def try_acquire(self, digest: str) -> FakeLease | None:
+    def try_acquire(self, digest: str, *, may_load: bool = True) -> FakeLease | None:
         """See `engine.leases.Adapters`."""
         self.asked.append(digest)
         if digest in self._errors:
             raise self._errors.pop(digest)
-        if digest not in self.slots and not self._start(digest):
+        if digest not in self.slots and not (may_load and self._start(digest)):
             return None
         if digest in self.loading:
             return None

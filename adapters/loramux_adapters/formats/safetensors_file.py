@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.finite import is_finite
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_header import Header, TensorEntry, read_header
@@ -78,7 +79,7 @@ class SafetensorsFile:
         """The tensor over `data` (shared, not copied). Raises AdapterInvalid when a value is NaN or infinite."""
         dtype = TORCH_DTYPES[entry.dtype]
         tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise AdapterInvalid(
                 f"{self._subject}: tensor {quote(entry.name)} holds NaN or infinite values",
                 subject=f"{self._subject}: {quote(entry.name)}",

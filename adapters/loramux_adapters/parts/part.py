@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.finite import is_finite
 from loramux_adapters.parts.site import Site, SiteKind, StepRows
 
 
@@ -144,7 +145,7 @@ def no_sum(_shares: Sequence[Share[Any]]) -> None:
 
 def finite(name: str, cast: torch.Tensor) -> torch.Tensor:
     """`cast` itself. Raises AdapterIncompatible where a value is not finite."""
-    if not torch.isfinite(cast).all():
+    if not is_finite(cast):
         raise AdapterIncompatible(
             f"{name}: the scaled weights are not finite in {str(cast.dtype).removeprefix('torch.')}",
             subject=name,

@@ -93,8 +93,8 @@ class AdapterPool(Generic[W]):
         self._tick = 0
         self._stats = PoolStats(rows_capacity=table.capacity)
 
-    def try_acquire(self, digest: str) -> Lease | None:
-        """A lease, or None while the adapter is on its way; starts the load and never blocks.
+    def try_acquire(self, digest: str, *, may_load: bool = True) -> Lease | None:
+        """A lease, or None while the adapter is on its way; starts the load if it `may_load`, and never blocks.
 
         Raises the AdapterError of a failed load, once.
         """
@@ -109,6 +109,8 @@ class AdapterPool(Generic[W]):
         if digest in self._failures:
             error, _ = self._failures.pop(digest)
             raise error
+        if not may_load:
+            return None
         load = self._loads.get(digest)
         self._prefetch.asked(digest)
         if load is None:

@@ -5,15 +5,24 @@ One protocol for the engine in process, a server by gRPC and a peer, so that all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from loramux.bench.stats import Trace
+LOADS, EVICTIONS, PROCESSOR_SECONDS = "loads", "evictions", "processor_seconds"
 
 
 class DriverFailed(Exception):
     """A driver or its process did not do what was asked; the message says what is known."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One request: when it was sent and when each output token arrived, in seconds on one clock."""
+
+    sent: float
+    arrivals: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,16 @@ class Call:
 
     prompt: tuple[int, ...]
     adapter: int | None
+
+
+@dataclass(frozen=True)
+class Push:
+    """An adapter that was pushed: its number for calls; when it began, its last byte left, and it was acknowledged."""
+
+    adapter: int
+    began: float
+    sent: float
+    acknowledged: float
 
 
 class Driver(Protocol):
@@ -35,5 +54,18 @@ class Driver(Protocol):
     async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
         """Send all calls at once, greedily, past the end of text; `salt` keeps runs apart in a prefix cache."""
 
+    def readings(self) -> Mapping[str, float]:
+        """Counts since `start` by name (LOADS, EVICTIONS, PROCESSOR_SECONDS); those that this driver can know."""
+
     async def close(self) -> None:
         """Free what `start` took; safe to call twice and after a failed start."""
+
+
+class PushingDriver(Driver, Protocol):
+    """One that takes new versions while it runs."""
+
+    async def push(self, path: Path, name: str) -> Push:
+        """Upload a directory under a name, which from then on is that version."""
+
+    def stages_of(self, push: Push, first: Trace) -> Mapping[str, float]:
+        """Seconds of each stage between the last byte of the push before and the first token; empty where unknown."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loramux.bench.driver import Call, DriverFailed
-from loramux.bench.stats import Trace
+from loramux.bench.driver import EVICTIONS, LOADS, PROCESSOR_SECONDS, Call, DriverFailed, Push, Trace
 from loramux.upload import collect
+from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.store.records import FileEntry, UploadManifest
 from loramux_server.api.activation import place_adapter
 from loramux_server.app import build_engine
@@ -22,12 +24,18 @@ from loramux_server.observe.metrics import Metrics
 from loramux_server.requests import SamplingParams, StopConditions, Submission
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
 
+if TYPE_CHECKING:
+    from loramux.bench.stages import StageClock
+
 TENANT = "default"
 _STOP_SECONDS = 10.0
 
 
 class EngineDriver:
-    """`options` are the server's; `metrics` may be a subclass that watches the steps."""
+    """`options` are the server's; `metrics` may be a subclass that watches the steps, `stages` a clock that runs.
+
+    The store is in `scratch`, or in the options' `data_dir`, where adapters found by name are taken for the same ones.
+    """
 
     name = "engine"
 
@@ -38,11 +46,13 @@ class EngineDriver:
         options: Mapping[str, str],
         scratch: Path,
         metrics: Metrics | None = None,
+        stages: StageClock | None = None,
     ) -> None:
         self._paths = adapters
-        flags = {**options, "data_dir": str(scratch), "metrics_listen": "none"}
+        flags = {"data_dir": str(scratch), **options, "metrics_listen": "none"}
         self._config = resolve_config(flags=flags).config
         self._metrics = metrics or Metrics()
+        self._stages = stages
         self._built: ServerRuntime | None = None
         self._resolved: list[Resolved] = []
         self._death: BaseException | None = None
@@ -53,10 +63,21 @@ class EngineDriver:
         self._built = built = await asyncio.to_thread(build_engine, self._config, hooks)
         built.engine.start()
         for path in self._paths:
-            self._resolved.append(await self._publish(built, path))
+            with suppress(AdapterNotFound):
+                self._resolved.append(built.services.registry.resolve(TENANT, path.name))
+                continue
+            await self.push(path, path.name)
 
     async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
         return list(await asyncio.gather(*(self._one(call, output_tokens, salt) for call in calls)))
+
+    def readings(self) -> Mapping[str, float]:
+        reading = self._running.reading()
+        return {
+            LOADS: reading.loads_total["ok"],
+            EVICTIONS: reading.evictions_total["resident"],
+            PROCESSOR_SECONDS: time.process_time(),
+        }
 
     async def close(self) -> None:
         built, self._built = self._built, None
@@ -69,22 +90,30 @@ class EngineDriver:
         await asyncio.to_thread(built.engine.stop, 0.0, _STOP_SECONDS)
         await asyncio.to_thread(built.close)
 
-    async def _publish(self, built: ServerRuntime, path: Path) -> Resolved:
-        bundle = collect(path, path.name, {}, allow_base_mismatch=False)
-        registry = built.services.registry
-        manifest = UploadManifest(
-            name=path.name, files=tuple(FileEntry(f.file, f.size, f.sha256) for f in bundle.files)
-        )
+    async def push(self, path: Path, name: str) -> Push:
+        registry = self._running.services.registry
+        began = time.perf_counter()
+        bundle = collect(path, name, {}, allow_base_mismatch=False)
+        manifest = UploadManifest(name=name, files=tuple(FileEntry(f.file, f.size, f.sha256) for f in bundle.files))
         await registry.begin_upload(TENANT, bundle.upload_id, manifest)
         for entry in bundle.files:
             data = await asyncio.to_thread((path / entry.file).read_bytes)
             await registry.write_chunk(TENANT, bundle.upload_id, entry.file, 0, data)
+        sent = time.perf_counter()
         await registry.publish(TENANT, bundle.upload_id)
-        return registry.resolve(TENANT, path.name)
+        self._resolved.append(registry.resolve(TENANT, name))
+        return Push(len(self._resolved) - 1, began, sent, time.perf_counter())
 
-    async def _one(self, call: Call, output_tokens: int, salt: str) -> Trace:
+    def stages_of(self, push: Push, first: Trace) -> Mapping[str, float]:
+        return {} if self._stages is None else self._stages.seconds(push.sent, first.sent, first.arrivals[0])
+
+    @property
+    def _running(self) -> ServerRuntime:
         if self._built is None:
             raise RuntimeError("the driver was not started")
+        return self._built
+
+    async def _one(self, call: Call, output_tokens: int, salt: str) -> Trace:
         self._count += 1
         spec = None if call.adapter is None else self._resolved[call.adapter].spec
         submission = Submission(
@@ -100,7 +129,7 @@ class EngineDriver:
         submission = place_adapter(submission, spec)
         arrivals: list[float] = []
         sent = time.perf_counter()
-        async with self._built.services.engine.submit(submission) as stream:
+        async with self._running.services.engine.submit(submission) as stream:
             async for event in stream:
                 if event.failure is not None:
                     raise DriverFailed(f"engine: {event.failure.code}: {event.failure.message}") from self._death

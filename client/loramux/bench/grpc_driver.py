@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loramux.aio import AsyncClient
-from loramux.bench.driver import Call
-from loramux.bench.stats import Trace
+from loramux.bench.driver import Call, Push, Trace
 from loramux.local_server import LocalServer
 
 
@@ -31,33 +30,56 @@ class GrpcDriver:
         self._scratch = scratch
         self._server: LocalServer | None = None
         self._client: AsyncClient | None = None
+        self._names: list[str] = []
         self._created: list[str] = []
 
     async def start(self) -> None:
         address = self._address
         if address is None:
-            options = {**self._options, "data_dir": str(self._scratch / "data")}
+            options = {"data_dir": str(self._scratch / "data"), **self._options}
             # Known before it is waited for: a bench that is stopped meanwhile closes its drivers, and this with them.
             self._server = server = LocalServer(options, log=self._scratch / "server.log")
             await asyncio.to_thread(server.__enter__)
             address = server.address
         self._client = AsyncClient(address)
+        known = set() if self._address else {record.name async for record in self._client.adapters()}
         for path in self._paths:
-            pushed = await self._client.push(path, path.name)
-            if pushed.created:
-                self._created.append(path.name)
+            if path.name in known:
+                self._names.append(path.name)
+            else:
+                await self.push(path, path.name)
 
     async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
         return list(await asyncio.gather(*(self._one(call, output_tokens, salt) for call in calls)))
 
-    async def _one(self, call: Call, output_tokens: int, salt: str) -> Trace:
+    async def push(self, path: Path, name: str) -> Push:
+        times: list[float] = []
+        began = time.perf_counter()
+        # Told when the channel asks for what follows a chunk: after the last one, for the commit.
+        pushed = await self._connected.push(path, name, progress=lambda _: times.append(time.perf_counter()))
+        if pushed.created:
+            self._created.append(name)
+        self._names.append(name)
+        return Push(len(self._names) - 1, began, times[-1] if times else began, time.perf_counter())
+
+    def stages_of(self, push: Push, first: Trace) -> Mapping[str, float]:
+        return {}
+
+    @property
+    def _connected(self) -> AsyncClient:
         if self._client is None:
             raise RuntimeError("the driver was not started")
+        return self._client
+
+    def readings(self) -> Mapping[str, float]:
+        return {}
+
+    async def _one(self, call: Call, output_tokens: int, salt: str) -> Trace:
         arrivals: list[float] = []
         sent = time.perf_counter()
-        stream = self._client.stream(
+        stream = self._connected.stream(
             token_ids=call.prompt,
-            adapter="" if call.adapter is None else self._paths[call.adapter].name,
+            adapter="" if call.adapter is None else self._names[call.adapter],
             temperature=0.0,
             max_tokens=output_tokens,
             ignore_eos=True,
@@ -75,7 +97,7 @@ class GrpcDriver:
         try:
             if client is not None:
                 if server is None:
-                    for name in self._created:
+                    for name in dict.fromkeys(self._created):
                         await client.delete(name)
                 self._created.clear()
                 await client.close()

@@ -18,11 +18,13 @@ import platformdirs
 
 from loramux.bench import report
 from loramux.bench.driver import Driver
+from loramux.bench.kinds import make_members
 from loramux.bench.session import measure
-from loramux.bench.shapes import get_shape, make_adapters, make_checkpoint
+from loramux.bench.shapes import adapters_root, get_shape, make_checkpoint
 from loramux.bench.stats import summarize
-from loramux.bench.workload import Workload, read_workload
+from loramux.bench.workload import Workload, WorkloadInvalid, read_workload
 from loramux.machine import describe
+from loramux_adapters.threads import limit_spinning
 
 if TYPE_CHECKING:
     from loramux.bench.profile import StepProfile
@@ -54,28 +56,31 @@ class BenchResults:
 
 def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
     """Measure. Raises WorkloadInvalid, ResultsUnwritable, DriverFailed and the client's errors."""
+    limit_spinning()  # before torch comes: the engine in this process is to compute as a server does
     workload = read_workload(options.workload)
     report.prepare(options.out)
     if options.rounds is not None:
         workload = dataclasses.replace(workload, rounds=options.rounds)
     cache = options.cache or Path(platformdirs.user_cache_dir("loramux", appauthor=False)) / "bench"
-    announce(f"shape {workload.shape}: checkpoint and {workload.adapter_count} adapters in {cache}")
+    names = _fitting(options.drivers, workload, announce)
+    announce(f"shape {workload.shape}: checkpoint and {len(workload.members)} adapters in {cache}")
     model = make_checkpoint(workload.shape, workload.seed, cache)
-    adapters = make_adapters(workload.shape, workload.adapters, workload.adapter_count, workload.seed, cache)
+    adapters = make_members(workload, model, cache)
     threads = options.threads or describe().usable_cores
     dtype = _resolve_dtype(options.dtype)
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
-        settings = _Settings(workload, model, adapters, threads, dtype, Path(scratch))
-        drivers = [_make_driver(name, settings, options) for name in options.drivers]
+        settings = _Settings(workload, model, adapters, threads, dtype, Path(scratch), cache)
+        drivers = [_make_driver(name, settings, options) for name in names]
         samples = asyncio.run(measure(workload, drivers, get_shape(workload.shape).vocabulary, announce))
         profile = _profile(settings) if options.profile_step else None
     summaries = summarize(samples, [scenario.name for scenario in workload.scenarios])
     machine, taken = describe(), datetime.now(UTC)
-    shown: dict[str, Any] = {"threads": threads, "dtype": dtype, "drivers": ", ".join(options.drivers)}
+    shown: dict[str, Any] = {"threads": threads, "dtype": dtype, "drivers": ", ".join(names)}
+    shown |= workload.server
     if options.address is not None:
         # Its threads, dtype and machine are the server's own: what stands here is of this process and its peers.
         shown["grpc server"] = f"{options.address}, running with settings and on a machine of its own"
-        if options.drivers == ("grpc",):
+        if names == ("grpc",):
             del shown["threads"], shown["dtype"]
     values = report.document(workload, machine, summaries, samples, shown, taken)
     page = report.markdown(workload, machine, summaries, shown, taken)
@@ -83,6 +88,17 @@ def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
         values["profile"] = dataclasses.asdict(profile)
         page += "\n" + "\n".join(report.profile_lines(profile)) + "\n"
     return BenchResults(f"{workload.name}-{taken:%Y%m%dT%H%M%SZ}", values, page)
+
+
+def _fitting(drivers: tuple[str, ...], workload: Workload, announce: Callable[[str], None]) -> tuple[str, ...]:
+    """Without the peer where it cannot do what the workload asks."""
+    if workload.is_static or "peft" not in drivers:
+        return drivers
+    left = tuple(name for name in drivers if name != "peft")
+    if not left:
+        raise WorkloadInvalid(f"{workload.name} is more than one batch of LoRA: peft cannot run it")
+    announce(f"the peft driver is left out: {workload.name} is more than one batch of LoRA")
+    return left
 
 
 @dataclass(frozen=True)
@@ -95,15 +111,25 @@ class _Settings:
     threads: int
     dtype: str
     scratch: Path
+    cache: Path
 
     def server_options(self) -> dict[str, str]:
-        """Options of `loramux serve`; room for every request of the workload at once."""
-        return {
+        """Options of `loramux serve`; room for every request of the workload at once, unless it says otherwise."""
+        workload = self.workload
+        options = {
             "model": str(self.model),
             "threads": str(self.threads),
             "dtype": self.dtype,
-            "max_running": str(max(64, self.workload.requests)),
+            "max_running": str(max(64, workload.most_at_once)),
         }
+        if workload.slots:
+            row_bytes = get_shape(workload.shape).rank_row_weights() * (4 if self.dtype == "float32" else 2)
+            options["adapter_device_bytes"] = str(workload.slots * workload.adapters.rank * row_bytes)
+            options["adapter_extra_bytes"] = "0"
+        if workload.keep_store:
+            root = adapters_root(workload.shape, workload.adapters, workload.seed, self.cache)
+            options["data_dir"] = str(root.with_name(f"{root.name}-store"))
+        return options | workload.server
 
 
 def _profile(settings: _Settings) -> StepProfile:

@@ -11,12 +11,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramux.bench.driver import Call, DriverFailed
-from loramux.bench.stats import Trace
+from loramux.bench.driver import Call, DriverFailed, Trace
 
 
 class PeftDriver:
@@ -46,6 +45,9 @@ class PeftDriver:
                 env=environ,
                 start_new_session=True,
             )
+
+    def readings(self) -> Mapping[str, float]:
+        return {}
 
     async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
         answer = await self._ask(

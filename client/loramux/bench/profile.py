@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from loramux.bench.driver import Call
 from loramux.bench.engine_driver import EngineDriver
 from loramux.bench.marks import marked_kernels, split_mark
+from loramux.bench.session import send
 from loramux.bench.workload import Scenario, Workload
 from loramux_server.engine.stats import StepStats
 from loramux_server.observe.metrics import Metrics
@@ -119,7 +119,7 @@ async def profile_steps(
     workload: Workload, adapters: Sequence[Path], options: Mapping[str, str], scratch: Path, vocabulary: int
 ) -> StepProfile:
     """Run every scenario once for the parts, then the widest under the profiler."""
-    recorder = StepRecorder(workload.requests)
+    recorder = StepRecorder(workload.most_at_once)
     driver = EngineDriver(adapters, options=options, scratch=scratch, metrics=recorder)
     parts: dict[str, dict[str, float]] = {}
     counts: dict[str, int] = {}
@@ -145,7 +145,7 @@ async def profile_steps(
     groups, operations = group_operations(recorder.events or (), max(1, recorder.profiled))
     profiled = median_parts(recorder.steps[1 : recorder.profiled + 1])
     groups = with_unseen(groups, sum(profiled.values()))
-    return StepProfile(workload.requests, widest.name, parts, counts, groups, operations, profiled)
+    return StepProfile(workload.most_at_once, widest.name, parts, counts, groups, operations, profiled)
 
 
 def median_parts(steps: Sequence[StepStats]) -> dict[str, float]:
@@ -188,6 +188,5 @@ def find_group(operation: str) -> str:
 
 
 async def _burst(workload: Workload, driver: EngineDriver, scenario: Scenario, number: int, vocabulary: int) -> None:
-    prompts = workload.prompts(number, vocabulary)
-    calls = [Call(prompt, adapter) for prompt, adapter in zip(prompts, workload.assignment(scenario), strict=True)]
-    await driver.run(calls, workload.output_tokens, f"profile/{number}")
+    calls = workload.calls(scenario, number, vocabulary)
+    await send(driver, calls, workload.output_tokens, f"profile/{number}", workload.most_at_once)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def document(
         "workload": dataclasses.asdict(workload),
         "settings": settings,
         "machine": dataclasses.asdict(machine),
-        "summary": [dataclasses.asdict(entry) for entry in summaries],
+        "summary": [known(dataclasses.asdict(entry)) for entry in summaries],
         "rounds": [
             {
                 "driver": s.driver,
@@ -48,10 +49,17 @@ def document(
                 "output_tokens": s.output_tokens,
                 "seconds": s.seconds,
                 "rate": s.rate,
+                "first_token_p99": s.slow_first_token,
+                **s.counted,
             }
             for s in samples
         ],
     }
+
+
+def known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: what is not known is null."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
 def markdown(
@@ -61,17 +69,30 @@ def markdown(
     lines = [
         f"# {workload.name}, {taken:%Y-%m-%d %H:%M} UTC",
         "",
-        f"{workload.requests} requests at once, {workload.prompt_tokens} tokens in, {workload.output_tokens} out, "
-        f"greedy, distinct prompts; shape {workload.shape}, NF4; adapters of rank {workload.adapters.rank}, "
-        f"alpha {workload.adapters.alpha:g}, on all linears. "
-        f"Medians of {workload.rounds} rounds in which drivers and scenarios alternate; "
-        "the ratio is to the same driver's base in the same round.",
+        f"{workload.requests} requests, {workload.most_at_once} at once, {workload.prompt_tokens} tokens in, "
+        f"{workload.output_tokens} out, greedy, distinct prompts; shape {workload.shape}, NF4; adapters of rank "
+        f"{workload.adapters.rank} unless said otherwise, alpha {workload.adapters.alpha:g}, on all linears"
+        f"{f'; {workload.slots} of them fit on the device' if workload.slots else ''}. "
+        f"Medians of {workload.rounds} rounds in which drivers and scenarios alternate; a ratio is to the same "
+        f"driver's `{workload.scenarios[0].name}` in the same round.",
         "",
         *table(summaries),
+        "",
+        "The slowest, and what was loaded for them (median of a round):",
+        "",
+        *tails(summaries),
         "",
         "Times are milliseconds, at the client. A ratio from one interleaved run is a result; "
         "an absolute time on a shared machine is not.",
         "",
+        *machine_lines(machine, settings),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def machine_lines(machine: Machine, settings: dict[str, Any]) -> list[str]:
+    """Lines of Markdown: where and with which settings it was measured."""
+    lines = [
         "## Machine of the bench",
         "",
         f"- {machine.cpu}, {machine.usable_cores} of {machine.cores} cores, {machine.memory_bytes / 2**30:.1f} GiB, "
@@ -87,7 +108,7 @@ def markdown(
         )
     if machine.accelerators:
         lines.append(f"- {', '.join(machine.accelerators)}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def table(summaries: Sequence[Summary]) -> list[str]:
@@ -101,6 +122,32 @@ def table(summaries: Sequence[Summary]) -> list[str]:
             f"| {s.inter_token_p50 * 1e3:.1f} / {s.inter_token_p95 * 1e3:.1f} |"
         )
     return lines
+
+
+def tails(summaries: Sequence[Summary]) -> list[str]:
+    """Lines of a Markdown table: the slowest tokens, processor time, loads."""
+    titles = (
+        "driver", "scenario", "first token p99", "ratio", "longest", "between tokens p99", "ratio",
+        "tokens per processor second, ratio", "loads", "evictions",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
+    for s in summaries:
+        cells = (
+            s.driver, s.scenario, _milliseconds(s.first_token_p99), _number(s.first_token_ratio, ".2f"),
+            _milliseconds(s.first_token_longest), _milliseconds(s.inter_token_p99), _number(s.inter_token_ratio, ".2f"),
+            _number(s.processor_ratio, ".2f"), _number(s.loads, ".0f"), _number(s.evictions, ".0f"),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _milliseconds(seconds: float) -> str:
+    return _number(seconds * 1e3, ".1f")
+
+
+def _number(value: float, form: str) -> str:
+    """What this driver cannot know stays empty."""
+    return "" if math.isnan(value) else format(value, form)
 
 
 def prepare(directory: Path) -> None:

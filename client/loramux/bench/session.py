@@ -5,10 +5,13 @@ What drifts over minutes on a shared machine meets all of them alike; ratios are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import cycle
 
-from loramux.bench.driver import Call, Driver, DriverFailed
+from loramux.bench.driver import Call, Driver, DriverFailed, Trace
 from loramux.bench.stats import Sample, sample
 from loramux.bench.workload import Scenario, Workload
 
@@ -42,12 +45,55 @@ async def measure(workload: Workload, drivers: Sequence[Driver], vocabulary: int
     return samples
 
 
+async def send(driver: Driver, calls: Sequence[Call], output_tokens: int, salt: str, at_once: int) -> list[Trace]:
+    """All calls, at most `at_once` of them on their way; the next goes out when one is answered."""
+    if len(calls) <= at_once:
+        return await driver.run(calls, output_tokens, salt)
+    waiting, traces = deque(calls), list[Trace]()
+
+    async def client() -> None:
+        while waiting:
+            traces.extend(await driver.run([waiting.popleft()], output_tokens, salt))
+
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return traces
+
+
+@asynccontextmanager
+async def sent_beside(
+    driver: Driver, calls: Sequence[Call], salt: str, *, output_tokens: int = 1, at_once: int = 1
+) -> AsyncIterator[None]:
+    """Within, the calls are sent in circles, `at_once` on their way; without calls, nothing."""
+    is_over = False
+    rest = cycle(calls)
+
+    async def client() -> None:
+        for call in rest:
+            await driver.run([call], output_tokens, salt)
+            if is_over:
+                return
+
+    running = asyncio.gather(*(client() for _ in range(at_once)))
+    try:
+        yield
+    finally:
+        is_over = True
+        await running
+
+
 async def _run(workload: Workload, driver: Driver, scenario: Scenario, number: int, vocabulary: int) -> Sample:
-    prompts = workload.prompts(number, vocabulary)
-    calls = [Call(prompt, adapter) for prompt, adapter in zip(prompts, workload.assignment(scenario), strict=True)]
-    # The same prompts in every scenario, and none of them cached from another one.
-    traces = await driver.run(calls, workload.output_tokens, f"{number}/{scenario.name}")
+    # A salt of each run's own: no prompt is in the prefix cache from another scenario, where it is the same one.
+    salt = f"{number}/{scenario.name}"
+    at_once = workload.most_at_once
+    if workload.settle:
+        await send(driver, workload.calls_before(scenario, number, vocabulary), 1, salt, at_once)
+    before = driver.readings()
+    async with sent_beside(driver, workload.calls_beside(scenario, number, vocabulary), salt):
+        calls = workload.calls(scenario, number, vocabulary)
+        traces = await send(driver, calls, workload.output_tokens, salt, at_once)
+        after = driver.readings()
     wrong = [len(trace.arrivals) for trace in traces if len(trace.arrivals) != workload.output_tokens]
     if wrong:
         raise DriverFailed(f"{driver.name}, {scenario.name}: {wrong[0]} tokens, not {workload.output_tokens} as asked")
-    return sample(driver.name, scenario.name, number, traces)
+    counted = {name: value - before.get(name, 0) for name, value in after.items()}
+    return sample(driver.name, scenario.name, number, traces, counted)

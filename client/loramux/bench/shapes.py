@@ -21,7 +21,7 @@ from loramux.bench.workload import AdapterPlan, WorkloadInvalid
 if TYPE_CHECKING:
     import torch
 
-_LAYOUT = 1  # part of the cache key: raise it when what is written changes
+_LAYOUT = 2  # part of the cache key: raise it when what is written changes
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class Shape:
             "mlp.up_proj": (self.hidden, self.intermediate),
             "mlp.down_proj": (self.intermediate, self.hidden),
         }
+
+    def targets(self) -> list[str]:
+        """The linears' own names, as PEFT selects them."""
+        return sorted(site.rpartition(".")[2] for site in self.linears())
+
+    def rank_row_weights(self) -> int:
+        """Numbers of one rank row in every linear, the head's among them: what a unit of rank takes on the device."""
+        return sum(map(sum, self.linears().values())) * self.layers + self.hidden + self.vocabulary
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -89,7 +97,7 @@ def make_checkpoint(name: str, seed: int, cache: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    with _published(target) as folder:
+    with published(target) as folder:
         model.save_pretrained(folder)
         _tokenizer(shape.vocabulary).save_pretrained(folder)
     return target
@@ -97,20 +105,27 @@ def make_checkpoint(name: str, seed: int, cache: Path) -> Path:
 
 def make_adapters(name: str, plan: AdapterPlan, count: int, seed: int, cache: Path) -> list[Path]:
     """PEFT directories of `count` random adapters on all seven linears of every layer, made on the first call."""
-    shape = get_shape(name)
-    root = cache / f"{name}-adapters-r{plan.rank}-a{plan.alpha:g}-seed{seed}-v{_LAYOUT}"
-    paths = [root / f"bench-{number:03d}" for number in range(count)]
-    for number, path in enumerate(paths):
-        if not path.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            _write_adapter(shape, plan, seed * 1000 + number, path)
-    return paths
+    return [make_adapter(name, plan, number, seed, cache) for number in range(count)]
+
+
+def make_adapter(name: str, plan: AdapterPlan, number: int, seed: int, cache: Path) -> Path:
+    """The one with that number."""
+    path = adapters_root(name, plan, seed, cache) / f"bench-r{plan.rank}-{number:03d}"
+    if not path.is_dir():
+        _write_adapter(get_shape(name), plan, seed * 1_000_000 + number, path)
+    return path
+
+
+def adapters_root(name: str, plan: AdapterPlan, seed: int, cache: Path) -> Path:
+    """Where adapters of a plan are: one directory for each way of making them."""
+    return cache / f"{name}-adapters-r{plan.rank}-a{plan.alpha:g}-{plan.dtype}-seed{seed}-v{_LAYOUT}"
 
 
 def _write_adapter(shape: Shape, plan: AdapterPlan, seed: int, path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    dtype: torch.dtype = getattr(torch, plan.dtype)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(shape.layers):
@@ -118,7 +133,7 @@ def _write_adapter(shape: Shape, plan: AdapterPlan, seed: int, path: Path) -> No
             prefix = f"base_model.model.model.layers.{layer}.{site}"
             a = torch.randn(plan.rank, width_in, generator=generator) * width_in**-0.5  # [r, in]
             b = torch.randn(width_out, plan.rank, generator=generator) * 0.01  # [out, r]: not zero, so it acts
-            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
+            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a.to(dtype), b.to(dtype)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -129,15 +144,15 @@ def _write_adapter(shape: Shape, plan: AdapterPlan, seed: int, path: Path) -> No
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted(site.rpartition(".")[2] for site in shape.linears()),
+        "target_modules": shape.targets(),
     }
-    with _published(path) as folder:
+    with published(path) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _published(target: Path) -> Iterator[Path]:
+def published(target: Path) -> Iterator[Path]:
     """A temporary directory that takes its final name at the end, so that no half-written one is ever found."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Trace:
-    """One request: when it was sent and when each output token arrived, in seconds on one clock."""
-
-    sent: float
-    arrivals: tuple[float, ...]
+from loramux.bench.driver import EVICTIONS, LOADS, PROCESSOR_SECONDS, Trace
 
 
 @dataclass(frozen=True)
@@ -27,16 +21,37 @@ class Sample:
     seconds: float  # from the first request sent to the last token
     first_token: tuple[float, ...]  # seconds, one per request
     inter_token: tuple[float, ...]  # seconds, all gaps of all requests
+    counted: Mapping[str, float] = field(default_factory=dict)  # the driver's readings, of this run
 
     @property
     def rate(self) -> float:
         """Output tokens per second."""
         return self.output_tokens / self.seconds
 
+    @property
+    def processor_rate(self) -> float:
+        """Output tokens per second of processor time, which others on the machine disturb less; nan: unknown."""
+        return self.output_tokens / self.counted.get(PROCESSOR_SECONDS, math.nan)
+
+    @property
+    def slow_first_token(self) -> float:
+        """The 99th percentile, in seconds."""
+        return percentile(self.first_token, 0.99)
+
+    @property
+    def slow_inter_token(self) -> float:
+        """The 99th percentile, in seconds; nan without gaps."""
+        return percentile(self.inter_token, 0.99) if self.inter_token else math.nan
+
 
 @dataclass(frozen=True)
 class Summary:
-    """A scenario over all rounds. `ratio` is the median of rate / base rate of the same driver in the same round."""
+    """A scenario over all rounds.
+
+    Ratios are medians over the rounds of what this scenario has over what the first has by the same driver in the same
+    round: `ratio` of the rates, `processor_ratio` of the rates by processor time, the others of 99th percentiles.
+    Times are in seconds over the requests of all rounds; `loads` and `evictions` are medians. nan: not known.
+    """
 
     driver: str
     scenario: str
@@ -49,9 +64,23 @@ class Summary:
     first_token_p95: float
     inter_token_p50: float
     inter_token_p95: float
+    processor_ratio: float
+    first_token_p99: float
+    first_token_longest: float
+    first_token_ratio: float
+    inter_token_p99: float
+    inter_token_ratio: float
+    loads: float
+    evictions: float
 
 
-def sample(driver: str, scenario: str, round_number: int, traces: Sequence[Trace]) -> Sample:
+def sample(
+    driver: str,
+    scenario: str,
+    round_number: int,
+    traces: Sequence[Trace],
+    counted: Mapping[str, float] | None = None,
+) -> Sample:
     """Reduce the traces of one run. Raises ValueError when a request got no token."""
     if not traces or any(not trace.arrivals for trace in traces):
         raise ValueError(f"{driver}, {scenario}: a request got no token")
@@ -67,6 +96,7 @@ def sample(driver: str, scenario: str, round_number: int, traces: Sequence[Trace
             for trace in traces
             for before, after in zip(trace.arrivals, trace.arrivals[1:], strict=False)
         ),
+        counted=counted or {},
     )
 
 
@@ -82,23 +112,27 @@ def summarize(samples: Sequence[Sample], scenarios: Sequence[str]) -> list[Summa
     """One summary per driver and scenario, drivers in order of appearance; ratios to the first scenario."""
     summaries = []
     for driver in dict.fromkeys(entry.driver for entry in samples):
-        base_rates = _rates(samples, driver, scenarios[0])
+        first = _of(samples, driver, scenarios[0])
         for scenario in scenarios:
-            group = [entry for entry in samples if (entry.driver, entry.scenario) == (driver, scenario)]
+            group = _of(samples, driver, scenario)
             if group:
-                summaries.append(_summary(group, base_rates))
+                summaries.append(_summary(group, {entry.round_number: entry for entry in first}))
     return summaries
 
 
-def _rates(samples: Sequence[Sample], driver: str, scenario: str) -> dict[int, float]:
-    return {s.round_number: s.rate for s in samples if s.driver == driver and s.scenario == scenario}
+def _of(samples: Sequence[Sample], driver: str, scenario: str) -> list[Sample]:
+    return [entry for entry in samples if (entry.driver, entry.scenario) == (driver, scenario)]
 
 
-def _summary(group: Sequence[Sample], base_rates: dict[int, float]) -> Summary:
+def _summary(group: Sequence[Sample], references: Mapping[int, Sample]) -> Summary:
     rates = [entry.rate for entry in group]
-    ratios = [entry.rate / base_rates[entry.round_number] for entry in group if entry.round_number in base_rates]
     first = [value for entry in group for value in entry.first_token]
     gaps = [value for entry in group for value in entry.inter_token]
+
+    def ratio(value: Callable[[Sample], float]) -> float:
+        pairs = [(entry, references[entry.round_number]) for entry in group if entry.round_number in references]
+        return statistics.median(value(entry) / value(other) for entry, other in pairs) if pairs else math.nan
+
     return Summary(
         driver=group[0].driver,
         scenario=group[0].scenario,
@@ -106,9 +140,17 @@ def _summary(group: Sequence[Sample], base_rates: dict[int, float]) -> Summary:
         rate=statistics.median(rates),
         rate_low=min(rates),
         rate_high=max(rates),
-        ratio=statistics.median(ratios) if ratios else math.nan,
+        ratio=ratio(lambda entry: entry.rate),
         first_token_p50=percentile(first, 0.5),
         first_token_p95=percentile(first, 0.95),
         inter_token_p50=percentile(gaps, 0.5) if gaps else math.nan,
         inter_token_p95=percentile(gaps, 0.95) if gaps else math.nan,
+        processor_ratio=ratio(lambda entry: entry.processor_rate),
+        first_token_p99=percentile(first, 0.99),
+        first_token_longest=max(first),
+        first_token_ratio=ratio(lambda entry: entry.slow_first_token),
+        inter_token_p99=percentile(gaps, 0.99) if gaps else math.nan,
+        inter_token_ratio=ratio(lambda entry: entry.slow_inter_token),
+        loads=statistics.median(entry.counted.get(LOADS, math.nan) for entry in group),
+        evictions=statistics.median(entry.counted.get(EVICTIONS, math.nan) for entry in group),
     )

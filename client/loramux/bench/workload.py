@@ -1,19 +1,22 @@
 """What is measured: one TOML file says the shape, the requests, the adapters, the scenarios and the rounds.
 
-Prompts follow from the seed and the round, so every driver and peer gets the same work. Knows no driver.
+Prompts and who asks for what follow from the seed and the round, so every driver and peer gets the same work. Knows
+no driver.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
+from loramux.bench.driver import Call
 from loramux_adapters.names import NAME
 from loramux_adapters.text_files import TextFileInvalid, parse_toml, read_text
 from loramux_adapters.validation import Section, Text, ValuesInvalid, read
@@ -29,27 +32,54 @@ class WorkloadInvalid(Exception):
 
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountFromZero = Annotated[int, Strict(), Field(ge=0)]
+LORA, ALORA = "lora", "alora"
+INVOCATION = (11, 12, 13)
+"""The tokens that turn on the activated adapters of a bench."""
 
 
 @dataclass(frozen=True)
 class AdapterPlan(Section):
-    """The random LoRA adapters: all linears of the shape, at one rank."""
+    """The random adapters: on all linears of the shape, LoRA at one rank unless a scenario says more."""
 
     rank: Count = 8
     alpha: Annotated[float, Strict(), Field(gt=0)] = 16.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the tensors in the files
+
+
+@dataclass(frozen=True)
+class Member:
+    """One random adapter: the one with this number of its kind and rank."""
+
+    kind: str
+    rank: int
+    number: int
 
 
 @dataclass(frozen=True)
 class Scenario(Section):
-    """One mix: request i uses adapter i % distinct; 0 distinct adapters is the base alone."""
+    """One mix. `distinct` adapters, 0 is the base alone; adapter i is of the i-th of `kinds` and `ranks`, cyclically.
+
+    Request i uses adapter i % distinct (`turn`), or one by chance: each alike (`uniform`), or adapter i with a
+    probability in proportion to (i + 1) ** -exponent (`zipf`). While they run, one request after the other asks for
+    one of `beside` more adapters in turn, one token each.
+    """
 
     name: Text
     distinct: CountFromZero
+    kinds: tuple[Text, ...] = ()  # empty: LoRA
+    ranks: tuple[Count, ...] = ()  # empty: the plan's
+    draw: Literal["turn", "uniform", "zipf"] = "turn"
+    exponent: Annotated[float, Strict(), Field(gt=0)] = 1.0
+    beside: CountFromZero = 0
 
 
 @dataclass(frozen=True)
 class Workload(Section):
-    """`requests` run at once, each with `prompt_tokens` in and exactly `output_tokens` out, greedy."""
+    """`requests`, each with `prompt_tokens` in and exactly `output_tokens` out, greedy.
+
+    At most `at_once` of them are on their way (0: all); the next goes out when one is answered. Ratios are to the first
+    scenario.
+    """
 
     name: Text
     shape: Text
@@ -61,6 +91,12 @@ class Workload(Section):
     seed: CountFromZero
     scenarios: tuple[Scenario, ...]
     adapters: AdapterPlan = AdapterPlan()
+    at_once: CountFromZero = 0
+    settle: CountFromZero = 0  # requests of one token, drawn alike, before each run: what it would find anyway is there
+    short_prompt_tokens: Count = 2  # of those and of the requests beside: a long one shows its prefill, not the load
+    slots: CountFromZero = 0  # adapters of the plan that fit on the device; 0: what the server makes of its memory
+    server: dict[Text, Text] = field(default_factory=dict)  # options of `loramux serve`
+    keep_store: Annotated[bool, Strict()] = False  # in the cache, where pushing the adapters takes minutes
 
     @field_validator("name")
     @classmethod
@@ -76,29 +112,96 @@ class Workload(Section):
             raise ValueError("give at least one [[scenarios]] table")
         if len({scenario.name for scenario in scenarios}) != len(scenarios):
             raise ValueError("names must differ")
-        if scenarios[0].distinct != 0:
-            raise ValueError("the first must be the base alone (distinct = 0): ratios are to it")
-        if max(scenario.distinct for scenario in scenarios) > others.data.get("requests", math.inf):
+        requests = others.data.get("requests")
+        if requests and any(s.distinct > requests for s in scenarios if s.draw == "turn"):
             raise ValueError("more distinct adapters than requests")
         return scenarios
 
     @property
-    def adapter_count(self) -> int:
-        """Adapters that the widest scenario needs."""
-        return max(scenario.distinct for scenario in self.scenarios)
+    def is_static(self) -> bool:
+        """Whether each scenario is one batch of LoRA that begins and ends together: what a peer can do."""
+        plain = all(s.draw == "turn" and not s.beside and {*s.kinds} <= {LORA} for s in self.scenarios)
+        return plain and not self.settle and self.most_at_once == self.requests
+
+    @property
+    def most_at_once(self) -> int:
+        """Requests on their way at once, those beside left out."""
+        return min(self.at_once or self.requests, self.requests)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Every adapter that some scenario needs, each once; calls name them by their place here."""
+        found = (m for s in self.scenarios for m in (*self.members_of(s), *self.members_beside(s)))
+        return tuple(dict.fromkeys(found))
+
+    def members_of(self, scenario: Scenario) -> tuple[Member, ...]:
+        """The adapters that the requests of a scenario ask for."""
+        kinds, ranks = scenario.kinds or (LORA,), scenario.ranks or (self.adapters.rank,)
+        return tuple(Member(kinds[i % len(kinds)], ranks[i % len(ranks)], i) for i in range(scenario.distinct))
+
+    def members_beside(self, scenario: Scenario) -> tuple[Member, ...]:
+        """The adapters that are asked for beside them."""
+        return tuple(Member(LORA, self.adapters.rank, number) for number in range(scenario.beside))
 
     def prompts(self, round_number: int, vocabulary: int) -> tuple[tuple[int, ...], ...]:
         """Distinct random prompts of one round; ids below 3 are left to special tokens."""
         rng = random.Random(f"{self.seed}/{round_number}")
-        return tuple(
-            tuple(rng.randrange(3, vocabulary) for _ in range(self.prompt_tokens)) for _ in range(self.requests)
-        )
+        return tuple(_prompt(rng, self.prompt_tokens, vocabulary) for _ in range(self.requests))
 
-    def assignment(self, scenario: Scenario) -> tuple[int | None, ...]:
-        """Adapter number of each request, None for the base: neighbors differ."""
-        if scenario.distinct == 0:
-            return (None,) * self.requests
-        return tuple(i % scenario.distinct for i in range(self.requests))
+    def calls(self, scenario: Scenario, round_number: int, vocabulary: int) -> list[Call]:
+        """The requests of one run: the same prompts in every scenario, but for what activates an activated adapter."""
+        return self._calls(scenario, self.assignment(scenario, round_number), self.prompts(round_number, vocabulary))
+
+    def calls_before(self, scenario: Scenario, round_number: int, vocabulary: int) -> list[Call]:
+        """Those that let a run find what it would find after many others of its kind."""
+        rng = random.Random(f"{self.seed}/{round_number}/settle")
+        numbers = _draw(scenario, self.settle, rng)
+        return self._calls(scenario, numbers, [_prompt(rng, self.short_prompt_tokens, vocabulary) for _ in numbers])
+
+    def calls_beside(self, scenario: Scenario, round_number: int, vocabulary: int) -> list[Call]:
+        """One request for each adapter beside, in an order by chance."""
+        rng = random.Random(f"{self.seed}/{round_number}/beside")
+        places = {member: place for place, member in enumerate(self.members)}
+        members = list(self.members_beside(scenario))
+        rng.shuffle(members)
+        return [Call(_prompt(rng, self.short_prompt_tokens, vocabulary), places[member]) for member in members]
+
+    def assignment(self, scenario: Scenario, round_number: int = 0) -> tuple[int | None, ...]:
+        """Which of a scenario's adapters each request asks for, None for the base. In turn, neighbors differ."""
+        return _draw(scenario, self.requests, random.Random(f"{self.seed}/{round_number}/draw"))
+
+    def _calls(
+        self, scenario: Scenario, numbers: Sequence[int | None], prompts: Sequence[tuple[int, ...]]
+    ) -> list[Call]:
+        places, members = {member: place for place, member in enumerate(self.members)}, self.members_of(scenario)
+        calls = []
+        for number, prompt in zip(numbers, prompts, strict=True):
+            if number is None:
+                calls.append(Call(prompt, None))
+            else:
+                is_activated = members[number].kind == ALORA
+                calls.append(Call(_activated(prompt) if is_activated else prompt, places[members[number]]))
+        return calls
+
+
+def _draw(scenario: Scenario, count: int, rng: random.Random) -> tuple[int | None, ...]:
+    if scenario.distinct == 0:
+        return (None,) * count
+    if scenario.draw == "turn":
+        return tuple(i % scenario.distinct for i in range(count))
+    exponent = scenario.exponent if scenario.draw == "zipf" else 0.0
+    weights = list(accumulate((i + 1) ** -exponent for i in range(scenario.distinct)))
+    return tuple(rng.choices(range(scenario.distinct), cum_weights=weights, k=count))
+
+
+def _prompt(rng: random.Random, tokens: int, vocabulary: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, vocabulary) for _ in range(tokens))
+
+
+def _activated(prompt: Sequence[int]) -> tuple[int, ...]:
+    """Activated from the middle on: half of the prompt is computed as the base's."""
+    middle = len(prompt) // 2
+    return (*prompt[: max(0, middle - len(INVOCATION))], *INVOCATION, *prompt[middle:])
 
 
 def shipped() -> tuple[str, ...]:

@@ -28,8 +28,8 @@ class Lease(Protocol):
 class Adapters(Protocol):
     """The adapter pool. Every method belongs to the engine thread."""
 
-    def try_acquire(self, digest: str) -> Lease | None:
-        """A lease, or None while the adapter is not ready; never blocks and starts the load.
+    def try_acquire(self, digest: str, *, may_load: bool = True) -> Lease | None:
+        """A lease, or None while the adapter is not ready; never blocks. Starts the load if it `may_load`.
 
         Raises AdapterError, once, when the load failed.
         """

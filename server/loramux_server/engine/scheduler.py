@@ -261,7 +261,8 @@ class Scheduler:
             return True
         if admission.may_ask(request):
             try:
-                request.lease = self._adapters.try_acquire(request.digest)
+                places = self.limits.max_running - len(self._running)
+                request.lease = self._adapters.try_acquire(request.digest, may_load=admission.may_load(places))
             except AdapterError as error:
                 failure = failure_of(error)
                 if failure.code == "INTERNAL":

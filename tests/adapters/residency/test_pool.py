@@ -24,6 +24,17 @@ def test_waiting_never_reads_twice() -> None:
     assert (stats.waits, stats.hits, stats.loads, stats.leases) == (1, 3, 1, 3)
 
 
+def test_who_may_not_load_gets_what_is_there_and_moves_nothing() -> None:
+    harness = PoolHarness()
+    harness.bring("8-a").release()
+    lease = harness.pool.try_acquire("8-a", may_load=False)
+    assert lease is not None
+    assert harness.pool.try_acquire("8-b", may_load=False) is None
+    harness.settle()
+    assert harness.reads == ["8-a"]
+    assert (harness.pool.stats().loading, harness.pool.stats().waits) == (0, 1)
+
+
 def test_a_failure_is_told_once_and_then_tried_again() -> None:
     harness = PoolHarness()
     harness.errors["8-a"] = AdapterCorrupt("the stored bytes do not match", subject="8-a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_server.engine.policies import AdapterAdmission, FirstComeFirstServed
+from loramux_server.engine.policies import LOADS_AHEAD, AdapterAdmission, FirstComeFirstServed
 from loramux_server.engine.request import Request, expand
 from support.fake_pool import FakePool
 from support.scheduler_harness import SchedulerHarness, digest, limits, submission
@@ -130,3 +130,30 @@ def test_many_adapters_through_few_slots_all_end():
     for ticket in tickets:
         harness.check_equal_to_solo(ticket)
     harness.check_idle()
+
+
+def test_a_pass_loads_for_the_places_there_are_and_a_few_ahead():
+    turns = AdapterAdmission(bound=99, tries=32)
+    for number in range(2 + LOADS_AHEAD):
+        assert turns.may_load(places=2)
+        turns.skip(request(number, digest=digest(number)))
+    assert not turns.may_load(places=2)
+    assert turns.may_load(places=3)
+    assert turns.may_ask(request(99, digest=digest(99)))
+
+
+def test_what_is_on_the_device_passes_those_that_may_not_load():
+    pool = FakePool(12)
+    harness = SchedulerHarness(limits(max_running=2), pool)
+    harness.submit(submission("first", digest=digest(50), max_tokens=3))
+    harness.step()
+    pool.report_all()
+    harness.step()
+    harness.submit(submission("long", max_tokens=9))  # leaves one place
+    for number in range(10):
+        harness.submit(submission(f"new{number}", digest=digest(number)))
+    last = harness.submit(submission("resident", digest=digest(50)))
+    for _ in range(4):
+        harness.step()
+    assert pool.loading == [digest(number) for number in range(1 + LOADS_AHEAD)]
+    assert harness.tokens(last)

@@ -15,6 +15,7 @@ import torch
 
 from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
+from loramux_adapters.finite import is_finite
 from loramux_adapters.formats.digest import low_rank_config
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
@@ -93,7 +94,7 @@ class LoraTarget(Target):
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         a, b = tensors["a"], tensors["b"].float() * self.scale
-        if not bool(torch.isfinite(b).all()):
+        if not is_finite(b):
             raise AdapterInvalid(
                 f"{CONFIG_FILE}: scale {self.scale:g} makes lora_B of module {quote(self.module.name)} infinite",
                 subject=f"{CONFIG_FILE}: lora_alpha",

@@ -1,0 +1,19 @@
+"""Whether all numbers of a tensor are finite, at the price of one pass over it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """No value is NaN or infinite. For tensors in host memory: elsewhere it waits for the device twice.
+
+    The least and the largest value hand NaN on. `torch.isfinite(tensor).all()` makes a tensor of answers first, and
+    takes five to ten times as long for a matrix of an adapter.
+    """
+    if not tensor.numel():
+        return True
+    least, largest = tensor.aminmax()
+    return math.isfinite(least.item()) and math.isfinite(largest.item())
