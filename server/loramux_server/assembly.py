@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +40,7 @@ from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
-from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
@@ -111,9 +112,6 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
         return formats.read(files, base.spec, limits, allow_base_mismatch=allow_base_mismatch)
 
-    def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
-        return read(files, allow_base_mismatch=allow_base_mismatch).spec
-
     merged_rows = measure_merged_rows(adapted) if config.merged_bytes and not config.deterministic else None
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
@@ -151,8 +149,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         observer=hooks.metrics,
         on_death=hooks.on_death,
     )
-    states = _States(pool, merged_weights)
-    registry = Registry(store, read_spec, base.spec.fingerprint, states, combinations=combinations)
+    states = _States(pool, host, merged_weights)
+    registry = Registry(store, read, base.spec.fingerprint, states, combinations=combinations)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:
@@ -324,8 +322,13 @@ def _model_info(
 class _States:
     """Implements `api.ports.AdapterStates` and `registry.AdapterCaches`."""
 
-    def __init__(self, pool: AdapterPool[AdapterWeights], merged_weights: MergedWeightsCache) -> None:
-        self._pool, self._merged_weights = pool, merged_weights
+    def __init__(
+        self,
+        pool: AdapterPool[AdapterWeights],
+        host: HostCache[AdapterWeights],
+        merged_weights: MergedWeightsCache,
+    ) -> None:
+        self._pool, self._host, self._merged_weights = pool, host, merged_weights
 
     def state(self, digest: str) -> AdapterState:
         """Where the version is at this moment."""
@@ -336,6 +339,10 @@ class _States:
         """Keep what is pinned on the device and have merged weights of what is to be merged; nothing else."""
         self._pool.pin(desired.pinned, retry)
         self._merged_weights.reconcile(desired.merged, retry)
+
+    def offer(self, weights: Weights) -> None:
+        """Keep them in host memory, as if they had been loaded."""
+        self._host.offer(weights.spec.digest, cast(AdapterWeights, weights))  # the registry knows no more of them
 
     def evict(self, digest: str) -> None:
         """Free its slot once the last lease is back, its host bytes and its merged weights."""

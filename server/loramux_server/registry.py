@@ -21,7 +21,7 @@ from typing import BinaryIO, Protocol
 
 from loramux_adapters.combination import combine_specs
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
-from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.protocol import AdapterStore
 from loramux_adapters.store.records import (
     AdapterNames,
@@ -44,13 +44,16 @@ _log = logging.getLogger(__name__)
 
 
 class ReadAdapter(Protocol):
-    """Validate an adapter's files against the base; raises AdapterInvalid or AdapterIncompatible."""
+    """Read an adapter's files and judge them against the base; raises AdapterInvalid or AdapterIncompatible."""
 
-    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec: ...
+    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> Weights: ...
 
 
 class AdapterCaches(Protocol):
     """What is kept of adapters beside the store: in host memory, on the device, merged. Safe from any thread."""
+
+    def offer(self, weights: Weights) -> None:
+        """They were read to be published, and are likely to be asked for at once: they need not be read again."""
 
     def evict(self, digest: str) -> None:
         """Free all of it: no name, kept version or request reaches this digest any more."""
@@ -253,13 +256,14 @@ class Registry:
     def _publish(self, tenant: str, upload_id: str) -> Published:
         staged = self._store.staged_files(tenant, upload_id)
         try:
-            spec = self._read(staged.files, allow_base_mismatch=staged.manifest.allow_base_mismatch)
+            weights = self._read(staged.files, allow_base_mismatch=staged.manifest.allow_base_mismatch)
         except AdapterInvalid:
             self._store.discard_upload(tenant, upload_id)
             raise
         except OSError as error:
             raise _unreadable() from error
-        published = self._store.publish(tenant, upload_id, spec, self._base)
+        published = self._store.publish(tenant, upload_id, weights.spec, self._base)
+        self._caches.offer(weights)
         # Whatever was wrong with this content, bytes or base, is right now.
         self._reconcile(retry=published.record.digest)
         self._evict_removed()

@@ -17,7 +17,7 @@ from loramux_server.adapter_loader import CombinationLoader
 from loramux_server.combinations import Combinations
 from loramux_server.registry import Registry
 from support.caches import Caches
-from support.stores import BASE, TENANT, content, digest_of, manifest_of, new_id, put, quick_store, read_spec, spec_of
+from support.stores import BASE, TENANT, content, digest_of, manifest_of, new_id, put, quick_store, read_facts, spec_of
 
 FILES = {name: content(name) for name in ("style", "facts", "other")}
 DIGESTS = {name: digest_of(files) for name, files in FILES.items()}
@@ -39,7 +39,7 @@ def registry(tmp_path: Path, caches: Caches, combinations: Combinations) -> Iter
     store = quick_store(tmp_path)
     for name, files in FILES.items():
         put(store, name, files)
-    registry = Registry(store, read_spec, BASE, caches, combinations=combinations)
+    registry = Registry(store, read_facts, BASE, caches, combinations=combinations)
     yield registry
     registry.close()
 

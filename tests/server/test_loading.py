@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from sqlite3 import connect
 
 import pytest
 
 from loramux_adapters.errors import AdapterCorrupt, AdapterIncompatible, AdapterNotFound
-from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.local import LocalStore
 from loramux_server.adapter_loader import AdapterLoader
-from support.stores import BASE, MODEL, OTHER_BASE, TENANT, content, digest_of, put, quick_store, spec_of, stage
+from support.stores import (
+    BASE,
+    MODEL,
+    OTHER_BASE,
+    TENANT,
+    FakeWeights,
+    content,
+    digest_of,
+    put,
+    quick_store,
+    spec_of,
+    stage,
+)
 
 FILES = content("one")
 DIGEST = digest_of(FILES)
-
-
-@dataclass(frozen=True)
-class FakeWeights:
-    """Facts only."""
-
-    spec: AdapterSpec
-    nbytes: int = 1
 
 
 class Declared:

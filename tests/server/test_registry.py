@@ -16,7 +16,6 @@ from loramux_adapters.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.records import AdapterUpdate, Health, Quotas
 from loramux_server.registry import Registry, split_reference
 from support.servers import FakeStates
@@ -25,6 +24,7 @@ from support.stores import (
     CONFIG,
     MODEL,
     TENANT,
+    FakeWeights,
     Files,
     blob_files,
     content,
@@ -32,7 +32,7 @@ from support.stores import (
     entries_of,
     manifest_of,
     quick_store,
-    read_spec,
+    read_facts,
 )
 
 FILES = content("one")
@@ -47,11 +47,11 @@ class Reader:
         self.error: Exception | None = None
         self.consents: list[bool] = []
 
-    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
+    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> FakeWeights:
         self.consents.append(allow_base_mismatch)
         if self.error:
             raise self.error
-        return read_spec(files, allow_base_mismatch=allow_base_mismatch)
+        return read_facts(files, allow_base_mismatch=allow_base_mismatch)
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ async def test_resolving_is_fast_enough_for_the_event_loop(registry: Registry) -
 
 @pytest.mark.asyncio
 async def test_a_release_after_the_close_is_harmless(tmp_path: Path) -> None:
-    registry = Registry(quick_store(tmp_path), read_spec, BASE, FakeStates())
+    registry = Registry(quick_store(tmp_path), read_facts, BASE, FakeStates())
     await push(registry, "one", FILES)
     resolved = registry.resolve(TENANT, "one")
     await registry.delete(TENANT, "one")

@@ -13,7 +13,7 @@ from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
 from loramux_adapters.store.records import AdapterUpdate, DesiredState, Quotas
 from loramux_server.registry import Registry
 from support.caches import Caches, desired
-from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_spec
+from support.stores import BASE, TENANT, content, digest_of, manifest_of, quick_store, read_facts
 
 pytestmark = pytest.mark.asyncio
 ONE, TWO, THREE = (digest_of(content(seed)) for seed in ("one", "two", "three"))
@@ -26,7 +26,7 @@ def caches() -> Caches:
 
 @pytest.fixture
 def registry(tmp_path: Path, caches: Caches) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_spec, BASE, caches)
+    registry = Registry(quick_store(tmp_path, Quotas(keep_versions=2)), read_facts, BASE, caches)
     yield registry
     registry.close()
 
@@ -41,6 +41,22 @@ async def push(registry: Registry, name: str, seed: str) -> None:
 
 
 BOTH = AdapterUpdate(pinned=True, merge=True)
+
+
+async def test_what_is_published_is_offered_and_what_is_refused_is_not(
+    registry: Registry, caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(registry, "a", "one")
+    await push(registry, "b", "one")  # the same content
+    assert caches.offered == [ONE, ONE]
+
+    def fail(*_: object) -> None:
+        raise StoreUnavailable("the disk fails")
+
+    monkeypatch.setattr(registry._store, "publish", fail)
+    with pytest.raises(StoreUnavailable):
+        await push(registry, "c", "two")
+    assert caches.offered == [ONE, ONE]
 
 
 async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Registry, caches: Caches) -> None:
@@ -74,12 +90,12 @@ async def test_only_what_asks_again_is_tried_again(registry: Registry, caches: C
 
 
 async def test_a_restart_tells_the_desired_state_at_once(tmp_path: Path) -> None:
-    registry = Registry(quick_store(tmp_path), read_spec, BASE, Caches())
+    registry = Registry(quick_store(tmp_path), read_facts, BASE, Caches())
     await push(registry, "a", "one")
     await registry.update(TENANT, "a", BOTH)
     registry.close()
     caches = Caches()
-    Registry(quick_store(tmp_path), read_spec, BASE, caches).close()
+    Registry(quick_store(tmp_path), read_facts, BASE, caches).close()
     assert caches.desired == [desired(ONE, ONE)]
 
 

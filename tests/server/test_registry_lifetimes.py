@@ -16,7 +16,7 @@ from loramux_adapters.store.records import AdapterUpdate
 from loramux_server.registry import Registry
 from loramux_server.registry_expiry import ExpiryThread
 from support.caches import Caches, desired
-from support.stores import BASE, TENANT, blob_files, content, digest_of, manifest_of, new_id, quick_store, read_spec
+from support.stores import BASE, TENANT, blob_files, content, digest_of, manifest_of, new_id, quick_store, read_facts
 
 pytestmark = pytest.mark.asyncio
 FILES = content("one")
@@ -44,7 +44,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def registry(tmp_path: Path, caches: Caches, clock: Clock) -> Iterator[Registry]:
-    registry = Registry(quick_store(tmp_path, clock=clock), read_spec, BASE, caches, clock)
+    registry = Registry(quick_store(tmp_path, clock=clock), read_facts, BASE, caches, clock)
     yield registry
     registry.close()
 
@@ -178,12 +178,12 @@ async def test_what_another_change_finds_over_leaves_nothing_either(
 
 async def test_a_restart_ends_what_is_due(tmp_path: Path) -> None:
     clock = Clock()
-    registry = Registry(quick_store(tmp_path, clock=clock), read_spec, BASE, Caches(), clock)
+    registry = Registry(quick_store(tmp_path, clock=clock), read_facts, BASE, Caches(), clock)
     await push(registry, "one", ttl_seconds=5.0)
     registry.close()
     assert len(blob_files(tmp_path)) == 2
     clock.now += 5
-    Registry(quick_store(tmp_path, clock=clock), read_spec, BASE, Caches(), clock).close()
+    Registry(quick_store(tmp_path, clock=clock), read_facts, BASE, Caches(), clock).close()
     assert blob_files(tmp_path) == set()
 
 

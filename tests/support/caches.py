@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.records import DesiredState
 
 
@@ -10,8 +11,12 @@ class Caches:
 
     def __init__(self) -> None:
         self.evicted: list[str] = []
+        self.offered: list[str] = []
         self.desired: list[DesiredState] = []
         self.retries: list[str | None] = []
+
+    def offer(self, weights: Weights) -> None:
+        self.offered.append(weights.spec.digest)
 
     def evict(self, digest: str) -> None:
         assert self.desired

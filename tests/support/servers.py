@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from loramux_adapters.errors import AdapterInvalid
+from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.spec import AdapterSpec, WeightCounts
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
@@ -41,6 +42,7 @@ from loramux_server.requests import RequestFailure
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
 from support.fake_pool import FakePool
 from support.fake_runner import VOCABULARY, FakeRunner
+from support.stores import FakeWeights
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 ."
 EOS = 63  # "."
@@ -99,17 +101,21 @@ class FakeStates:
         """See `registry.AdapterCaches`."""
         self.desired = desired
 
+    def offer(self, weights: Weights) -> None:
+        """See `registry.AdapterCaches`."""
+
     def evict(self, digest: str) -> None:
         """See `registry.AdapterCaches`."""
 
 
-def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
+def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> FakeWeights:
     """An adapter is any bytes but those that begin with `bad`; its digest is theirs."""
     data = files[WEIGHTS_FILE].read_bytes()
     if data.startswith(b"bad"):
         raise AdapterInvalid("the weights are bad", subject=WEIGHTS_FILE)
     digest = hashlib.sha256(data).hexdigest()
-    return AdapterSpec(digest, "lora", None, allow_base_mismatch, {"layers.0.q_proj": 4}, frozenset(), len(data))
+    ranks = {"layers.0.q_proj": 4}
+    return FakeWeights(AdapterSpec(digest, "lora", None, allow_base_mismatch, ranks, frozenset(), len(data)))
 
 
 @dataclass

@@ -5,6 +5,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,9 +49,18 @@ def spec_of(files: Files, *, base_mismatch: bool = False) -> AdapterSpec:
     )
 
 
-def read_spec(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
+@dataclass(frozen=True)
+class FakeWeights:
+    """Facts only."""
+
+    spec: AdapterSpec
+    nbytes: int = 1
+
+
+def read_facts(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> FakeWeights:
     """What a format reader does, as far as the registry can see."""
-    return spec_of({file: path.read_bytes() for file, path in files.items()}, base_mismatch=allow_base_mismatch)
+    found = {file: path.read_bytes() for file, path in files.items()}
+    return FakeWeights(spec_of(found, base_mismatch=allow_base_mismatch))
 
 
 def entries_of(files: Files) -> tuple[FileEntry, ...]:

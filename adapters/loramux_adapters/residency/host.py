@@ -39,6 +39,14 @@ class HostCache(Generic[W]):
         self._keep(digest, weights, discards)
         return weights
 
+    def offer(self, digest: str, weights: W) -> None:
+        """Weights that were read elsewhere, as if they had been loaded now."""
+        with self._lock:
+            if self._frequency is not None:
+                self._frequency.use(digest)
+            discards = self._discards
+        self._keep(digest, weights, discards)
+
     def size(self, digest: str) -> int:
         """Bytes it takes in memory now, 0 if it is not there."""
         held = self._held.get(digest)

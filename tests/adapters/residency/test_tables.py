@@ -186,13 +186,31 @@ def test_what_is_discarded_while_it_is_read_is_not_kept() -> None:
     assert cache.usage == (0, 0)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=60))
-def test_its_books_add_up(steps: list[tuple[str, bool]]) -> None:
+def test_what_is_offered_is_not_read_again() -> None:
+    reads: list[str] = []
+
+    def read(digest: str) -> Held:
+        reads.append(digest)
+        return held(60, digest)
+
+    cache, offered = HostCache(read, 100), held(60, "a")
+    cache.offer("a", offered)
+    assert cache.load("a") is offered
+    cache.load("b")  # "a" was used before it and leaves
+    assert cache.load("a") is not offered
+    assert reads == ["b", "a"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(["load", "offer", "discard"])), max_size=60))
+def test_its_books_add_up(steps: list[tuple[str, str]]) -> None:
     sizes = {digest: 10 * (index + 1) for index, digest in enumerate("abcdef")}
     cache = HostCache(lambda digest: held(sizes[digest], digest), 100)
-    for digest, is_load in steps:
-        if is_load:
+    for digest, step in steps:
+        if step == "load":
             cache.load(digest)
+            assert cache.size(digest)
+        elif step == "offer":
+            cache.offer(digest, held(sizes[digest], digest))
             assert cache.size(digest)
         else:
             cache.discard(digest)
