@@ -13,7 +13,7 @@ from peft import get_peft_model
 
 from loramux_adapters.adapter_files import INITIAL_FILE, WEIGHTS_FILE
 from support.adapters import peft_warnings_ignored, save
-from support.kinds import dequantized_model
+from support.kinds import pristine_model
 
 
 def make_initial_pair(checkpoint: Path, root: Path, method: str, *, seed: int = 0, **options: Any) -> dict[str, Path]:
@@ -21,7 +21,7 @@ def make_initial_pair(checkpoint: Path, root: Path, method: str, *, seed: int = 
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=method, **options)
     with peft_warnings_ignored(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        wrapped = get_peft_model(copy.deepcopy(dequantized_model(checkpoint)), config)
+        wrapped = get_peft_model(copy.deepcopy(pristine_model(checkpoint)), config)
         wrapped.peft_config["default"].init_lora_weights = True
         initial = save(wrapped, root / f"{method}-initial")
         wrapped.peft_config["default"].init_lora_weights = method

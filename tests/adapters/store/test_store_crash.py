@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from loramux_adapters.store.local import LocalStore
-from support.corpus import KINDS, make_corpus, write_specs
+from support.corpus import KINDS
 from support.crash_server import QUOTAS, Clock, Operation, StoredAdapter, load_corpus, perform
 from support.names_model import NamesModel, look
 from support.processes import environment
@@ -157,13 +157,6 @@ class CrashServer:
         self.resumed += any(part.exists() and part.stat().st_size for part in parts)
         self._now = self.clock()
         perform(store, self.corpus, operation, self.clock)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("corpus")
-    write_specs(root, make_corpus(root))
-    return root
 
 
 @pytest.fixture
