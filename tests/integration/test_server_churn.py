@@ -27,6 +27,7 @@ from support.live import GREEDY, metric, until, until_idle
 
 SECONDS = float(os.environ.get("CHURN_SECONDS", "6"))
 STREAMS = 32 if SECONDS > 30 else 16
+OPERATORS = 2
 OPERATIONS_PER_SECOND = 20
 TOKENS = 40
 PROMPT = [5, 17, 4, *INVOCATION, 33, 8]
@@ -101,7 +102,7 @@ class Churn:
 
     def run(self) -> None:
         threads = [threading.Thread(target=self._stream, args=(number,)) for number in range(STREAMS)]
-        threads.append(threading.Thread(target=self._operate))
+        threads += [threading.Thread(target=self._operate, args=(number,)) for number in range(OPERATORS)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -133,8 +134,8 @@ class Churn:
                 if tokens != self._solo[digest]:
                     self.wrong.append(f"{name}: {digest[:12]} gave {tokens[:8]}")
 
-    def _operate(self) -> None:
-        order = random.Random(0)
+    def _operate(self, number: int) -> None:
+        order = random.Random(number)
         due = time.monotonic()
         with Client(self._address) as client:
             while time.monotonic() < self._end:
@@ -161,7 +162,7 @@ class Churn:
                         operation = "push"
                         self.push(client, kind, version)
                 self.counts[operation] += 1
-                due += 1 / OPERATIONS_PER_SECOND
+                due += OPERATORS / OPERATIONS_PER_SECOND
                 time.sleep(max(0.0, due - time.monotonic()))
 
 

@@ -32,4 +32,4 @@ def _fold(_weight: torch.Tensor, _bias: torch.Tensor, _part: NormWeight) -> None
     """Nothing of it is in a linear map's weight."""
 
 
-KIND = Kind(NormWeight, {"norm": NormWeights}, _fold)
+KIND = Kind(NormWeight, {"norm": NormWeights}, _fold, unfoldable="a norm is no linear map, and acts as it is")
