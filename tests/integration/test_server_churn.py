@@ -135,11 +135,12 @@ class Churn:
                     self.wrong.append(f"{name}: {digest[:12]} gave {tokens[:8]}")
 
     def _operate(self, number: int) -> None:
+        """Each has names of its own: two that push the same version to one name at once go on with one upload."""
         order = random.Random(number)
         due = time.monotonic()
         with Client(self._address) as client:
             while time.monotonic() < self._end:
-                kind, version = order.choice(NAMES), order.randrange(VERSIONS)
+                kind, version = order.choice(NAMES[number::OPERATORS]), order.randrange(VERSIONS)
                 name = f"churn-{kind}"
                 match order.randrange(9):
                     case 0:
