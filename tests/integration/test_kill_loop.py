@@ -1,7 +1,8 @@
-"""kill -9 of a real gRPC server, fifty times and more, in the midst of uploads.
+"""kill -9 of a real gRPC server, fifty times and more, in the midst of uploads of adapters of every kind.
 
-After each restart: every acknowledged adapter is there with intact bytes, no torn one is visible, each name points at
-its old or its new version; and uploaders go on where they were cut.
+After each restart: every acknowledged adapter is there with intact bytes, its kind and its end, no torn one is visible,
+each name and alias points at its old or its new version; and uploaders go on where they were cut. `KILL_ROUNDS` makes
+it longer than the suite has time for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,15 +25,16 @@ from loramux import Client, upload
 from loramux.errors import LoramuxError, NotFound, Unavailable
 from loramux.retry import NO_RETRY
 from loramux.types import TransferProgress
-from loramux_adapters.formats import registry as formats
-from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.spec import AdapterSpec
+from support.corpus import make_corpus, write_specs
+from support.crash_server import load_corpus
 from support.processes import environment
-from support.tiny import load_tiny
-from support.tiny_adapters import tiny_files, write_files
 
-KILLS = 55
+KILLS = int(os.environ.get("KILL_ROUNDS", "55"))
 UPLOADERS = 4
-VERSIONS = 6  # contents of each name, taken in turn
+EPHEMERAL = 1  # the number of the uploader whose versions end by themselves, long after the test
+ENDS: dict[str, int] = {"ttl": 100_000, "max_uses": 1000}
+ALIAS = "live"
 NEWEST = 2  # acknowledged versions that must stay reachable; the store keeps three
 CHUNK_BYTES = 16 << 10
 PUBLISH_SECONDS = 0.03
@@ -88,8 +91,9 @@ class Uploader:
     """Replaces and deletes one name for ever. What it was told and what it does not know is kept for the checks."""
 
     name: str
-    directories: list[Path]
+    directories: list[Path]  # of many kinds, taken in turn
     chance: random.Random
+    ends: dict[str, int]
     acknowledged: list[Version] = field(default_factory=lambda: [None])
     trying: Version = None  # what the name may be as well, while `is_trying`
     is_trying: bool = False
@@ -125,7 +129,8 @@ class Uploader:
                 committing.set()
 
         if self.trying is not None:
-            self.resumed += client.push(self.directories[self.trying], self.name, progress=note).resumed_bytes > 0
+            pushed = client.push(self.directories[self.trying], self.name, progress=note, **self.ends)
+            self.resumed += pushed.resumed_bytes > 0
             return
         try:
             client.delete(self.name)
@@ -133,17 +138,46 @@ class Uploader:
             return  # the life before did it and could not say so
 
 
+@dataclass
+class AliasSwitcher:
+    """Points an alias at one of two names and at the other, for ever."""
+
+    names: tuple[str, str]
+    acknowledged: str
+    trying: str
+    done: int = 0
+
+    def run(self, client: Client, stop: threading.Event) -> None:
+        """Go on until the server dies."""
+        try:
+            while not stop.wait(0.01):  # uploads are what most of the time is for
+                self.trying = next(name for name in self.names if name != self.acknowledged)
+                client.update(self.trying, add_aliases=[ALIAS])
+                self.acknowledged = self.trying
+                self.done += 1
+        except Unavailable:
+            return
+
+    def check(self, client: Client) -> None:
+        """After a restart."""
+        assert client.adapter(ALIAS).name in (self.acknowledged, self.trying)
+        self.acknowledged = client.adapter(ALIAS).name
+        assert [client.adapter(name).aliases for name in self.names].count((ALIAS,)) == 1
+
+
 class NamesChecker:
     """What must be true of all names after each restart."""
 
-    def __init__(self, uploaders: list[Uploader], digests: dict[Path, str]) -> None:
+    def __init__(self, uploaders: list[Uploader], specs: dict[Path, AdapterSpec], fixed: tuple[str, ...]) -> None:
         self._uploaders = uploaders
-        self._digests = digests
-        self.checked = 0
+        self._specs = specs
+        self._fixed = fixed
+        self._kinds = {spec.digest: spec.kind for spec in specs.values()}
+        self.checked: Counter[str] = Counter()
 
     def check(self, client: Client, scratch: Path) -> None:
         visible = {adapter.name: adapter for adapter in client.adapters()}
-        assert visible.keys() <= {uploader.name for uploader in self._uploaders}
+        assert visible.keys() <= {*self._fixed, *(uploader.name for uploader in self._uploaders)}
         for uploader in self._uploaders:
             adapter = visible.get(uploader.name)
             expected = {self._digest(uploader, uploader.acknowledged[-1])}
@@ -151,7 +185,11 @@ class NamesChecker:
                 expected.add(self._digest(uploader, uploader.trying))
             actual = None if adapter is None else adapter.digest
             assert actual in expected, f"{uploader.name}: {actual} is neither its old nor its new version"
-            assert adapter is None or adapter.health == "ok"
+            if adapter is not None:
+                assert adapter.health == "ok"
+                assert adapter.kind == self._kinds[adapter.digest]
+                assert adapter.uses_left == uploader.ends.get("max_uses")
+                assert (adapter.expires is not None) == ("ttl" in uploader.ends)
             if uploader.is_trying and actual == self._digest(uploader, uploader.trying):
                 uploader.acknowledged.append(uploader.trying)  # done, only not told
                 uploader.is_trying = False
@@ -160,7 +198,7 @@ class NamesChecker:
                     self._check_bytes(client, uploader, version, scratch)
 
     def _digest(self, uploader: Uploader, version: Version) -> str | None:
-        return None if version is None else self._digests[uploader.directories[version]]
+        return None if version is None else self._specs[uploader.directories[version]].digest
 
     def _kept(self, uploader: Uploader) -> set[int]:
         """Of the versions since the last deletion, those which `name@digest` must reach."""
@@ -171,44 +209,44 @@ class NamesChecker:
 
     def _check_bytes(self, client: Client, uploader: Uploader, version: int, scratch: Path) -> None:
         source = uploader.directories[version]
-        digest = self._digests[source]
-        back = scratch / f"{self.checked}"
+        digest = self._specs[source].digest
+        back = scratch / f"{self.checked.total()}"
         pulled = client.pull(f"{uploader.name}@{digest[:16]}", back)
         assert pulled.digest == digest
-        for file in source.iterdir():
-            assert (back / file.name).read_bytes() == file.read_bytes()
-        self.checked += 1
-
-
-def _contents(root: Path) -> Iterator[Path]:
-    """Directories of adapters that differ in size, so that some uploads are long and some are short."""
-    for index in range(UPLOADERS * VERSIONS):
-        files = tiny_files(index, rank=(2, 8, 24, 48)[index % 4])
-        yield write_files(root / f"content-{index}", files)
+        assert {file.name: file.read_bytes() for file in back.iterdir()} == {
+            file.name: file.read_bytes() for file in source.iterdir()
+        }
+        self.checked[self._specs[source].kind] += 1
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 5 * KILLS)
 def test_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload, "CHUNK_BYTES", CHUNK_BYTES)  # many messages, so that kills fall between them
-    base = load_tiny().spec
-    directories = list(_contents(tmp_path))
-    digests = {
-        path: formats.read({file.name: file for file in path.iterdir()}, base, ReadLimits()).spec.digest
-        for path in directories
-    }
+    corpus = make_corpus(tmp_path)
+    write_specs(tmp_path, corpus)
+    specs = {corpus[name]: adapter.spec for name, adapter in load_corpus(tmp_path).items()}
+    directories = list(corpus.values())
     chance = random.Random(26)
     uploaders = [
-        Uploader(f"name-{index}", directories[index::UPLOADERS], random.Random(index)) for index in range(UPLOADERS)
+        Uploader(
+            f"name-{index}",
+            directories[index::UPLOADERS],
+            random.Random(index),
+            ENDS if index == EPHEMERAL else {},
+        )
+        for index in range(UPLOADERS)
     ]
-    checker = NamesChecker(uploaders, digests)
+    switcher = AliasSwitcher(("fixed-0", "fixed-1"), "fixed-0", "fixed-0")
+    checker = NamesChecker(uploaders, specs, switcher.names)
     server = Server(tmp_path / "data")
     unexpected: list[LoramuxError] = []
 
-    def work(uploader: Uploader, client: Client, stop: threading.Event, committing: threading.Event) -> None:
+    def work(run: Callable[..., None], *arguments: object) -> None:
         try:
-            uploader.run(client, stop, committing)
+            run(*arguments)
         except LoramuxError as error:
             unexpected.append(error)
 
@@ -216,11 +254,17 @@ def test_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
         for life in range(KILLS + 1):
             address = server.start()
             with Client(address, retry=NO_RETRY) as client:
+                if life == 0:
+                    for name in switcher.names:
+                        client.push(directories[0], name)
+                    client.update(switcher.acknowledged, add_aliases=[ALIAS])
                 checker.check(client, tmp_path / f"back-{life}")
+                switcher.check(client)
                 if life == KILLS:
                     break
                 stop, committing = threading.Event(), threading.Event()
-                threads = [threading.Thread(target=work, args=(each, client, stop, committing)) for each in uploaders]
+                calls = [(uploader.run, client, stop, committing) for uploader in uploaders]
+                threads = [threading.Thread(target=work, args=each) for each in (*calls, (switcher.run, client, stop))]
                 for thread in threads:
                     thread.start()
                 time.sleep(chance.uniform(0.02, 0.25))
@@ -236,6 +280,10 @@ def test_killed_in_the_midst_of_uploads_the_server_comes_back_whole(
                 assert unexpected == []
     finally:
         server.close()
-    assert checker.checked >= KILLS  # adapters were there to be looked at
+    resumed = sum(uploader.resumed for uploader in uploaders)
+    print(f"{KILLS} kills, {resumed} uploads resumed, {switcher.done} aliases moved, compared: {dict(checker.checked)}")
+    assert checker.checked.total() >= KILLS  # adapters were there to be looked at
+    assert checker.checked.keys() == {spec.kind for spec in specs.values()}
     assert sum(uploader.done for uploader in uploaders) >= KILLS
-    assert sum(uploader.resumed for uploader in uploaders) >= KILLS // 5
+    assert resumed >= KILLS // 5
+    assert switcher.done >= KILLS

@@ -163,7 +163,7 @@ def test_what_has_no_sum_is_refused(client: Client, names: dict[str, str]) -> No
     assert answer(client, names["lora"])
 
 
-@pytest.mark.parametrize("kind", ["dora", "loha", "ia3", "tokens", "ln tuning"])
+@pytest.mark.parametrize("kind", ["dora", "loha", "ia3", "tokens"])
 def test_merged_they_answer_alike(
     client: Client, names: dict[str, str], truths: dict[str, list[int]], kind: str
 ) -> None:
@@ -171,3 +171,17 @@ def test_merged_they_answer_alike(
     client.update(name, merge=True)
     until(lambda: client.adapter(name).residency.merged == "ready", f"{kind} merged")
     assert answer(client, name) == truths[kind]
+
+
+def test_what_is_in_no_weight_is_not_merged_and_says_why(
+    client: Client, names: dict[str, str], truths: dict[str, list[int]]
+) -> None:
+    for kind, reason in (
+        ("prompt tuning", "virtual tokens before the prompt"),
+        ("prefix tuning", "keys and values before the prompt"),
+        ("ln tuning", "a norm is no linear map"),
+    ):
+        client.update(names[kind], merge=True)
+        until(lambda name=names[kind]: client.adapter(name).residency.merged == "refused", f"{kind} is refused")  # type: ignore[misc]
+        assert reason in client.adapter(names[kind]).residency.merged_reason
+        assert answer(client, names[kind]) == truths[kind]

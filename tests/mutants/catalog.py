@@ -333,6 +333,16 @@ MUTANTS = (
     ),
     # Refusals
     Mutant(
+        "no file takes too long to read", ADAPTERS + "formats/peft/work.py",
+        "    if number > most:", "    if number > most and not number:",
+        (TEST_ADAPTERS + "formats/test_read_work.py",),
+    ),
+    Mutant(
+        "a power of OFT's blocks costs nothing", ADAPTERS + "formats/peft/rotations.py",
+        "return terms * count * (width**3 + 200 * width**2)", "return count * (width**3 + 200 * width**2) // 64",
+        (TEST_ADAPTERS + "formats/test_read_work.py",),
+    ),
+    Mutant(
         "a tensor of another shape is accepted", ADAPTERS + "formats/peft/tensors.py",
         "if entry.shape != expected:", "if len(entry.shape) != len(expected):",
         (TEST_ADAPTERS + "formats/test_registry.py",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,18 @@ def dequantized_model(checkpoint: Path) -> PreTrainedModel:
     return model.eval()
 
 
+@functools.lru_cache(maxsize=1)
+def pristine_model(checkpoint: Path) -> PreTrainedModel:
+    """`dequantized_model`, kept for the next call: copy it before you change it."""
+    return dequantized_model(checkpoint)
+
+
 def make_kind(checkpoint: Path, out: Path, config: PeftConfig, *, seed: int, std: float = 0.05) -> Path:
     """A PEFT directory of `config` on the checkpoint; every trained tensor is moved by noise, so that none is zero."""
-    model = dequantized_model(checkpoint)
+    model = copy.deepcopy(pristine_model(checkpoint))
     with peft_warnings_ignored(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        wrapped = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+        wrapped = get_peft_model(model, copy.deepcopy(config))
         with torch.no_grad():
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:

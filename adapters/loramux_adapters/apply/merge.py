@@ -40,14 +40,14 @@ def merge(adapted: AdaptedModel, weights: AdapterWeights) -> MergedWeights:
 def merging(adapted: AdaptedModel, weights: AdapterWeights) -> Generator[None, None, MergedWeights]:
     """Builds the merged weights in float32 and rounds once to the compute dtype, one group of siblings a piece.
 
-    Between two pieces steps may run. Raises AdapterIncompatible where a part cannot be folded into a weight.
+    Between two pieces steps may run. Raises AdapterIncompatible where nothing of it is in a linear map's weight.
     """
     dtype = adapted.base.compute_dtype
     weight_formats = WeightFormats(native=adapted.weight_formats.native)
     merged: dict[str, DenseLinear] = {}
     groups = _groups(adapted, weights)
     if not groups:
-        _refuse_unfoldable(weights)
+        raise _unmergeable(weights)
     for group in groups:
         weight, own = group.frozen.dequantize(torch.float32), group.frozen.bias
         bias = torch.zeros(len(weight), device=weight.device) if own is None else own.float().clone()
@@ -61,17 +61,13 @@ def merging(adapted: AdaptedModel, weights: AdapterWeights) -> Generator[None, N
     return MergedWeights(weights.spec.digest, merged)
 
 
-def _refuse_unfoldable(weights: AdapterWeights) -> None:
+def _unmergeable(weights: AdapterWeights) -> AdapterIncompatible:
     """Beside parts that are folded, those that are in no weight act in merged steps as in any other."""
-    for module in weights.modules.values():
-        for part in module.parts:
-            kind = KIND_OF[type(part)]
-            if kind.unfoldable:
-                raise AdapterIncompatible(
-                    f"nothing of the adapter can be merged: {kind.unfoldable}",
-                    subject=weights.spec.kind,
-                    remedy="serve it as it is",
-                )
+    kinds = (KIND_OF[type(part)] for module in weights.modules.values() for part in module.parts)
+    reason = next((kind.unfoldable for kind in kinds if kind.unfoldable), "it changes no linear map of the base")
+    return AdapterIncompatible(
+        f"nothing of the adapter can be merged: {reason}", subject=weights.spec.kind, remedy="serve it as it is"
+    )
 
 
 def _groups(adapted: AdaptedModel, weights: AdapterWeights) -> list[SiteGroup]:

@@ -35,8 +35,11 @@ class KvPrefixes(VectorParts[KvPrefix]):
             y[rows] = torch.where((number >= 0)[:, None], picked, y[rows])
 
 
+_UNFOLDABLE = "keys and values before the prompt are in no weight"
+
+
 def _fold(_weight: torch.Tensor, _bias: torch.Tensor, _part: KvPrefix) -> None:
     """Nothing of it is in a weight."""
 
 
-KIND = Kind(KvPrefix, {"attention": KvPrefixes}, _fold, no_sum, for_virtual_ids=True)
+KIND = Kind(KvPrefix, {"attention": KvPrefixes}, _fold, no_sum, for_virtual_ids=True, unfoldable=_UNFOLDABLE)

@@ -54,4 +54,4 @@ def _combine(shares: Sequence[Share[NormWeight]]) -> NormWeight:
     return NormWeight(value, 1.0 + sum(share.weight * (share.part.base_share - 1.0) for share in shares))
 
 
-KIND = Kind(NormWeight, {"norm": NormWeights}, _fold, _combine)
+KIND = Kind(NormWeight, {"norm": NormWeights}, _fold, _combine, unfoldable="a norm is no linear map, and acts as it is")

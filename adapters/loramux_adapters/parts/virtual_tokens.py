@@ -34,8 +34,11 @@ class VirtualRows(VectorParts[VirtualTokens]):
             y[rows] = torch.where((number >= 0)[:, None], picked, y[rows])
 
 
+_UNFOLDABLE = "virtual tokens before the prompt are in no weight"
+
+
 def _fold(_weight: torch.Tensor, _bias: torch.Tensor, _part: VirtualTokens) -> None:
     """Nothing of it is in a weight."""
 
 
-KIND = Kind(VirtualTokens, {"embedding": VirtualRows}, _fold, no_sum, for_virtual_ids=True)
+KIND = Kind(VirtualTokens, {"embedding": VirtualRows}, _fold, no_sum, for_virtual_ids=True, unfoldable=_UNFOLDABLE)

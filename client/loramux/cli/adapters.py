@@ -120,7 +120,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("kind", adapter.kind),
         ("base", adapter.base_fingerprint or "undeclared"),
         ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
-        ("rank", adapter.max_rank),
+        ("rank", adapter.max_rank or "-"),
         ("targets", ", ".join(adapter.targets)),
         ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
         ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),

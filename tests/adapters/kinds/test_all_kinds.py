@@ -65,6 +65,9 @@ def test_no_two_kinds_say_the_same(case: Case) -> None:
             assert float(differs) > 10 * BOUND, (one.adapter, other.adapter)
 
 
+IN_NO_WEIGHT = {"norms", "prompt", "prefix", "cartridge"}
+
+
 def test_merged_or_not_they_answer_alike(case: Case) -> None:
     """Alone merged, and merged beside others."""
     checkpoint, adapters, truths = case
@@ -73,7 +76,10 @@ def test_merged_or_not_they_answer_alike(case: Case) -> None:
     engine.settle_merges()
     for truth in truths[1:]:
         assert_equal_to_peft(engine, [truth])
-    assert {plan.merged for plan in engine.plans} >= {engine.digests[name] for name in adapters if name != "alora"}
+    states = {name: engine.merged_weights.state(digest).state for name, digest in engine.digests.items()}
+    assert {name for name, state in states.items() if state == "refused"} == IN_NO_WEIGHT
+    used = {plan.merged for plan in engine.plans}
+    assert used >= {engine.digests[name] for name in adapters if name not in {"alora", *IN_NO_WEIGHT}}
     engine.scheduler.limits = replace(engine.limits, merged_rows=1)
     assert_equal_to_peft(engine, truths)
     assert any(len({chunk.is_merged for chunk in plan.chunks}) == 2 for plan in engine.plans)

@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
 
-import peft
 import pytest
-import torch
-from peft import get_peft_model
 
-from loramux_adapters.adapter_files import INITIAL_FILE, WEIGHTS_FILE
+from loramux_adapters.adapter_files import INITIAL_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from loramux_adapters.spec import BaseModelSpec
-from support.adapters import edit_config, files_of, peft_warnings_ignored, save
+from support.adapters import edit_config, files_of
 from support.against_peft import assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import float_base, save_checkpoint, wide_model
-from support.kinds import ask_oracle, dequantized_model, targets_of
+from support.initial_pairs import make_initial_pair
+from support.kinds import ask_oracle, targets_of
 
 METHODS = ("pissa", "olora")
 
 
 # Not on gpt2: PEFT's OLoRA takes the factors of its transposed weights in the wrong order.
-def make(checkpoint: Path, root: Path, method: str, architecture: str) -> dict[str, Path]:
-    """The same adapter as PEFT converts it, and as it was trained with its initial pair beside it."""
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=method, **targets_of(architecture))
-    with peft_warnings_ignored(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        wrapped = get_peft_model(copy.deepcopy(dequantized_model(checkpoint)), config)
-        wrapped.peft_config["default"].init_lora_weights = True
-        initial = save(wrapped, root / f"{method}-initial")
-        wrapped.peft_config["default"].init_lora_weights = method
-        with torch.no_grad():
-            for parameter in wrapped.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-        converted = save(
-            copy.deepcopy(wrapped), root / f"{method}-converted", path_initial_model_for_weight_conversion=str(initial)
-        )
-        pair = save(wrapped, root / f"{method}-pair")
-    shutil.copy(initial / WEIGHTS_FILE, pair / INITIAL_FILE)
-    return {f"{method}-converted": converted, f"{method}-pair": pair}
-
-
 @pytest.fixture(scope="module", params=("llama", "qwen2"))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     root = tmp_path_factory.mktemp("case")
     checkpoint = save_checkpoint(wide_model(request.param), root / "base")
     adapters: dict[str, Path] = {}
     for method in METHODS:
-        adapters |= make(checkpoint, root, method, request.param)
+        adapters |= make_initial_pair(checkpoint, root, method, **targets_of(request.param))
     return checkpoint, adapters
 
 

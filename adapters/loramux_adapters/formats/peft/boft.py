@@ -16,8 +16,9 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
-from loramux_adapters.formats.peft.rotations import cayley, check_block, rotate_columns
+from loramux_adapters.formats.peft.rotations import cayley, cayley_work, check_block, rotate_columns
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
@@ -63,6 +64,14 @@ class BoftTarget(ModuleTarget):
         out, wide = self.size
         return {"blocks": (self.factors, wide // self.block, self.block, self.block), "scale": (out, 1)}
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target."""
+        out, wide = self.size
+        count = self.factors * (wide // self.block)
+        blocks = count * self.block**2
+        making = out * wide * self.block * self.factors
+        return work_of(blocks + out, reading=cayley_work(count, self.block), making=making, scratch=12 * blocks)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         raw = tensors["blocks"].float()
@@ -81,6 +90,7 @@ class BoftTuner(ModuleTuner):
         applied=SELECTION_KEYS | {"boft_block_num", "boft_block_size", "boft_n_butterfly_factor"},
         ignorable=frozenset({"boft_dropout", "fan_in_fan_out", "init_weights"}),
     )
+    smaller = "train with smaller blocks, or adapt fewer modules"
     endings: ClassVar = {"blocks": ".boft_R", "scale": ".boft_s"}
     biases = ("none", "all", "boft_only")
 

@@ -13,6 +13,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -52,6 +53,12 @@ class DeftTarget(ModuleTarget):
         """See Target."""
         out, wide = self.size
         return {"p": (out, self.r)} | ({} if self.scale is None else {"r": (self.r, wide)})
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: directions are made orthogonal one after the other."""
+        out, wide = self.size
+        reading = 8 * out * self.r**2 if self.is_orthogonal else 0
+        return work_of(self.numbers(found), reading=reading, making=2 * out * wide * self.r)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

@@ -15,6 +15,7 @@ from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner
 from loramux_adapters.formats.peft.name_keys import DottedKeys
 from loramux_adapters.formats.peft.positions import Drawn, check_fits
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import DRAW, Work, work_of
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -51,6 +52,10 @@ class FourierftTarget(ModuleTarget):
         """See Target."""
         return {"spectrum": (self.count,)}
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: positions are drawn."""
+        return work_of(3 * self.count, reading=DRAW * self.count)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         out, wide = self.size
@@ -69,6 +74,7 @@ class FourierftTuner(ModuleTuner):
         applied=SELECTION_KEYS | {"n_frequency", "n_frequency_pattern", "random_loc_seed", "scaling"},
         ignorable=frozenset({"fan_in_fan_out", "init_weights"}),
     )
+    smaller = "train fewer positions, or adapt fewer modules"
     endings: ClassVar = {"spectrum": ".fourierft_spectrum"}
 
     count: int

@@ -17,6 +17,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
@@ -73,6 +74,12 @@ class GloraTarget(ModuleTarget):
     def _whole(self, path: str) -> Shape:
         out, wide = self.size
         return {"A": (out, wide), "B": (out, wide), "C": (wide, 1), "D": (out,), "E": (out,)}[path]
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: what is no low rank becomes one of rank 1."""
+        out, wide = self.size
+        kept = self.numbers(found) + 5 * (out + wide)
+        return work_of(kept, reading=self.rank(found) * wide, making=2 * out * wide * max(1, self.rank(found)))
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

@@ -13,6 +13,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -42,6 +43,10 @@ class HiraTarget(ModuleTarget):
         """See Target."""
         rank, (out, wide) = self.rank(found), self.size
         return {"a": (rank, wide), "b": (out, rank)}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target."""
+        return work_of(self.numbers(found), making=self.size[0] * self.size[1] * self.rank(found))
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

@@ -19,6 +19,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
@@ -45,6 +46,13 @@ class HraTarget(ModuleTarget):
         """See Target."""
         return {"u": (self.size[1], self.r)}
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: the hyperplanes' products with each other, in float64; Gram-Schmidt takes them one by one."""
+        products = self.r**2 * self.size[1]
+        kept = self.numbers(found)
+        making = self.size[0] * self.size[1] * self.r
+        return work_of(kept, reading=(60 if self.is_orthogonal else 6) * products, making=making, scratch=16 * kept)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """In float64: the columns may be nearly alike."""
         u = _orthogonal(tensors["u"].double()) if self.is_orthogonal else tensors["u"].double()
@@ -55,9 +63,9 @@ class HraTarget(ModuleTarget):
                 subject=f"{WEIGHTS_FILE}: {quote(self.module.name)}",
                 remedy="train with a smaller r",
             )
-        t = torch.zeros(self.r, self.r, dtype=u.dtype)
+        t, products = torch.zeros(self.r, self.r, dtype=u.dtype), u.T @ u
         for index in range(self.r):
-            t[:index, index] = -2 * t[:index, :index] @ (u[:, :index].T @ u[:, index])
+            t[:index, index] = -2 * t[:index, :index] @ products[:index, index]
             t[index, index] = 2
         return (LowRank(u.T.float().contiguous(), (-u @ t).float(), on_input=True),)
 

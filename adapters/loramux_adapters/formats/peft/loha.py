@@ -13,6 +13,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Patterned, Shape, fits_low_rank
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
@@ -54,6 +55,11 @@ class LohaTarget(ModuleTarget):
         """See Target."""
         out, wide = self.size
         return {"b1": (out, self.r), "a1": (self.r, wide), "b2": (out, self.r), "a2": (self.r, wide)}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: two products where the weight is made, or the pairs of all ranks."""
+        making = 0 if self.is_low_rank else 2 * self.size[0] * self.size[1] * self.r
+        return work_of(self.numbers(found), making=making)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """Each pair of ranks is one rank of the product."""

@@ -18,6 +18,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Patterned, Shape, fits_low_rank
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
@@ -73,14 +74,27 @@ class LokrTarget(ModuleTarget):
             shapes |= {name: (out, wide)} if whole else {f"{name}_a": (out, self.r), f"{name}_b": (self.r, wide)}
         return shapes
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: a matrix that is a product is multiplied out where the change is no low rank."""
+        kept = self.numbers(found)
+        if self.is_low_rank:
+            return work_of(kept)
+        first, second = (math.prod(self.first), math.prod(self.second))
+        return work_of(kept + first + second, reading=self.r * (first + second))
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See the module."""
+        if not self.is_low_rank:
+            return (Dense(AddKronecker(_matrix(tensors, "w1") * self.scale, _matrix(tensors, "w2")), *self.size),)
         u1, v1 = _factors(tensors, "w1")
         u2, v2 = _factors(tensors, "w2")
-        u1 = u1 * self.scale
-        if self.is_low_rank:
-            return (LowRank(torch.kron(v1, v2), torch.kron(u1, u2)),)
-        return (Dense(AddKronecker(u1 @ v1, u2 @ v2), *self.size),)
+        return (LowRank(torch.kron(v1, v2), torch.kron(u1 * self.scale, u2)),)
+
+
+def _matrix(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name in tensors:
+        return tensors[name].float()
+    return tensors[f"{name}_a"].float() @ tensors[f"{name}_b"].float()
 
 
 def _factors(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.low_rank import LowRank
@@ -62,6 +63,11 @@ class MissTarget(ModuleTarget):
         if self.form == "bat":
             return {"block": (out // self.r, self.r, self.r)}
         return {"block": (self.r, self.mini_r if self.form == "mini" else out)}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target."""
+        making = self.size[0] * self.size[1] * self.r if self.form == "bat" else 0
+        return work_of(self.numbers(found), making=making)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

@@ -16,6 +16,7 @@ from loramux_adapters.formats.peft.extras import Extras
 from loramux_adapters.formats.peft.name_keys import DottedKeys, NameKeys
 from loramux_adapters.formats.peft.selection import LINEAR, Selection, select_modules
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
+from loramux_adapters.formats.peft.work import Work, elements, work_of
 from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 
 T = TypeVar("T")
@@ -115,6 +116,14 @@ class ModuleTarget(Target):
         """(out, in)"""
         return self.module.out_features, self.module.in_features
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: its tensors, and the low rank that comes of them."""
+        return work_of(self.numbers(found))
+
+    def numbers(self, found: Mapping[str, Shape]) -> int:
+        """Of its tensors and its low rank together."""
+        return elements(self.shapes(found).values()) + self.rank(found) * sum(self.size)
+
 
 def check_projection(config: PeftConfig) -> None:
     """Raises AdapterInvalid where the random matrices that all modules share are not in the file."""
@@ -126,12 +135,12 @@ def check_projection(config: PeftConfig) -> None:
         )
 
 
-def check_rank(rank: int, limits: ReadLimits) -> None:
+def check_rank(rank: int, limits: ReadLimits, key: str = "r") -> None:
     """Raises AdapterIncompatible over the server's limit, of methods that take no rank rows."""
     if rank > limits.max_rank:
         raise AdapterIncompatible(
-            f"{CONFIG_FILE}: r {rank} is over this server's limit of {limits.max_rank}",
-            subject=f"{CONFIG_FILE}: r",
+            f"{CONFIG_FILE}: {key} {rank} is over this server's limit of {limits.max_rank}",
+            subject=f"{CONFIG_FILE}: {key}",
             remedy="train with a smaller rank",
         )
 

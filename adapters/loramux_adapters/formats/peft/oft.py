@@ -14,8 +14,9 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
-from loramux_adapters.formats.peft.rotations import RotateInputs, cayley, check_block
+from loramux_adapters.formats.peft.rotations import RotateInputs, cayley, cayley_work, check_block, series_work
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.parts.dense import Dense
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -45,6 +46,13 @@ class OftTarget(ModuleTarget):
         """See Target."""
         count = 1 if self.is_shared else self.size[1] // self.block
         return {"skew": (count, self.block * (self.block - 1) // 2)}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: the blocks are made in four copies."""
+        count = 1 if self.is_shared else self.size[1] // self.block
+        blocks = count * self.block**2
+        reading = series_work(count, self.block, max(self.terms, 4)) if self.terms else cayley_work(count, self.block)
+        return work_of(blocks, reading=reading, making=self.size[0] * self.size[1] * self.block, scratch=16 * blocks)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """The file has the upper triangles of the skew matrices."""
@@ -84,6 +92,7 @@ class OftTuner(ModuleTuner):
         | {"block_share", "coft", "eps", "num_cayley_neumann_terms", "oft_block_size", "r", "use_cayley_neumann"},
         ignorable=frozenset({"fan_in_fan_out", "init_weights", "module_dropout"}),
     )
+    smaller = "train with smaller blocks, or adapt fewer modules"
     endings: ClassVar = {"skew": ".oft_R.weight"}
 
     r: int

@@ -17,6 +17,7 @@ from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.extras import NO_EXTRAS, Extras
+from loramux_adapters.formats.peft.module_tuner import check_rank
 from loramux_adapters.formats.peft.tuner import Shape, Target, Targets, Tuner
 from loramux_adapters.parts.part import Part
 from loramux_adapters.parts.virtual_tokens import VirtualTokens
@@ -152,6 +153,11 @@ class MultitaskPromptTuner(PromptTuner):
                 "save each task as an adapter of its own, with num_tasks=1 and its row of prefix_task_cols and _rows",
             )
         return {"ranks": config.rank("num_ranks", 1)}
+
+    def resolve(self, base: BaseModelSpec, limits: ReadLimits) -> Targets:
+        """See Tuner."""
+        check_rank(self.ranks, limits, "num_ranks")
+        return super().resolve(base, limits)
 
     def shared(self, base: BaseModelSpec) -> Mapping[str, Shape]:
         """See PromptTuner."""

@@ -17,6 +17,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape, check_projection, check_rank
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
@@ -65,6 +66,11 @@ class RandloraTarget(ModuleTarget):
         return {"by_rank": (self.r, count), "by_column": (count, narrow)} | {
             role: shape for role, shape in copies.items() if role in found
         }
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: the bases are multiplied where the weight is made."""
+        rows = -(-min(self.size) // self.r) * self.r
+        return work_of(self.numbers(found), making=self.size[0] * self.size[1] * rows)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

@@ -20,7 +20,8 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.extras import tie_token_rows
 from loramux_adapters.formats.peft.initial import needs_initial_pair
 from loramux_adapters.formats.peft.tensors import BASE_WEIGHT, BIAS, PlacedTensor, place_tensors
-from loramux_adapters.formats.peft.tuner import Targets, Tuner
+from loramux_adapters.formats.peft.tuner import Shape, Targets, Tuner
+from loramux_adapters.formats.peft.work import check_work
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_file import SafetensorsFile
 from loramux_adapters.parts.bias import Bias
@@ -48,6 +49,7 @@ def read_peft(
     declarations = read_declarations(files, limits)
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits, integers=bool(tuner.index_roles)) as file:
         placed = place_tensors(file.header.tensors.values(), tuner, targets, base, limits)
+        _check_work(placed, tuner, targets, base, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         has_initial = needs_initial_pair(tuner, files, declared, declarations, base)
         mismatch = is_other_base(declared, base, allow=allow_base_mismatch)
@@ -80,6 +82,18 @@ def read_peft(
 def _with_extras(tuner: Tuner, base: BaseModelSpec, limits: ReadLimits) -> Targets:
     targets = tuner.resolve(base, limits)
     return replace(targets, modules={**targets.modules, **tuner.extras.resolve(base, targets.modules)})
+
+
+def _check_work(
+    placed: list[PlacedTensor], tuner: Tuner, targets: Targets, base: BaseModelSpec, limits: ReadLimits
+) -> None:
+    shapes: dict[str, dict[str, Shape]] = {}
+    names: dict[str, str] = {}
+    for tensor in placed:
+        shapes.setdefault(tensor.module, {})[tensor.role] = tensor.entry.shape
+        names.setdefault(tensor.module, tensor.entry.name)
+    works = {name: target.work(shapes.get(name, {})) for name, target in targets.modules.items()}
+    check_work(works, names, base.modules, limits, tuner.smaller)
 
 
 def _is_other(module: ModuleWeights) -> bool:

@@ -15,6 +15,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
@@ -63,6 +64,10 @@ class RoadTarget(ModuleTarget):
         """See Target."""
         each = (self.size[0] * self.angles // 2,)
         return {"theta": each, "alpha": each}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target."""
+        return work_of(2 * self.size[0])
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

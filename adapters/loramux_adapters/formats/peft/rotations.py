@@ -44,6 +44,16 @@ def cayley(skew: torch.Tensor) -> torch.Tensor:
     return rotations
 
 
+def cayley_work(count: int, width: int) -> int:
+    """Multiply-adds that `cayley` takes of so many blocks; of small ones most of the time is not in their products."""
+    return count * (3 * width**3 + 1_200 * width**2)
+
+
+def series_work(count: int, width: int, terms: int) -> int:
+    """Multiply-adds of so many powers of so many blocks, with the sums."""
+    return terms * count * (width**3 + 200 * width**2)
+
+
 def check_block(width: int, key: str, module: str) -> None:
     """Raises AdapterIncompatible for a block that is wider than MAX_BLOCK."""
     if width > MAX_BLOCK:

@@ -14,6 +14,7 @@ from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.positions import add_at, check_fits, whole_numbers
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import SORT, Work, work_of
 from loramux_adapters.parts.dense import Dense
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -28,6 +29,10 @@ class ShiraTarget(ModuleTarget):
     def shapes(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """See Target."""
         return {"values": (self.count,), "indices": (2, self.count)}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: positions are sorted."""
+        return work_of(3 * self.count, reading=SORT * self.count, scratch=48 * self.count)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
@@ -51,6 +56,7 @@ class ShiraTuner(ModuleTuner):
         # How the positions were chosen.
         ignorable=frozenset({"fan_in_fan_out", "init_weights", "mask_type", "random_seed"}),
     )
+    smaller = "train fewer positions, or adapt fewer modules"
     endings: ClassVar = {"values": ".shira_weight", "indices": ".shira_indices"}
     index_roles = frozenset({"indices"})
 

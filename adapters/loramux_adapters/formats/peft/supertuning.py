@@ -14,6 +14,7 @@ from loramux_adapters.formats.peft.config import ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.positions import add_at, whole_numbers
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import SORT, Work, work_of
 from loramux_adapters.parts.dense import Dense
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
@@ -43,6 +44,11 @@ class SupertuningTarget(ModuleTarget):
         shapes: dict[str, Shape] = {"values": (self.count,), "indices": (self.count,)}
         return shapes | ({"a": (self.r, wide), "b": (out, self.r)} if self.r else {})
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: positions are sorted."""
+        kept = 3 * self.count + self.numbers(found)
+        return work_of(kept, reading=SORT * self.count, scratch=48 * self.count)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         out, wide = self.size
@@ -63,6 +69,7 @@ class SupertuningTuner(ModuleTuner):
         # How the positions were chosen.
         ignorable=frozenset({"init_weights", "lora_dropout", "select_top"}),
     )
+    smaller = "train fewer positions, or adapt fewer modules"
     endings: ClassVar = {
         "values": ".supertuning_values",
         "indices": ".supertuning_indices",

@@ -13,6 +13,7 @@ from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, PeftConfig, bad_key
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape, check_projection
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import Work, work_of
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -39,6 +40,10 @@ class TinyLoraTarget(ModuleTarget):
         """See Target."""
         out, wide = self.size
         return {"a": (self.r, wide), "b": (out, self.r), "random": (self.count, self.r, self.r)}
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target."""
+        return work_of(self.numbers(found), reading=self.size[0] * self.r**2)
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from loramux_adapters.formats.peft.config import ConfigKeys
+from loramux_adapters.formats.peft.work import Shape, Work, elements, work_of
 from loramux_adapters.spec import BaseModelSpec, ModuleKind
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from loramux_adapters.formats.limits import ReadLimits
     from loramux_adapters.parts.part import Part
 
-Shape = tuple[int, ...]
+__all__ = ["ExtraTargets", "Shape", "Target", "Targets", "Tuner"]
 
 
 class Target(ABC):
@@ -37,6 +38,10 @@ class Target(ABC):
     def rank(self, found: Mapping[str, Shape]) -> int:
         """The rank rows it will take."""
         return 0
+
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """What reading and making it takes; `found` as in `shapes`. This: no more than its tensors have numbers."""
+        return work_of(elements(self.shapes(found).values()))
 
     @abstractmethod
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
@@ -85,6 +90,8 @@ class Tuner(ABC):
     """What the names of its tensors have in common: ".lora_"."""
     shape_keys: ClassVar[str] = "adapter_config.json"
     """The keys that the shapes of tensors follow from, for messages."""
+    smaller: ClassVar[str] = "train with a smaller rank, or adapt fewer modules"
+    """How to make an adapter that takes less `work`."""
     shared_names: ClassVar[Mapping[str, str]] = {}
     """Role -> name in the file, of tensors that belong to no module."""
 

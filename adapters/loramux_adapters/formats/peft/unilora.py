@@ -14,6 +14,7 @@ from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, Pef
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.positions import whole_numbers
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import GATHER, Work, work_of
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
@@ -36,6 +37,11 @@ class UniLoraTarget(ModuleTarget):
         a, b = (self.r, wide), (out, self.r)
         return {"indices_a": a, "scales_a": a, "indices_b": b, "scales_b": b}
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: each entry is looked up."""
+        kept = self.r * sum(self.size)
+        return work_of(kept, reading=GATHER * kept, scratch=16 * kept)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         return (LowRank(self._factor(tensors, "a"), self._factor(tensors, "b")),)
@@ -43,7 +49,7 @@ class UniLoraTarget(ModuleTarget):
     def _factor(self, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         what = f"unilora_indices_{name.upper()}"
         indices = whole_numbers(tensors[f"indices_{name}"], self.length, self.module.name, what)
-        return tensors["numbers"].float()[indices] * tensors[f"scales_{name}"].float()
+        return tensors["numbers"][indices].float() * tensors[f"scales_{name}"].float()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from loramux_adapters.formats.peft.config import SELECTION_KEYS, ConfigKeys, Pef
 from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner, Shape
 from loramux_adapters.formats.peft.positions import whole_numbers
 from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.peft.work import GATHER, SORT, Work, elements, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Part
@@ -53,6 +54,12 @@ class VbLoraTarget(ModuleTarget):
             f"share_{factor}": (*each, self.taken - 1) for factor, each in pieces.items()
         }
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: `taken` vectors are added for each piece; the choice is sorted for, or checked by sorting."""
+        kept = self.r * sum(self.size)
+        sorted_ = elements(self.shapes(found).values())
+        return work_of(kept, reading=SORT * sorted_ + GATHER * self.taken * kept, scratch=12 * kept + 32 * sorted_)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         out, wide = self.size
@@ -77,9 +84,9 @@ class VbLoraTarget(ModuleTarget):
         else:
             logits, choice = tensors[f"logits_{factor}"].float().topk(self.taken, dim=-1)
             share = logits.softmax(dim=-1)
-        mixed, bank = torch.zeros(*choice.shape[:2], self.length), tensors["bank"].float()
+        mixed = torch.zeros(*choice.shape[:2], self.length)
         for place in range(self.taken):
-            mixed += share[..., place, None] * bank[choice[..., place]]
+            mixed += share[..., place, None] * tensors["bank"][choice[..., place]].float()
         return mixed
 
 

@@ -35,8 +35,8 @@ class VeraTarget(ModuleTarget):
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         out, wide = self.size
-        a = tensors["lambda_d"].float()[:, None] * tensors["shared_a"].float()[:, :wide]
-        return (LowRank(a, tensors["lambda_b"].float()[:, None] * tensors["shared_b"].float()[:out]),)
+        a = tensors["lambda_d"].float()[:, None] * tensors["shared_a"][:, :wide].float()
+        return (LowRank(a, tensors["lambda_b"].float()[:, None] * tensors["shared_b"][:out].float()),)
 
 
 @dataclass(frozen=True)

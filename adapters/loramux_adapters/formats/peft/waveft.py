@@ -17,6 +17,7 @@ from loramux_adapters.formats.peft.module_tuner import ModuleTarget, ModuleTuner
 from loramux_adapters.formats.peft.positions import Drawn, add_at, check_fits
 from loramux_adapters.formats.peft.tuner import Targets
 from loramux_adapters.formats.peft.wavelets import daubechies, synthesize
+from loramux_adapters.formats.peft.work import DRAW, Work, work_of
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.part import Part
@@ -73,6 +74,10 @@ class WaveftTarget(ModuleTarget):
         """See Target."""
         return {"spectrum": (self.count,)}
 
+    def work(self, found: Mapping[str, Shape]) -> Work:
+        """See Target: positions are drawn."""
+        return work_of(3 * self.count + 2 * self.moments, reading=DRAW * self.count)
+
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         out, wide = self.size
@@ -102,6 +107,7 @@ class WaveftTuner(ModuleTuner):
         },
         ignorable=frozenset({"fan_in_fan_out", "init_weights"}),
     )
+    smaller = "train fewer positions, or adapt fewer modules"
     endings: ClassVar = {"spectrum": ".waveft_spectrum"}
 
     count: int
