@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -22,6 +22,9 @@ from loramux_adapters.parts.part import Kind, Part, Share
 from loramux_adapters.parts.registry import KIND_OF, KINDS, fold_parts
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
+
+MOST_SUMMED: Final = 4
+"""Adapters at one module whose effect there is no low rank: each makes a weight anew while a step waits."""
 
 Contribution = tuple[tuple[Part, ...], float]
 """What one adapter does to a module, and its weight."""
@@ -98,6 +101,13 @@ def _sum_weights(name: str, contributions: Sequence[Contribution], base: BaseMod
             shares.append((changing, weight))
     if module.kind not in ("linear", "conv1d"):
         raise _no_sum(name, next(KIND_OF[type(p)] for parts, _ in shares for p in parts if not isinstance(p, LowRank)))
+    costly = sum(any(not isinstance(part, LowRank) for part in parts) for parts, _ in shares)
+    if costly > MOST_SUMMED:
+        raise AdapterIncompatible(
+            f"{name}: {costly} of the adapters make a weight of their own there, and {MOST_SUMMED} may",
+            subject=name,
+            remedy="name fewer of them; low ranks may be more",
+        )
     return Dense(SummedWeights(tuple(shares)), module.out_features, module.in_features)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 from peft import PeftConfig
 
+from loramux_adapters.combining import MOST_SUMMED, combine
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.parts.dense import Dense
 from loramux_adapters.parts.low_rank import LowRank
@@ -166,6 +168,18 @@ def test_what_has_no_exact_sum_is_refused(case: Case, terms: Terms, why: str) ->
     engine = engine_for(checkpoint, adapters)
     with pytest.raises(AdapterIncompatible, match=why):
         add_combination(engine, "refused", terms, float_base(checkpoint).spec)
+
+
+def test_few_may_make_a_weight_anew_at_one_module(case: Case) -> None:
+    """However little each costs, a step waits for all."""
+    checkpoint, adapters, _, _ = case
+    spec, engine = float_base(checkpoint).spec, engine_for(checkpoint, adapters)
+    dora = engine.weights[engine.digests["dora"]]
+    terms = [(replace(dora, spec=replace(dora.spec, digest=f"{index:064x}")), 0.1) for index in range(MOST_SUMMED + 1)]
+    low_ranks = [(engine.weights[engine.digests[name]], 0.5) for name in ("lora 4", "lora 17")]
+    assert combine([*terms[:-1], *low_ranks], spec).nbytes
+    with pytest.raises(AdapterIncompatible, match="5 of the adapters make a weight of their own there, and 4 may"):
+        combine(terms, spec)
 
 
 @pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf"), 101.0])
