@@ -231,6 +231,7 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         expires=message.expires.ToDatetime(tzinfo=UTC) if message.HasField("expires") else None,
         max_uses=message.max_uses if message.HasField("max_uses") else None,
         uses_left=message.uses_left if message.HasField("uses_left") else None,
+        vocabulary=message.vocabulary or None,
     )
 
 

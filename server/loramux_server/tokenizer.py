@@ -143,7 +143,12 @@ class TextTokenizer:
         return rendered
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; an incomplete character becomes U+FFFD."""
+        """Text of token ids, special tokens left out; an incomplete character becomes U+FFFD.
+
+        Ids without a token have no text: a model may have more rows, and so may an adapter.
+        """
+        if not self._tokenizer.is_fast:  # the others leave them out by themselves
+            ids = [token for token in ids if token < self.vocab_size]
         with self._lock:
             return self._prompts.decode(ids)
 

@@ -68,8 +68,8 @@ class FakeTokenizer:
         return self.encode(" ".join(message["content"] for message in messages))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The end-of-text token is left out, as special tokens are."""
-        return "".join(ALPHABET[token] for token in ids if token != EOS)
+        """The end-of-text token is left out, as special tokens are, and so are ids without a token."""
+        return "".join(ALPHABET[token] for token in ids if token < EOS)
 
     def output_context(self, prompt: Sequence[int]) -> list[int]:
         """The whole prompt."""
@@ -77,7 +77,7 @@ class FakeTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Of one token."""
-        return ALPHABET[token].encode()
+        return ALPHABET[token : token + 1].encode()
 
 
 class FakeStates:

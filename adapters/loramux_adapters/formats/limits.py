@@ -21,6 +21,7 @@ class ReadLimits:
     max_config_bytes: int = 1 << 20  # of each JSON file
     max_header_bytes: int = 16 << 20  # of the safetensors header
     max_tensors: int = 65_536
+    max_added_tokens: int = 65_536  # beyond the base's vocabulary: every token drawn reads their logits
     max_pattern_chars: int = 2_000  # of one regular expression
     # All pattern fields of one adapter together: compiling and matching. A refusal must fit in 50 ms with the rest.
     regex_seconds: float = 0.03

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loramux_adapters.parts import (
+    added_tokens,
     bias,
     bottleneck,
     dense,
@@ -21,6 +22,7 @@ KINDS: tuple[Kind, ...] = (
     norm_weight.KIND,
     dense.KIND,
     token_rows.KIND,
+    added_tokens.KIND,
     low_rank.KIND,
     input_gain.KIND,
     output_gain.KIND,

@@ -21,6 +21,7 @@ def encode_spec(spec: AdapterSpec) -> str:
             **({"others": sorted(spec.others)} if spec.others else {}),
             **({"virtual_tokens": spec.virtual_tokens} if spec.virtual_tokens else {}),
             **({"invocation": list(spec.invocation)} if spec.invocation else {}),
+            **({"vocabulary": spec.vocabulary} if spec.vocabulary else {}),
         },
         sort_keys=True,
         separators=(",", ":"),

@@ -92,6 +92,7 @@ def _rows(found: Checked | Outline, bundle: Bundle) -> Sequence[tuple[str, objec
         ("digest", found.digest),
         ("ranks", ", ".join(map(str, found.ranks)) or "none"),
         ("targets", f"{', '.join(found.targets)}; {found.modules} modules"),
+        ("vocabulary", f"{found.vocabulary} tokens"),
         tensors,
         files,
         ("on the device", f"{cost.rank_rows} rank rows, {size(cost.nbytes)} ({cost.nbytes} bytes) in {cost.dtype}"),

@@ -122,6 +122,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
         ("rank", adapter.max_rank),
         ("targets", ", ".join(adapter.targets)),
+        ("vocabulary", f"{adapter.vocabulary} tokens of its own" if adapter.vocabulary else "the base's"),
         ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
         ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
         ("aliases", ", ".join(adapter.aliases) or "-"),
