@@ -232,6 +232,7 @@ class Adapter:
     max_uses: int | None = None  # requests; with the last one the name is removed
     uses_left: int | None = None
     vocabulary: int | None = None  # token ids it knows; None: those of the base
+    text_files: tuple[str, ...] = ()  # of its own tokenizer and chat template; empty: the base's
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class FakeTokenizer:
     """One token a character of ALPHABET; a chat is its contents with a space between."""
 
     template_digest = "0" * 64
+    waits = False
     longest_token = 8
     takes_tools = False
     eos_token_ids = frozenset({EOS})

@@ -103,6 +103,7 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         max_uses=lifetime.max_uses,
         uses_left=lifetime.uses_left,
         vocabulary=spec.vocabulary,
+        text_files=[name for name, _ in spec.text_files],
     )
 
 

@@ -169,9 +169,13 @@ def test_no_bit_of_a_row_depends_on_its_mates(case: Case) -> None:
 
 
 def test_an_id_that_only_a_neighbor_knows_fails_its_own_row(case: Case) -> None:
-    """The border refuses it before; were it not to, the embedding of a wider step would not notice."""
+    """The API refuses it before; were it not to, the embedding of a wider step would not notice."""
     engine = engine_for(case.checkpoint, case.adapters)
-    bad = engine.submit(None, [1, 2, V + 1], 2)
-    assert_equal_to_peft(engine, case.truths)
-    failure = engine.events[bad, 0][-1].failure
+    wide = next(truth for truth in case.truths if truth.adapter == "whole")
+    assert_equal_to_peft(engine, [wide])  # it is on the device from here on
+    tickets = [engine.submit(wide.adapter, wide.prompt, 40), engine.submit(None, [1, 2, V + 1], 2)]
+    engine.run()
+    failure = engine.events[tickets[1], 0][-1].failure
     assert failure is not None
+    assert engine.tokens(tickets[1]) == []
+    assert engine.tokens(tickets[0])[: len(wide.tokens)] == wide.tokens
