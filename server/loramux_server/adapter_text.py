@@ -107,9 +107,9 @@ class Kept(Generic[K, V]):
         return self._values[key][0]
 
     def put(self, key: K, value: V, nbytes: int) -> None:
-        """Adds a key that is not there."""
+        """Adds a key, in place of what it had."""
+        self._bytes += nbytes - self._values.pop(key, (value, 0))[1]
         self._values[key] = value, nbytes
-        self._bytes += nbytes
         while self._bytes > self._most and len(self._values) > 1:
             self._bytes -= self._values.popitem(last=False)[1][1]
 
@@ -118,7 +118,7 @@ class AdapterTexts:
     """One per server. `check` runs where uploads are read, `tokenizer_of` on the event loop."""
 
     def __init__(self, base: TextTokenizer, limits: ReadLimits, kept_bytes: int = _KEPT_BYTES) -> None:
-        self._base, self._limits, self._kept_bytes = base, limits, kept_bytes
+        self._base, self._limits = base, limits
         self._sandbox = TemplateSandbox()
         self._lock = threading.Lock()
         self._verdicts: Kept[frozenset[tuple[str, bytes]], OwnText] = Kept(_VERDICT_BYTES)

@@ -17,8 +17,9 @@ from loramux_adapters.adapter_files import TEXT_FILES
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.spec import AdapterSpec
-from loramux_server.adapter_text import AdapterTexts, AdapterTokenizer
+from loramux_server.adapter_text import AdapterTexts, AdapterTokenizer, Kept
 from loramux_server.chat_faults import ChatRefused
+from loramux_server.template_sandbox import _Child
 from loramux_server.tokenizer import TextTokenizer
 from support.tokenizers import CHAT_TEMPLATE, write_byte_level
 
@@ -202,12 +203,15 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("kind", LOOPS)
-def test_a_template_that_takes_too_much_harms_itself_alone(texts: AdapterTexts, kind: str) -> None:
+def test_a_template_that_takes_too_much_harms_itself_alone(
+    texts: AdapterTexts, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = made_of(texts, {"chat_template.jinja": LOOPS[kind].encode()})
     good = made_of(texts, {"chat_template.jinja": b"{{ messages[0].content }}"})
     with pytest.raises(ChatRefused, match="takes more than 2 s of processor time or 256 MiB"):
         bad.render_chat(MESSAGES)
     assert good.render_chat(MESSAGES) == MESSAGES[0]["content"]
+    monkeypatch.setattr(_Child, "ask", lambda *_: pytest.fail("it is run again"))
     with pytest.raises(ChatRefused, match="takes more than"):
         bad.render_chat(MESSAGES)
 
@@ -244,6 +248,28 @@ def test_what_is_built_is_kept_within_a_bound(directory: Path, tmp_path: Path) -
     assert len(texts._kept) == 22
     assert templates[3]._tokenizer is base._tokenizer
     texts.close()
+
+
+def test_another_behavior_than_the_bases_is_refused(directory: Path) -> None:
+    base = write_byte_level(directory.parent / "behavior")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": False}))
+    texts = AdapterTexts(TextTokenizer.load(base), ReadLimits())
+    same = made_of(texts, {"tokenizer_config.json": b'{"add_prefix_space": false, "name_or_path": "elsewhere"}'})
+    assert same is made_of(texts, {})
+    with pytest.raises(AdapterError, match="add_prefix_space is True, the base's False"):
+        made_of(texts, {"tokenizer_config.json": b'{"add_prefix_space": true}'})
+    texts.close()
+
+
+def test_what_is_put_again_counts_once() -> None:
+    kept: Kept[str, int] = Kept(10)
+    for value in range(5):
+        kept.put("a", value, 6)
+    kept.put("b", 1, 4)
+    assert (kept.get("a"), kept.get("b")) == (4, 1)
+    kept.put("c", 2, 1)
+    assert (kept.get("a"), kept.get("b"), kept.get("c")) == (None, 1, 2)
 
 
 def test_a_role_alone_reaches_the_bases_template_and_ends_answers(directory: Path) -> None:
