@@ -170,11 +170,15 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] =
 def test_what_is_not_the_bases_with_added_tokens_is_refused(
     texts: AdapterTexts, directory: Path, tmp_path: Path, name: str
 ) -> None:
+    """At the upload, and by whatever server it comes to later."""
     change, words = HOSTILE[name]
     files = change(files_of(save(directory, tmp_path)))
-    with pytest.raises(AdapterError) as caught:
-        made_of(texts, files)
-    assert words in str(caught.value)
+    for file, data in files.items():
+        (tmp_path / file).write_bytes(data)
+    for judge in (lambda: texts.check({file: tmp_path / file for file in files}), lambda: made_of(texts, files)):
+        with pytest.raises(AdapterError) as caught:
+            judge()
+        assert words in str(caught.value)
     assert made_of(texts, {}).encode("a cat")  # the others are served as before
 
 
