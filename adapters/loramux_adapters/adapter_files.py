@@ -18,6 +18,13 @@ INTERFACE_FILE = "adapter_interface.json"
 DECLARATION_FILES = ("loramux.json", DECLARATION_FILE)
 """Where the base may be declared beside the weights' own metadata."""
 
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE = TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""How the adapter's texts become token ids, where it was trained with another tokenizer or template than the base's."""
+
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 MAX_FILE_BYTES: Mapping[str, int | None] = {
@@ -26,6 +33,8 @@ MAX_FILE_BYTES: Mapping[str, int | None] = {
     INITIAL_FILE: None,
     ADAPTERHUB_WEIGHTS_FILE: None,
     **dict.fromkeys((*DECLARATION_FILES, INTERFACE_FILE), 1 << 20),
+    TOKENIZER_FILE: 64 << 20,
+    **dict.fromkeys((TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE), 1 << 20),
 }
 """Every allowed file and how large it may be; None: bounded by the upload quota alone."""
 

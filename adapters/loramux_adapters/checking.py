@@ -40,6 +40,7 @@ class Checked:
     ranks: tuple[int, ...]  # distinct, ascending
     targets: tuple[str, ...]
     modules: int
+    vocabulary: int  # token ids it knows, the base's where it has no other
     nbytes: int  # of the tensors
     declared_base: str | None  # fingerprint
     base: str
@@ -71,6 +72,7 @@ def check(files: Mapping[str, Path], base: LoadedBase, limits: ReadLimits, *, al
         ranks=tuple(sorted(set(spec.ranks.values()))),
         targets=spec.targets,
         modules=len(weights.modules),
+        vocabulary=spec.vocabulary or base.spec.vocab_size,
         nbytes=spec.nbytes,
         declared_base=spec.base_fingerprint,
         base=base.spec.model_id,

@@ -52,6 +52,7 @@ def combine_specs(terms: Sequence[tuple[AdapterSpec, float]]) -> tuple[Combinati
             raise ValueError(f"a weight must be a number up to {LARGEST_WEIGHT:g} and not 0, not {weight}")
     _check_virtual_tokens(terms)
     _check_invocations(terms)
+    _check_vocabularies(terms)
     specs = [spec for spec, _ in terms]
     combination = Combination(tuple(sorted((spec.digest, float(weight)) for spec, weight in terms)))
     if len(combination.digests) < len(terms):
@@ -76,6 +77,8 @@ def combine_specs(terms: Sequence[tuple[AdapterSpec, float]]) -> tuple[Combinati
         others=frozenset().union(*(spec.others for spec in specs)),
         virtual_tokens=sum(spec.virtual_tokens for spec in specs),
         invocation=specs[0].invocation,
+        vocabulary=max(spec.vocabulary for spec in specs),
+        text_files=max(spec.text_files for spec in specs),
     )
 
 
@@ -102,4 +105,26 @@ def _check_invocations(terms: Sequence[tuple[AdapterSpec, float]]) -> None:
             "one of the adapters acts from its invocation tokens on only (activated LoRA), another from elsewhere",
             subject=next(spec.kind for spec, _ in terms if spec.invocation),
             remedy="name it alone, or with adapters of the same invocation tokens",
+        )
+
+
+def _check_vocabularies(terms: Sequence[tuple[AdapterSpec, float]]) -> None:
+    resized = [(spec, weight) for spec, weight in terms if spec.vocabulary]
+    if len(resized) > 1:
+        raise AdapterIncompatible(
+            f"{len(resized)} of the adapters have a vocabulary of their own: one id would be two tokens",
+            subject=resized[1][0].digest,
+            remedy="name one such adapter",
+        )
+    if resized and resized[0][1] != 1.0:
+        raise AdapterIncompatible(
+            "the base knows nothing of the tokens that the adapter adds, so that they have no weight",
+            subject=resized[0][0].digest,
+            remedy="give it the weight 1",
+        )
+    if len({spec.text_files for spec, _ in terms if spec.text_files}) > 1:
+        raise AdapterIncompatible(
+            "the adapters bring different tokenizers or chat templates: a text would be two prompts",
+            subject=next(spec.digest for spec, _ in terms if spec.text_files),
+            remedy="push all but one without them (--no-tokenizer)",
         )

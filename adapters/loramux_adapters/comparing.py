@@ -18,6 +18,7 @@ from loramux_adapters.adapter_files import (
     CONFIG_FILE,
     INITIAL_FILE,
     INTERFACE_FILE,
+    TEXT_FILES,
     WEIGHTS_FILE,
 )
 from loramux_adapters.formats import strict_json
@@ -112,7 +113,7 @@ def compare(a: Path, b: Path, limits: ReadLimits) -> Comparison:
         ranks,
         tuple(sorted(modules, key=lambda difference: (-difference.distance, difference.module))),
         tuple(dtypes),
-        tuple(name for name in (INITIAL_FILE, INTERFACE_FILE) if _hash(a / name) != _hash(b / name)),
+        tuple(name for name in (INITIAL_FILE, INTERFACE_FILE, *TEXT_FILES) if _hash(a / name) != _hash(b / name)),
     )
 
 

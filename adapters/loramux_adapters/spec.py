@@ -92,6 +92,8 @@ class AdapterSpec:
     others: frozenset[str] = field(default=frozenset(), repr=False)  # modules with parts of other kinds
     virtual_tokens: int = 0  # trained positions before every prompt, see `virtual_token_ids`
     invocation: tuple[int, ...] = ()  # token ids from whose last occurrence in the prompt on it acts; empty: everywhere
+    vocabulary: int = 0  # how many token ids it knows, where it resized the base's vocabulary; 0: those of the base
+    text_files: tuple[tuple[str, str], ...] = ()  # (name, sha256) of its own tokenizer and chat template, sorted
 
     @property
     def max_rank(self) -> int:

@@ -110,15 +110,16 @@ class Client:
         *,
         messages: Messages | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
+        adapter: str = "",
     ) -> tuple[int, ...]:
-        """Token ids of a text (with special tokens) or of a chat in the model's template."""
-        request = convert.tokenize_request(text, messages, tools)
+        """Token ids of a text (with special tokens) or of a chat in the model's template, or in an adapter's own."""
+        request = convert.tokenize_request(text, messages, tools, adapter)
         response = self._call(self._inference.Tokenize, request, idempotent=True)
         return tuple(response.token_ids)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        request = convert.detokenize_request(token_ids)
+    def detokenize(self, token_ids: Sequence[int], *, adapter: str = "") -> str:
+        """Text of token ids, by the base's tokenizer or an adapter's own."""
+        request = convert.detokenize_request(token_ids, adapter)
         response = self._call(self._inference.Detokenize, request, idempotent=True)
         return response.text
 
@@ -144,6 +145,7 @@ class Client:
         allow_base_mismatch: bool = False,
         ttl: float | None = None,
         max_uses: int | None = None,
+        tokenizer: bool = True,
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> Pushed:
@@ -151,7 +153,8 @@ class Client:
 
         The server removes the name `ttl` seconds after the push, and with the last of `max_uses` requests; those that
         were accepted end on their version. A name that stays is given no end, and a push without one takes it away.
-        Only the adapter's config, its safetensors and loramux.json travel; `Pushed.left_out` lists the rest.
+        Only the adapter's config, its safetensors, loramux.json and, unless `tokenizer` is off, its own tokenizer and
+        chat template travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
         path = Path(directory)
@@ -163,6 +166,7 @@ class Client:
             allow_base_mismatch=allow_base_mismatch,
             ttl=ttl,
             max_uses=max_uses,
+            tokenizer=tokenizer,
         )
         attempts = Attempts(self._retry, timeout)
         while True:

@@ -92,10 +92,12 @@ def tokenize_request(
     text: str | None,
     messages: Sequence[Mapping[str, object]] | None,
     tools: Sequence[Mapping[str, object]] | None = None,
+    adapter: str = "",
 ) -> inference_pb2.TokenizeRequest:
     """A TokenizeRequest from exactly one of text and messages."""
     request = inference_pb2.TokenizeRequest()
     with fields.refusing() as refusals:
+        request.adapter = refusals.take("adapter", adapter, fields.text) or ""
         if (text is None) == (messages is None):
             refusals.add("input", "give exactly one of text and messages")
         elif text is not None:
@@ -108,10 +110,13 @@ def tokenize_request(
     return request
 
 
-def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
+def detokenize_request(token_ids: Sequence[int], adapter: str = "") -> inference_pb2.DetokenizeRequest:
     """A DetokenizeRequest."""
     with fields.refusing() as refusals:
-        return inference_pb2.DetokenizeRequest(token_ids=refusals.take("token_ids", token_ids, fields.token_ids))
+        return inference_pb2.DetokenizeRequest(
+            token_ids=refusals.take("token_ids", token_ids, fields.token_ids),
+            adapter=refusals.take("adapter", adapter, fields.text) or "",
+        )
 
 
 def update_request(name: str, changes: types.AdapterChanges) -> adapters_pb2.UpdateAdapterRequest:
@@ -235,6 +240,8 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         expires=message.expires.ToDatetime(tzinfo=UTC) if message.HasField("expires") else None,
         max_uses=message.max_uses if message.HasField("max_uses") else None,
         uses_left=message.uses_left if message.HasField("uses_left") else None,
+        vocabulary=message.vocabulary or None,
+        text_files=tuple(message.text_files),
     )
 
 

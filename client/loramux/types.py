@@ -231,6 +231,8 @@ class Adapter:
     expires: datetime | None = None  # when the name is removed; None: never by itself
     max_uses: int | None = None  # requests; with the last one the name is removed
     uses_left: int | None = None
+    vocabulary: int | None = None  # token ids it knows; None: those of the base
+    text_files: tuple[str, ...] = ()  # of its own tokenizer and chat template; empty: the base's
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from loramux_protos.v1 import adapters_pb2
 
 _DECLARATIONS = ("loramux.json", "lorica.json")  # the second as the project was called before
 _INITIAL = "initial_adapter_model.safetensors"  # what PiSSA and its like subtracted from the base
-FILES = (CONFIG, WEIGHTS, _INITIAL, HUB_WEIGHTS, HUB_INTERFACE, *_DECLARATIONS)
+_TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # where they are other than the base's
+FILES = (CONFIG, WEIGHTS, _INITIAL, HUB_WEIGHTS, HUB_INTERFACE, *_DECLARATIONS, *_TEXT)
 """Every file that an adapter may have; its config and one of the weights it has."""
 CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
 
@@ -53,8 +54,9 @@ def collect(
     allow_base_mismatch: bool,
     ttl: float | None = None,
     max_uses: int | None = None,
+    tokenizer: bool = True,
 ) -> Bundle:
-    """Read and hash what a push of `directory` sends.
+    """Read and hash what a push of `directory` sends; without `tokenizer` its texts are left to the base's.
 
     Raises LocalFilesError when it holds no adapter, InvalidArgument when `ttl` or `max_uses` is out of range.
     """
@@ -72,7 +74,8 @@ def collect(
                 f"{directory} holds a prediction head ({head}), which no upload carries: where it was not trained "
                 "along, save the adapter again with with_head=False, or remove the head's files"
             )
-        left_out = (WEIGHTS,) if is_hub else (HUB_WEIGHTS, HUB_INTERFACE)
+        left_out: tuple[str, ...] = (WEIGHTS,) if is_hub else (HUB_WEIGHTS, HUB_INTERFACE)
+        left_out += () if tokenizer else _TEXT
         sending = [file for file in FILES if file in present and file not in left_out]
         files = tuple(_entry(directory / file) for file in sending)
         remarked = "" if is_hub else remark(directory)

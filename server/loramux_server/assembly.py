@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 
+from loramux_adapters.adapter_files import MAX_FILE_BYTES
 from loramux_adapters.apply.inject import AdaptedModel, inject, rank_row_bytes
 from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.apply.merged_rows import measure_merged_rows
@@ -46,6 +47,7 @@ from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.adapter_loader import AdapterLoader, CombinationLoader
+from loramux_server.adapter_text import AdapterTexts
 from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo
 from loramux_server.api.server_limits import ServerLimits
@@ -109,8 +111,15 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     capacity = adapted.capacity
     limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
 
+    texts = AdapterTexts(tokenizer, limits)
+
     def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
         return formats.read(files, base.spec, limits, allow_base_mismatch=allow_base_mismatch)
+
+    def read_upload(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
+        weights = read(files, allow_base_mismatch=allow_base_mismatch)
+        texts.check(files)
+        return weights
 
     merged_rows = measure_merged_rows(adapted) if config.merged_bytes and not config.deterministic else None
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
@@ -150,15 +159,16 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         on_death=hooks.on_death,
     )
     states = _States(pool, host, merged_weights)
-    registry = Registry(store, read, base.spec.fingerprint, states, combinations=combinations)
+    registry = Registry(store, read_upload, base.spec.fingerprint, states, combinations=combinations)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:
         loader.shutdown(wait=True, cancel_futures=True)
         merged_weights.close()
         registry.close()
+        texts.close()
 
-    services = Services(client, registry, tokenizer, info, states)
+    services = Services(client, registry, tokenizer, info, states, texts)
     return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights, registry), close)
 
 
@@ -190,7 +200,7 @@ def _quotas(config: ServeConfig) -> Quotas:
     return Quotas(
         max_adapters=config.max_adapters,
         max_bytes=config.max_store_bytes,
-        max_upload_bytes=config.max_adapter_bytes + (2 << 20),  # and its two JSON files
+        max_upload_bytes=config.max_adapter_bytes + sum(filter(None, MAX_FILE_BYTES.values())),  # and what is beside it
         max_open_uploads=config.max_uploads,
         upload_ttl_seconds=config.upload_ttl_seconds,
     )

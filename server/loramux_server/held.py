@@ -27,6 +27,10 @@ class Held(Protocol):
     def spec(self) -> AdapterSpec:
         """Its facts."""
 
+    @property
+    def text_source(self) -> Resolved:
+        """The adapter that the text files of the facts are of, if there are any."""
+
     async def confirm(self) -> None:
         """The request is accepted: returns once its uses are durable, where they are limited. Idempotent."""
 
@@ -67,6 +71,11 @@ class Resolved:
         """The version, 64 hex digits."""
         return self.spec.digest
 
+    @property
+    def text_source(self) -> Resolved:
+        """See Held."""
+        return self
+
     async def confirm(self) -> None:
         """The request is accepted: returns once its use is durable, where uses of the name are limited. Idempotent.
 
@@ -97,7 +106,12 @@ class HeldCombination:
     """Several held adapters as one. A context manager."""
 
     def __init__(
-        self, combination: Combination, name: str, spec: AdapterSpec, held: Sequence[Held], end: Callable[[str], None]
+        self,
+        combination: Combination,
+        name: str,
+        spec: AdapterSpec,
+        held: Sequence[Resolved],
+        end: Callable[[str], None],
     ) -> None:
         self.digest = combination.digest
         self.name = name
@@ -106,6 +120,11 @@ class HeldCombination:
         self._end = end
         self._lock = threading.Lock()
         self._is_held = True
+
+    @property
+    def text_source(self) -> Resolved:
+        """See Held: the first that has any."""
+        return next((each for each in self._held if each.spec.text_files), self._held[0])
 
     async def confirm(self) -> None:
         """See Held. Where one of several fails the others' uses are taken: none is ever given twice."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol
 
+from loramux_adapters.adapter_files import TEXT_FILES
 from loramux_adapters.combination import combine_specs
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
 from loramux_adapters.residency.tiers import Weights
@@ -151,16 +152,16 @@ class Registry:
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._store.close()
 
-    def resolve(self, tenant: str, reference: str) -> Resolved:
+    def resolve(self, tenant: str, reference: str, *, counts: bool = True) -> Resolved:
         """Hold what `name`, `alias` or `name@<first 8 or more hex digits of the digest>` means now, for a request.
 
         Point reads of a local database, tens of microseconds, and a millisecond to find the nearest name of one that is
         absent. A delete or replace from here on leaves the bytes in place until the release. Where the uses of the name
-        are limited, one is taken, for `Resolved.confirm`. Raises AdapterNotFound (an unfinished upload is not found
-        either, nor is what has ended by itself), AdapterInvalid (malformed or ambiguous), AdapterCorrupt (quarantined),
-        StoreUnavailable.
+        are limited, one is taken, for `Resolved.confirm`, unless `counts` is off. Raises AdapterNotFound (an unfinished
+        upload is not found either, nor is what has ended by itself), AdapterInvalid (malformed or ambiguous),
+        AdapterCorrupt (quarantined), StoreUnavailable.
         """
-        return self._hold(tenant, reference, counts=True)
+        return self._hold(tenant, reference, counts=counts)
 
     def resolve_all(self, tenant: str, references: Sequence[tuple[str, float]]) -> Held:
         """Hold several adapters with weights, as one: `resolve` of each. One alone, with the weight 1, is itself.
@@ -236,6 +237,15 @@ class Registry:
             resolved.release()
             raise
         return Download(resolved, files, self._store)
+
+    async def text_files(self, resolved: Resolved) -> Mapping[str, bytes]:
+        """The tokenizer and chat template that a held version brings along. Raises AdapterCorrupt."""
+        entries = await asyncio.to_thread(self._store.entries, resolved.tenant, resolved.digest)
+        wanted = tuple(entry for entry in entries if entry.file in TEXT_FILES)
+        files = {entry.file: bytearray() for entry in wanted}
+        async for chunk in Download(resolved, wanted, self._store).chunks():
+            files[chunk.file] += chunk.data
+        return {name: bytes(data) for name, data in files.items()}
 
     def _hold(self, tenant: str, reference: str, *, counts: bool) -> Resolved:
         version = self._store.acquire(tenant, *split_reference(reference), counts=counts)

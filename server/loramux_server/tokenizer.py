@@ -6,6 +6,7 @@ transformers brings torch along. Knows no requests and no model.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -29,11 +30,16 @@ _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which k
 class TextTokenizer:
     """Encodes and decodes for one base. Safe from any thread."""
 
+    waits = False
+
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """`tokenizer` is one of transformers and ours alone: padding and truncation are switched off for good."""
         self._tokenizer = tokenizer
         own = tokenizer.eos_token_id
         self._eos_token_ids = eos_token_ids | (frozenset() if own is None else {own})
+        self._own_roles: Mapping[
+            str, str
+        ] = {}  # of special tokens, where they are other than the library's object says
         self._template = find_chat_template(tokenizer)
         tokenizer.model_max_length = _NO_LIMIT
         self._longest_token = max((len(piece.encode()) for piece in tokenizer.get_vocab()), default=1)
@@ -59,6 +65,42 @@ class TextTokenizer:
 
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
         return cls(tokenizer, _find_eos_token_ids(str(source), revision))
+
+    @property
+    def references(self) -> list[str]:
+        """The tokenizer as tokenizer.json, as adapters may have saved it: as it is loaded, and as it lies there.
+
+        Empty where it is of another kind. Takes long.
+        """
+        if not self._tokenizer.is_fast:
+            return []
+        path = Path(str(self._tokenizer.name_or_path)) / "tokenizer.json"
+        return [self._tokenizer.backend_tokenizer.to_str(), *([path.read_text("utf-8")] if path.is_file() else [])]
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Special tokens by role, such as eos_token."""
+        known = self._tokenizer.special_tokens_map
+        return {role: str(token) for role, token in known.items() if isinstance(token, str)} | dict(self._own_roles)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What tokenizer_config.json says."""
+        return dict(self._tokenizer.init_kwargs)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template."""
+        return self._template
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token -> id, as the library spells them. Takes long."""
+        return dict(self._tokenizer.get_vocab())
+
+    def copy(self) -> Any:
+        """The library's object, for another instance."""
+        with self._lock:
+            return copy.deepcopy(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -115,6 +157,8 @@ class TextTokenizer:
 
         try:
             return self._render(messages, tools)
+        except ChatRefused:
+            raise
         except Exception as error:
             # A template runs arbitrary expressions. What it says itself by raise_exception is meant for the
             # caller; anything else would only tell about our insides.
@@ -139,11 +183,17 @@ class TextTokenizer:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=True,
+                **self._own_roles,
             )
         return rendered
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; an incomplete character becomes U+FFFD."""
+        """Text of token ids, special tokens left out; an incomplete character becomes U+FFFD.
+
+        Ids without a token have no text: a model may have more rows, and so may an adapter.
+        """
+        if not self._tokenizer.is_fast:  # the others leave them out by themselves
+            ids = [token for token in ids if token < self.vocab_size]
         with self._lock:
             return self._prompts.decode(ids)
 

@@ -75,3 +75,17 @@ def test_two_of_one_content_are_refused_with_the_remedy() -> None:
     with pytest.raises(AdapterIncompatible, match="name it once, with the sum of its weights") as caught:
         combine_specs([(_spec("1"), 1.0), (_spec("2"), 1.0), (_spec("1"), 0.5)])
     assert caught.value.subject == "1" * 64
+
+
+def test_a_vocabulary_and_texts_are_those_of_one() -> None:
+    own = _spec("1", vocabulary=330, text_files=(("tokenizer.json", "ab" * 32),))
+    _, spec = combine_specs([(_spec("2"), 0.5), (own, 1.0)])
+    assert (spec.vocabulary, spec.text_files) == (330, own.text_files)
+    with pytest.raises(AdapterIncompatible, match="2 of the adapters have a vocabulary of their own"):
+        combine_specs([(own, 1.0), (_spec("2", vocabulary=330), 1.0)])
+    with pytest.raises(AdapterIncompatible, match="they have no weight"):
+        combine_specs([(own, 0.5)])
+    with pytest.raises(AdapterIncompatible, match="different tokenizers or chat templates"):
+        combine_specs([(own, 1.0), (_spec("2", text_files=(("tokenizer.json", "cd" * 32),)), 1.0)])
+    _, spec = combine_specs([(own, 1.0), (_spec("2", text_files=own.text_files), 1.0)])
+    assert spec.text_files == own.text_files

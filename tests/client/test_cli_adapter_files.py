@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux.terminal.failures import ExitCode
+from loramux_adapters.embedded.tiny import tiny_path
 from support.adapters import edit_config
 from support.fake_service import FakeServer
 from support.tiny_adapters import tiny_files, write_files
@@ -56,6 +57,15 @@ def test_a_refusal_has_the_servers_words_and_is_told_by_exit_code(adapter: Path)
     told = json.loads(verify(adapter, "--base", TINY, "--json").stdout)
     assert (told["accepted"], told["reason"]) == (False, "ADAPTER_INCOMPATIBLE")
     assert refused.stderr == f"refused: {told['refusal']}\n"
+
+
+def test_a_tokenizer_that_a_server_would_refuse_is_refused_here(adapter: Path) -> None:
+    (adapter / "tokenizer.json").write_text("{}")
+    refused = verify(adapter, "--base", TINY)
+    assert refused.exit_code == 2
+    assert "not the base's tokenizer with added tokens" in refused.stderr
+    (adapter / "tokenizer.json").write_bytes((tiny_path() / "tokenizer.json").read_bytes())
+    assert verify(adapter, "--base", TINY).exit_code == ExitCode.OK
 
 
 def test_without_a_base_it_says_what_the_files_tell_and_that_this_is_all(adapter: Path) -> None:

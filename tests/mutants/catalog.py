@@ -270,6 +270,26 @@ MUTANTS = (
         (TEST_MODEL + "test_sampler.py", TEST_MODEL + "test_sampler_draw.py"),
     ),
     Mutant(
+        "a row is sampled over a neighbor's wider vocabulary", MODEL + "sampler.py",
+        "take_rows(logits, rows)[:, :width].contiguous()", "take_rows(logits, rows)",
+        (TEST_MODEL + "test_sampler.py",),
+    ),
+    Mutant(
+        "beside a wider adapter any token id is looked up", MODEL + "runner.py",
+        "if max(chunk.tokens) >= self.adapted.vocabulary(chunk.slot):", "if False:",
+        (TEST_ADAPTERS + "kinds/test_added_tokens.py::test_an_id_that_only_a_neighbor_knows_fails_its_own_row",),
+    ),
+    Mutant(
+        "rows of new tokens that are in no tensor are made up", ADAPTERS + "formats/peft/vocabulary.py",
+        "if rows is None or bool(rows.isnan().any()):", "if rows is None:",
+        (TEST_ADAPTERS + "formats/test_vocabulary.py",),
+    ),
+    Mutant(
+        "an adapter's template that took too much is run again at once", "server/loramux_server/template_sandbox.py",
+        "            if template in self._paused:\n", "            if False:\n",
+        ("tests/server/test_adapter_text.py",),
+    ),
+    Mutant(
         "choices of one seed draw the same", MODEL + "sampler.py",
         "(c.params.seed, c.params.choice, c.start + len(c.tokens))", "(c.params.seed, 0, c.start + len(c.tokens))",
         (TEST_MODEL + "test_sampler.py",),

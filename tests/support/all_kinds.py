@@ -30,6 +30,10 @@ def _norms(architecture: str) -> PeftConfig:
     return peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=[name])
 
 
+def _embedding(architecture: str) -> str:
+    return "wte" if architecture == "gpt2" else "embed_tokens"
+
+
 def _before(config: Callable[..., PeftConfig], count: int) -> Callable[[str], PeftConfig]:
     return lambda _architecture: config(task_type="CAUSAL_LM", num_virtual_tokens=count)
 
@@ -41,6 +45,9 @@ CONFIGS: dict[str, Callable[[str], PeftConfig]] = {
     "alora": lambda architecture: _lora(architecture, r=4, alora_invocation_tokens=INVOCATION),
     "head": lambda architecture: _lora(architecture, r=4, modules_to_save=["lm_head"]),
     "tokens": lambda architecture: _lora(architecture, r=4, trainable_token_indices=list(range(0, 320, 2))),
+    "added tokens": lambda architecture: _lora(
+        architecture, r=4, modules_to_save=[_embedding(architecture), "lm_head"]
+    ),
     "vera": _of(peft.VeraConfig, r=24),
     "gralora": _of(peft.GraloraConfig, r=8),
     "ia3": _ia3,
@@ -53,6 +60,9 @@ CONFIGS: dict[str, Callable[[str], PeftConfig]] = {
     "prefix": _before(peft.PrefixTuningConfig, 19),
     "cartridge": _before(peft.CartridgeConfig, 5),
 }
+VOCABULARIES = {"added tokens": 323}
+"""What the base is resized to before an adapter of a kind is made; the others leave it alone."""
+
 # What PEFT has no layer for on GPT-2's Conv1D.
 _LINEAR_ONLY = {"loha", "hra", "oft"}
 
@@ -60,7 +70,9 @@ _LINEAR_ONLY = {"loha", "hra", "oft"}
 def make_all_kinds(checkpoint: Path, root: Path, architecture: str) -> dict[str, Path]:
     """PEFT directories by kind."""
     return {
-        kind: make_kind(checkpoint, root / kind, config(architecture), seed=seed, std=0.1)
+        kind: make_kind(
+            checkpoint, root / kind, config(architecture), seed=seed, std=0.1, vocabulary=VOCABULARIES.get(kind)
+        )
         for seed, (kind, config) in enumerate(CONFIGS.items())
         if architecture != "gpt2" or kind not in _LINEAR_ONLY
     }

@@ -18,6 +18,7 @@ from loramux_adapters.combining import combine
 from loramux_adapters.spec import BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
 from support.adapters import peft_warnings_ignored
+from support.all_kinds import VOCABULARIES
 from support.bottlenecks import is_bottleneck
 from support.kinds import KindOracle, dequantized_model
 from support.model_engine import ModelEngine
@@ -26,8 +27,8 @@ Terms = Sequence[tuple[str, float]]
 
 
 class CombinedOracle(KindOracle):
-    """Changes of weights are summed by their weights, IA3's gains are multiplied onto the sum; a prompt, a prefix or a
-    bottleneck acts on the model that this gives."""
+    """Changes of weights are summed by their weights, IA3's gains are multiplied onto the sum; a prompt, a prefix, a
+    bottleneck or a resized vocabulary with what goes with it acts on the model that this gives."""
 
     def __init__(self, checkpoint: Path, adapters: Mapping[str, Path], terms: Terms) -> None:
         base = dequantized_model(checkpoint)
@@ -36,7 +37,7 @@ class CombinedOracle(KindOracle):
         rest: list[Path] = []
         for name, weight in terms:
             directory = adapters[name]
-            if is_bottleneck(directory):
+            if is_bottleneck(directory) or name in VOCABULARIES:
                 rest.append(directory)
                 continue
             with peft_warnings_ignored():
@@ -62,7 +63,8 @@ class CombinedOracle(KindOracle):
         for path, layer, weight in gains:
             _multiply(base.get_submodule(path), layer, weight)
         assert len(rest) <= 1
-        super().__init__(checkpoint, rest[0] if rest else None, base)
+        vocabulary = next((VOCABULARIES[name] for name, _ in terms if name in VOCABULARIES), None)
+        super().__init__(checkpoint, rest[0] if rest else None, vocabulary, model=base)
 
 
 def concatenated(out: Path, terms: Sequence[tuple[Path, float]]) -> Path:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.spec import AdapterSpec, BaseModelSpec
+from loramux_adapters.spec import BaseModelSpec
+from loramux_adapters.weights import AdapterWeights
 from loramux_server.app import App
 from support.servers import Inside, serve_config
 from support.tiny import load_tiny
@@ -23,8 +24,8 @@ from support.tiny import load_tiny
 async def serve(data_dir: Path, base: BaseModelSpec) -> None:
     """Serve until killed, or until whoever gives the orders is gone."""
 
-    def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
-        return formats.read(files, base, ReadLimits(), allow_base_mismatch=allow_base_mismatch).spec
+    def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
+        return formats.read(files, base, ReadLimits(), allow_base_mismatch=allow_base_mismatch)
 
     app = App(serve_config(data_dir), Inside(read=read).build)
     await app.start()

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,17 +41,41 @@ def pristine_model(checkpoint: Path) -> PreTrainedModel:
     return dequantized_model(checkpoint)
 
 
-def make_kind(checkpoint: Path, out: Path, config: PeftConfig, *, seed: int, std: float = 0.05) -> Path:
-    """A PEFT directory of `config` on the checkpoint; every trained tensor is moved by noise, so that none is zero."""
+def make_kind(
+    checkpoint: Path,
+    out: Path,
+    config: PeftConfig,
+    *,
+    seed: int,
+    std: float = 0.05,
+    vocabulary: int | None = None,
+    **options: Any,
+) -> Path:
+    """A PEFT directory of `config` on the checkpoint; every trained tensor is moved by noise, so that none is zero.
+
+    With `vocabulary` the checkpoint is resized to it first; `options` are save_pretrained's.
+    """
     model = copy.deepcopy(pristine_model(checkpoint))
     with peft_warnings_ignored(), torch.random.fork_rng():
         torch.manual_seed(seed)
+        if vocabulary is not None:
+            _resize(model, vocabulary)
         wrapped = get_peft_model(model, copy.deepcopy(config))
         with torch.no_grad():
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * std)
-    return save(wrapped, out)
+    return save(wrapped, out, **options)
+
+
+def _resize(model: PreTrainedModel, vocabulary: int) -> None:
+    """New rows are twice as large as the old ones, so that new tokens are drawn."""
+    before = model.config.vocab_size
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with torch.no_grad():
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            if vocabulary > before:
+                table[before:] = torch.randn_like(table[before:]) * table[:before].std() * 2
 
 
 class KindOracle:
@@ -58,9 +83,20 @@ class KindOracle:
     per token.
     """
 
-    def __init__(self, checkpoint: Path, adapter: Path | None, model: PreTrainedModel | None = None) -> None:
-        """On `model` in place of the checkpoint's own where it is given; it is changed."""
+    def __init__(
+        self,
+        checkpoint: Path,
+        adapter: Path | None,
+        vocabulary: int | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        """On `model` in place of the checkpoint's own where it is given; it is changed.
+
+        `vocabulary` is what the base has to be resized to before PEFT can load the adapter.
+        """
         self.model: Any = dequantized_model(checkpoint) if model is None else model
+        if vocabulary is not None:
+            self.model.resize_token_embeddings(vocabulary, mean_resizing=False)
         if adapter is not None and is_bottleneck(adapter):
             self.model = with_bottlenecks(self.model, adapter)
         elif adapter is not None:
@@ -83,12 +119,17 @@ class KindOracle:
 
 
 def ask_oracle(
-    checkpoint: Path, adapters: Mapping[str, Path], rows: list[tuple[str | None, list[int]]], count: int = 4
+    checkpoint: Path,
+    adapters: Mapping[str, Path],
+    rows: list[tuple[str | None, list[int]]],
+    count: int = 4,
+    vocabularies: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Truth]:
-    """`count` greedy tokens for each (adapter, prompt), adapter by adapter."""
+    """`count` greedy tokens for each (adapter, prompt), adapter by adapter; `vocabularies` of those that resized it."""
     found: dict[int, Truth] = {}
     for wanted in dict.fromkeys(name for name, _ in rows):
-        oracle = KindOracle(checkpoint, None if wanted is None else adapters[wanted])
+        vocabulary = None if wanted is None else vocabularies.get(wanted)
+        oracle = KindOracle(checkpoint, None if wanted is None else adapters[wanted], vocabulary)
         for index, (name, prompt) in enumerate(rows):
             if name == wanted:
                 found[index] = oracle.truth(name, prompt, count)

@@ -64,7 +64,8 @@ class RecordingRunner(ModelRunner):
         logits = super()._forward(batch, adapters)
         for chunk, (_, last) in zip(batch.chunks, batch.logits_of, strict=True):
             if chunk.samples:
-                self.logits[chunk.request_id].append(logits[last - 1].float().clone())
+                own = logits[last - 1, : self.adapted.vocabulary(chunk.slot)]
+                self.logits[chunk.request_id].append(own.float().clone())
         return logits
 
 

@@ -54,6 +54,7 @@ class FakeTokenizer:
     """One token a character of ALPHABET; a chat is its contents with a space between."""
 
     template_digest = "0" * 64
+    waits = False
     longest_token = 8
     takes_tools = False
     eos_token_ids = frozenset({EOS})
@@ -70,8 +71,8 @@ class FakeTokenizer:
         return self.encode(" ".join(message["content"] for message in messages))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The end-of-text token is left out, as special tokens are."""
-        return "".join(ALPHABET[token] for token in ids if token != EOS)
+        """The end-of-text token is left out, as special tokens are, and so are ids without a token."""
+        return "".join(ALPHABET[token] for token in ids if token < EOS)
 
     def output_context(self, prompt: Sequence[int]) -> list[int]:
         """The whole prompt."""
@@ -79,7 +80,7 @@ class FakeTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Of one token."""
-        return ALPHABET[token].encode()
+        return ALPHABET[token : token + 1].encode()
 
 
 class FakeStates:

@@ -81,7 +81,8 @@ class AdapterBatch:
     """One step: `tokens` maps every row of the forward, `logits` the rows the head sees.
 
     Rows that use `merged` weights come last in both; `shared_tokens` and `shared_logits` map those before them, and are
-    the same maps where no row does. What is no linear map acts on all rows alike.
+    the same maps where no row does. What is no linear map acts on all rows alike. `vocabulary` is that of the widest
+    adapter whose rows are in the step, 0 where none is wider than the base.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class AdapterBatch:
         *,
         shared_tokens: RowMap | None = None,
         shared_logits: RowMap | None = None,
+        vocabulary: int = 0,
     ) -> None:
+        self.vocabulary = vocabulary
         self.tokens, self.logits, self.merged = tokens, logits, merged
         self.shared_tokens = tokens if shared_tokens is None else shared_tokens
         self.shared_logits = logits if shared_logits is None else shared_logits

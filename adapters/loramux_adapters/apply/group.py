@@ -71,6 +71,18 @@ class PartsAtSite:
             if parts is not None:
                 parts.after(y, inputs, rows)
 
+    def extend(self, y: torch.Tensor, x: torch.Tensor, rows: RowMap) -> None:
+        """Lets them fill what y [T, > out] has beyond the site's output, for x [T, in].
+
+        Raises ValueError as `change` does.
+        """
+        if len(y) != rows.count:
+            raise ValueError(f"{self.site.members[0]}: {len(y)} rows in a step of {rows.count}")
+        for kind in rows.kinds:
+            parts = self._by_kind.get(kind)
+            if parts is not None:
+                parts.extend(y, x, rows)
+
 
 class SiteGroup:
     """One frozen product shared by the members of a site."""
@@ -162,6 +174,27 @@ class AdaptedLinear(nn.Module):
         return self.group.project(x, self.member)
 
 
+class AdaptedHead(AdaptedLinear):
+    """The output head. Its logits are as wide as the widest vocabulary of the step: whoever reads a row's cuts it to
+    that of its own adapter, since what is beyond has no meaning.
+    """
+
+    def __init__(self, group: SiteGroup, member: int, cell: StepCell) -> None:
+        super().__init__(group, member)
+        self._cell = cell
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, n, in] -> [1, n, vocabulary]."""
+        y = self.group.project(x, self.member)
+        batch = self._cell.batch
+        if batch is None or batch.vocabulary <= self.out_features:
+            return y
+        wide = y.new_zeros((*y.shape[:-1], batch.vocabulary))
+        wide[..., : self.out_features] = y
+        self.group.parts.extend(wide.view(-1, batch.vocabulary), x.reshape(-1, x.shape[-1]), batch.logits)
+        return wide
+
+
 class AdaptedSublayer:
     """Where the output of a layer's attention or MLP passes, from the norm that reads the residual stream on.
 
@@ -222,7 +255,9 @@ class AdaptedEmbedding(nn.Module):
         if batch is None or not batch.tokens.kinds:
             y: torch.Tensor = self.frozen(input)
             return y
-        ids = input.clamp(min=0) if batch.tokens.has_virtual_ids else input  # the table has no row for virtual ones
+        # The table has no row for virtual tokens, and none for those that adapters added.
+        ids = input.clamp(min=0) if batch.tokens.has_virtual_ids else input
+        ids = ids.clamp(max=self.parts.site.in_features - 1) if batch.vocabulary > self.parts.site.in_features else ids
         y = self.frozen(ids)
         self.parts.change(y.view(-1, y.shape[-1]), [input.reshape(-1)], batch.tokens)
         return y

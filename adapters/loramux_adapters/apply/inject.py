@@ -19,6 +19,7 @@ from loramux_adapters.apply.batch import StepCell
 from loramux_adapters.apply.group import (
     AdaptedAttention,
     AdaptedEmbedding,
+    AdaptedHead,
     AdaptedLinear,
     AdaptedNorm,
     AdaptedSublayer,
@@ -54,6 +55,7 @@ class AdaptedModel:
     attention: tuple[AdaptedAttention, ...]  # by layer; none where layers differ
     sublayers: tuple[AdaptedSublayer, ...]  # none where the architecture's are not known
     slot_kinds: dict[int, frozenset[Kind]]  # which kinds of parts the adapter of a slot has
+    slot_vocabularies: dict[int, int]  # of adapters that have another than the base
     capacity: int  # rank rows per linear module
     weight_formats: WeightFormats  # of the frozen weights
 
@@ -61,6 +63,10 @@ class AdaptedModel:
     def spec(self) -> BaseModelSpec:
         """Facts of the base."""
         return self.base.spec
+
+    def vocabulary(self, slot: int) -> int:
+        """How many logits of a row of this slot mean something."""
+        return self.slot_vocabularies.get(slot, self.spec.vocab_size)
 
     def reset(self) -> None:
         """Drops activations that a failed forward left behind."""
@@ -110,7 +116,9 @@ def inject(
             groups.append(group)
             for member, name in enumerate(part):
                 linears[name], sites[name] = (group, member), (group.parts, member)
-                _replace(base.model, name, AdaptedLinear(group, member))
+                is_head = name == base.spec.head
+                linear = AdaptedHead(group, member, cell) if is_head else AdaptedLinear(group, member)
+                _replace(base.model, name, linear)
     for name, spec in base.spec.modules.items():
         module = base.model.get_submodule(name)
         adapted: AdaptedEmbedding | AdaptedNorm
@@ -131,7 +139,7 @@ def inject(
     outputs = _sublayers(base, linears, rank_rows, weight_formats)
     sites |= {each.parts.site.members[0]: (each.parts, 0) for each in outputs}
     return AdaptedModel(
-        base.model, base, cell, tuple(groups), linears, sites, attention, outputs, {}, capacity, weight_formats
+        base.model, base, cell, tuple(groups), linears, sites, attention, outputs, {}, {}, capacity, weight_formats
     )
 
 

@@ -40,6 +40,7 @@ class PreparedAdapter:
 
     digest: str
     kinds: frozenset[Kind]
+    vocabulary: int  # 0: the base's
     parts: tuple[_PreparedPart, ...]
 
 
@@ -74,7 +75,7 @@ class SlotTensors:
                 tensors = tuple(tensor.pin_memory() for tensor in tensors)
             prepared.append(_PreparedPart(name, member, part, parts, tensors))
         kinds = frozenset(KIND_OF[type(part)] for module in weights.modules.values() for part in module.parts)
-        return PreparedAdapter(weights.spec.digest, kinds, tuple(prepared))
+        return PreparedAdapter(weights.spec.digest, kinds, weights.spec.vocabulary, tuple(prepared))
 
     def copy(self, slot: int, adapter: PreparedAdapter, rank_ranges: RankRanges) -> Iterator[int]:
         """Copies part by part to rank rows that nobody uses; yields the bytes of each.
@@ -91,6 +92,8 @@ class SlotTensors:
         """Makes a slot whose copy has ended usable from the next step on."""
         for parts in self._touched[slot]:
             parts.bind(slot)
+        if adapter.vocabulary:
+            self._adapted.slot_vocabularies[slot] = adapter.vocabulary
         self._adapted.slot_kinds[slot] = adapter.kinds
 
     def unbind(self, slot: int) -> None:
@@ -99,6 +102,7 @@ class SlotTensors:
             parts.unbind(slot)
         self._touched.pop(slot, None)  # last: what met no memory is called again
         self._adapted.slot_kinds.pop(slot, None)
+        self._adapted.slot_vocabularies.pop(slot, None)
 
     def _placed(self, weights: AdapterWeights) -> Iterator[tuple[str, int, Part, SiteParts[Any]]]:
         """Every part with its module's name, its member of the site, and where it goes."""

@@ -1,7 +1,7 @@
 """Whether a saved copy of the embedding or head is the base's own tensor, so that it can be left out.
 
-PEFT writes such a copy when the embedding or head is a target. A different one is a trained or resized
-vocabulary, which the canonical form cannot hold yet.
+PEFT writes such a copy when the embedding or head is a target. A different one was trained beside the adapter, or is
+another base's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from loramux_adapters.spec import BaseModelSpec, ParameterSpec
 
 def check_is_base_weight(module: str, entry: TensorEntry, tensor: torch.Tensor, base: BaseModelSpec) -> None:
     """Raises AdapterInvalid unless `tensor` equals the weight of `module` as the base's checkpoint stores it, at the
-    precision of the file.
+    precision of the file. Of a vocabulary that was resized it is the base's part.
     """
     own = _own_parameter(module, base)
-    if own is None or entry.shape != own.shape or not _is_same(tensor, entry.dtype, own):
+    if own is None or tuple(tensor.shape) != own.shape or not _is_same(tensor, entry.dtype, own):
         raise AdapterInvalid(
             f"{WEIGHTS_FILE}: tensor {quote(entry.name)} differs from the base's own weight of {quote(module)}",
             subject=f"{WEIGHTS_FILE}: {quote(entry.name)}",
@@ -32,13 +32,11 @@ def check_is_base_weight(module: str, entry: TensorEntry, tensor: torch.Tensor, 
 
 
 def _remedy(entry: TensorEntry, own: ParameterSpec | None) -> str:
-    if own is not None and entry.shape != own.shape:
-        return (
-            f"its shape is {list(entry.shape)}, the base's {list(own.shape)}: a resized vocabulary is not supported; "
-            "train without resize_token_embeddings"
-        )
+    if own is not None and entry.shape[1:] != own.shape[1:]:
+        return f"its shape is {list(entry.shape)}, the base's {list(own.shape)}: upload an adapter made for this base"
     return (
-        "a trained embedding or head is not supported: where it was not trained, save with save_embedding_layers=False"
+        "name a trained embedding or head in modules_to_save; where it was not trained, save with "
+        "save_embedding_layers=False"
     )
 
 

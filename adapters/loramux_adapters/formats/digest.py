@@ -14,6 +14,7 @@ from typing import Any
 
 # The project's former name stays: other bytes here would give every adapter another identity.
 _VERSION = b"lorica-adapter-v1"
+_TEXT_VERSION = "loramux-text-v1"
 
 
 class AdapterDigest:
@@ -47,6 +48,12 @@ class AdapterDigest:
     def _field(self, data: bytes | bytearray) -> None:
         self._hash.update(struct.pack("<Q", len(data)))
         self._hash.update(data)
+
+
+def digest_with_text(digest: str, text_files: Sequence[tuple[str, str]]) -> str:
+    """The identity of an adapter that also says what texts mean: `text_files` are (name, sha256), sorted."""
+    content = json.dumps([_TEXT_VERSION, digest, *text_files], separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def low_rank_config(scales: Mapping[str, float]) -> dict[str, Any]:

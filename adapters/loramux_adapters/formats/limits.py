@@ -21,6 +21,7 @@ class ReadLimits:
     max_config_bytes: int = 1 << 20  # of each JSON file
     max_header_bytes: int = 16 << 20  # of the safetensors header
     max_tensors: int = 65_536
+    max_added_tokens: int = 65_536  # beyond the base's vocabulary: every token drawn reads their logits
     # Of one adapter, or what takes as long: some 15 s on one core. No default of PEFT's takes more on 8B.
     max_multiply_adds: int = 1 << 39
     max_canonical_bytes: int = 8 << 30  # of host memory: what the file becomes, and what that takes on the way

@@ -5,7 +5,9 @@ A new method of PEFT's is one file in `peft/` and one line in `PEFT_METHODS`; bo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from loramux_adapters.adapter_files import (
@@ -15,6 +17,7 @@ from loramux_adapters.adapter_files import (
     INTERFACE_FILE,
     MAX_FILE_BYTES,
     REQUIRED_FILES,
+    TEXT_FILES,
     WEIGHTS_FILE,
     remedy_for,
 )
@@ -22,6 +25,7 @@ from loramux_adapters.errors import AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.adapterhub.config import is_adapterhub
 from loramux_adapters.formats.adapterhub.reader import read_adapterhub
+from loramux_adapters.formats.digest import digest_with_text
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.adalora import AdaLoraTuner
 from loramux_adapters.formats.peft.beft import BeftTuner
@@ -109,6 +113,17 @@ def read(
     Raises AdapterInvalid when the files are malformed, unsafe or unsupported; AdapterIncompatible when they are for
     another base (unless `allow_base_mismatch`) or over `limits`; OSError when the disk fails.
     """
+    weights = _read(files, base, limits, allow_base_mismatch=allow_base_mismatch)
+    text_files = tuple(sorted((name, _sha256(files[name])) for name in files if name in TEXT_FILES))
+    if not text_files:
+        return weights
+    digest = digest_with_text(weights.spec.digest, text_files)
+    return replace(weights, spec=replace(weights.spec, digest=digest, text_files=text_files))
+
+
+def _read(
+    files: Mapping[str, Path], base: BaseModelSpec, limits: ReadLimits, *, allow_base_mismatch: bool
+) -> AdapterWeights:
     for name in files:
         if name not in MAX_FILE_BYTES:
             raise AdapterInvalid(
@@ -133,6 +148,11 @@ def read(
             remedy=f"supported: {', '.join(sorted(_BY_TYPE))}",
         )
     return read_peft(files, tuner.parse(config), base, limits, allow_base_mismatch=allow_base_mismatch)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_files(files: Mapping[str, Path], own: str, others: tuple[str, ...], remedy: str) -> None:

@@ -93,6 +93,9 @@ class SiteParts(ABC, Generic[P]):
     def after(self, y: torch.Tensor, inputs: Sequence[torch.Tensor], step: StepRows) -> None:
         """Changes the site's output y [T, out] in place; `inputs` [T, in] is what each member read."""
 
+    def extend(self, y: torch.Tensor, x: torch.Tensor, step: StepRows) -> None:
+        """Fills columns of y [T, > out] beyond the site's own, for x [T, in]; merged rows are among them."""
+
 
 Fold = Callable[[torch.Tensor, torch.Tensor, Any], None]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from loramux_adapters.parts import (
+    added_tokens,
     bias,
     bottleneck,
     dense,
@@ -25,6 +26,7 @@ KINDS: tuple[Kind, ...] = (
     norm_weight.KIND,
     dense.KIND,
     token_rows.KIND,
+    added_tokens.KIND,
     low_rank.KIND,
     input_gain.KIND,
     output_gain.KIND,

@@ -21,6 +21,8 @@ def encode_spec(spec: AdapterSpec) -> str:
             **({"others": sorted(spec.others)} if spec.others else {}),
             **({"virtual_tokens": spec.virtual_tokens} if spec.virtual_tokens else {}),
             **({"invocation": list(spec.invocation)} if spec.invocation else {}),
+            **({"vocabulary": spec.vocabulary} if spec.vocabulary else {}),
+            **({"text_files": [list(each) for each in spec.text_files]} if spec.text_files else {}),
         },
         sort_keys=True,
         separators=(",", ":"),
@@ -32,4 +34,6 @@ def decode_spec(text: str) -> AdapterSpec:
     fields = json.loads(text)
     fields.pop("prefix_tokens", None)  # older catalogs have it, always 0
     sets = {key: frozenset(fields.get(key, ())) for key in ("biases", "others")}
-    return AdapterSpec(**{**fields, **sets, "invocation": tuple(fields.get("invocation", ()))})
+    text_files = tuple((name, sha256) for name, sha256 in fields.get("text_files", ()))
+    invocation = tuple(fields.get("invocation", ()))
+    return AdapterSpec(**{**fields, **sets, "invocation": invocation, "text_files": text_files})

@@ -6,7 +6,7 @@ Imports what needs torch only when it runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loramux_adapters.base.load import LoadedBase
     from loramux_adapters.checking import Checked, Outline
     from loramux_adapters.comparing import Comparison
+    from loramux_adapters.formats.limits import ReadLimits
 
 _MOST_ROWS = 20
 
@@ -60,6 +61,8 @@ def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: 
             if loaded is None
             else check(files, loaded, limits, allow_base_mismatch=allow_base_mismatch)
         )
+        if base is not None:
+            _check_texts(files, base, limits)
     except (AdapterError, LocalFilesError) as error:
         reason = status_of(error).reason if isinstance(error, AdapterError) else ""
         if as_json:
@@ -78,6 +81,21 @@ def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: 
         say("its modules were compared with no base: give one with --base to see what a server with it would say")
 
 
+def _check_texts(files: Mapping[str, Path], base: str, limits: ReadLimits) -> None:
+    """Whether a server with this base would take the adapter's tokenizer. Raises AdapterError."""
+    from loramux_adapters.adapter_files import TEXT_FILES
+    from loramux_adapters.base.source import find_base
+    from loramux_server.adapter_text import AdapterTexts
+    from loramux_server.tokenizer import TextTokenizer
+
+    if any(name in TEXT_FILES for name in files):
+        texts = AdapterTexts(TextTokenizer.load(find_base(base, os.environ) or base), limits)
+        try:
+            texts.check(files)
+        finally:
+            texts.close()
+
+
 def _rows(found: Checked | Outline, bundle: Bundle) -> Sequence[tuple[str, object]]:
     from loramux_adapters.checking import Checked
 
@@ -92,6 +110,7 @@ def _rows(found: Checked | Outline, bundle: Bundle) -> Sequence[tuple[str, objec
         ("digest", found.digest),
         ("ranks", ", ".join(map(str, found.ranks)) or "none"),
         ("targets", f"{', '.join(found.targets)}; {found.modules} modules"),
+        ("vocabulary", f"{found.vocabulary} tokens"),
         tensors,
         files,
         ("on the device", f"{cost.rank_rows} rank rows, {size(cost.nbytes)} ({cost.nbytes} bytes) in {cost.dtype}"),

@@ -41,6 +41,9 @@ def push(
     max_uses: Annotated[
         int | None, typer.Option("--max-uses", help="Requests with the last of which the server removes it.")
     ] = None,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="Leave its tokenizer and chat template here: the base's are used.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter. A push that was cut goes on where it stopped when it is repeated."""
@@ -55,6 +58,7 @@ def push(
             allow_base_mismatch=allow_base_mismatch,
             ttl=ttl,
             max_uses=max_uses,
+            tokenizer=not no_tokenizer,
             progress=report,
         )
     if as_json:
@@ -122,6 +126,8 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
         ("rank", adapter.max_rank or "-"),
         ("targets", ", ".join(adapter.targets)),
+        ("vocabulary", f"{adapter.vocabulary} tokens of its own" if adapter.vocabulary else "the base's"),
+        ("text", ", ".join(adapter.text_files) or "by the base's tokenizer and chat template"),
         ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
         ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
         ("aliases", ", ".join(adapter.aliases) or "-"),

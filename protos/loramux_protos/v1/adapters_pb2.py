@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n loramux_protos/v1/adapters.proto\x12\nloramux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n\tFileEntry\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x9e\x01\n\x14UploadAdapterRequest\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.loramux.v1.UploadBeginH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.loramux.v1.UploadChunkH\x00\x12*\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x18.loramux.v1.UploadCommitH\x00\x42\x06\n\x04step\"\xa6\x02\n\x0bUploadBegin\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x08manifest\x18\x03 \x03(\x0b\x32\x15.loramux.v1.FileEntry\x12\x33\n\x06labels\x18\x04 \x03(\x0b\x32#.loramux.v1.UploadBegin.LabelsEntry\x12\x1b\n\x13\x61llow_base_mismatch\x18\x05 \x01(\x08\x12\x18\n\x0bttl_seconds\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_uses\x18\x07 \x01(\rH\x01\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_ttl_secondsB\x0b\n\t_max_uses\"9\n\x0bUploadChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x0e\n\x0cUploadCommit\"N\n\x15UploadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\'\n\x12QueryUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"<\n\x0c\x46ileProgress\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\">\n\x13QueryUploadResponse\x12\'\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x18.loramux.v1.FileProgress\"\xeb\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\x12\x15\n\rbase_mismatch\x18\x05 \x01(\x08\x12\x10\n\x08max_rank\x18\x06 \x01(\r\x12\x0f\n\x07targets\x18\x07 \x03(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12/\n\x06labels\x18\t \x03(\x0b\x32\x1f.loramux.v1.Adapter.LabelsEntry\x12\x0f\n\x07\x61liases\x18\n \x03(\t\x12\x0e\n\x06pinned\x18\x0b \x01(\x08\x12+\n\x07\x63reated\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07updated\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06health\x18\x0e \x01(\x0e\x32\x19.loramux.v1.AdapterHealth\x12(\n\tresidency\x18\x0f \x01(\x0b\x32\x15.loramux.v1.Residency\x12\r\n\x05merge\x18\x10 \x01(\x08\x12\x16\n\x0e\x61\x63\x63\x65pted_bases\x18\x11 \x03(\t\x12+\n\x07\x65xpires\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08max_uses\x18\x13 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tuses_left\x18\x14 \x01(\rH\x01\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_max_usesB\x0c\n\n_uses_left\"\xab\x01\n\tResidency\x12\x1e\n\x04tier\x18\x01 \x01(\x0e\x32\x10.loramux.v1.Tier\x12\x11\n\x04slot\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06leases\x18\x03 \x01(\r\x12\'\n\x06merged\x18\x04 \x01(\x0e\x32\x17.loramux.v1.MergedState\x12\x15\n\rmerged_reason\x18\x05 \x01(\t\x12\x12\n\nhost_bytes\x18\x06 \x01(\x04\x42\x07\n\x05_slot\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"O\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.loramux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9d\x02\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\x05merge\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x13\n\x0b\x61\x64\x64_aliases\x18\x04 \x03(\t\x12\x16\n\x0eremove_aliases\x18\x05 \x03(\t\x12\x43\n\nset_labels\x18\x06 \x03(\x0b\x32/.loramux.v1.UpdateAdapterRequest.SetLabelsEntry\x12\x15\n\rremove_labels\x18\x07 \x03(\t\x1a\x30\n\x0eSetLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_pinnedB\x08\n\x06_merge\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\")\n\x16\x44ownloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"}\n\x17\x44ownloadAdapterResponse\x12\x30\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.loramux.v1.DownloadManifestH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.loramux.v1.UploadChunkH\x00\x42\x06\n\x04step\"H\n\x10\x44ownloadManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12$\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x15.loramux.v1.FileEntry*U\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x13\n\x0fTIER_REGISTERED\x10\x01\x12\x0f\n\x0bTIER_LOADED\x10\x02\x12\x11\n\rTIER_RESIDENT\x10\x03*\x8f\x01\n\x0bMergedState\x12\x1c\n\x18MERGED_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MERGED_STATE_NONE\x10\x01\x12\x19\n\x15MERGED_STATE_BUILDING\x10\x02\x12\x16\n\x12MERGED_STATE_READY\x10\x03\x12\x18\n\x14MERGED_STATE_REFUSED\x10\x04*b\n\rAdapterHealth\x12\x1e\n\x1a\x41\x44\x41PTER_HEALTH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_HEALTH_OK\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_HEALTH_CORRUPT\x10\x02\x32\xc9\x04\n\x0e\x41\x64\x61pterService\x12V\n\rUploadAdapter\x12 .loramux.v1.UploadAdapterRequest\x1a!.loramux.v1.UploadAdapterResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.loramux.v1.QueryUploadRequest\x1a\x1f.loramux.v1.QueryUploadResponse\x12@\n\nGetAdapter\x12\x1d.loramux.v1.GetAdapterRequest\x1a\x13.loramux.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.loramux.v1.ListAdaptersRequest\x1a .loramux.v1.ListAdaptersResponse\x12\x46\n\rUpdateAdapter\x12 .loramux.v1.UpdateAdapterRequest\x1a\x13.loramux.v1.Adapter\x12T\n\rDeleteAdapter\x12 .loramux.v1.DeleteAdapterRequest\x1a!.loramux.v1.DeleteAdapterResponse\x12\\\n\x0f\x44ownloadAdapter\x12\".loramux.v1.DownloadAdapterRequest\x1a#.loramux.v1.DownloadAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n loramux_protos/v1/adapters.proto\x12\nloramux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n\tFileEntry\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x9e\x01\n\x14UploadAdapterRequest\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.loramux.v1.UploadBeginH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.loramux.v1.UploadChunkH\x00\x12*\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x18.loramux.v1.UploadCommitH\x00\x42\x06\n\x04step\"\xa6\x02\n\x0bUploadBegin\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x08manifest\x18\x03 \x03(\x0b\x32\x15.loramux.v1.FileEntry\x12\x33\n\x06labels\x18\x04 \x03(\x0b\x32#.loramux.v1.UploadBegin.LabelsEntry\x12\x1b\n\x13\x61llow_base_mismatch\x18\x05 \x01(\x08\x12\x18\n\x0bttl_seconds\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_uses\x18\x07 \x01(\rH\x01\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_ttl_secondsB\x0b\n\t_max_uses\"9\n\x0bUploadChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x0e\n\x0cUploadCommit\"N\n\x15UploadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.loramux.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\'\n\x12QueryUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"<\n\x0c\x46ileProgress\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\">\n\x13QueryUploadResponse\x12\'\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x18.loramux.v1.FileProgress\"\x93\x05\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x04 \x01(\t\x12\x15\n\rbase_mismatch\x18\x05 \x01(\x08\x12\x10\n\x08max_rank\x18\x06 \x01(\r\x12\x0f\n\x07targets\x18\x07 \x03(\t\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12/\n\x06labels\x18\t \x03(\x0b\x32\x1f.loramux.v1.Adapter.LabelsEntry\x12\x0f\n\x07\x61liases\x18\n \x03(\t\x12\x0e\n\x06pinned\x18\x0b \x01(\x08\x12+\n\x07\x63reated\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07updated\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06health\x18\x0e \x01(\x0e\x32\x19.loramux.v1.AdapterHealth\x12(\n\tresidency\x18\x0f \x01(\x0b\x32\x15.loramux.v1.Residency\x12\r\n\x05merge\x18\x10 \x01(\x08\x12\x16\n\x0e\x61\x63\x63\x65pted_bases\x18\x11 \x03(\t\x12+\n\x07\x65xpires\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08max_uses\x18\x13 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tuses_left\x18\x14 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nvocabulary\x18( \x01(\r\x12\x12\n\ntext_files\x18) \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_max_usesB\x0c\n\n_uses_left\"\xab\x01\n\tResidency\x12\x1e\n\x04tier\x18\x01 \x01(\x0e\x32\x10.loramux.v1.Tier\x12\x11\n\x04slot\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06leases\x18\x03 \x01(\r\x12\'\n\x06merged\x18\x04 \x01(\x0e\x32\x17.loramux.v1.MergedState\x12\x15\n\rmerged_reason\x18\x05 \x01(\t\x12\x12\n\nhost_bytes\x18\x06 \x01(\x04\x42\x07\n\x05_slot\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"O\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.loramux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9d\x02\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\x05merge\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x13\n\x0b\x61\x64\x64_aliases\x18\x04 \x03(\t\x12\x16\n\x0eremove_aliases\x18\x05 \x03(\t\x12\x43\n\nset_labels\x18\x06 \x03(\x0b\x32/.loramux.v1.UpdateAdapterRequest.SetLabelsEntry\x12\x15\n\rremove_labels\x18\x07 \x03(\t\x1a\x30\n\x0eSetLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_pinnedB\x08\n\x06_merge\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\")\n\x16\x44ownloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"}\n\x17\x44ownloadAdapterResponse\x12\x30\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.loramux.v1.DownloadManifestH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.loramux.v1.UploadChunkH\x00\x42\x06\n\x04step\"H\n\x10\x44ownloadManifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12$\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x15.loramux.v1.FileEntry*U\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x13\n\x0fTIER_REGISTERED\x10\x01\x12\x0f\n\x0bTIER_LOADED\x10\x02\x12\x11\n\rTIER_RESIDENT\x10\x03*\x8f\x01\n\x0bMergedState\x12\x1c\n\x18MERGED_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MERGED_STATE_NONE\x10\x01\x12\x19\n\x15MERGED_STATE_BUILDING\x10\x02\x12\x16\n\x12MERGED_STATE_READY\x10\x03\x12\x18\n\x14MERGED_STATE_REFUSED\x10\x04*b\n\rAdapterHealth\x12\x1e\n\x1a\x41\x44\x41PTER_HEALTH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_HEALTH_OK\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_HEALTH_CORRUPT\x10\x02\x32\xc9\x04\n\x0e\x41\x64\x61pterService\x12V\n\rUploadAdapter\x12 .loramux.v1.UploadAdapterRequest\x1a!.loramux.v1.UploadAdapterResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.loramux.v1.QueryUploadRequest\x1a\x1f.loramux.v1.QueryUploadResponse\x12@\n\nGetAdapter\x12\x1d.loramux.v1.GetAdapterRequest\x1a\x13.loramux.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.loramux.v1.ListAdaptersRequest\x1a .loramux.v1.ListAdaptersResponse\x12\x46\n\rUpdateAdapter\x12 .loramux.v1.UpdateAdapterRequest\x1a\x13.loramux.v1.Adapter\x12T\n\rDeleteAdapter\x12 .loramux.v1.DeleteAdapterRequest\x1a!.loramux.v1.DeleteAdapterResponse\x12\\\n\x0f\x44ownloadAdapter\x12\".loramux.v1.DownloadAdapterRequest\x1a#.loramux.v1.DownloadAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._loaded_options = None
   _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=2516
-  _globals['_TIER']._serialized_end=2601
-  _globals['_MERGEDSTATE']._serialized_start=2604
-  _globals['_MERGEDSTATE']._serialized_end=2747
-  _globals['_ADAPTERHEALTH']._serialized_start=2749
-  _globals['_ADAPTERHEALTH']._serialized_end=2847
+  _globals['_TIER']._serialized_start=2556
+  _globals['_TIER']._serialized_end=2641
+  _globals['_MERGEDSTATE']._serialized_start=2644
+  _globals['_MERGEDSTATE']._serialized_end=2787
+  _globals['_ADAPTERHEALTH']._serialized_start=2789
+  _globals['_ADAPTERHEALTH']._serialized_end=2887
   _globals['_FILEENTRY']._serialized_start=81
   _globals['_FILEENTRY']._serialized_end=136
   _globals['_UPLOADADAPTERREQUEST']._serialized_start=139
@@ -65,31 +65,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYUPLOADRESPONSE']._serialized_start=854
   _globals['_QUERYUPLOADRESPONSE']._serialized_end=916
   _globals['_ADAPTER']._serialized_start=919
-  _globals['_ADAPTER']._serialized_end=1538
+  _globals['_ADAPTER']._serialized_end=1578
   _globals['_ADAPTER_LABELSENTRY']._serialized_start=520
   _globals['_ADAPTER_LABELSENTRY']._serialized_end=565
-  _globals['_RESIDENCY']._serialized_start=1541
-  _globals['_RESIDENCY']._serialized_end=1712
-  _globals['_GETADAPTERREQUEST']._serialized_start=1714
-  _globals['_GETADAPTERREQUEST']._serialized_end=1750
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1752
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1831
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1833
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1919
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1922
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2207
-  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_start=2138
-  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_end=2186
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=2209
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=2245
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2247
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2270
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=2272
-  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=2313
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=2315
-  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=2440
-  _globals['_DOWNLOADMANIFEST']._serialized_start=2442
-  _globals['_DOWNLOADMANIFEST']._serialized_end=2514
-  _globals['_ADAPTERSERVICE']._serialized_start=2850
-  _globals['_ADAPTERSERVICE']._serialized_end=3435
+  _globals['_RESIDENCY']._serialized_start=1581
+  _globals['_RESIDENCY']._serialized_end=1752
+  _globals['_GETADAPTERREQUEST']._serialized_start=1754
+  _globals['_GETADAPTERREQUEST']._serialized_end=1790
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1792
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1871
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1873
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1959
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=1962
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2247
+  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_start=2178
+  _globals['_UPDATEADAPTERREQUEST_SETLABELSENTRY']._serialized_end=2226
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2249
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2285
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2287
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2310
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=2312
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=2353
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=2355
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=2480
+  _globals['_DOWNLOADMANIFEST']._serialized_start=2482
+  _globals['_DOWNLOADMANIFEST']._serialized_end=2554
+  _globals['_ADAPTERSERVICE']._serialized_start=2890
+  _globals['_ADAPTERSERVICE']._serialized_end=3475
 # @@protoc_insertion_point(module_scope)

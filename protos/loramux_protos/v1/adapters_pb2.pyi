@@ -391,6 +391,8 @@ class Adapter(_message.Message):
     EXPIRES_FIELD_NUMBER: _builtins.int
     MAX_USES_FIELD_NUMBER: _builtins.int
     USES_LEFT_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    TEXT_FILES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     """The version this name points at."""
@@ -411,6 +413,8 @@ class Adapter(_message.Message):
     """As the upload set it."""
     uses_left: _builtins.int
     """Of max_uses; set with it."""
+    vocabulary: _builtins.int
+    """How many token ids it knows, where it was trained with another vocabulary than the base's; 0: those of the base."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Distinct last components of adapted module names."""
@@ -435,6 +439,10 @@ class Adapter(_message.Message):
     def expires(self) -> _timestamp_pb2.Timestamp:
         """When the name is removed; unset: never by itself."""
 
+    @_builtins.property
+    def text_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The files of its own tokenizer and chat template, by which texts of its requests become token ids."""
+
     def __init__(
         self,
         *,
@@ -458,10 +466,12 @@ class Adapter(_message.Message):
         expires: _timestamp_pb2.Timestamp | None = ...,
         max_uses: _builtins.int | None = ...,
         uses_left: _builtins.int | None = ...,
+        vocabulary: _builtins.int = ...,
+        text_files: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "created", b"created", "expires", b"expires", "max_uses", b"max_uses", "residency", b"residency", "updated", b"updated", "uses_left", b"uses_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "expires", b"expires", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "max_uses", b"max_uses", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "updated", b"updated", "uses_left", b"uses_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "expires", b"expires", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "max_uses", b"max_uses", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "text_files", b"text_files", "updated", b"updated", "uses_left", b"uses_left", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_uses: _TypeAlias = _typing.Literal["max_uses"]  # noqa: Y015
     _WhichOneofArgType__max_uses: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses"]  # noqa: Y015

@@ -102,6 +102,8 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         expires=None if lifetime.expires is None else _timestamp(lifetime.expires),
         max_uses=lifetime.max_uses,
         uses_left=lifetime.uses_left,
+        vocabulary=spec.vocabulary,
+        text_files=[name for name, _ in spec.text_files],
     )
 
 

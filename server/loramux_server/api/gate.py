@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loramux_server.api.ports import AdapterStates, ModelInfo, Tokenizer
+from loramux_server.api.ports import AdapterStates, AdapterTokenizers, ModelInfo, Tokenizer
 from loramux_server.engine.client import EngineClient
 from loramux_server.errors import Draining, WarmingUp
+from loramux_server.held import Held
 from loramux_server.registry import Registry
 
 
@@ -23,6 +24,13 @@ class Services:
     tokenizer: Tokenizer
     model: ModelInfo
     states: AdapterStates
+    texts: AdapterTokenizers | None = None  # None: adapters bring none
+
+    async def tokenizer_for(self, resolved: Held | None) -> Tokenizer:
+        """What the texts of a request are made of. Raises AdapterIncompatible and AdapterCorrupt."""
+        if resolved is None or self.texts is None:
+            return self.tokenizer
+        return await self.texts.tokenizer_of(resolved.spec, lambda: self.registry.text_files(resolved.text_source))
 
 
 class Gate:

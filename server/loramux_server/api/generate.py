@@ -41,15 +41,18 @@ class GenerateUseCase:
         fault, what `Registry.resolve` and `EngineClient.submit` raise, Overloaded when many texts wait to be tokenized.
         """
         services = self.gate.enter()
-        tokenizer, limits = services.tokenizer, services.model.limits
+        limits = services.model.limits
         validate.check_generate(call, limits)
-        stop = resolve_stop_tokens(call.stop, tokenizer.special_tokens, limits.vocabulary)
-        call = replace(call, stop=replace(stop, eos_token_ids=tokenizer.eos_token_ids))
         with self._resolve(services, tenant, call) as resolved:
             digest = None if resolved is None else resolved.digest
+            spec = None if resolved is None else resolved.spec
+            limits = limits.of(spec)
+            validate.check_vocabulary(call, limits.vocabulary)
+            tokenizer = await services.tokenizer_for(resolved)
+            stop = resolve_stop_tokens(call.stop, tokenizer.special_tokens, limits.vocabulary)
+            call = replace(call, stop=replace(stop, eos_token_ids=tokenizer.eos_token_ids))
             prompt = await self._tokenize(call, tokenizer, limits)
             note(digest=digest and digest[:DIGITS], prompt_tokens=len(prompt))
-            spec = None if resolved is None else resolved.spec
             positions = len(prompt) + (0 if spec is None else spec.virtual_tokens)
             max_tokens = limits.fit_tokens(positions, call.max_tokens)
             submission = place_adapter(_build_submission(call, tenant, digest, prompt, max_tokens, deadline), spec)

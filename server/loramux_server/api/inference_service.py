@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from loramux_server.api.convert_answers import ResponseWriter
 from loramux_server.api.gate import Gate
 from loramux_server.api.generate import GenerateUseCase
 from loramux_server.api.generation import Generation
+from loramux_server.api.ports import Tokenizer
 from loramux_server.api.read_chat import read_chat, read_tools
+from loramux_server.api.server_limits import ServerLimits
 from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.errors import InvalidRequest
 from loramux_server.observe.logs import note
@@ -63,27 +65,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         """Token ids as Generate would make them of the same input."""
-        services = self.gate.look()
-        tokenizer, limits = services.tokenizer, services.model.limits
-        match request.WhichOneof("input"):
-            case "text":
-                ids = await self.tokenizers.encode_text("text", tokenizer, limits, request.text)
-            case "chat":
-                turns = read_chat("chat.messages", request.chat)
-                validate.check(validate.chat("chat.messages", turns))
-                tools = read_tools("chat.tools_json", request.chat)
-                ids = await self.tokenizers.encode_chat(tokenizer, limits, turns, tools)
-            case _:
-                raise InvalidRequest("input", "exactly one of text and chat must be set")
+        async with self._texts(request.adapter, context) as (tokenizer, limits):
+            match request.WhichOneof("input"):
+                case "text":
+                    ids = await self.tokenizers.encode_text("text", tokenizer, limits, request.text)
+                case "chat":
+                    turns = read_chat("chat.messages", request.chat)
+                    validate.check(validate.chat("chat.messages", turns))
+                    tools = read_tools("chat.tools_json", request.chat)
+                    ids = await self.tokenizers.encode_chat(tokenizer, limits, turns, tools)
+                case _:
+                    raise InvalidRequest("input", "exactly one of text and chat must be set")
         return inference_pb2.TokenizeResponse(token_ids=ids)
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         """Text of token ids."""
-        services = self.gate.look()
-        validate.check_token_ids("token_ids", request.token_ids, services.model.limits.vocabulary)
-        text = await self.tokenizers.decode(services.tokenizer, list(request.token_ids))
+        async with self._texts(request.adapter, context) as (tokenizer, limits):
+            validate.check_token_ids("token_ids", request.token_ids, limits.vocabulary)
+            text = await self.tokenizers.decode(tokenizer, list(request.token_ids))
         return inference_pb2.DetokenizeResponse(text=text)
 
     async def GetModel(
@@ -99,6 +100,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         validate.check(validate.request_id("request_id", request.request_id))
         aborted = self.gate.look().engine.abort(self.tenant_of(context), request.request_id)
         return inference_pb2.AbortResponse(aborted=aborted)
+
+    @asynccontextmanager
+    async def _texts(self, adapter: str, context: Context) -> AsyncIterator[tuple[Tokenizer, ServerLimits]]:
+        """By what texts become token ids, and back, for an adapter or the base."""
+        services = self.gate.look()
+        limits = services.model.limits
+        if not adapter:
+            yield services.tokenizer, limits
+            return
+        validate.check(validate.reference("adapter", adapter))
+        with services.registry.resolve(self.tenant_of(context), adapter, counts=False) as resolved:
+            yield await services.tokenizer_for(resolved), limits.of(resolved.spec)
 
     def _open(
         self, request: inference_pb2.GenerateRequest, context: Context

@@ -5,11 +5,11 @@ Keeps the API free of the model, the tokenizer's library and the residency pool.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from loramux_adapters.spec import WeightCounts
+from loramux_adapters.spec import AdapterSpec, WeightCounts
 from loramux_server.api.server_limits import ServerLimits
 
 Tier = Literal["registered", "loaded", "resident"]
@@ -56,6 +56,19 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether rendering a conversation waits for another process, however short it is."""
+
+
+class AdapterTokenizers(Protocol):
+    """The tokenizers of adapters that bring their own."""
+
+    async def tokenizer_of(
+        self, spec: AdapterSpec | None, read: Callable[[], Awaitable[Mapping[str, bytes]]]
+    ) -> Tokenizer:
+        """The base's where there is no other; `read` gives the adapter's files when they are needed."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from loramux_adapters.spec import AdapterSpec
 from loramux_server.engine.limits import fit_tokens
 
 
@@ -24,6 +25,10 @@ class ServerLimits:
     max_logprobs: int
     max_stop_strings: int
     original_context_tokens: int | None = None
+
+    def of(self, adapter: AdapterSpec | None) -> ServerLimits:
+        """Those of a request for an adapter, which may know other tokens than the base."""
+        return replace(self, vocabulary=adapter.vocabulary) if adapter is not None and adapter.vocabulary else self
 
     def fit_tokens(self, prompt: int, max_tokens: int | None) -> int:
         """How many tokens may follow a prompt of `prompt` positions; see `engine.limits.fit_tokens`."""

@@ -31,6 +31,9 @@ class TokenizerPool:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-encode")
         self._waiting = 0
+        # Of their own: templates of adapters may take their time.
+        self._waiters = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-template")
+        self._rendering = 0
 
     async def encode_text(self, field: str, tokenizer: Tokenizer, limits: ServerLimits, text: str) -> list[int]:
         """Token ids of a prompt, behind the special tokens the base expects there.
@@ -54,8 +57,9 @@ class TokenizerPool:
             raise InvalidRequest("chat.tools_json", "the base's chat template takes no tools")
         messages = [turn.message() for turn in turns]
         length = sum(turn.characters for turn in turns)
+        run = self._wait if tokenizer.waits else self._run
         try:
-            ids = await self._run(length, lambda: tokenizer.encode_chat(messages, tools))
+            ids = await run(length, lambda: tokenizer.encode_chat(messages, tools))
         except ValueError as error:
             where = error.where if isinstance(error, ChatRefused) else ""
             raise InvalidRequest(f"chat.messages{where}", str(error)) from error
@@ -87,6 +91,15 @@ class TokenizerPool:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._waiting -= 1
+
+    async def _wait(self, _length: int, work: Callable[[], T]) -> T:
+        if self._rendering >= _MAX_WAITING:
+            raise Overloaded(_RETRY_SECONDS)
+        self._rendering += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._waiters, work)
+        finally:
+            self._rendering -= 1
 
 
 def _check_vocabulary(field: str, tokenizer: Tokenizer, limits: ServerLimits, ids: Sequence[int]) -> None:

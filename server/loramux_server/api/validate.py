@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from loramux_adapters.combination import LARGEST_WEIGHT, MOST_COMBINED
 from loramux_adapters.names import (
@@ -33,6 +34,7 @@ MAX_SALT_CHARS = 256
 MIN_REPETITION_PENALTY = 0.009999999776482582  # 0.01 as it comes over the wire, in float32
 MAX_TURNS = 4096
 MAX_ALIASES_AT_ONCE = 64
+_ANY_TOKEN = 1 << 32  # beyond what the wire carries
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
@@ -48,7 +50,9 @@ def check(*rules: Iterable[InvalidRequest]) -> None:
 
 
 def check_generate(call: GenerateCall, limits: ServerLimits) -> None:
-    """Everything that can be checked without tokenizing."""
+    """Everything that can be checked without tokenizing, and before it is known which tokens an adapter knows."""
+    if call.adapter:
+        limits = replace(limits, vocabulary=_ANY_TOKEN)
     check(
         request_id("request_id", call.request_id) if call.request_id else (),
         reference("adapter", call.adapter) if call.adapter else (),
@@ -58,6 +62,15 @@ def check_generate(call: GenerateCall, limits: ServerLimits) -> None:
         _sampling(call, limits),
         _stopping(call, limits),
         _response(call, limits),
+    )
+
+
+def check_vocabulary(call: GenerateCall, vocabulary: int) -> None:
+    """Whether all token ids of a call are known to what answers it."""
+    check(
+        token_ids("token_ids.ids", call.token_ids or (), vocabulary),
+        token_ids("sampling.logit_bias", call.sampling.logit_bias, vocabulary),
+        token_ids("stopping.stop_token_ids", call.stop.stop_token_ids, vocabulary),
     )
 
 

@@ -41,10 +41,10 @@ def adjust(logits: Tensor, chunks: Sequence[Chunk], counts: TokenCounts, addends
     _frequency_and_presence(logits, chunks, counts)
     for row, chunk in enumerate(chunks):
         if chunk.params.logit_bias:
-            ids, values = addends.bias(chunk)
+            ids, values = addends.bias(chunk, logits.shape[1])
             logits[row].index_add_(0, ids, values)
         if is_suppressing(chunk):
-            logits[row].index_fill_(0, addends.suppressed(chunk), float("-inf"))
+            logits[row].index_fill_(0, addends.suppressed(chunk, logits.shape[1]), float("-inf"))
     return logits
 
 
@@ -56,7 +56,7 @@ def _repetition(logits: Tensor, chunks: Sequence[Chunk], counts: TokenCounts) ->
     penalty = torch.tensor([[chunks[row].params.repetition_penalty] for row in rows], device=logits.device)
     scores = logits.index_select(0, index)
     punished = torch.where(scores < 0, scores * penalty, scores / penalty)
-    seen = counts.seen([chunks[row].request_id for row in rows])
+    seen = counts.seen([chunks[row].request_id for row in rows], logits.shape[1])
     logits.index_copy_(0, index, torch.where(seen, punished, scores))
 
 
@@ -68,7 +68,7 @@ def _frequency_and_presence(logits: Tensor, chunks: Sequence[Chunk], counts: Tok
     params = [chunks[row].params for row in rows]
     frequency = torch.tensor([[p.frequency_penalty] for p in params], device=logits.device)
     presence = torch.tensor([[p.presence_penalty] for p in params], device=logits.device)
-    output = counts.output([chunks[row].request_id for row in rows])
+    output = counts.output([chunks[row].request_id for row in rows], logits.shape[1])
     scores = logits.index_select(0, index)
     scores -= output * frequency + (output > 0) * presence
     logits.index_copy_(0, index, scores)

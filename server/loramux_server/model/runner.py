@@ -71,7 +71,7 @@ class ModelRunner:
             decode=self._decode,
         )
         has_virtual_ids = any(chunk.start < chunk.virtual_tokens for chunk in chunks)
-        adapters = self._map_rows(batch, merged, has_virtual_ids)
+        adapters = self._map_rows(batch, merged, has_virtual_ids, self._widest(chunks))
         if has_virtual_ids:
             batch.context.replace = partial(self._replace_kv, batch.ids)
         prepared = time.perf_counter()
@@ -88,17 +88,34 @@ class ModelRunner:
             return key, value
         return self.adapted.attention[layer].replace(ids, key, value)
 
-    def _map_rows(self, batch: ForwardBatch, merged: MergedWeights | None, has_virtual_ids: bool) -> AdapterBatch:
+    def _widest(self, chunks: Sequence[Chunk]) -> int:
+        """The vocabulary that the step's logits must hold, 0 for the base's. Raises ValueError for an id beyond that of
+        its own adapter: beside a wider one the embedding would not notice.
+        """
+        own = self.adapted.slot_vocabularies
+        if not any(chunk.slot in own for chunk in chunks):
+            return 0
+        for chunk in chunks:
+            if max(chunk.tokens) >= self.adapted.vocabulary(chunk.slot):
+                raise ValueError(f"{chunk.request_id} has a token id beyond {self.adapted.vocabulary(chunk.slot)}")
+        widest = max(self.adapted.vocabulary(chunk.slot) for chunk in chunks)
+        self._sampler.widen(widest)
+        return widest
+
+    def _map_rows(
+        self, batch: ForwardBatch, merged: MergedWeights | None, has_virtual_ids: bool, vocabulary: int
+    ) -> AdapterBatch:
         tokens, logits = batch.token_slots, batch.logit_slots
         all_tokens, all_logits = self._map(tokens, has_virtual_ids), self._map(logits, has_virtual_ids)
         if merged is None:
-            return AdapterBatch(all_tokens, all_logits)
+            return AdapterBatch(all_tokens, all_logits, vocabulary=vocabulary)
         return AdapterBatch(
             all_tokens,
             all_logits,
             merged,
             shared_tokens=self._map(tokens[: batch.shared_rows], has_virtual_ids),
             shared_logits=self._map(logits[: batch.shared_logits], has_virtual_ids),
+            vocabulary=vocabulary,
         )
 
     def _map(self, slots: Sequence[int], has_virtual_ids: bool) -> RowMap:
@@ -111,7 +128,7 @@ class ModelRunner:
         )
 
     def _forward(self, batch: ForwardBatch, adapters: AdapterBatch) -> torch.Tensor:
-        """Logits [n, vocab] of the batch's logit rows."""
+        """Logits [n, vocab] of the batch's logit rows, as wide as the widest vocabulary among them."""
         with self.adapted.cell.running(adapters):
             return forward(self.adapted.model, batch, self._config.rope)
 
@@ -125,7 +142,8 @@ class ModelRunner:
         sampling = []
         for chunk, (first, last) in zip(batch.chunks, batch.logits_of, strict=True):
             if last > first and chunk.params.prompt_logprobs is not None and chunk.start < chunk.prompt_length:
-                found = self._sampler.prompt_logprobs(chunk, logits[first:last])
+                own = logits[first:last, : self.adapted.vocabulary(chunk.slot)].contiguous()
+                found = self._sampler.prompt_logprobs(chunk, own)
                 if isinstance(found, RequestFailure):
                     failures[chunk.request_id] = found
                     continue
@@ -135,5 +153,6 @@ class ModelRunner:
                 last_rows.append(last - 1)
         if len(last_rows) != logits.shape[0]:
             logits = logits[last_rows]
-        sampled, failed = self._sampler.sample(sampling, logits)
+        widths = [self.adapted.vocabulary(chunk.slot) for chunk in sampling]
+        sampled, failed = self._sampler.sample(sampling, logits, widths)
         return sampled, prompt_logprobs, failures | failed

@@ -36,9 +36,13 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._vocab_size = vocab_size
         self._counts = TokenCounts(vocab_size, torch.device(device))
-        self._addends = Addends(vocab_size, torch.device(device))
+        self._addends = Addends(torch.device(device))
         # By request and position: logits [1, vocab] that predict the token there, the first of a next chunk.
         self._prompt_rows: dict[str, dict[int, Tensor]] = {}
+
+    def widen(self, vocabulary: int) -> None:
+        """A step with an adapter that knows more tokens than the base is to be observed."""
+        self._counts.widen(vocabulary)
 
     def observe(self, chunks: Iterable[Chunk]) -> None:
         """Take the chunks' tokens into the penalties, each position once.
@@ -54,16 +58,34 @@ class Sampler:
                     self._prompt_rows.pop(chunk.request_id, None)
         self._counts.observe([chunk for chunk in chunks if chunk.params.needs_history])
 
-    def sample(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[dict[str, Sampled], dict[str, RequestFailure]]:
+    def sample(
+        self, chunks: Sequence[Chunk], logits: Tensor, widths: Sequence[int] | None = None
+    ) -> tuple[dict[str, Sampled], dict[str, RequestFailure]]:
         """Draw the token after each chunk's last one; by request id, every chunk is in one of the two.
 
         `logits` [chunks, vocab] in any float type predict that token. Rows without a finite maximum fail
-        with NUMERIC, alone. Chunks that `observe` has not seen yet are observed.
+        with NUMERIC, alone. Chunks that `observe` has not seen yet are observed. `widths` says how many logits of a
+        row are its own, where adapters have other vocabularies than the base; the rest is never read.
         """
         if not chunks:
             return {}, {}
-        if logits.shape != (len(chunks), self._vocab_size):
-            raise ValueError(f"logits {tuple(logits.shape)} for {len(chunks)} chunks and {self._vocab_size} tokens")
+        groups: dict[int, list[int]] = {}
+        for row, width in enumerate([self._vocab_size] * len(chunks) if widths is None else widths):
+            groups.setdefault(width, []).append(row)
+        fits = logits.shape[1] == self._vocab_size if widths is None else logits.shape[1] >= max(groups)
+        if len(logits) != len(chunks) or not fits:
+            raise ValueError(f"logits {tuple(logits.shape)} for {len(chunks)} chunks and {max(groups)} tokens")
+        sampled: dict[str, Sampled] = {}
+        failures: dict[str, RequestFailure] = {}
+        for width, rows in groups.items():
+            # A group is a batch of its own: no sum or maximum runs over a neighbor's width.
+            own = take_rows(logits, rows)[:, :width].contiguous()
+            drawn, failed = self._sample([chunks[row] for row in rows], own)
+            sampled |= drawn
+            failures |= failed
+        return sampled, failures
+
+    def _sample(self, chunks: Sequence[Chunk], logits: Tensor) -> tuple[dict[str, Sampled], dict[str, RequestFailure]]:
         self.observe(c for c in chunks if c.params.needs_history and not self._counts.is_current(c))
         # Greedy, ties to the lowest id; a cast to float32 would be exact and change nothing.
         best, tokens = logits.max(dim=1)

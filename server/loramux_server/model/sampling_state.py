@@ -89,17 +89,23 @@ class TokenCounts:
         self._seen, self._output = seen, output  # both or neither: there may be memory for one only
         self._free += range(size + more - 1, size - 1, -1)
 
+    def widen(self, vocabulary: int) -> None:
+        """Makes columns for an adapter with more tokens than the base; they stay."""
+        more = vocabulary - self._seen.shape[1]
+        if more > 0:
+            self._seen, self._output = (torch.nn.functional.pad(each, (0, more)) for each in (self._seen, self._output))
+
     def is_current(self, chunk: Chunk) -> bool:
         """Whether all tokens up to the chunk's end are counted, and none after it."""
         return self._counted.get(chunk.request_id) == chunk.start + len(chunk.tokens)
 
-    def seen(self, request_ids: Sequence[str]) -> Tensor:
-        """Tokens in prompt or output, bool [requests, vocab]."""
-        return self._seen.index_select(0, self._index(request_ids))
+    def seen(self, request_ids: Sequence[str], vocabulary: int) -> Tensor:
+        """Tokens in prompt or output, bool [requests, vocabulary]."""
+        return self._seen.index_select(0, self._index(request_ids))[:, :vocabulary]
 
-    def output(self, request_ids: Sequence[str]) -> Tensor:
-        """How often each token is in the output, int32 [requests, vocab]."""
-        return self._output.index_select(0, self._index(request_ids))
+    def output(self, request_ids: Sequence[str], vocabulary: int) -> Tensor:
+        """How often each token is in the output, int32 [requests, vocabulary]."""
+        return self._output.index_select(0, self._index(request_ids))[:, :vocabulary]
 
     def _index(self, request_ids: Sequence[str]) -> Tensor:
         return torch.tensor([self._rows[request_id] for request_id in request_ids], device=self._seen.device)
@@ -118,28 +124,27 @@ class TokenCounts:
 class Addends:
     """Per request: what is added to single logits in every step, kept on the device."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._bias: dict[str, tuple[Tensor, Tensor]] = {}
         self._suppressed: dict[str, Tensor] = {}
 
-    def bias(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def bias(self, chunk: Chunk, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Ids int64 [n] and addends float32 [n] of the request's logit bias."""
         found = self._bias.get(chunk.request_id)
         if found is None:
             # Ids outside are refused by validation; here they could only touch what cannot be drawn.
-            items = [(i, v) for i, v in chunk.params.logit_bias.items() if 0 <= i < self._vocab_size]
+            items = [(i, v) for i, v in chunk.params.logit_bias.items() if 0 <= i < vocabulary]
             ids = torch.tensor([i for i, _ in items], dtype=torch.int64, device=self._device)
             values = torch.tensor([v for _, v in items], dtype=torch.float32, device=self._device)
             found = self._bias[chunk.request_id] = (ids, values)
         return found
 
-    def suppressed(self, chunk: Chunk) -> Tensor:
+    def suppressed(self, chunk: Chunk, vocabulary: int) -> Tensor:
         """Ids int64 [n] forbidden while the output is short."""
         found = self._suppressed.get(chunk.request_id)
         if found is None:
-            ids = [i for i in chunk.params.suppressed if 0 <= i < self._vocab_size]
+            ids = [i for i in chunk.params.suppressed if 0 <= i < vocabulary]
             found = torch.tensor(ids, dtype=torch.int64, device=self._device)
             self._suppressed[chunk.request_id] = found
         return found

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from loramux_adapters.errors import AdapterError
-from loramux_adapters.formats.digest import AdapterDigest, low_rank_config
+from loramux_adapters.formats.digest import AdapterDigest, digest_with_text, low_rank_config
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from support.adapters import CONFIG, WEIGHTS, edit_config, edit_tensors, files_of, make_adapter, spec_of, tiny_model
@@ -147,6 +147,21 @@ def test_it_is_over_the_bytes_as_uploaded_and_states_its_framing() -> None:
     digest.add_tensor("m:b", "F16", (), b"12")
     assert digest.finish(low_rank_config({"m": 0.5})) == (
         "afe966668fa2e9ed84887a45c7ea2bc23ae68724e90b563a39fb1be90bbd34bb"
+    )
+
+
+def test_what_texts_mean_is_part_of_it(adapter: Path, model: PreTrainedModel) -> None:
+    """By the bytes of the files alone, whatever base reads them: a library's next version spells them as it likes."""
+    found = [digest_of(adapter, model)]
+    for name, data in (("tokenizer.json", b"a"), ("tokenizer.json", b"b"), ("chat_template.jinja", b"a")):
+        (adapter / name).write_bytes(data)
+        found.append(digest_of(adapter, model))
+    assert len(set(found)) == 4
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (adapter / name).unlink()
+    assert digest_of(adapter, model) == found[0]
+    assert digest_with_text("ab" * 32, [("tokenizer.json", "cd" * 32)]) == (
+        "9d1f1e3bc8b9ee40d111420d9bb6f1bb0a386ad5c9d2d672b6f2a29fe3a9e38b"
     )
 
 

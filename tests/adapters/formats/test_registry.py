@@ -241,10 +241,10 @@ class TestCopiesOfTheBase:
         with pytest.raises(AdapterInvalid, match="differs from the base's own weight"):
             read_directory(adapter, model)
 
-    def test_resized_ones_are_refused(self, adapter: Path, model: PreTrainedModel) -> None:
+    def test_one_that_was_resized_alone_is_refused(self, adapter: Path, model: PreTrainedModel) -> None:
         name = f"{PREFIX}lm_head.base_layer.weight"
         edit_tensors(adapter, replaced(name, lambda weight: torch.cat([weight, weight[:1]])))
-        with pytest.raises(AdapterInvalid, match="differs from the base's own weight"):
+        with pytest.raises(AdapterInvalid, match=r"of 64 tokens and .* of 65"):
             read_directory(adapter, model)
 
     def test_a_wider_dtype_counts_as_equal_when_nothing_is_lost(self, tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def filled(value: float) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: torch.full_like(tensor, value) for name, tensor in tensors.items()}
 
 
+def filled_but_for_copies(tensors: Tensors) -> Tensors:
+    """A copy of the base that differs from it would be refused."""
+    return {
+        name: tensor if "original_module" in name else torch.full_like(tensor, 1e38) for name, tensor in tensors.items()
+    }
+
+
 HOSTILE: dict[str, tuple[PeftConfig, Callable[[Tensors], Tensors]]] = {
     "lora of 1e30": (peft.LoraConfig(r=4, **ATTENTION), filled(1e30)),
     "dora of 1e30": (peft.LoraConfig(r=4, use_dora=True, **ATTENTION), filled(1e30)),
@@ -34,6 +41,10 @@ HOSTILE: dict[str, tuple[PeftConfig, Callable[[Tensors], Tensors]]] = {
     "virtual tokens of 1e38": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), filled(1e38)),
     "a prefix of 1e38": (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), filled(1e38)),
     "norms of 1e38": (peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]), filled(1e38)),
+    "added tokens of 1e38": (
+        peft.LoraConfig(r=4, modules_to_save=["embed_tokens", "lm_head"], **ATTENTION),
+        filled_but_for_copies,
+    ),
     "tokens of 1e38": (peft.LoraConfig(r=4, trainable_token_indices=list(range(320)), **ATTENTION), filled(1e38)),
 }
 
@@ -45,7 +56,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path
     good = make_kind(checkpoint, root / "good", peft.LoraConfig(r=4, **ATTENTION), seed=0)
     adapters = {"good": good}
     for seed, (name, (config, change)) in enumerate(HOSTILE.items(), 1):
-        adapters[name] = make_kind(checkpoint, root / name, config, seed=seed)
+        vocabulary = 400 if name.startswith("added") else None
+        adapters[name] = make_kind(checkpoint, root / name, config, seed=seed, vocabulary=vocabulary)
         edit_tensors(adapters[name], change)
     rows = [(name, prompt) for name, prompt in zip((None, "good", None, "good"), prompts(4), strict=True)]
     return checkpoint, adapters, ask_oracle(checkpoint, {"good": good}, rows)

@@ -58,6 +58,8 @@ def test_a_spec_survives_its_json() -> None:
         nbytes=1 << 40,
     )
     assert decode_spec(encode_spec(spec)) == spec
+    own = replace(spec, vocabulary=325, invocation=(1, 2), text_files=(("tokenizer.json", "ef" * 32),))
+    assert decode_spec(encode_spec(own)) == own
     assert decode_spec(encode_spec(spec)[:-1] + ',"prefix_tokens":0}') == spec  # as older catalogs have it
     assert encode_spec(spec) == encode_spec(replace(spec, biases=frozenset({"y", "z"})))
 

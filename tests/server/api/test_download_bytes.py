@@ -17,7 +17,7 @@ from loramux import AsyncClient
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.spec import AdapterSpec
+from loramux_adapters.weights import AdapterWeights
 from support.servers import Inside, served
 from support.tiny import load_tiny
 from support.tiny_adapters import CONFIG, WEIGHTS, tiny_tensors, write_files
@@ -69,9 +69,9 @@ def _spell(file: bytes, indented: bool) -> bytes:
     return struct.pack("<Q", len(header)) + header + file[8 + length :]
 
 
-def read(files: dict[str, Path], *, allow_base_mismatch: bool) -> AdapterSpec:
+def read(files: dict[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
     """As the server's assembly does."""
-    return formats.read(files, base().spec, ReadLimits(), allow_base_mismatch=allow_base_mismatch).spec
+    return formats.read(files, base().spec, ReadLimits(), allow_base_mismatch=allow_base_mismatch)
 
 
 def pulled(directory: Path) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ class SlowTokenizer:
     special_tokens: Mapping[str, int] = MappingProxyType({"<|end|>": 255})
     longest_token = 4
     takes_tools = False
+    waits = False
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -101,3 +102,27 @@ async def test_an_id_that_the_model_lacks_is_refused_by_its_text_and_place() -> 
     assert text.value.metadata == {"vocabulary": "256"}
     assert chat.value.field == "chat.messages"
     assert await pool.encode_text("text", tokenizer, LIMITS, "abc") == [1, 1, 1]
+
+
+class WaitingTokenizer(SlowTokenizer):
+    """Renders in another process, which takes until `go` is set."""
+
+    waits = True
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        self.go.wait(60)
+        return [1]
+
+
+@pytest.mark.asyncio
+async def test_conversations_that_wait_for_a_process_hold_up_neither_the_loop_nor_long_texts() -> None:
+    pool, waiting, plain = TokenizerPool(), WaitingTokenizer(), SlowTokenizer()
+    plain.go.set()
+    chats = [asyncio.create_task(pool.encode_chat(waiting, LIMITS, [ChatTurn("user", "hi")])) for _ in range(64)]
+    await asyncio.sleep(0)
+    assert await pool.encode_text("text", plain, LIMITS, "x" * 9000) == [1] * 9000
+    with pytest.raises(Overloaded):
+        await pool.encode_chat(waiting, LIMITS, [ChatTurn("user", "one more")])
+    assert not any(chat.done() for chat in chats)
+    waiting.go.set()
+    assert await asyncio.gather(*chats) == [[1]] * 64

@@ -148,6 +148,47 @@ def test_a_row_gives_the_same_alone_and_among_batch_mates(vocabulary: int, dtype
         assert alone == {str(i): together[str(i)]}
 
 
+def test_a_row_is_sampled_over_the_vocabulary_of_its_own_adapter() -> None:
+    """Bit for bit as by a sampler of that vocabulary: no sum, rank or draw sees a neighbor's width."""
+    wide, widths = 4100, [4000, 4100, 3900]
+    params = [
+        dataclasses.replace(each, logit_bias={3950: 3.0, 4050: 9.0}, suppressed=(3, 4099), min_tokens=4)
+        for each in mixed_params()
+    ]
+    tokens = (1, 3899, 3899, 7, 3898, 3899, 20, 3899)  # of which three are output
+    logits = make_logits(len(params) * 3, wide)
+    chunks = [make_chunk(f"{i}", params[i % len(params)], tokens=tokens, prompt_length=5) for i in range(len(logits))]
+    own = [widths[i % 3] for i in range(len(logits))]
+    for row, width in zip(logits, own, strict=True):
+        row[width:] = torch.tensor([torch.nan, 1e9, torch.inf, -1.0]).repeat(wide)[: wide - width]
+    sampler = Sampler(4000)
+    sampler.widen(wide)
+    together, failures = sampler.sample(chunks, logits, own)
+    assert not failures
+    for i, (chunk, width) in enumerate(zip(chunks, own, strict=True)):
+        alone, _ = Sampler(width).sample([chunk], logits[i : i + 1, :width].clone())
+        assert alone == {f"{i}": together[f"{i}"]}, (i, width)
+    assert {together[f"{i}"].token >= 4000 for i in range(len(logits)) if own[i] == wide} >= {True}
+
+
+def test_what_is_counted_outlives_the_first_wider_step() -> None:
+    params = SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.5)
+    first = make_chunk("base", params, tokens=(1, 2, 3, 9), prompt_length=3)
+    sampler = Sampler(64)
+    sampler.observe([first])
+    sampler.widen(80)
+    wide = make_chunk("wide", params, tokens=(1, 70, 75), prompt_length=2)
+    logits = make_logits(2, 80)
+    together, _ = sampler.sample([first, wide], logits, [64, 80])
+    assert together["base"] == Sampler(64).sample([first], logits[:1, :64])[0]["base"]
+    assert together["wide"] == Sampler(80).sample([wide], logits[1:])[0]["wide"]
+
+
+def test_fewer_logits_than_a_row_has_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="for 1 chunks"):
+        Sampler(64).sample([make_chunk()], make_logits(1, 64), [80])
+
+
 def test_input_logits_are_left_as_they_were() -> None:
     params = mixed_params()
     logits = make_logits(len(params), 4000)

@@ -173,7 +173,7 @@ def test_a_failed_observation_counts_nothing(monkeypatch: pytest.MonkeyPatch) ->
         counts.observe([later, bad])
     counts.observe([later])
     assert counts.is_current(later)
-    assert counts.seen(["good"])[0].nonzero().flatten().tolist() == [1, 2, 3]
+    assert counts.seen(["good"], VOCABULARY)[0].nonzero().flatten().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -194,8 +194,9 @@ def test_rows_that_found_no_memory_are_made_later(number: int, monkeypatch: pyte
         counts.observe([first])
     requests = [replace(first, request_id=str(row)) for row in range(20)]
     counts.observe(requests)
-    assert counts.output(["7"]).sum() == 0
-    assert all(counts.seen([request.request_id])[0].nonzero().flatten().tolist() == [1, 2] for request in requests)
+    assert counts.output(["7"], VOCABULARY).sum() == 0
+    for request in requests:
+        assert counts.seen([request.request_id], VOCABULARY)[0].nonzero().flatten().tolist() == [1, 2]
 
 
 def test_prompt_logprobs_begin_anew_after_preemption_and_notice_a_gap() -> None:

@@ -5,7 +5,7 @@ PEFT's `modules_to_save` and `trainable_token_indices`. Follows PEFT 0.21.2, _se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import torch
 from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.peft.config import PeftConfig, bad_key
+from loramux_adapters.formats.peft.tensors import BASE_WEIGHT
 from loramux_adapters.formats.peft.tuner import Shape, Target
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.parts.bias import Bias
@@ -24,6 +25,7 @@ from loramux_adapters.parts.token_rows import TokenRows
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+_TOKEN_ROWS_BASE = ".token_adapter.base_layer.weight"
 # What PEFT calls the heads of tasks that generate no text.
 _TASK_HEADS = {"classifier", "score", "qa_outputs"}
 
@@ -47,8 +49,13 @@ class WholeTarget(Target):
 
     @property
     def own_suffixes(self) -> Mapping[str, str]:
-        """See Target."""
-        return {"weight": ".weight", **({"whole_bias": ".bias"} if self.module.has_bias else {})}
+        """See Target. With save_embedding_layers PEFT writes the module as it was, and the trained one twice."""
+        return {
+            "weight": ".weight",
+            "again": ".modules_to_save.weight",
+            BASE_WEIGHT: ".original_module.weight",
+            **({"whole_bias": ".bias"} if self.module.has_bias else {}),
+        }
 
     def shapes(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """See Target."""
@@ -56,11 +63,15 @@ class WholeTarget(Target):
         by_kind: dict[str, Shape] = {
             "linear": (out, wide), "conv1d": (wide, out), "embedding": (wide, out), "norm": (out,),
         }  # fmt: skip
-        return {"weight": by_kind[self.module.kind], **({"whole_bias": (out,)} if self.module.has_bias else {})}
+        shape = by_kind[self.module.kind]
+        shapes = {role: shape for role in ("weight", "again") if role == "weight" or role in found}
+        return {**shapes, **({"whole_bias": (out,)} if self.module.has_bias else {})}
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, ...]:
         """See Target."""
         weight, module = tensors["weight"], self.module
+        if not torch.equal(tensors.get("again", weight), weight):
+            raise one_table(module.name, f"{module.name}.modules_to_save")
         biases = (Bias(tensors["whole_bias"].float()),) if module.has_bias else ()
         if module.kind == "embedding":
             return (TokenRows(torch.arange(len(weight)), weight),)
@@ -84,8 +95,8 @@ class TokenRowsTarget(Target):
 
     @property
     def own_suffixes(self) -> Mapping[str, str]:
-        """See Target."""
-        return {"token_rows": self.suffix}
+        """See Target. Of a resized embedding PEFT writes the rows that were not trained as well."""
+        return {"token_rows": self.suffix, **({BASE_WEIGHT: _TOKEN_ROWS_BASE} if self.suffix == _TOKEN_ROWS else {})}
 
     def shapes(self, found: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """See Target."""
@@ -101,6 +112,11 @@ class TokenRowsTarget(Target):
         order = sorted(range(len(self.ids)), key=lambda index: self.ids[index])
         ids = torch.tensor([self.ids[index] for index in order])
         return (TokenRows(ids, tensors["token_rows"][torch.tensor(order)]),)
+
+
+@dataclass(frozen=True)
+class TiedRowsTarget(TokenRowsTarget):
+    """A head that a config does not name and the base ties to the embedding: in the file of a resized one only."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,11 @@ class Extras:
             return cls(modules, {name: _ids(value) for name, value in rows.items()})
         return cls(modules, None if rows is None else {"": _ids(rows)})
 
+    @property
+    def token_ids(self) -> Iterable[int]:
+        """See ExtraTargets."""
+        return [token for ids in (self.token_rows or {}).values() for token in ids]
+
     def resolve(self, base: BaseModelSpec, adapted: Mapping[str, Target]) -> dict[str, Target]:
         """The modules they are for. Raises AdapterInvalid or AdapterIncompatible.
 
@@ -137,7 +158,10 @@ class Extras:
                 raise _absent("modules_to_save", wanted, base)
             targets |= {name: WholeTarget(base.modules[name]) for name in found}
         for wanted, ids in (self.token_rows or {}).items():
-            targets[_row_module(wanted, base)] = token_rows_target(_row_module(wanted, base), ids, base)
+            name = _row_module(wanted, base)
+            targets[name] = token_rows_target(name, ids, base)
+            if name == base.embedding and base.tied_embeddings and base.head is not None and base.head not in adapted:
+                targets.setdefault(base.head, TiedRowsTarget(base.modules[base.head], ids, is_copy=True))
         for name in targets:
             if name in adapted:
                 raise AdapterInvalid(
@@ -163,15 +187,24 @@ def token_rows_target(
         raise AdapterIncompatible(
             f"{CONFIG_FILE}: the trained tokens of {quote(name)} are not distinct ids below {base.vocab_size}",
             subject=f"{CONFIG_FILE}: trainable_token_indices",
-            remedy="a resized vocabulary is not supported; upload an adapter made for this base",
+            remedy="upload an adapter made for this base",
         )
     return TokenRowsTarget(base.modules[name], ids, suffix, is_copy)
 
 
 def token_ids_of(targets: Mapping[str, Target]) -> dict[str, Any]:
     """Which tokens the rows in a file are of, for the digest; empty where there are none."""
-    rows = {name: list(target.ids) for name, target in targets.items() if isinstance(target, TokenRowsTarget)}
+    rows = {name: list(target.ids) for name, target in targets.items() if type(target) is TokenRowsTarget}
     return {"token_rows": rows} if rows else {}
+
+
+def one_table(one: str, other: str) -> AdapterInvalid:
+    """The error for two weights that have to be the same and are not."""
+    return AdapterInvalid(
+        f"{WEIGHTS_FILE}: the weights of {quote(one)} and {quote(other)} are one table, and differ",
+        subject=f"{WEIGHTS_FILE}: {quote(one)}",
+        remedy="save the adapter again with PEFT",
+    )
 
 
 def tie_token_rows(modules: dict[str, tuple[Part, ...]], base: BaseModelSpec) -> None:

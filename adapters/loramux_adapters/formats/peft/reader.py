@@ -1,6 +1,6 @@
 """A PEFT directory -> AdapterWeights, by whatever method. The only order of events, cheapest refusal first:
 
-config, patterns, header, tensor names and shapes, declared base, and only then the tensors' data. Knows no method.
+config, header, patterns, tensor names and shapes, declared base, and only then the tensors' data. Knows no method.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from loramux_adapters.formats.peft.extras import tie_token_rows
 from loramux_adapters.formats.peft.initial import needs_initial_pair
 from loramux_adapters.formats.peft.tensors import BASE_WEIGHT, BIAS, PlacedTensor, place_tensors
 from loramux_adapters.formats.peft.tuner import Shape, Targets, Tuner
+from loramux_adapters.formats.peft.vocabulary import check_table, find_vocabulary, fit_vocabulary, resized
 from loramux_adapters.formats.peft.work import check_work
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.formats.safetensors_file import SafetensorsFile
@@ -45,24 +46,27 @@ def read_peft(
 
     Raises AdapterInvalid or AdapterIncompatible, naming file, tensor or key, and OSError when the disk fails.
     """
-    targets = _with_extras(tuner, base, limits)
     declarations = read_declarations(files, limits)
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits, integers=bool(tuner.index_roles)) as file:
-        placed = place_tensors(file.header.tensors.values(), tuner, targets, base, limits)
-        _check_work(placed, tuner, targets, base, limits)
+        vocabulary = find_vocabulary(file.header.tensors.values(), tuner.token_ids, base, limits)
+        own = resized(base, vocabulary)  # the base as the adapter knows it
+        targets = _with_extras(tuner, own, limits)
+        placed = place_tensors(file.header.tensors.values(), tuner, targets, own, limits)
+        _check_work(placed, tuner, targets, own, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         has_initial = needs_initial_pair(tuner, files, declared, declarations, base)
         mismatch = is_other_base(declared, base, allow=allow_base_mismatch)
         digest = AdapterDigest()
-        tensors = _read_tensors(file, placed, base, digest)
+        tensors, tables = _read_tensors(file, placed, base, digest)
     if has_initial:
         with SafetensorsFile(files[INITIAL_FILE], INITIAL_FILE, limits) as file:
-            initial = place_tensors(file.header.tensors.values(), tuner, _without_extras(targets), base, limits)
-            for name, pair in _read_tensors(file, initial, base, digest, prefix="~initial ").items():
+            initial = place_tensors(file.header.tensors.values(), tuner, _without_extras(targets), own, limits)
+            pairs, _ = _read_tensors(file, initial, base, digest, prefix="~initial ")
+            for name, pair in pairs.items():
                 tensors[name] |= {f"initial_{role}": tensor for role, tensor in pair.items() if role in ("a", "b")}
     if targets.tied_head is not None and base.embedding is not None:
         _check_tied(tensors, targets.tied_head, base.embedding)
-    modules = _canonical(tensors, targets, base)
+    modules = _canonical(tensors, tables, targets, own, base)
     _check_ranks(modules, limits)
     spec = AdapterSpec(
         digest=digest.finish(tuner.arithmetic(targets) | tuner.extras.arithmetic(targets.modules)),
@@ -75,6 +79,7 @@ def read_peft(
         others=frozenset(name for name, module in modules.items() if _is_other(module)),
         virtual_tokens=tuner.virtual_tokens,
         invocation=tuner.invocation,
+        vocabulary=0 if vocabulary == base.vocab_size else vocabulary,
     )
     return AdapterWeights(spec, modules)
 
@@ -106,21 +111,32 @@ def _without_extras(targets: Targets) -> Targets:
 
 def _read_tensors(
     file: SafetensorsFile, placed: list[PlacedTensor], base: BaseModelSpec, digest: AdapterDigest, prefix: str = ""
-) -> dict[str, Tensors]:
-    """Every tensor once, in canonical order, hashed as uploaded. Those that all modules share are under ""."""
+) -> tuple[dict[str, Tensors], Tensors]:
+    """Every tensor once, in canonical order, hashed as uploaded. Those that all modules share are under "".
+
+    And resized copies of the base's embedding and head by module; others are only compared with the base's.
+    """
     read: dict[str, Tensors] = {"": {}}
+    tables: Tensors = {}
     for tensor in sorted(placed, key=lambda tensor: tensor.canonical_name):
         data = file.read_bytes(tensor.entry)
         digest.add_tensor(prefix + tensor.canonical_name, tensor.entry.dtype, tensor.entry.shape, data)
         values = file.decode(tensor.entry, data)
         if tensor.role == BASE_WEIGHT:
-            check_is_base_weight(tensor.module, tensor.entry, values, base)
+            is_end = tensor.module in (base.embedding, base.head)
+            if is_end and values.dim() == 2 and len(values) != base.vocab_size:
+                check_table(tensor, values, base)
+                tables[tensor.module] = values
+            else:
+                check_is_base_weight(tensor.module, tensor.entry, values, base)
         else:
             read.setdefault(tensor.module, {})[tensor.role] = values
-    return read
+    return read, tables
 
 
-def _canonical(read: dict[str, Tensors], targets: Targets, base: BaseModelSpec) -> dict[str, ModuleWeights]:
+def _canonical(
+    read: dict[str, Tensors], tables: Tensors, targets: Targets, own: BaseModelSpec, base: BaseModelSpec
+) -> dict[str, ModuleWeights]:
     shared = read.pop("")
     modules: dict[str, tuple[Part, ...]] = {}
     for name in dict.fromkeys([*targets.modules, *read]):
@@ -130,7 +146,8 @@ def _canonical(read: dict[str, Tensors], targets: Targets, base: BaseModelSpec) 
         if name in targets.modules:
             parts = (*targets.modules[name].parts({**shared, **tensors}), *parts)
         modules[name] = parts
-    tie_token_rows(modules, base)
+    tie_token_rows(modules, own)
+    fit_vocabulary(modules, tables, own.vocab_size, base)
     return {name: ModuleWeights(parts) for name, parts in modules.items()}
 
 

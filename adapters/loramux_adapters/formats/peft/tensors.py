@@ -59,7 +59,11 @@ def place_tensors(
     """
     suffixes, own = _all_suffixes(tuner), _own_names(targets)
     placed = [_place(entry, tuner, suffixes, own, targets, base) for entry in entries]
+    places: set[str] = set()
     for tensor in placed:
+        if tensor.canonical_name in places:
+            raise _invalid(tensor.entry, "another tensor of the file has its place")
+        places.add(tensor.canonical_name)
         _check_dtype(tensor, tuner)
         if not tuner.may_be_empty:
             _check_not_empty(tensor.entry)

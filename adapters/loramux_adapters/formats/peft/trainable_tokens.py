@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +33,11 @@ class TrainableTokensTuner(ModuleTuner):
     adaptable = ("embedding", "linear")
 
     ids: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> Iterable[int]:
+        """See ExtraTargets."""
+        return self.ids
 
     @classmethod
     def options(cls, config: PeftConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A method is one file beside this one and one line in `formats.registry`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -68,6 +68,11 @@ class Targets:
 class ExtraTargets(Protocol):
     """What a config asks for besides its method's own; see `extras`."""
 
+    @property
+    def token_ids(self) -> Iterable[int]:
+        """Tokens whose rows are trained each for itself."""
+        ...
+
     def resolve(self, base: BaseModelSpec, adapted: Mapping[str, Target]) -> Mapping[str, Target]:
         """Their modules; `adapted` are the method's. Raises AdapterInvalid or AdapterIncompatible."""
         ...
@@ -124,6 +129,11 @@ class Tuner(ABC):
     def virtual_tokens(self) -> int:
         """See AdapterSpec."""
         return 0
+
+    @property
+    def token_ids(self) -> Iterable[int]:
+        """See ExtraTargets."""
+        return self.extras.token_ids
 
     @classmethod
     @abstractmethod

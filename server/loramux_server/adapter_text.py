@@ -1,0 +1,296 @@
+"""The tokenizer and chat template that an adapter brings along: compared with the base's, built once, kept by content.
+
+An adapter's tokenizer is the base's with added tokens, or it is refused: merges, normalizers and regular expressions of
+a stranger are not run, and a text means to the frozen part of the base what it always did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+from loramux_adapters.adapter_files import CHAT_TEMPLATE_FILE, TEXT_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.refusals import quote
+from loramux_adapters.spec import AdapterSpec
+from loramux_server.template_sandbox import TemplateSandbox
+from loramux_server.tokenizer import TextTokenizer
+
+_KEPT_BYTES: Final = 512 << 20
+_VERDICT_BYTES: Final = 32 << 20
+_ENTRY_BYTES: Final = 1024  # of a token in a list, or of what takes nothing beside the base's
+_BYTES_A_TOKEN: Final = 512  # of a built tokenizer, with its merges: measured 250 to 400
+_ROLES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What tells how a text is tokenized, in ways that tokenizer.json does not: must be the base's where both name it.
+_BEHAVIOR: Final = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
+_REMEDY: Final = (
+    "push without the tokenizer's files (--no-tokenizer), and send token ids where the adapter knows other tokens"
+)
+
+K = TypeVar("K")
+V = TypeVar("V")
+ReadText = Callable[[], Awaitable[Mapping[str, bytes]]]
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """What is other than the base's."""
+
+    added: tuple[Mapping[str, Any], ...]  # tokens, as tokenizer.json lists them
+    roles: Mapping[str, str]  # special tokens by role, such as eos_token
+    template: str | None
+
+    @property
+    def is_the_bases(self) -> bool:
+        """Whether nothing is."""
+        return not self.added and not self.roles and self.template is None
+
+
+class AdapterTokenizer(TextTokenizer):
+    """The base's tokenizer with an adapter's tokens and template."""
+
+    waits = True  # for a process that renders
+
+    @classmethod
+    def of(cls, base: TextTokenizer, own: OwnText, sandbox: TemplateSandbox) -> AdapterTokenizer:
+        """Of the base's object alone where no token is added, else of a copy. Raises AdapterInvalid."""
+        if own.added:
+            tokenizer = base.copy()
+            _add_tokens(tokenizer, own.added)
+            made = cls(tokenizer, base.eos_token_ids)
+        else:
+            made = cls.__new__(cls)
+            made.__dict__.update(base.__dict__)
+        made._use(own, sandbox)
+        return made
+
+    def _use(self, own: OwnText, sandbox: TemplateSandbox) -> None:
+        self._sandbox, self._own = sandbox, own
+        self._own_roles = own.roles
+        self._template = self._template if own.template is None else own.template
+        if "eos_token" in own.roles:
+            self._eos_token_ids |= {self._tokenizer.convert_tokens_to_ids(own.roles["eos_token"])}
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        if self._own.template is None:
+            return super()._render(messages, tools)
+        return self._sandbox.render(self._own.template, messages, tools, self.roles)
+
+
+class Kept(Generic[K, V]):
+    """Values by key within a bound of bytes; the longest unused leave, but for the last."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._values: OrderedDict[K, tuple[V, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: K) -> V | None:
+        """The value, which is used by this."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key: K, value: V, nbytes: int) -> None:
+        """Adds a key, in place of what it had."""
+        self._bytes += nbytes - self._values.pop(key, (value, 0))[1]
+        self._values[key] = value, nbytes
+        while self._bytes > self._most and len(self._values) > 1:
+            self._bytes -= self._values.popitem(last=False)[1][1]
+
+
+class AdapterTexts:
+    """One per server. `check` runs where uploads are read, `tokenizer_of` on the event loop."""
+
+    def __init__(self, base: TextTokenizer, limits: ReadLimits, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._base, self._limits = base, limits
+        self._sandbox = TemplateSandbox()
+        self._lock = threading.Lock()
+        self._verdicts: Kept[frozenset[tuple[str, bytes]], OwnText] = Kept(_VERDICT_BYTES)
+        self._kept: Kept[tuple[tuple[str, str], ...], TextTokenizer] = Kept(kept_bytes)
+        # One after the other: what is read for one is bounded, what many read at once is not.
+        self._turn = asyncio.Lock()
+        self._builder = ThreadPoolExecutor(1, "loramux-tokenizer")
+
+    def check(self, files: Mapping[str, Path]) -> None:
+        """Judge an upload's files. Raises AdapterInvalid or AdapterIncompatible, naming the file, and OSError."""
+        self._judge({name: path.read_bytes() for name, path in files.items() if name in TEXT_FILES})
+
+    async def tokenizer_of(self, spec: AdapterSpec | None, read: ReadText) -> TextTokenizer:
+        """What the texts of requests for an adapter are made of: the base's own object where nothing differs.
+
+        `read` gives its files when they are needed. Raises what `check` and `read` raise.
+        """
+        if spec is None or not spec.text_files:
+            return self._base
+        found = self._kept.get(spec.text_files)
+        if found is not None:
+            return found
+        async with self._turn:
+            found = self._kept.get(spec.text_files)
+            if found is None:
+                files = await read()
+                found = await asyncio.get_running_loop().run_in_executor(self._builder, self._build, files)
+                has_own = found is not self._base and found.vocab_size > self._base.vocab_size
+                self._kept.put(spec.text_files, found, _BYTES_A_TOKEN * found.vocab_size if has_own else _ENTRY_BYTES)
+            return found
+
+    def close(self) -> None:
+        """Ends threads and processes."""
+        self._builder.shutdown(wait=True, cancel_futures=True)
+        self._sandbox.close()
+
+    def _build(self, files: Mapping[str, bytes]) -> TextTokenizer:
+        own = self._judge(files)
+        return self._base if own.is_the_bases else AdapterTokenizer.of(self._base, own, self._sandbox)
+
+    def _judge(self, files: Mapping[str, bytes]) -> OwnText:
+        key = frozenset((name, hashlib.sha256(data).digest()) for name, data in files.items())
+        with self._lock:
+            known = self._verdicts.get(key)
+        if known is not None:
+            return known
+        own = self._compare(files)
+        with self._lock:
+            self._verdicts.put(key, own, _ENTRY_BYTES * (1 + len(own.added)) + len(own.template or ""))
+        return own
+
+    def _compare(self, files: Mapping[str, bytes]) -> OwnText:
+        added: list[dict[str, Any]] = []
+        if TOKENIZER_FILE in files:
+            added = _added_tokens(files[TOKENIZER_FILE], self._base.references, self._limits.max_added_tokens)
+            self._check_ids(added)
+        config: Mapping[str, object] = {}
+        if TOKENIZER_CONFIG_FILE in files:
+            config = strict_json.parse(files[TOKENIZER_CONFIG_FILE], TOKENIZER_CONFIG_FILE)
+            self._check_behavior(config)
+        template = self._template_of(files, config)
+        known = self._base.roles
+        roles = {
+            role: token
+            for role in _ROLES
+            if (token := _content(config.get(role))) is not None and token != known.get(role)
+        }
+        self._check_roles(roles, added)
+        return OwnText(tuple(added), roles, None if template == self._base.template else template)
+
+    def _check_ids(self, added: Sequence[Mapping[str, Any]]) -> None:
+        known = self._base.vocabulary()
+        following = max(known.values(), default=-1) + 1
+        for entry in added:
+            place = known.get(entry["content"], following)
+            if place != entry["id"]:
+                raise _misplaced(entry, place)
+            following += place == following
+
+    def _check_behavior(self, config: Mapping[str, object]) -> None:
+        base = self._base.settings
+        for key in _BEHAVIOR:
+            if key in config and key in base and bool(config[key]) != bool(base[key]):
+                raise AdapterIncompatible(
+                    f"{TOKENIZER_CONFIG_FILE}: {key} is {quote(config[key])}, the base's {quote(base[key])}",
+                    subject=f"{TOKENIZER_CONFIG_FILE}: {key}",
+                    remedy=_REMEDY,
+                )
+
+    def _check_roles(self, roles: Mapping[str, str], added: Sequence[Mapping[str, Any]]) -> None:
+        if not roles:
+            return
+        new, known = {token["content"] for token in added}, self._base.vocabulary()
+        for role, token in roles.items():
+            if token not in new and token not in known:
+                raise AdapterInvalid(
+                    f"{TOKENIZER_CONFIG_FILE}: {role} {quote(token)} is no token of the base and none that "
+                    f"{TOKENIZER_FILE} adds",
+                    subject=f"{TOKENIZER_CONFIG_FILE}: {role}",
+                    remedy=f"send {TOKENIZER_FILE} as well, as save_pretrained wrote it",
+                )
+
+    def _template_of(self, files: Mapping[str, bytes], config: Mapping[str, object]) -> str | None:
+        if CHAT_TEMPLATE_FILE in files:
+            try:
+                return files[CHAT_TEMPLATE_FILE].decode()
+            except UnicodeDecodeError as error:
+                raise AdapterInvalid(
+                    f"{CHAT_TEMPLATE_FILE} is not UTF-8 text", subject=CHAT_TEMPLATE_FILE, remedy="save it as UTF-8"
+                ) from error
+        found = config.get("chat_template")
+        if isinstance(found, list):  # several by name, as transformers once wrote them
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
+
+def _content(value: object) -> str | None:
+    """Of a special token as tokenizer_config.json spells it: its text, or an object with it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _add_tokens(tokenizer: Any, added: Sequence[Mapping[str, Any]]) -> None:
+    from tokenizers import AddedToken
+
+    for entry in added:
+        flags = {key: bool(entry[key]) for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+        tokenizer.add_tokens([AddedToken(entry["content"], **flags)], special_tokens=flags["special"])
+        if (found := tokenizer.convert_tokens_to_ids(entry["content"])) != entry["id"]:
+            raise _misplaced(entry, found)
+
+
+def _misplaced(entry: Mapping[str, Any], found: int) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{TOKENIZER_FILE}: its token {quote(entry['content'])} is id {entry['id']}, and added to the base's it would "
+        f"be {found}",
+        subject=TOKENIZER_FILE,
+        remedy=_REMEDY,
+    )
+
+
+def _added_tokens(own: bytes, references: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """What an adapter's tokenizer.json adds to the base's, by a process that may need time and memory for it."""
+    if not references:
+        raise AdapterIncompatible(
+            f"{TOKENIZER_FILE}: the base's tokenizer is none of that kind, so that the two cannot be compared",
+            subject=TOKENIZER_FILE,
+            remedy=_REMEDY,
+        )
+    refused = ""
+    for reference in references:
+        data = reference.encode()
+        answer = _ask_child(b"%d %d %d\n" % (len(own), len(data), most) + own + data)
+        if "added" in answer:
+            found: list[dict[str, Any]] = answer["added"]
+            return found
+        refused = refused or answer["refused"]
+    raise AdapterIncompatible(
+        f"{TOKENIZER_FILE}: it is not the base's tokenizer with added tokens: {refused}",
+        subject=TOKENIZER_FILE,
+        remedy=_REMEDY,
+    )
+
+
+def _ask_child(data: bytes) -> dict[str, Any]:
+    child = subprocess.run(
+        [sys.executable, "-I", str(Path(__file__).with_name("tokenizer_child.py"))],
+        input=data, capture_output=True, check=False, env={}, start_new_session=True,
+    )  # fmt: skip
+    if child.returncode:
+        return {"refused": "comparing them takes too much time or memory"}
+    answer: dict[str, Any] = json.loads(child.stdout)
+    return answer

@@ -1,0 +1,71 @@
+"""The child process that renders chat templates of adapters: programs of strangers, with little time and memory.
+
+One JSON line a job on its input, one a result on its output. What exceeds processor time kills it, and the parent makes
+another. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+STATUS = Path("/proc/self/statm")
+CPU_SECONDS = 2
+MEMORY_BYTES = 256 << 20
+"""What one job may take beyond what the process has."""
+MAX_RENDERED = 16 << 20
+"""Characters; more fit no context."""
+
+
+def main() -> None:
+    """Serves until its input ends."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # transformers does without, and starts in a second
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    out = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints is no result
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for line in sys.stdin:
+        _limit()
+        print(json.dumps(_render(render_jinja_template, json.loads(line))), file=out, flush=True)
+
+
+def _render(render: Any, job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found = render(
+            conversations=[job["messages"]],
+            tools=job["tools"] or None,
+            chat_template=job["template"],
+            add_generation_prompt=True,
+            **job["tokens"],
+        )
+        text = found[0][0] if isinstance(found, tuple) else found[0]
+        if len(text) > MAX_RENDERED:
+            return {"exceeded": True}
+        return {"text": text}
+    except MemoryError:
+        return {"exceeded": True}
+    except Exception as error:  # a template runs arbitrary expressions
+        said = type(error).__name__ == "TemplateError"  # by raise_exception, for the caller
+        return {"error": str(error)[:2000] if said else ""}
+
+
+def _limit() -> None:
+    """Moves the limits to what this job may take from here on."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    if not STATUS.exists():  # elsewhere than on Linux processor time is the only bound
+        return
+    pages = int(STATUS.read_text("ascii").split()[0])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, hard))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    main()
