@@ -62,7 +62,7 @@ def test_a_refusal_has_the_servers_words_and_is_told_by_exit_code(adapter: Path)
 def test_a_tokenizer_that_a_server_would_refuse_is_refused_here(adapter: Path) -> None:
     (adapter / "tokenizer.json").write_text("{}")
     refused = verify(adapter, "--base", TINY)
-    assert refused.exit_code == 2
+    assert refused.exit_code == ExitCode.REFUSED
     assert "not the base's tokenizer with added tokens" in refused.stderr
     (adapter / "tokenizer.json").write_bytes((tiny_path() / "tokenizer.json").read_bytes())
     assert verify(adapter, "--base", TINY).exit_code == ExitCode.OK

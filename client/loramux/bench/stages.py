@@ -14,8 +14,8 @@ from typing import Any
 
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.formats import registry as formats
+from loramux_adapters.residency.host import HostCache
 from loramux_adapters.store.local import LocalStore
-from loramux_server.adapter_loader import AdapterLoader
 from loramux_server.model.staging import StagedAdapters
 
 # The stage that ends when a function returns, in their order. What one of them calls of the others is part of it:
@@ -24,7 +24,7 @@ _ENDS: tuple[tuple[Any, str, str], ...] = (
     (LocalStore, "staged_files", "compare hashes"),
     (formats, "read", "read and check"),
     (LocalStore, "publish", "make durable and name"),
-    (AdapterLoader, "load", "hash and read from the store"),
+    (HostCache, "load", "bring into host memory"),
     (SlotTensors, "prepare", "cast"),
     (StagedAdapters, "bind", "copy between steps"),
 )
