@@ -31,7 +31,7 @@ from loramux_server.tokenizer import TextTokenizer
 _KEPT_BYTES: Final = 512 << 20
 _VERDICT_BYTES: Final = 32 << 20
 _ENTRY_BYTES: Final = 1024  # of a token in a list, or of what takes nothing beside the base's
-_BYTES_A_TOKEN: Final = 512  # of a built tokenizer, with its merges: measured 250 to 400
+_BYTES_A_TOKEN: Final = 512  # of a built tokenizer, with its merges: an estimate from above
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tells how a text is tokenized, in ways that tokenizer.json does not: must be the base's where both name it.
 _BEHAVIOR: Final = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
