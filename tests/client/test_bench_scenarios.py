@@ -78,6 +78,22 @@ def test_zipf_asks_for_the_first_most_and_uniform_for_all_alike() -> None:
     assert steep[0] > 16_000
 
 
+@pytest.mark.asyncio
+async def test_lengths_differ_alike_in_every_scenario() -> None:
+    scenarios = (Scenario("base", 0), Scenario("z", 9, draw="zipf"))
+    workload = _workload(requests=40, output_tokens=6, output_spread=4, scenarios=scenarios)
+    lengths = [[call.output_tokens for call in workload.calls(scenario, 1, 100)] for scenario in scenarios]
+    assert lengths[0] == lengths[1]
+    assert set(lengths[0]) == set(range(2, 11))
+    assert lengths[0] != [call.output_tokens for call in workload.calls(scenarios[0], 2, 100)]
+    assert not workload.is_static
+    samples = await measure(workload, [ScriptedDriver()], 100, _quiet)
+    total = sum(call.output_tokens for call in workload.calls(scenarios[0], 0, 100))
+    assert [taken.output_tokens for taken in samples] == [total, total]
+    with pytest.raises(WorkloadInvalid, match="some answers of 3 tokens would have fewer than 2"):
+        parse_workload(TEXT.replace("output_tokens = 3", "output_tokens = 3\noutput_spread = 2"))
+
+
 def test_an_activated_adapter_is_activated_in_the_middle_and_no_other() -> None:
     scenario = Scenario("kinds", 2, kinds=("lora", "alora"))
     workload = _workload(scenarios=(scenario,))

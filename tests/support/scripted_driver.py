@@ -33,8 +33,8 @@ class ScriptedDriver:
         self.most_at_once = max(self.most_at_once, self._at_once)
         await asyncio.sleep(0)
         self._at_once -= len(calls)
-        count = output_tokens - self._short
-        return [Trace(0.0, tuple(0.001 * (i + 1) for i in range(count))) for _ in calls]
+        counts = [(call.output_tokens or output_tokens) - self._short for call in calls]
+        return [Trace(0.0, tuple(0.001 * (i + 1) for i in range(count))) for count in counts]
 
     async def push(self, path: Path, name: str) -> Push:
         self.pushes.append((name, (path / "adapter_model.safetensors").read_bytes()))

@@ -31,6 +31,7 @@ class Call:
 
     prompt: tuple[int, ...]
     adapter: int | None
+    output_tokens: int = 0  # 0: as many as all of its run
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class EngineDriver:
             await self.push(path, path.name)
 
     async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
-        return list(await asyncio.gather(*(self._one(call, output_tokens, salt) for call in calls)))
+        lengths = [call.output_tokens or output_tokens for call in calls]
+        answers = (self._one(call, length, salt) for call, length in zip(calls, lengths, strict=True))
+        return list(await asyncio.gather(*answers))
 
     def readings(self) -> Mapping[str, float]:
         reading = self._running.reading()

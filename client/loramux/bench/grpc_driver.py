@@ -50,7 +50,9 @@ class GrpcDriver:
                 await self.push(path, path.name)
 
     async def run(self, calls: Sequence[Call], output_tokens: int, salt: str) -> list[Trace]:
-        return list(await asyncio.gather(*(self._one(call, output_tokens, salt) for call in calls)))
+        lengths = [call.output_tokens or output_tokens for call in calls]
+        answers = (self._one(call, length, salt) for call, length in zip(calls, lengths, strict=True))
+        return list(await asyncio.gather(*answers))
 
     async def push(self, path: Path, name: str) -> Push:
         times: list[float] = []

@@ -62,6 +62,11 @@ def known(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
+def _range(workload: Workload) -> str:
+    length, spread = workload.output_tokens, workload.output_spread
+    return f"{length - spread} to {length + spread}" if spread else str(length)
+
+
 def markdown(
     workload: Workload, machine: Machine, summaries: Sequence[Summary], settings: dict[str, Any], taken: datetime
 ) -> str:
@@ -70,7 +75,7 @@ def markdown(
         f"# {workload.name}, {taken:%Y-%m-%d %H:%M} UTC",
         "",
         f"{workload.requests} requests, {workload.most_at_once} at once, {workload.prompt_tokens} tokens in, "
-        f"{workload.output_tokens} out, greedy, distinct prompts; shape {workload.shape}, NF4; adapters of rank "
+        f"{_range(workload)} out, greedy, distinct prompts; shape {workload.shape}, NF4; adapters of rank "
         f"{workload.adapters.rank} unless said otherwise, alpha {workload.adapters.alpha:g}, on all linears"
         f"{f'; {workload.slots} of them fit on the device' if workload.slots else ''}. "
         f"Medians of {workload.rounds} rounds in which drivers and scenarios alternate; a ratio is to the same "

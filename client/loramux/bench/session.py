@@ -92,8 +92,9 @@ async def _run(workload: Workload, driver: Driver, scenario: Scenario, number: i
         calls = workload.calls(scenario, number, vocabulary)
         traces = await send(driver, calls, workload.output_tokens, salt, at_once)
         after = driver.readings()
-    wrong = [len(trace.arrivals) for trace in traces if len(trace.arrivals) != workload.output_tokens]
-    if wrong:
-        raise DriverFailed(f"{driver.name}, {scenario.name}: {wrong[0]} tokens, not {workload.output_tokens} as asked")
+    asked = sorted(call.output_tokens or workload.output_tokens for call in calls)
+    for answered, wanted in zip(sorted(len(trace.arrivals) for trace in traces), asked, strict=True):
+        if answered != wanted:
+            raise DriverFailed(f"{driver.name}, {scenario.name}: {answered} tokens, not {wanted} as asked")
     counted = {name: value - before.get(name, 0) for name, value in after.items()}
     return sample(driver.name, scenario.name, number, traces, counted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
@@ -75,7 +75,8 @@ class Scenario(Section):
 
 @dataclass(frozen=True)
 class Workload(Section):
-    """`requests`, each with `prompt_tokens` in and exactly `output_tokens` out, greedy.
+    """`requests`, each with `prompt_tokens` in and exactly `output_tokens` out, greedy; with `output_spread`, up to so
+    many more or fewer, the same in every scenario: else all that began together end together.
 
     At most `at_once` of them are on their way (0: all); the next goes out when one is answered. Ratios are to the first
     scenario.
@@ -92,6 +93,7 @@ class Workload(Section):
     scenarios: tuple[Scenario, ...]
     adapters: AdapterPlan = AdapterPlan()
     at_once: CountFromZero = 0
+    output_spread: CountFromZero = 0
     settle: CountFromZero = 0  # requests of one token, drawn alike, before each run: what it would find anyway is there
     short_prompt_tokens: Count = 2  # of those and of the requests beside: a long one shows its prefill, not the load
     slots: CountFromZero = 0  # adapters of the plan that fit on the device; 0: what the server makes of its memory
@@ -117,11 +119,19 @@ class Workload(Section):
             raise ValueError("more distinct adapters than requests")
         return scenarios
 
+    @field_validator("output_spread")
+    @classmethod
+    def _leaves_two_tokens(cls, spread: int, others: ValidationInfo) -> int:
+        length = others.data.get("output_tokens")
+        if spread and length and spread > length - 2:
+            raise ValueError(f"some answers of {length} tokens would have fewer than 2")
+        return spread
+
     @property
     def is_static(self) -> bool:
         """Whether each scenario is one batch of LoRA that begins and ends together: what a peer can do."""
         plain = all(s.draw == "turn" and not s.beside and {*s.kinds} <= {LORA} for s in self.scenarios)
-        return plain and not self.settle and self.most_at_once == self.requests
+        return plain and not self.settle and not self.output_spread and self.most_at_once == self.requests
 
     @property
     def most_at_once(self) -> int:
@@ -150,7 +160,12 @@ class Workload(Section):
 
     def calls(self, scenario: Scenario, round_number: int, vocabulary: int) -> list[Call]:
         """The requests of one run: the same prompts in every scenario, but for what activates an activated adapter."""
-        return self._calls(scenario, self.assignment(scenario, round_number), self.prompts(round_number, vocabulary))
+        calls = self._calls(scenario, self.assignment(scenario, round_number), self.prompts(round_number, vocabulary))
+        if not self.output_spread:
+            return calls
+        rng, least = random.Random(f"{self.seed}/{round_number}/lengths"), self.output_tokens - self.output_spread
+        most = self.output_tokens + self.output_spread
+        return [replace(call, output_tokens=rng.randint(least, most)) for call in calls]
 
     def calls_before(self, scenario: Scenario, round_number: int, vocabulary: int) -> list[Call]:
         """Those that let a run find what it would find after many others of its kind."""
