@@ -39,6 +39,7 @@ def _shrunk(workload: Workload) -> Workload:
         at_once=min(workload.at_once, 6),
         prompt_tokens=12,
         output_tokens=3,
+        output_spread=min(workload.output_spread, 1),
         rounds=1,
         warmup=0,
         settle=min(workload.settle, 8),

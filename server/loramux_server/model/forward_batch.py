@@ -7,7 +7,7 @@ adapter acts on the end alone has rows in both places. Built on the host once pe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,9 +71,7 @@ def build_batch(
     decode: DecodeAttention = attend_rows,
 ) -> ForwardBatch:
     """Lays out a step. `scratch_block` receives the KV of padding rows; `tiled` pads and attends row-invariantly."""
-    pieces = sorted(
-        (piece for chunk in chunks for piece in _cut(chunk)), key=lambda piece: (piece.chunk.is_merged, piece.slot)
-    )
+    pieces = _in_order(chunks)
     size = cache.block_size
     count = sum(len(chunk.tokens) for chunk in chunks)
     padding = -count % ROW_MULTIPLE if tiled else 0
@@ -123,6 +121,23 @@ def _cut(chunk: Chunk) -> list[_Piece]:
     return [_Piece(chunk, start, middle, BASE_SLOT), _Piece(chunk, middle, stop, chunk.slot)]
 
 
+def _in_order(chunks: Sequence[Chunk]) -> list[_Piece]:
+    """All pieces, by slot; of a chunk in two pieces, the longest if there are several, one follows the other: they
+    attend as one.
+    """
+    pieces = [piece for chunk in chunks for piece in _cut(chunk)]
+    torn = [piece.chunk for piece in pieces if not piece.is_last]
+    joined = max(torn, key=lambda chunk: chunk.start) if torn else None
+    first_slot = None if joined is None else joined.slot
+
+    def place(piece: _Piece) -> tuple[bool, bool, bool, int, bool]:
+        is_joined = piece.chunk is joined
+        is_last = is_joined if piece.slot == BASE_SLOT else not is_joined
+        return piece.chunk.is_merged, piece.slot != BASE_SLOT, piece.slot != first_slot, piece.slot, is_last
+
+    return sorted(pieces, key=place)
+
+
 def _logit_rows(
     pieces: Sequence[_Piece], firsts: Sequence[int], *, tiled: bool
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
@@ -152,18 +167,29 @@ def _attend(
 ) -> tuple[list[PrefillSegment], list[DecodeBatch]]:
     """Sorts the pieces into prefills and batches of decode rows of similar length (within a factor of two).
 
-    The second piece of a chunk sees the first: keys and values of all rows are written before any row attends.
+    A piece sees what is before it in its chunk: keys and values of all rows are written before any row attends.
     """
     prefills: list[PrefillSegment] = []
     by_length: dict[int, list[tuple[int, _Piece]]] = {}
-    for piece, first in zip(pieces, firsts, strict=True):
-        used, rows_here = -(-piece.stop // size), piece.stop - piece.start
-        if rows_here == 1 and not tiled:
+    for first, piece in _joined(pieces, firsts):
+        used, count = -(-piece.stop // size), piece.stop - piece.start
+        if count == 1 and not tiled:
             by_length.setdefault(used.bit_length(), []).append((first, piece))
         else:
             blocks = torch.tensor(piece.chunk.blocks[:used], device=device)
-            prefills.append(PrefillSegment(first, first + rows_here, piece.start, blocks))
+            prefills.append(PrefillSegment(first, first + count, piece.start, blocks))
     return prefills, [_decode_rows(members, rows, size, device) for members in by_length.values()]
+
+
+def _joined(pieces: Sequence[_Piece], firsts: Sequence[int]) -> list[tuple[int, _Piece]]:
+    """Pieces with their first rows, those that follow each other in one chunk as one."""
+    spans: list[tuple[int, _Piece]] = []
+    for piece, first in zip(pieces, firsts, strict=True):
+        if spans and spans[-1][1].chunk is piece.chunk:
+            spans[-1] = spans[-1][0], replace(spans[-1][1], stop=piece.stop)
+        else:
+            spans.append((first, piece))
+    return spans
 
 
 def _decode_rows(members: Sequence[tuple[int, _Piece]], rows: int, size: int, device: torch.device) -> DecodeBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,3 +139,18 @@ def test_the_tiled_form_attends_request_by_request(chunks: list[Chunk]) -> None:
         assert tuple(segment.blocks.tolist()) == chunk.blocks[: -(-segment.length // SIZE)]
     assert attended == list(range(padding, len(batch.ids)))
     assert padding < 16
+
+
+@given(plans(), st.booleans())
+def test_the_rows_of_a_chunk_that_its_adapter_joins_in_the_middle_attend_once(chunks: list[Chunk], tiled: bool) -> None:
+    """Reading a long context twice would take as long as the turn on it; one such chunk a step is the usual case."""
+    torn = [chunk for chunk in chunks if chunk.active_from and chunk.slot != BASE_SLOT]
+    chunks = [chunk if not torn or chunk is torn[0] else replace(chunk, active_from=0) for chunk in chunks]
+    batch = build_batch(chunks, CACHE, SCRATCH, tiled=tiled)
+    _, rows = rows_of(batch, tiled)
+    segments = [range(segment.first, segment.last) for segment in batch.context.prefills]
+    for chunk in chunks:
+        if len(chunk.tokens) > 1:
+            own = rows[chunk.request_id]
+            assert range(own[0], own[-1] + 1) in segments
+            assert own == list(range(own[0], own[-1] + 1))
