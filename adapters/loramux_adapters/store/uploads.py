@@ -16,6 +16,8 @@ from loramux_adapters.store.disk import Disk, storage_errors
 from loramux_adapters.store.records import Quotas, UploadManifest, UploadProgress
 from loramux_adapters.store.staged_upload import StagedUpload
 
+_MOST_ENDED = 8  # times that an upload ends under a caller who begins it
+
 _log = logging.getLogger(__name__)
 
 
@@ -33,22 +35,22 @@ class Uploads:
 
     def begin(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         """Open or resume; see AdapterStore.begin_upload."""
-        with self._lock, storage_errors("open an upload"):
-            upload = self._find(tenant, upload_id)
-            if upload is None:
-                self._check_open(tenant)
-                upload = StagedUpload.create(self._root / tenant / upload_id, manifest, self._disk)
-                self._open[tenant, upload_id] = upload
-        with upload.lock:
-            if upload.closed:
-                raise AdapterConflict(f"upload {upload_id!r} has just ended", subject=upload_id, remedy="try again")
-            if not upload.resume(manifest):
-                raise AdapterConflict(
-                    f"upload {upload_id!r} is open for another manifest",
-                    subject=upload_id,
-                    remedy="resume it with its own name and files, or choose another upload_id",
-                )
-            return upload.progress(upload_id)
+        for _ in range(_MOST_ENDED):
+            upload = self._find_or_create(tenant, upload_id, manifest)
+            with upload.lock:
+                if upload.closed:  # by another caller with the same id, who has published it: this one begins anew
+                    self._forget(tenant, upload_id, upload)
+                    continue
+                if not upload.resume(manifest):
+                    raise AdapterConflict(
+                        f"upload {upload_id!r} is open for another manifest",
+                        subject=upload_id,
+                        remedy="resume it with its own name and files, or choose another upload_id",
+                    )
+                return upload.progress(upload_id)
+        raise AdapterConflict(
+            f"upload {upload_id!r} is ended by others again and again", subject=upload_id, remedy="try again"
+        )
 
     @contextmanager
     def open(self, tenant: str, upload_id: str) -> Iterator[StagedUpload]:
@@ -65,6 +67,18 @@ class Uploads:
     def end(self, tenant: str, upload_id: str, upload: StagedUpload) -> None:
         """Remove an upload that this thread holds."""
         upload.remove()
+        self._forget(tenant, upload_id, upload)
+
+    def _find_or_create(self, tenant: str, upload_id: str, manifest: UploadManifest) -> StagedUpload:
+        with self._lock, storage_errors("open an upload"):
+            upload = self._find(tenant, upload_id)
+            if upload is None:
+                self._check_open(tenant)
+                upload = StagedUpload.create(self._root / tenant / upload_id, manifest, self._disk)
+                self._open[tenant, upload_id] = upload
+            return upload
+
+    def _forget(self, tenant: str, upload_id: str, upload: StagedUpload) -> None:
         with self._lock:
             if self._open.get((tenant, upload_id)) is upload:
                 del self._open[tenant, upload_id]

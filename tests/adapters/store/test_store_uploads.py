@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,23 @@ def test_a_published_upload_is_gone_and_repeating_it_is_idempotent(store: LocalS
     with pytest.raises(AdapterNotFound):
         store.write_chunk(TENANT, ID, MODEL, 5000, b"after the commit")
     assert not put(store, "one", FILES).created
+
+
+def test_an_id_that_another_caller_publishes_at_this_moment_begins_anew(store: LocalStore) -> None:
+    """Two clients push the same bytes to one name: their id is the same."""
+    manifest = manifest_of("one", FILES)
+    store.begin_upload(TENANT, ID, manifest)
+    send(store, ID, FILES)
+    staged = store._uploads._open[TENANT, ID]
+    with ThreadPoolExecutor(1) as other:
+        with staged.lock:  # the first is published, and its lock is free only then
+            begun = other.submit(store.begin_upload, TENANT, ID, manifest)
+            assert wait([begun], timeout=0.05).not_done
+            staged.remove()
+        assert {entry.received for entry in begun.result(30).files} == {0}
+    send(store, ID, FILES)
+    store.staged_files(TENANT, ID)
+    assert store.publish(TENANT, ID, spec_of(FILES), BASE).created
 
 
 def test_an_empty_chunk_changes_nothing(store: LocalStore) -> None:
