@@ -47,7 +47,6 @@ from loramux_adapters.store.lock import DirectoryLock
 from loramux_adapters.store.records import DesiredState, Quotas
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.adapter_loader import AdapterLoader, CombinationLoader
-from loramux_server.adapter_text import AdapterTexts
 from loramux_server.api.gate import Services
 from loramux_server.api.ports import AdapterState, ModelInfo
 from loramux_server.api.server_limits import ServerLimits
@@ -72,7 +71,8 @@ from loramux_server.model.worker import Worker
 from loramux_server.observe.metrics import AdapterReading
 from loramux_server.registry import Registry
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
-from loramux_server.tokenizer import TextTokenizer
+from loramux_server.text.adapter_text import AdapterTexts
+from loramux_server.text.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger("loramux_server.assembly")
 _EXTRA_SHARE = 4  # one part in 4 of the device budget is for what is no rank row, where the operator says nothing

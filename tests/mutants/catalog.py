@@ -285,7 +285,8 @@ MUTANTS = (
         (TEST_ADAPTERS + "formats/test_vocabulary.py",),
     ),
     Mutant(
-        "an adapter's template that took too much is run again at once", "server/loramux_server/template_sandbox.py",
+        "an adapter's template that took too much is run again at once",
+        "server/loramux_server/text/template_sandbox.py",
         "            if template in self._paused:\n", "            if False:\n",
         ("tests/server/test_adapter_text.py",),
     ),

@@ -17,10 +17,10 @@ from loramux_adapters.adapter_files import TEXT_FILES
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.spec import AdapterSpec
-from loramux_server.adapter_text import AdapterTexts, AdapterTokenizer, Kept
-from loramux_server.chat_faults import ChatRefused
-from loramux_server.template_sandbox import _Child
-from loramux_server.tokenizer import TextTokenizer
+from loramux_server.text.adapter_text import AdapterTexts, AdapterTokenizer, Kept
+from loramux_server.text.chat_faults import ChatRefused
+from loramux_server.text.template_sandbox import _Child
+from loramux_server.text.tokenizer import TextTokenizer
 from support.tokenizers import CHAT_TEMPLATE, write_byte_level
 
 SPEC = AdapterSpec("d" * 64, "lora", None, False, {}, frozenset(), 0)

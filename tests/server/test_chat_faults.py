@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_server.chat_faults import _MOST_MESSAGES, ChatRefused, find_fault
-from loramux_server.tokenizer import TextTokenizer
+from loramux_server.text.chat_faults import _MOST_MESSAGES, ChatRefused, find_fault
+from loramux_server.text.tokenizer import TextTokenizer
 from support.tokenizers import write_byte_level
 
 TEXT = {"role": "user", "content": "hi"}

@@ -9,7 +9,7 @@ import pytest
 from loramux_adapters.tokenization import PromptTokenizer
 from loramux_server.engine.detokenize import ChoiceText
 from loramux_server.requests import FinishReason, StopConditions, TokenEvent
-from loramux_server.tokenizer import TextTokenizer
+from loramux_server.text.tokenizer import TextTokenizer
 from support.tokenizers import FAMILIES, make_family
 
 BOS, EOS = 1, 2

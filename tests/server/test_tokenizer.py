@@ -14,9 +14,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loramux_server.chat_faults import ChatRefused
 from loramux_server.engine.incremental import IncrementalDecoder
-from loramux_server.tokenizer import MAX_CHAT_CHARACTERS, TextTokenizer
+from loramux_server.text.chat_faults import ChatRefused
+from loramux_server.text.tokenizer import MAX_CHAT_CHARACTERS, TextTokenizer
 from support.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS, write_byte_level
 
 
@@ -157,5 +157,7 @@ def test_threads_may_share_a_codec(codec: TextTokenizer) -> None:
 
 
 def test_importing_the_module_loads_no_torch() -> None:
-    program = "import sys, loramux_server.tokenizer; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    program = (
+        "import sys, loramux_server.text.tokenizer; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -85,8 +85,8 @@ def _check_texts(files: Mapping[str, Path], base: str, limits: ReadLimits) -> No
     """Whether a server with this base would take the adapter's tokenizer. Raises AdapterError."""
     from loramux_adapters.adapter_files import TEXT_FILES
     from loramux_adapters.base.source import find_base
-    from loramux_server.adapter_text import AdapterTexts
-    from loramux_server.tokenizer import TextTokenizer
+    from loramux_server.text.adapter_text import AdapterTexts
+    from loramux_server.text.tokenizer import TextTokenizer
 
     if any(name in TEXT_FILES for name in files):
         texts = AdapterTexts(TextTokenizer.load(find_base(base, os.environ) or base), limits)

@@ -14,8 +14,8 @@ from typing import TypeVar
 from loramux_server.api.calls import ChatTurn, Tools
 from loramux_server.api.ports import Tokenizer
 from loramux_server.api.server_limits import ServerLimits
-from loramux_server.chat_faults import ChatRefused
 from loramux_server.errors import InvalidRequest, Overloaded
+from loramux_server.text.chat_faults import ChatRefused
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from grpc import aio
 
 from loramux import convert
 from loramux_protos.v1 import inference_pb2
-from loramux_server.chat_faults import ChatRefused
-from loramux_server.tokenizer import TextTokenizer
+from loramux_server.text.chat_faults import ChatRefused
+from loramux_server.text.tokenizer import TextTokenizer
 from support.servers import FakeTokenizer, Inside, details, served
 from support.tokenizers import write_byte_level
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loramux_adapters.tokenization import PromptTokenizer, find_chat_template
-from loramux_server.chat_faults import ChatRefused, find_fault
+from loramux_server.text.chat_faults import ChatRefused, find_fault
 
 MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""

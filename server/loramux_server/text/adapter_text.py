@@ -25,8 +25,8 @@ from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import AdapterSpec
-from loramux_server.template_sandbox import TemplateSandbox
-from loramux_server.tokenizer import TextTokenizer
+from loramux_server.text.template_sandbox import TemplateSandbox
+from loramux_server.text.tokenizer import TextTokenizer
 
 _KEPT_BYTES: Final = 512 << 20
 _VERDICT_BYTES: Final = 32 << 20

@@ -20,8 +20,8 @@ from typing import IO, Any, Final, cast
 
 from jinja2.exceptions import TemplateError
 
-from loramux_server.chat_faults import ChatRefused
-from loramux_server.template_child import CPU_SECONDS, MEMORY_BYTES
+from loramux_server.text.chat_faults import ChatRefused
+from loramux_server.text.template_child import CPU_SECONDS, MEMORY_BYTES
 
 PROCESSES: Final = 2
 _WALL_SECONDS: Final = 60.0  # of a machine on which the child waits for others most of the time
@@ -105,7 +105,7 @@ class _Child:
         # Without the server's environment: what is in it is nobody's business there.
         environment = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loramux_server.template_child"],
+            [sys.executable, "-m", "loramux_server.text.template_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
