@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from loramux_adapters.spec import AdapterSpec
 MOST_COMBINED: Final = 16
 """Adapters of one combination."""
 
+SMALLEST_WEIGHT: Final = 1e-6
 LARGEST_WEIGHT: Final = 100.0
+"""Of either sign. One smaller than the smallest might round to nothing, and the base would answer in the name."""
 
 _DOMAIN = b"loramux-combination-v1"
 
@@ -40,27 +41,39 @@ class Combination:
         return frozenset(digest for digest, _ in self.terms)
 
 
-def combine_specs(terms: Sequence[tuple[AdapterSpec, float]]) -> tuple[Combination, AdapterSpec]:
+@dataclass(frozen=True)
+class Term:
+    """One adapter's facts with its weight, and what to call it in a refusal."""
+
+    spec: AdapterSpec
+    weight: float
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or self.spec.digest[:12]
+
+
+def is_weight(value: float) -> bool:
+    """Whether an adapter's effect can be multiplied by it."""
+    return SMALLEST_WEIGHT <= abs(value) <= LARGEST_WEIGHT
+
+
+def combine_specs(terms: Sequence[Term]) -> tuple[Combination, AdapterSpec]:
     """What adapters with weights come to, as far as their facts tell.
 
     The ranks are those of all together; a module whose parts have no low-rank sum becomes a weight of its own when the
-    adapters are read. Raises AdapterIncompatible where they cannot act together, ValueError for a weight that is 0, not
-    finite or over LARGEST_WEIGHT.
+    adapters are read. Raises AdapterIncompatible where they cannot act together, naming one, ValueError for a weight
+    that is none.
     """
-    for _, weight in terms:
-        if not weight or not math.isfinite(weight) or abs(weight) > LARGEST_WEIGHT:
-            raise ValueError(f"a weight must be a number up to {LARGEST_WEIGHT:g} and not 0, not {weight}")
+    for term in terms:
+        if not is_weight(term.weight):
+            raise ValueError(f"a weight must be from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, not {term.weight}")
+    _check_distinct(terms)
     _check_virtual_tokens(terms)
     _check_invocations(terms)
     _check_vocabularies(terms)
-    specs = [spec for spec, _ in terms]
-    combination = Combination(tuple(sorted((spec.digest, float(weight)) for spec, weight in terms)))
-    if len(combination.digests) < len(terms):
-        raise AdapterIncompatible(
-            "two of the adapters are one and the same content",
-            subject=next(s.digest for i, s in enumerate(specs) if s.digest in {other.digest for other in specs[:i]}),
-            remedy="name it once, with the sum of its weights",
-        )
+    specs = [term.spec for term in terms]
+    combination = Combination(tuple(sorted((term.spec.digest, float(term.weight)) for term in terms)))
     ranks: dict[str, int] = {}
     for spec in specs:
         for module, rank in spec.ranks.items():
@@ -82,49 +95,63 @@ def combine_specs(terms: Sequence[tuple[AdapterSpec, float]]) -> tuple[Combinati
     )
 
 
-def _check_virtual_tokens(terms: Sequence[tuple[AdapterSpec, float]]) -> None:
-    having = [(spec, weight) for spec, weight in terms if spec.virtual_tokens]
+def _check_distinct(terms: Sequence[Term]) -> None:
+    known: dict[str, Term] = {}
+    for term in terms:
+        other = known.setdefault(term.spec.digest, term)
+        if other is not term:
+            raise _refused(
+                term, f"{other} and {term} are one and the same content", "name it once, with the sum of the weights"
+            )
+
+
+def _check_virtual_tokens(terms: Sequence[Term]) -> None:
+    having = [term for term in terms if term.spec.virtual_tokens]
     if len(having) > 1:
-        raise AdapterIncompatible(
-            f"{len(having)} of the adapters stand before the prompt (virtual tokens, a prefix): in which order would "
-            "change what they say",
-            subject=having[1][0].kind,
-            remedy="name one such adapter; those that change weights may act beside it",
+        raise _refused(
+            having[1],
+            f"{_listed(having)} stand before the prompt (virtual tokens, a prefix), and in which order would change "
+            "what they say",
+            "name one such adapter; those that change weights may act beside it",
         )
-    if having and having[0][1] != 1.0:
-        raise AdapterIncompatible(
-            f"positions before the prompt ({having[0][0].kind}) have no weight",
-            subject=having[0][0].kind,
-            remedy="give it the weight 1",
-        )
+    if having and having[0].weight != 1.0:
+        what = f"{having[0]} ({having[0].spec.kind}) stands before the prompt, and positions have no weight"
+        raise _refused(having[0], what, "give it the weight 1")
 
 
-def _check_invocations(terms: Sequence[tuple[AdapterSpec, float]]) -> None:
-    if len({spec.invocation for spec, _ in terms}) > 1:
-        raise AdapterIncompatible(
-            "one of the adapters acts from its invocation tokens on only (activated LoRA), another from elsewhere",
-            subject=next(spec.kind for spec, _ in terms if spec.invocation),
-            remedy="name it alone, or with adapters of the same invocation tokens",
+def _check_invocations(terms: Sequence[Term]) -> None:
+    if len({term.spec.invocation for term in terms}) > 1:
+        activated = next(term for term in terms if term.spec.invocation)
+        raise _refused(
+            activated,
+            f"{activated} acts from its invocation tokens on only (activated LoRA), the others do not",
+            "name it alone, or with adapters of the same invocation tokens",
         )
 
 
-def _check_vocabularies(terms: Sequence[tuple[AdapterSpec, float]]) -> None:
-    resized = [(spec, weight) for spec, weight in terms if spec.vocabulary]
+def _check_vocabularies(terms: Sequence[Term]) -> None:
+    resized = [term for term in terms if term.spec.vocabulary]
     if len(resized) > 1:
-        raise AdapterIncompatible(
-            f"{len(resized)} of the adapters have a vocabulary of their own: one id would be two tokens",
-            subject=resized[1][0].digest,
-            remedy="name one such adapter",
+        what = f"{_listed(resized)} have vocabularies of their own: one id would be two tokens"
+        raise _refused(resized[1], what, "name one such adapter")
+    if resized and resized[0].weight != 1.0:
+        what = f"the base knows nothing of the tokens that {resized[0]} adds, so that they have no weight"
+        raise _refused(resized[0], what, "give it the weight 1")
+    texts = [term for term in terms if term.spec.text_files]
+    if resized and texts and not resized[0].spec.text_files:
+        what = f"the tokens of {resized[0]} would be read by the tokenizer of {texts[0]}: one id would be two tokens"
+        raise _refused(resized[0], what, f"push {texts[0]} without its tokenizer (--no-tokenizer)")
+    if len({term.spec.text_files for term in texts}) > 1:
+        raise _refused(
+            texts[1],
+            f"{_listed(texts)} bring different tokenizers or chat templates: a text would be two prompts",
+            "push all but one without them (--no-tokenizer)",
         )
-    if resized and resized[0][1] != 1.0:
-        raise AdapterIncompatible(
-            "the base knows nothing of the tokens that the adapter adds, so that they have no weight",
-            subject=resized[0][0].digest,
-            remedy="give it the weight 1",
-        )
-    if len({spec.text_files for spec, _ in terms if spec.text_files}) > 1:
-        raise AdapterIncompatible(
-            "the adapters bring different tokenizers or chat templates: a text would be two prompts",
-            subject=next(spec.digest for spec, _ in terms if spec.text_files),
-            remedy="push all but one without them (--no-tokenizer)",
-        )
+
+
+def _listed(terms: Sequence[Term]) -> str:
+    return " and ".join(map(str, terms))
+
+
+def _refused(term: Term, what: str, remedy: str) -> AdapterIncompatible:
+    return AdapterIncompatible(what, subject=str(term), remedy=remedy)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from loramux_adapters.combination import combine_specs
+from loramux_adapters.combination import Term, combine_specs
 from loramux_adapters.errors import AdapterIncompatible
 from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.low_rank import LowRank
@@ -35,17 +35,30 @@ def combine(terms: Sequence[tuple[AdapterWeights, float]], base: BaseModelSpec) 
 
     Raises AdapterIncompatible, with the module, where there is none that is exact.
     """
-    _, spec = combine_specs([(weights.spec, weight) for weights, weight in terms])
+    _, spec = combine_specs([Term(weights.spec, weight) for weights, weight in terms])
     # In one order, whatever the caller's: what is equal has equal bits.
     terms = sorted(terms, key=lambda term: term[0].spec.digest)
     names = sorted({name for weights, _ in terms for name in weights.modules})
     modules = {}
     for name in names:
         shares = [(weights.modules[name].parts, weight) for weights, weight in terms if name in weights.modules]
+        if name == base.embedding and spec.vocabulary:
+            _check_rows(name, shares)
         modules[name] = ModuleWeights(_combine_module(name, shares, base))
     ranks = {name: part.rank for name, module in modules.items() if (part := module.get(LowRank)) is not None}
     others = (spec.others | spec.ranks.keys()) - ranks.keys()
     return AdapterWeights(replace(spec, ranks=ranks, others=others), modules)
+
+
+def _check_rows(name: str, contributions: Sequence[Contribution]) -> None:
+    """Beside an adapter with a vocabulary of its own no other may change rows of the embedding: it has others."""
+    acting = [parts for parts, _ in contributions if any(not KIND_OF[type(p)].for_virtual_ids for p in parts)]
+    if len(acting) > 1:
+        raise AdapterIncompatible(
+            f"{name}: one of the adapters has a vocabulary of its own, and another changes rows of the base's",
+            subject=name,
+            remedy="name the one with its vocabulary beside adapters that leave the embedding alone",
+        )
 
 
 def _combine_module(name: str, contributions: Sequence[Contribution], base: BaseModelSpec) -> tuple[Part, ...]:

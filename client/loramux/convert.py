@@ -46,7 +46,7 @@ def generate_request(
             for name, weight in refusals.take("adapter", adapter, fields.adapters) or ():
                 request.adapters.add(adapter=name, weight=weight)
         else:
-            request.adapter = refusals.take("adapter", adapter, fields.text) or ""
+            request.adapter = refusals.take("adapter", adapter, fields.adapter) or ""
         if len(given) != 1:
             refusals.add("input", f"give exactly one of text, token_ids and messages, not {', '.join(given) or 'none'}")
         elif text is not None:

@@ -57,6 +57,7 @@ REAL: Mapping[str, Range] = {
 }
 BIAS = Range(-100.0, 100.0)
 WEIGHT = Range(-100.0, 100.0)
+_LEAST_WEIGHT = 1e-6
 TTL = Range(0.0, 10 * 365 * 86_400, "that is 10 years, and None means that the adapter stays", above=True)
 MAX_USES = (1, 1_000_000_000, "it must be from 1 to 1000000000, and None means no limit")
 YES_OR_NO = frozenset({"include_stop", "ignore_eos", "return_token_ids", "echo"})
@@ -204,6 +205,13 @@ def biases(value: Any) -> dict[int, float]:
     }
 
 
+def adapter(value: Any) -> str:
+    """A reference to one adapter."""
+    if not isinstance(value, str):
+        raise _WrongError(f"{_shown(value)} is no name of an adapter, and no mapping of names to weights")
+    return text(value)
+
+
 def adapters(value: Any) -> list[tuple[str, float]]:
     """References to adapters with their weights."""
     _at_most(value, _MOST_ADAPTERS, "adapters together")
@@ -212,7 +220,7 @@ def adapters(value: Any) -> list[tuple[str, float]]:
     return [
         (
             _part(f"[{name!r}]", _reference, name),
-            _part(f"[{name!r}]", lambda weight: _real(weight, WEIGHT) or _refuse_zero(), weight),
+            _part(f"[{name!r}]", _weight, weight),
         )
         for name, weight in value.items()
     ]
@@ -224,8 +232,11 @@ def _reference(value: Any) -> str:
     return value  # type: ignore[no-any-return]
 
 
-def _refuse_zero() -> float:
-    raise _WrongError("must not be 0: leave the adapter out")
+def _weight(value: Any) -> float:
+    number = _real(value, WEIGHT)
+    if abs(number) < _LEAST_WEIGHT:
+        raise _WrongError(f"{number:g} is too near 0: leave the adapter out")
+    return number
 
 
 def json_text(value: Any) -> str:

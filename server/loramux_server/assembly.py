@@ -125,7 +125,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
     by_frequency = config.adapter_eviction == "frequency"
-    combinations = Combinations()
+    combinations = Combinations(most_rank=capacity, most_bytes=config.max_adapter_bytes)
     stored = AdapterLoader(store, read, base.spec.fingerprint)
     combined = CombinationLoader(combinations.find, lambda digest: host.load(digest), partial(combine, base=base.spec))
     host: HostCache[AdapterWeights] = HostCache(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from loramux_adapters.combination import Combination
+from loramux_adapters.errors import AdapterIncompatible
+from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store.records import AdapterNames
 
 MOST_REMEMBERED: Final = 1024
@@ -25,8 +27,12 @@ class _Known:
 class Combinations:
     """Digest -> combination. Thread-safe, never waits."""
 
-    def __init__(self, most_remembered: int = MOST_REMEMBERED) -> None:
+    def __init__(
+        self, most_remembered: int = MOST_REMEMBERED, *, most_rank: int | None = None, most_bytes: int | None = None
+    ) -> None:
+        """`most_rank` rank rows and `most_bytes`, as uploaded, may one combination have in all; None: any."""
         self._most = most_remembered
+        self._most_rank, self._most_bytes = most_rank, most_bytes
         self._known: dict[str, _Known] = {}
         self._unheld: OrderedDict[str, None] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
@@ -36,8 +42,21 @@ class Combinations:
         known = self._known.get(digest)
         return None if known is None else known.combination
 
-    def hold(self, combination: Combination, name: str) -> None:
-        """A request uses it from now on, until `release`."""
+    def hold(self, combination: Combination, name: str, spec: AdapterSpec) -> None:
+        """A request uses it from now on, until `release`.
+
+        Raises AdapterIncompatible where it is too large: before any of it is read, and while nobody has used it.
+        """
+        for what, found, most in (
+            ("ranks", spec.max_rank, self._most_rank),
+            ("bytes", spec.nbytes, self._most_bytes),
+        ):
+            if most is not None and found > most:
+                raise AdapterIncompatible(
+                    f"the {what} of {name} add up to {found}, and one request may use {most}",
+                    subject=name,
+                    remedy="name fewer or smaller adapters",
+                )
         digest = combination.digest
         with self._lock:
             known = self._known.setdefault(digest, _Known(combination, name))

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import BinaryIO, Protocol
 
 from loramux_adapters.adapter_files import TEXT_FILES
-from loramux_adapters.combination import combine_specs
+from loramux_adapters.combination import Term, combine_specs
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
 from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.protocol import AdapterStore
@@ -173,9 +173,9 @@ class Registry:
             if len(parts) == 1 and parts[0][1] == 1.0:
                 held.pop_all()
                 return parts[0][0]
-            combination, spec = combine_specs([(part.spec, weight) for part, weight in parts])
+            combination, spec = combine_specs([Term(part.spec, weight, part.name) for part, weight in parts])
             name = name_of([(part.name, weight) for part, weight in parts])
-            self._combinations.hold(combination, name)
+            self._combinations.hold(combination, name, spec)
             held.pop_all()
             return HeldCombination(combination, name, spec, [part for part, _ in parts], self._end_combination)
 
@@ -274,6 +274,8 @@ class Registry:
             raise _unreadable() from error
         published = self._store.publish(tenant, upload_id, weights.spec, self._base)
         self._caches.offer(weights)
+        if not self._store.existing([weights.spec.digest]):  # deleted meanwhile, and evicted before it was offered
+            self._caches.evict(weights.spec.digest)
         # Whatever was wrong with this content, bytes or base, is right now.
         self._reconcile(retry=published.record.digest)
         self._evict_removed()

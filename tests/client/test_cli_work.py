@@ -145,7 +145,7 @@ def test_unknown_demo_task_lists_the_known() -> None:
         (["style=much"], "'much' is no number, as in style=0.5"),
         (["style", "style=2"], "style is given twice"),
         (["style", "=2"], "must not be empty"),
-        (["style", "facts=0"], "must not be 0"),
+        (["style", "facts=0"], "is too near 0"),
     ],
 )
 def test_adapters_with_weights_are_refused_by_name(given: list[str], why: str) -> None:

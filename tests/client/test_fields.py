@@ -139,6 +139,7 @@ def test_what_is_refused_here_is_what_a_server_refuses(option: str, values: list
 
 ADAPTERS: list[Mapping[str, float]] = [
     {"a": 1.0}, {"a": 0.0}, {"a": 100.0, "b@12345678": -100.0}, {"a": 101.0}, {"": 1.0}, {"a": math.nan},
+    {"a": 1e-7}, {"a": -1e-6},
     dict.fromkeys(map(str, range(16)), 1.0), dict.fromkeys(map(str, range(17)), 1.0),
 ]  # fmt: skip
 

@@ -153,8 +153,8 @@ def test_several_adapters_in_one_request_act_as_their_sum(
 
 def test_what_has_no_sum_is_refused(client: Client, names: dict[str, str]) -> None:
     for kinds, why in (
-        (("prompt tuning", "prefix tuning"), "2 of the adapters stand before the prompt"),
-        (("alora", "lora"), "acts from its invocation tokens on only"),
+        (("prompt tuning", "prefix tuning"), "kind-[0-9]+ and kind-[0-9]+ stand before the prompt"),
+        (("alora", "lora"), "kind-[0-9]+ acts from its invocation tokens on only"),
     ):
         with pytest.raises(InvalidArgument, match=why):
             client.generate(token_ids=PROMPT, adapter={names[kind]: 1.0 for kind in kinds}, max_tokens=2)

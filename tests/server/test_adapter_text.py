@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from loramux_adapters.adapter_files import TEXT_FILES
-from loramux_adapters.errors import AdapterError
+from loramux_adapters.errors import AdapterError, AdapterInvalid
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.spec import AdapterSpec
 from loramux_server.text.adapter_text import AdapterTexts, AdapterTokenizer, Kept
@@ -201,7 +202,7 @@ LOOPS = {
     "time": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(9) %}{% endfor %}"
     "{% endfor %}{% endfor %}",
     "memory": "{{ ('x' * 3000000000) | length }}",
-    "one operation": "{{ 10 ** (10 ** 8) % 7 }}",
+    "one operation": "{% set ten = messages | length * 10 %}{{ ten ** (10 ** 8) % 7 }}",
     "output": "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
 }
 
@@ -225,7 +226,6 @@ def test_a_template_that_takes_too_much_harms_itself_alone(
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0]['nothing']['there'] }}", "it failed on these messages"),
-        ("{% for %}", "it failed on these messages"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "it failed on these messages"),
         ("{% include '/etc/passwd' %}", "it failed on these messages"),
     ],
@@ -233,6 +233,61 @@ def test_a_template_that_takes_too_much_harms_itself_alone(
 def test_a_template_that_fails_says_what_is_for_the_caller(texts: AdapterTexts, template: str, words: str) -> None:
     with pytest.raises(ChatRefused, match=words):
         made_of(texts, {"chat_template.jinja": template.encode()}).render_chat(MESSAGES)
+
+
+def test_one_that_takes_too_much_to_compile_is_refused_at_upload(texts: AdapterTexts, tmp_path: Path) -> None:
+    """Jinja computes what is constant when it compiles."""
+    (tmp_path / "chat_template.jinja").write_text("{{ 10 ** (10 ** 8) % 7 }}")
+    with pytest.raises(AdapterInvalid, match=r"cannot be compiled: .*takes more than 2 s"):
+        texts.check({"chat_template.jinja": tmp_path / "chat_template.jinja"})
+
+
+@pytest.mark.parametrize("most", [None, 4, 5])
+def test_what_a_template_makes_of_little_is_bounded(texts: AdapterTexts, most: int | None) -> None:
+    made = made_of(texts, {"chat_template.jinja": b"{{ 'a' * 5 }}"})
+    if most == 4:
+        with pytest.raises(ChatRefused, match="the template makes 5 characters of them, which no context holds"):
+            made.encode_chat(MESSAGES, (), most)
+    else:
+        assert made.encode_chat(MESSAGES, (), most)
+
+
+def test_many_tokens_are_added_at_once(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call builds the matcher of all tokens anew: one by one, 16,000 took a minute."""
+    base = TextTokenizer.load(directory)
+    texts = AdapterTexts(base, ReadLimits())
+    tokens = [AddedToken(f"<t{number}>", special=number % 2 == 0) for number in range(50)]
+    own = files_of(save(directory, tmp_path / "own", methodcaller("add_tokens", tokens)))
+    calls: list[int] = []
+    add = type(base._tokenizer).add_tokens
+    monkeypatch.setattr(
+        type(base._tokenizer), "add_tokens", lambda self, new, **more: calls.append(len(new)) or add(self, new, **more)
+    )
+    made = made_of(texts, own)
+    assert calls == [50]
+    ids = made.encode("a<t0> b<t49>")
+    assert {base.vocab_size, base.vocab_size + 49} <= set(ids)
+    assert "<t0>" not in made.decode(ids)
+    assert "<t49>" in made.decode(ids)
+    texts.close()
+
+
+def test_half_a_character_is_no_template_and_no_text(texts: AdapterTexts, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
+    with pytest.raises(AdapterInvalid, match="the chat template cannot be compiled"):
+        texts.check({"tokenizer_config.json": tmp_path / "tokenizer_config.json"})
+    made = made_of(texts, {"chat_template.jinja": b"{{ '\\ud800' }}"})
+    with pytest.raises(ChatRefused, match="it failed on these messages"):
+        made.render_chat(MESSAGES)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": ["x"], "template": "y"}]}')
+    texts.check({"tokenizer_config.json": tmp_path / "tokenizer_config.json"})
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ messages", "{% macro x() %}", "{{ 1 | nofilter }}"])
+def test_what_is_no_template_is_refused_at_upload(texts: AdapterTexts, tmp_path: Path, template: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text(f"{{# a line #}}\n{template}")
+    with pytest.raises(AdapterInvalid, match=r"chat_template.jinja: the chat template cannot be compiled: .*line 2"):
+        texts.check({"chat_template.jinja": tmp_path / "chat_template.jinja"})
 
 
 def test_what_is_built_is_kept_within_a_bound(directory: Path, tmp_path: Path) -> None:

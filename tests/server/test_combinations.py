@@ -79,6 +79,22 @@ async def test_a_refused_combination_holds_nothing(registry: Registry, caches: C
     assert caches.evicted == [DIGESTS["style"]]  # nobody holds it any more
 
 
+def test_one_that_is_too_large_is_refused_before_anything_is_read(tmp_path: Path, caches: Caches) -> None:
+    store = quick_store(tmp_path)
+    for name, files in FILES.items():
+        put(store, name, files)
+    both = 2 * spec_of(FILES["style"]).nbytes
+    for limits, why in (
+        ({"most_rank": 15}, "the ranks of style=0.7\\+facts add up to 16, and one request may use 15"),
+        ({"most_bytes": both - 1}, f"add up to {both}, and one request may use {both - 1}"),
+    ):
+        registry = Registry(store, read_facts, BASE, caches, combinations=Combinations(**limits))
+        with pytest.raises(AdapterIncompatible, match=why):
+            registry.resolve_all(TENANT, BOTH)
+        assert not registry._combinations._known
+    store.close()
+
+
 @pytest.mark.asyncio
 async def test_what_is_held_outlives_its_names_and_leaves_with_its_adapters(
     registry: Registry, combinations: Combinations, caches: Caches
@@ -157,7 +173,7 @@ class _Books(RuleBasedStateMachine):
     @rule(terms=st.dictionaries(st.sampled_from(ADAPTERS), st.sampled_from([0.5, 1.0]), min_size=1, max_size=2))
     def hold(self, terms: dict[str, float]) -> None:
         combination = Combination(tuple(sorted(terms.items())))
-        self.books.hold(combination, "name")
+        self.books.hold(combination, "name", spec_of(FILES["style"]))
         self.held.append(combination)
 
     @precondition(lambda self: self.held)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
+from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.records import AdapterUpdate, DesiredState, Quotas
 from loramux_server.registry import Registry
 from support.caches import Caches, desired
@@ -57,6 +58,20 @@ async def test_what_is_published_is_offered_and_what_is_refused_is_not(
     with pytest.raises(StoreUnavailable):
         await push(registry, "c", "two")
     assert caches.offered == [ONE, ONE]
+
+
+async def test_what_is_deleted_before_it_is_offered_is_not_kept(registry: Registry, caches: Caches) -> None:
+    class Late(Caches):
+        def offer(self, weights: Weights) -> None:
+            asyncio.run_coroutine_threadsafe(registry.delete(TENANT, "a"), loop).result(30)
+            super().offer(weights)
+
+    loop, late = asyncio.get_running_loop(), Late()
+    late.desired = caches.desired
+    registry._caches = late
+    await push(registry, "a", "one")
+    assert late.offered == [ONE]
+    assert late.evicted[-1] == ONE
 
 
 async def test_every_change_of_a_name_tells_the_whole_desired_state(registry: Registry, caches: Caches) -> None:

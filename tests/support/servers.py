@@ -64,7 +64,12 @@ class FakeTokenizer:
         """Characters that are not in the alphabet become spaces."""
         return [ALPHABET.find(char) if char in ALPHABET else 62 for char in text]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        most_characters: int | None = None,
+    ) -> list[int]:
         """Refuses a role "tool", as templates do."""
         if any(message["role"] == "tool" for message in messages):
             raise ValueError("no role tool")

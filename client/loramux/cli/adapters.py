@@ -126,7 +126,7 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
         ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
         ("rank", adapter.max_rank or "-"),
         ("targets", ", ".join(adapter.targets)),
-        ("vocabulary", f"{adapter.vocabulary} tokens of its own" if adapter.vocabulary else "the base's"),
+        ("vocabulary", f"{adapter.vocabulary} tokens, other than the base's" if adapter.vocabulary else "the base's"),
         ("text", ", ".join(adapter.text_files) or "by the base's tokenizer and chat template"),
         ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
         ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),

@@ -43,7 +43,7 @@ class _Group(ServerOptionsGroup):
 app = typer.Typer(
     cls=_Group,
     name="loramux",
-    help="One frozen 4-bit base model, many LoRA adapters, one batch.",
+    help="One frozen 4-bit base model, many adapters, one batch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -64,7 +64,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """One frozen 4-bit base model, many LoRA adapters, one batch."""
+    """One frozen 4-bit base model, many adapters, one batch."""
     limit_spinning()  # before any command loads torch
     for former, present in renamed_variables(os.environ, {_ADDRESS: _ADDRESS}).items():
         raise CommandError(f"env {former} was renamed to {present}", remedy=f"set {present}", code=ExitCode.USAGE)

@@ -126,7 +126,7 @@ class WeightedAdapter(_message.Message):
     adapter: _builtins.str
     """As GenerateRequest.adapter, not empty."""
     weight: _builtins.float
-    """What the adapter's effect is multiplied by, default 1; from -100 to 100 and not 0."""
+    """What the adapter's effect is multiplied by, default 1; from 1e-6 to 100, or as much below 0."""
     def __init__(
         self,
         *,

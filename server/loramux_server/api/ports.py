@@ -42,8 +42,13 @@ class Tokenizer(Protocol):
     def takes_tools(self) -> bool:
         """Whether the chat template does anything with tools."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids of a conversation rendered by the template.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        most_characters: int | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation rendered by the template, of at most so many characters.
 
         Raises ValueError when it refuses, a ChatRefused where the message at fault is known.
         """

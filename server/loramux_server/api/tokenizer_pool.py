@@ -58,8 +58,9 @@ class TokenizerPool:
         messages = [turn.message() for turn in turns]
         length = sum(turn.characters for turn in turns)
         run = self._wait if tokenizer.waits else self._run
+        most = limits.context_tokens * tokenizer.longest_token  # a template may make much of little
         try:
-            ids = await run(length, lambda: tokenizer.encode_chat(messages, tools))
+            ids = await run(length, lambda: tokenizer.encode_chat(messages, tools, most))
         except ValueError as error:
             where = error.where if isinstance(error, ChatRefused) else ""
             raise InvalidRequest(f"chat.messages{where}", str(error)) from error

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loramux_adapters.combination import LARGEST_WEIGHT, MOST_COMBINED
+from loramux_adapters.combination import LARGEST_WEIGHT, MOST_COMBINED, SMALLEST_WEIGHT, is_weight
 from loramux_adapters.names import (
     LABEL_KEY,
     MAX_LABEL_CHARACTERS,
@@ -51,7 +51,7 @@ def check(*rules: Iterable[InvalidRequest]) -> None:
 
 def check_generate(call: GenerateCall, limits: ServerLimits) -> None:
     """Everything that can be checked without tokenizing, and before it is known which tokens an adapter knows."""
-    if call.adapter:
+    if call.adapter or call.adapters:
         limits = replace(limits, vocabulary=_ANY_TOKEN)
     check(
         request_id("request_id", call.request_id) if call.request_id else (),
@@ -94,8 +94,8 @@ def _combined(call: GenerateCall) -> Wrong:
     yield from _at_most("adapters", len(call.adapters), MOST_COMBINED, "adapters together")
     for index, (value, weight) in enumerate(call.adapters):
         yield from reference(f"adapters[{index}].adapter", value)
-        if not weight or not math.isfinite(weight) or abs(weight) > LARGEST_WEIGHT:
-            why = f"must be a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} and not 0: leave the adapter out"
+        if not is_weight(weight):
+            why = f"must be from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, or as much below 0: leave the adapter out"
             yield InvalidRequest(f"adapters[{index}].weight", why)
 
 

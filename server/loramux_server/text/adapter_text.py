@@ -19,18 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
+from jinja2.exceptions import TemplateError
+
 from loramux_adapters.adapter_files import CHAT_TEMPLATE_FILE, TEXT_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.refusals import quote
 from loramux_adapters.spec import AdapterSpec
+from loramux_server.text.chat_faults import ChatRefused
 from loramux_server.text.template_sandbox import TemplateSandbox
 from loramux_server.text.tokenizer import TextTokenizer
 
 _KEPT_BYTES: Final = 512 << 20
 _VERDICT_BYTES: Final = 32 << 20
 _ENTRY_BYTES: Final = 1024  # of a token in a list, or of what takes nothing beside the base's
+_BYTES_A_CHARACTER: Final = 4
 _BYTES_A_TOKEN: Final = 512  # of a built tokenizer, with its merges: an estimate from above
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tells how a text is tokenized, in ways that tokenizer.json does not: must be the base's where both name it.
@@ -51,6 +55,11 @@ class OwnText:
     added: tuple[Mapping[str, Any], ...]  # tokens, as tokenizer.json lists them
     roles: Mapping[str, str]  # special tokens by role, such as eos_token
     template: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory, from above."""
+        return _ENTRY_BYTES * (1 + len(self.added)) + _BYTES_A_CHARACTER * len(self.template or "")
 
     @property
     def is_the_bases(self) -> bool:
@@ -77,16 +86,16 @@ class AdapterTokenizer(TextTokenizer):
         return made
 
     def _use(self, own: OwnText, sandbox: TemplateSandbox) -> None:
-        self._sandbox, self._own = sandbox, own
+        self._sandbox, self.own = sandbox, own
         self._own_roles = own.roles
         self._template = self._template if own.template is None else own.template
         if "eos_token" in own.roles:
             self._eos_token_ids |= {self._tokenizer.convert_tokens_to_ids(own.roles["eos_token"])}
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        if self._own.template is None:
+        if self.own.template is None:
             return super()._render(messages, tools)
-        return self._sandbox.render(self._own.template, messages, tools, self.roles)
+        return self._sandbox.render(self.own.template, messages, tools, self.roles)
 
 
 class Kept(Generic[K, V]):
@@ -147,7 +156,9 @@ class AdapterTexts:
                 files = await read()
                 found = await asyncio.get_running_loop().run_in_executor(self._builder, self._build, files)
                 has_own = found is not self._base and found.vocab_size > self._base.vocab_size
-                self._kept.put(spec.text_files, found, _BYTES_A_TOKEN * found.vocab_size if has_own else _ENTRY_BYTES)
+                size = _BYTES_A_TOKEN * found.vocab_size if has_own else 0
+                own = found.own.nbytes if isinstance(found, AdapterTokenizer) else _ENTRY_BYTES
+                self._kept.put(spec.text_files, found, size + own)
             return found
 
     def close(self) -> None:
@@ -167,7 +178,7 @@ class AdapterTexts:
             return known
         own = self._compare(files)
         with self._lock:
-            self._verdicts.put(key, own, _ENTRY_BYTES * (1 + len(own.added)) + len(own.template or ""))
+            self._verdicts.put(key, own, own.nbytes)
         return own
 
     def _compare(self, files: Mapping[str, bytes]) -> OwnText:
@@ -187,13 +198,27 @@ class AdapterTexts:
             if (token := _content(config.get(role))) is not None and token != known.get(role)
         }
         self._check_roles(roles, added)
-        return OwnText(tuple(added), roles, None if template == self._base.template else template)
+        if template is not None and template != self._base.template:
+            self._check_template(template)
+            return OwnText(tuple(added), roles, template)
+        return OwnText(tuple(added), roles, None)
+
+    def _check_template(self, template: str) -> None:
+        try:
+            template.encode()  # half a character is text in JSON and nowhere else
+            self._sandbox.check(template)
+        except (TemplateError, ChatRefused, ValueError) as error:
+            raise AdapterInvalid(
+                f"{CHAT_TEMPLATE_FILE}: the chat template cannot be compiled: {quote(str(error))}",
+                subject=CHAT_TEMPLATE_FILE,
+                remedy="correct it, or push without the tokenizer's files (--no-tokenizer)",
+            ) from error
 
     def _check_ids(self, added: Sequence[Mapping[str, Any]]) -> None:
-        known = self._base.vocabulary()
+        known = dict(self._base.vocabulary())
         following = max(known.values(), default=-1) + 1
         for entry in added:
-            place = known.get(entry["content"], following)
+            place = known.setdefault(entry["content"], following)  # a second one of the same text is no token
             if place != entry["id"]:
                 raise _misplaced(entry, place)
             following += place == following
@@ -201,7 +226,7 @@ class AdapterTexts:
     def _check_behavior(self, config: Mapping[str, object]) -> None:
         base = self._base.settings
         for key in _BEHAVIOR:
-            if key in config and key in base and bool(config[key]) != bool(base[key]):
+            if config.get(key) is not None and base.get(key) is not None and bool(config[key]) != bool(base[key]):
                 raise AdapterIncompatible(
                     f"{TOKENIZER_CONFIG_FILE}: {key} is {quote(config[key])}, the base's {quote(base[key])}",
                     subject=f"{TOKENIZER_CONFIG_FILE}: {key}",
@@ -231,8 +256,8 @@ class AdapterTexts:
                 ) from error
         found = config.get("chat_template")
         if isinstance(found, list):  # several by name, as transformers once wrote them
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-            found = named.get("default")
+            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = named[0].get("template") if named else None
         return found if isinstance(found, str) else None
 
 
@@ -246,9 +271,10 @@ def _content(value: object) -> str | None:
 def _add_tokens(tokenizer: Any, added: Sequence[Mapping[str, Any]]) -> None:
     from tokenizers import AddedToken
 
+    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    tokens = [AddedToken(entry["content"], **{key: bool(entry[key]) for key in flags}) for entry in added]
+    tokenizer.add_tokens(tokens)  # all at once: each call builds the matcher of all tokens anew
     for entry in added:
-        flags = {key: bool(entry[key]) for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
-        tokenizer.add_tokens([AddedToken(entry["content"], **flags)], special_tokens=flags["special"])
         if (found := tokenizer.convert_tokens_to_ids(entry["content"])) != entry["id"]:
             raise _misplaced(entry, found)
 

@@ -50,8 +50,17 @@ class TemplateSandbox:
         Raises TemplateError with what the template says itself, ValueError where it fails, ChatRefused where it takes
         too much: then it is not run again for a minute.
         """
+        return self._run(
+            {"template": template, "messages": list(messages), "tools": list(tools), "tokens": dict(tokens)}
+        )
+
+    def check(self, template: str) -> None:
+        """Whether it is a template at all. Raises as `render` does; a TemplateError has the line."""
+        self._run({"template": template, "messages": None})
+
+    def _run(self, job: Mapping[str, Any]) -> str:
+        template = job["template"]
         self._check_pause(template)
-        job = {"template": template, "messages": list(messages), "tools": list(tools), "tokens": dict(tokens)}
         child = self._free.get()
         try:
             child = child or _Child()

@@ -137,12 +137,19 @@ class TextTokenizer:
         """Whether the chat template does anything with tools."""
         return self._template is not None and _TOOLS.search(self._template) is not None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        most_characters: int | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
 
-        Raises ChatRefused when there is no template, it refuses the messages, or they are too long.
+        Raises ChatRefused when there is no template, it refuses the messages, or what it makes of them is too long.
         """
         rendered = self.render_chat(messages, tools)
+        if most_characters is not None and len(rendered) > most_characters:
+            raise ChatRefused(f"the template makes {len(rendered)} characters of them, which no context holds")
         with self._lock:
             return self._prompts.encode_rendered(rendered)
 

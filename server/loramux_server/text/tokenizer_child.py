@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-CPU_SECONDS = 20
+CPU_SECONDS = 8
 MEMORY_BYTES = 2 << 30
 MAX_CONTENT = 512
 """Characters of one token."""
@@ -62,6 +62,7 @@ def _check_entry(entry: Any) -> None:
         and 0 <= entry["id"] < 1 << 31
         and isinstance(entry.get("content"), str)
         and 0 < len(entry["content"]) <= MAX_CONTENT
+        and not any("\ud800" <= character <= "\udfff" for character in entry["content"])
         and all(isinstance(entry.get(key, False), bool) for key in _FLAGS)
     )
     if not is_entry:

@@ -65,6 +65,14 @@ def test_rows_that_are_in_no_tensor_are_refused(
     assert "modules_to_save" in caught.value.remedy
 
 
+@pytest.mark.parametrize("vocabulary", [V + 3, V - 3])
+def test_an_activated_one_is_refused(tmp_path: Path, vocabulary: int) -> None:
+    """What is before the invocation is computed as the base's, which knows other tokens."""
+    directory = make(tmp_path, vocabulary=vocabulary, alora_invocation_tokens=[3, 4])
+    with pytest.raises(AdapterIncompatible, match=f"alora_invocation_tokens of a model with {vocabulary} tokens"):
+        read_it(directory)
+
+
 def test_trainable_tokens_alone_on_an_untied_base_lack_the_heads(tmp_path: Path) -> None:
     resized = copy.deepcopy(model_of(False))
     with peft_warnings_ignored():

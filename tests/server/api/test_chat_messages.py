@@ -38,7 +38,9 @@ class Recorder(FakeTokenizer):
     def __init__(self) -> None:
         self.given: list[tuple[list[Any], list[Any]]] = []
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), most: int | None = None
+    ) -> list[int]:
         self.given.append((list(messages), list(tools)))
         return [1, 2]
 
@@ -98,7 +100,9 @@ def test_the_template_renders_them_as_in_training(tmp_path: Path) -> None:
 class TextOnly(FakeTokenizer):
     """Fails as templates do that add strings."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), most: int | None = None
+    ) -> list[int]:
         raise ChatRefused("the chat template refused: it fails on a list here, and takes text", "[1].content")
 
 

@@ -38,7 +38,9 @@ class SlowTokenizer:
             self.go.wait(60)
         return [1] * len(text)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), most: int | None = None
+    ) -> list[int]:
         return self.encode("".join(message["content"] for message in messages))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -109,7 +111,9 @@ class WaitingTokenizer(SlowTokenizer):
 
     waits = True
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), most: int | None = None
+    ) -> list[int]:
         self.go.wait(60)
         return [1]
 

@@ -240,9 +240,9 @@ def test_what_is_within_bounds_passes() -> None:
             (
                 {"adapters": (("b", 1.0), ("c", weight))},
                 "adapters[1].weight",
-                "must be a number from -100 to 100 and not 0",
+                "must be from 1e-06 to 100, or as much below 0",
             )
-            for weight in (0.0, math.nan, math.inf, -100.1)
+            for weight in (0.0, 9e-7, math.nan, math.inf, -100.1)
         ),
     ],
 )

@@ -76,3 +76,17 @@ async def test_an_id_is_refused_before_a_use_is_taken(tmp_path: Path) -> None:
         with pytest.raises(aio.AioRpcError):
             await server.inference.Generate(_request("wide", ids=[VOCABULARY + 3]))
         await server.inference.Generate(_request("wide", ids=[VOCABULARY + 2]))
+
+
+async def test_several_adapters_know_what_one_of_them_knows(tmp_path: Path) -> None:
+    async with served(tmp_path, Inside(read=read)) as server:
+        await push_all(server)
+        for token, is_known in ((VOCABULARY + 2, True), (VOCABULARY + 3, False)):
+            for request in requests_with(token, "").values():
+                for name, weight in (("wide", 1.0), ("plain", 0.5)):
+                    request.adapters.add(adapter=name, weight=weight)
+                if is_known:
+                    assert (await server.inference.Generate(request)).choices
+                else:
+                    with pytest.raises(aio.AioRpcError, match=f"outside the vocabulary of {VOCABULARY + 3}"):
+                        await server.inference.Generate(request)

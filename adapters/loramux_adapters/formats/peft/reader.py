@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.adapter_files import INITIAL_FILE, WEIGHTS_FILE
+from loramux_adapters.adapter_files import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
 from loramux_adapters.formats.base_weight import check_is_base_weight
 from loramux_adapters.formats.declared_base import declared_fingerprint, is_other_base, read_declarations
@@ -49,6 +49,13 @@ def read_peft(
     declarations = read_declarations(files, limits)
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits, integers=bool(tuner.index_roles)) as file:
         vocabulary = find_vocabulary(file.header.tensors.values(), tuner.token_ids, base, limits)
+        if tuner.invocation and vocabulary != base.vocab_size:
+            raise AdapterIncompatible(
+                f"{CONFIG_FILE}: alora_invocation_tokens of a model with {vocabulary} tokens, the base has "
+                f"{base.vocab_size}: before the invocation the base computes, which has no row for them",
+                subject=f"{CONFIG_FILE}: alora_invocation_tokens",
+                remedy="train without alora_invocation_tokens, or without resize_token_embeddings",
+            )
         own = resized(base, vocabulary)  # the base as the adapter knows it
         targets = _with_extras(tuner, own, limits)
         placed = place_tensors(file.header.tensors.values(), tuner, targets, own, limits)
