@@ -20,7 +20,7 @@ from loramux_adapters.parts.dense import Dense, WeightChange
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.part import Kind, Part, Share
 from loramux_adapters.parts.registry import KIND_OF, KINDS, fold_parts
-from loramux_adapters.spec import BaseModelSpec
+from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 from loramux_adapters.weights import AdapterWeights, ModuleWeights
 
 MOST_SUMMED: Final = 4
@@ -52,8 +52,7 @@ def combine(terms: Sequence[tuple[AdapterWeights, float]], base: BaseModelSpec) 
 
 def _check_rows(name: str, contributions: Sequence[Contribution]) -> None:
     """Beside an adapter with a vocabulary of its own no other may change rows of the embedding: it has others."""
-    acting = [parts for parts, _ in contributions if any(not KIND_OF[type(p)].for_virtual_ids for p in parts)]
-    if len(acting) > 1:
+    if len(_acting(contributions)) > 1:
         raise AdapterIncompatible(
             f"{name}: one of the adapters has a vocabulary of its own, and another changes rows of the base's",
             subject=name,
@@ -61,24 +60,46 @@ def _check_rows(name: str, contributions: Sequence[Contribution]) -> None:
         )
 
 
+def _acting(contributions: Sequence[Contribution]) -> list[float]:
+    """The weights of those that act on the prompt's own tokens."""
+    return [weight for parts, weight in contributions if any(not KIND_OF[type(p)].for_virtual_ids for p in parts)]
+
+
 def _combine_module(name: str, contributions: Sequence[Contribution], base: BaseModelSpec) -> tuple[Part, ...]:
     if len(contributions) == 1 and contributions[0][1] == 1.0:
         return contributions[0][0]
     by_kind = _by_kind(contributions)
-    parts: dict[Kind, Part] = {}
-    weight_kinds = [kind for kind in by_kind if kind.in_weight]
-    for kind in weight_kinds:
-        summed = kind.combine(by_kind[kind])
-        if summed is not None:
-            parts[kind] = summed
-    if len(parts) < len(weight_kinds) and not _stand_alone(by_kind, contributions):
-        parts = {KIND_OF[Dense]: _sum_weights(name, contributions, base)}
-    elif len(parts) < len(weight_kinds):
-        parts = {kind: by_kind[kind][0].part for kind in weight_kinds}
+    parts = _combine_weights(name, by_kind, contributions, base)
     for kind in by_kind:
         if not kind.in_weight:
             parts[kind] = _combine_kind(name, kind, by_kind[kind])
     return tuple(parts[kind] for kind in KINDS if kind in parts)
+
+
+def _combine_weights(
+    name: str,
+    by_kind: Mapping[Kind, Sequence[Share[Any]]],
+    contributions: Sequence[Contribution],
+    base: BaseModelSpec,
+) -> dict[Kind, Part]:
+    """What is in the module's weight: kind by kind where each has a sum, else as it is where one adapter alone acts,
+    whole, else as a weight of its own.
+    """
+    parts: dict[Kind, Part] = {}
+    without_sum: Kind | None = None
+    for kind in (kind for kind in by_kind if kind.in_weight):
+        summed = kind.combine(by_kind[kind])
+        if summed is None:
+            without_sum = kind
+        else:
+            parts[kind] = summed
+    if without_sum is None:
+        return parts
+    if _acting(contributions) == [1.0]:
+        return {kind: by_kind[kind][0].part for kind in by_kind if kind.in_weight}
+    if base.modules[name].kind not in ("linear", "conv1d"):
+        raise _no_sum(name, without_sum)
+    return {KIND_OF[Dense]: _sum_weights(base.modules[name], contributions)}
 
 
 def _by_kind(contributions: Sequence[Contribution]) -> Mapping[Kind, list[Share[Any]]]:
@@ -89,14 +110,6 @@ def _by_kind(contributions: Sequence[Contribution]) -> Mapping[Kind, list[Share[
     return found
 
 
-def _stand_alone(by_kind: Mapping[Kind, Sequence[Share[Any]]], contributions: Sequence[Contribution]) -> bool:
-    """Whether all that acts on the prompt's own tokens here is of one adapter, whole."""
-    acting = [
-        weight for parts, weight in contributions if any(not KIND_OF[type(part)].for_virtual_ids for part in parts)
-    ]
-    return acting == [1.0]
-
-
 def _combine_kind(name: str, kind: Kind, shares: Sequence[Share[Any]]) -> Part:
     part = shares[0].part if len(shares) == 1 and shares[0].weight == 1.0 else kind.combine(shares)
     if part is None:
@@ -104,24 +117,18 @@ def _combine_kind(name: str, kind: Kind, shares: Sequence[Share[Any]]) -> Part:
     return part
 
 
-def _sum_weights(name: str, contributions: Sequence[Contribution], base: BaseModelSpec) -> Dense:
-    """The module's parts that are in its weight, as a weight of its own."""
-    module = base.modules[name]
-    shares = []
-    for parts, weight in contributions:
-        changing = tuple(part for part in parts if KIND_OF[type(part)].in_weight)
-        if changing:
-            shares.append((changing, weight))
-    if module.kind not in ("linear", "conv1d"):
-        raise _no_sum(name, next(KIND_OF[type(p)] for parts, _ in shares for p in parts if not isinstance(p, LowRank)))
+def _sum_weights(module: ModuleSpec, contributions: Sequence[Contribution]) -> Dense:
+    """The parts of a linear map that are in its weight, as a weight of its own."""
+    changing = ((tuple(p for p in parts if KIND_OF[type(p)].in_weight), weight) for parts, weight in contributions)
+    shares = tuple((parts, weight) for parts, weight in changing if parts)
     costly = sum(any(not isinstance(part, LowRank) for part in parts) for parts, _ in shares)
     if costly > MOST_SUMMED:
         raise AdapterIncompatible(
-            f"{name}: {costly} of the adapters make a weight of their own there, and {MOST_SUMMED} may",
-            subject=name,
+            f"{module.name}: {costly} of the adapters make a weight of their own there, and {MOST_SUMMED} may",
+            subject=module.name,
             remedy="name fewer of them; low ranks may be more",
         )
-    return Dense(SummedWeights(tuple(shares)), module.out_features, module.in_features)
+    return Dense(SummedWeights(shares), module.out_features, module.in_features)
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,16 +64,20 @@ class Combine(Protocol[W]):
 
 
 class CombinationLoader(Generic[W]):
-    """Loads what `find` knows as combined of other adapters, each of which `load` gives; None where it knows none."""
+    """Makes what `find` knows as combined of adapters, each of which `load` gives; `stored` gives whatever else."""
 
     def __init__(
-        self, find: Callable[[str], Combination | None], load: Callable[[str], W], combine: Combine[W]
+        self,
+        find: Callable[[str], Combination | None],
+        load: Callable[[str], W],
+        stored: Callable[[str], W],
+        combine: Combine[W],
     ) -> None:
-        self._find, self._load, self._combine = find, load, combine
+        self._find, self._load, self._stored, self._combine = find, load, stored, combine
 
-    def load(self, digest: str) -> W | None:
-        """Raises AdapterIncompatible, and what loading one of the adapters raises."""
+    def load(self, digest: str) -> W:
+        """Raises AdapterIncompatible where no exact sum is found, and what loading raises."""
         combination = self._find(digest)
         if combination is None:
-            return None
+            return self._stored(digest)
         return self._combine([(self._load(adapter), weight) for adapter, weight in combination.terms])

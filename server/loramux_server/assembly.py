@@ -110,7 +110,6 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         adapted, cache, memory = _prepare(config, base, examined, context)
     capacity = adapted.capacity
     limits = ReadLimits(max_rank=min(config.max_rank, capacity), max_bytes=config.max_adapter_bytes)
-
     texts = AdapterTexts(tokenizer, limits)
 
     def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
@@ -124,15 +123,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     merged_rows = measure_merged_rows(adapted) if config.merged_bytes and not config.deterministic else None
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
-    by_frequency = config.adapter_eviction == "frequency"
     combinations = Combinations(most_rank=capacity, most_bytes=config.max_adapter_bytes)
-    stored = AdapterLoader(store, read, base.spec.fingerprint)
-    combined = CombinationLoader(combinations.find, lambda digest: host.load(digest), partial(combine, base=base.spec))
-    host: HostCache[AdapterWeights] = HostCache(
-        lambda digest: combined.load(digest) or stored.load(digest),
-        config.adapter_host_bytes,
-        Frequency() if by_frequency else None,
-    )
+    host = _host_cache(config, AdapterLoader(store, read, base.spec.fingerprint), combinations, base)
     loader = ThreadPoolExecutor(1, "loramux-loader")
     staged, merges = StagedAdapters(SlotTensors(adapted), mailbox.notify), Merges(adapted)
     pool = AdapterPool(
@@ -141,7 +133,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         host,
         loader,
         mailbox.notify,
-        frequency=Frequency() if by_frequency else None,
+        frequency=Frequency() if config.adapter_eviction == "frequency" else None,
     )
     refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
     merged_weights = MergedWeightsCache(
@@ -170,6 +162,18 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
 
     services = Services(client, registry, tokenizer, info, states, texts)
     return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights, registry), close)
+
+
+def _host_cache(
+    config: ServeConfig, stored: AdapterLoader[AdapterWeights], combinations: Combinations, base: LoadedBase
+) -> HostCache[AdapterWeights]:
+    """Over the store, and over itself for what is combined of several adapters."""
+    frequency = Frequency() if config.adapter_eviction == "frequency" else None
+    load = CombinationLoader(
+        combinations.find, lambda digest: host.load(digest), stored.load, partial(combine, base=base.spec)
+    ).load
+    host = HostCache(load, config.adapter_host_bytes, frequency)
+    return host
 
 
 def _engine_limits(config: ServeConfig, cache: PagedCache, examined: Examined, merged_rows: int | None) -> EngineLimits:

@@ -235,7 +235,7 @@ MUTANTS = (
     ),
     Mutant(
         "a magnitude stays as it is beside another adapter's low rank", ADAPTERS + "combining.py",
-        "return acting == [1.0]", "return True",
+        "if _acting(contributions) == [1.0]:", "if True:",
         (TEST_ADAPTERS + "kinds/test_combined.py",),
     ),
     Mutant(

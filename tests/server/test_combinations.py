@@ -150,12 +150,12 @@ def test_the_loader_combines_what_it_finds() -> None:
         asked.append([(weights.spec.digest, weight) for weights, weight in terms])
         return _Facts(spec_of(FILES["style"]))
 
-    loaders = {
-        digest: _Facts(AdapterSpec(digest, "lora", None, False, {}, frozenset(), 1)) for digest, _ in known.terms
-    }
-    loader = CombinationLoader({known.digest: known}.get, loaders.__getitem__, combine)  # type: ignore[arg-type]
-    assert loader.load("a" * 64) is None
-    assert loader.load(known.digest) is not None
+    facts = {digest: _Facts(AdapterSpec(digest, "lora", None, False, {}, frozenset(), 1)) for digest, _ in known.terms}
+    stored = _Facts(spec_of(FILES["facts"]))
+    find, load = {known.digest: known}.get, facts.__getitem__
+    loader = CombinationLoader(find, load, lambda _: stored, combine)  # type: ignore[arg-type]
+    assert loader.load("a" * 64) is stored
+    assert loader.load(known.digest) not in (stored, *facts.values())
     assert asked == [list(known.terms)]
 
 

@@ -115,14 +115,19 @@ def test_pefts_defaults_on_8b_are_taken(method: str, tmp_path: Path) -> None:
     }.get(method, {})
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](task_type="CAUSAL_LM", **options).save_pretrained(str(tmp_path))
     tuner, targets = parsed(json.loads((tmp_path / "adapter_config.json").read_text()), LARGE, LIMITS)
-    check_work(works_of(targets, 32), {}, LARGE.modules, LIMITS, tuner.smaller)
+    works = works_of(targets, 32)
+    check_work(works, {}, LARGE.modules, LIMITS, tuner.smaller)
+    assert len(works) > 0
+    assert sum(work.reading for work in works.values()) <= LIMITS.max_multiply_adds
 
 
 def test_an_oft_of_peft_0_16s_defaults_on_8b_is_taken() -> None:
     """r=8: blocks of 512."""
     options = {"r": 8, "oft_block_size": 0, "use_cayley_neumann": False, "target_modules": ["q_proj", "v_proj"]}
     tuner, targets = parsed({"peft_type": "OFT", **options}, LARGE, LIMITS)
-    check_work(works_of(targets, 0), {}, LARGE.modules, LIMITS, tuner.smaller)
+    works = works_of(targets, 0)
+    check_work(works, {}, LARGE.modules, LIMITS, tuner.smaller)
+    assert 0 < sum(work.reading for work in works.values()) <= LIMITS.max_multiply_adds
 
 
 @pytest.mark.parametrize("kind", KINDS)
