@@ -7,7 +7,8 @@ adapter acts on the end alone has rows in both places. Built on the host once pe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,24 +21,15 @@ ROW_MULTIPLE = 16
 """Rows of a deterministic step are padded to this, so that elementwise operations have no scalar tail of their own."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of one chunk that lie together: positions start .. stop - 1."""
+class _Piece(NamedTuple):
+    """Rows of one chunk that lie together: positions start .. stop - 1. `is_last` where the chunk ends with them."""
 
     chunk: Chunk
+    tokens: tuple[int, ...]
     start: int
     stop: int
     slot: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the chunk ends here."""
-        return self.stop == self.chunk.start + len(self.chunk.tokens)
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Of its positions."""
-        return self.chunk.tokens[self.start - self.chunk.start : self.stop - self.chunk.start]
+    is_last: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,30 +104,38 @@ def build_batch(
     )
 
 
-def _cut(chunk: Chunk) -> list[_Piece]:
-    """By what acts on its rows: the base's before `active_from`, then those of its slot."""
-    start, stop = chunk.start, chunk.start + len(chunk.tokens)
-    if not start < chunk.active_from < stop:
-        return [_Piece(chunk, start, stop, chunk.slot)]
-    middle = chunk.active_from
-    return [_Piece(chunk, start, middle, BASE_SLOT), _Piece(chunk, middle, stop, chunk.slot)]
-
-
 def _in_order(chunks: Sequence[Chunk]) -> list[_Piece]:
     """All pieces, by slot; of a chunk in two pieces, the longest if there are several, one follows the other: they
     attend as one.
     """
-    pieces = [piece for chunk in chunks for piece in _cut(chunk)]
-    torn = [piece.chunk for piece in pieces if not piece.is_last]
-    joined = max(torn, key=lambda chunk: chunk.start) if torn else None
-    first_slot = None if joined is None else joined.slot
+    torn = [chunk for chunk in chunks if _is_torn(chunk)]
+    if not torn:
+        pieces = [_Piece(c, c.tokens, c.start, c.start + len(c.tokens), c.slot, True) for c in chunks]
+        return sorted(pieces, key=lambda piece: (piece.chunk.is_merged, piece.slot))
+    joined = max(torn, key=lambda chunk: chunk.start)
 
     def place(piece: _Piece) -> tuple[bool, bool, bool, int, bool]:
         is_joined = piece.chunk is joined
         is_last = is_joined if piece.slot == BASE_SLOT else not is_joined
-        return piece.chunk.is_merged, piece.slot != BASE_SLOT, piece.slot != first_slot, piece.slot, is_last
+        return piece.chunk.is_merged, piece.slot != BASE_SLOT, piece.slot != joined.slot, piece.slot, is_last
 
-    return sorted(pieces, key=place)
+    return sorted((piece for chunk in chunks for piece in _cut(chunk)), key=place)
+
+
+def _is_torn(chunk: Chunk) -> bool:
+    return chunk.start < chunk.active_from < chunk.start + len(chunk.tokens)
+
+
+def _cut(chunk: Chunk) -> list[_Piece]:
+    """By what acts on its rows: the base's before `active_from`, then those of its slot."""
+    start, stop = chunk.start, chunk.start + len(chunk.tokens)
+    if not _is_torn(chunk):
+        return [_Piece(chunk, chunk.tokens, start, stop, chunk.slot, True)]
+    middle, count = chunk.active_from, chunk.active_from - start
+    return [
+        _Piece(chunk, chunk.tokens[:count], start, middle, BASE_SLOT, False),
+        _Piece(chunk, chunk.tokens[count:], middle, stop, chunk.slot, True),
+    ]
 
 
 def _logit_rows(
@@ -171,7 +171,8 @@ def _attend(
     """
     prefills: list[PrefillSegment] = []
     by_length: dict[int, list[tuple[int, _Piece]]] = {}
-    for first, piece in _joined(pieces, firsts):
+    spans = zip(firsts, pieces, strict=True) if all(piece.is_last for piece in pieces) else _joined(pieces, firsts)
+    for first, piece in spans:
         used, count = -(-piece.stop // size), piece.stop - piece.start
         if count == 1 and not tiled:
             by_length.setdefault(used.bit_length(), []).append((first, piece))
@@ -186,7 +187,7 @@ def _joined(pieces: Sequence[_Piece], firsts: Sequence[int]) -> list[tuple[int, 
     spans: list[tuple[int, _Piece]] = []
     for piece, first in zip(pieces, firsts, strict=True):
         if spans and spans[-1][1].chunk is piece.chunk:
-            spans[-1] = spans[-1][0], replace(spans[-1][1], stop=piece.stop)
+            spans[-1] = spans[-1][0], spans[-1][1]._replace(stop=piece.stop)
         else:
             spans.append((first, piece))
     return spans
