@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateSyntaxError
+
 STATUS = Path("/proc/self/statm")
 CPU_SECONDS = 2
 MEMORY_BYTES = 256 << 20
@@ -35,38 +37,28 @@ def main() -> None:
 
 
 def _render(render: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Without a conversation the template is only compiled."""
+    """Without messages there is no conversation, and the template is only compiled."""
     try:
-        if job["messages"] is None:
-            return _compile(job["template"])
         found = render(
-            conversations=[job["messages"]],
+            conversations=[] if job["messages"] is None else [job["messages"]],
             tools=job["tools"] or None,
             chat_template=job["template"],
             add_generation_prompt=True,
             **job["tokens"],
         )
-        text = found[0][0] if isinstance(found, tuple) else found[0]
+        texts = found[0] if isinstance(found, tuple) else found
+        text = texts[0] if texts else ""
         if len(text) > MAX_RENDERED:
             return {"exceeded": True}
         text.encode()  # half a character is no text
         return {"text": text}
     except MemoryError:
         return {"exceeded": True}
+    except TemplateSyntaxError as error:
+        return {"error": f"line {error.lineno}: {error.message}"}
     except Exception as error:  # a template runs arbitrary expressions
         said = type(error).__name__ == "TemplateError"  # by raise_exception, for the caller
         return {"error": str(error)[:2000] if said else ""}
-
-
-def _compile(template: str) -> dict[str, Any]:
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        _compile_jinja_template(template)
-    except TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"}
-    return {"text": ""}
 
 
 def _limit() -> None:

@@ -56,7 +56,7 @@ class TemplateSandbox:
 
     def check(self, template: str) -> None:
         """Whether it is a template at all. Raises as `render` does; a TemplateError has the line."""
-        self._run({"template": template, "messages": None})
+        self._run({"template": template, "messages": None, "tools": [], "tokens": {}})
 
     def _run(self, job: Mapping[str, Any]) -> str:
         template = job["template"]
