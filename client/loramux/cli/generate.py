@@ -15,7 +15,7 @@ from loramux.terminal.output import print_json, say
 
 if TYPE_CHECKING:
     from loramux.client import Client
-    from loramux.types import Finish, GenerateOptions, Message
+    from loramux.types import Finish, GenerateOptions, Generation, Message
 
 
 def command(
@@ -99,10 +99,7 @@ def command(
         "logprobs": logprobs, "return_token_ids": True if as_json else None,
     }  # fmt: skip
     options: GenerateOptions = {k: v for k, v in given.items() if v is not None}  # type: ignore[assignment]
-    messages: list[Message] | None = None
-    if chat or system is not None:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": text})
+    messages = _conversation(text, system) if chat or system is not None else None
     with connect(address, generate_start_seconds(address) if wait is None else wait) as client:
         plain = None if messages else text
         if not as_json and (n is None or n == 1):
@@ -113,12 +110,21 @@ def command(
             if as_json:
                 print_json(answer)
             else:
-                for choice in answer.choices:
-                    print(f"--- {choice.index}\n{choice.text}" if choice.text else f"--- {choice.index}")
-                    if not choice.text:
-                        _say_empty(f"answer {choice.index}", choice.finish)
+                _print_choices(answer)
     if aborted:
         raise CommandError("the answer was aborted before its end", code=ExitCode.UNAVAILABLE)
+
+
+def _conversation(text: str, system: str | None) -> list[Message]:
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*turns, {"role": "user", "content": text}]
+
+
+def _print_choices(answer: Generation) -> None:
+    for choice in answer.choices:
+        print(f"--- {choice.index}\n{choice.text}" if choice.text else f"--- {choice.index}")
+        if not choice.text:
+            _say_empty(f"answer {choice.index}", choice.finish)
 
 
 def _read_adapters(given: list[str]) -> str | Mapping[str, float]:
