@@ -5,8 +5,7 @@ Afterwards the model's projections read the step's batch from one cell. Knows no
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +26,9 @@ from loramux_adapters.apply.group import (
     SiteGroup,
     SublayerProjection,
 )
+from loramux_adapters.apply.siblings import FrozenGroup, frozen_groups, linear_specs
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, fingerprinting
-from loramux_adapters.base.frozen import DenseLinear, FrozenLinear, Nf4Linear, freeze
+from loramux_adapters.base.frozen import DenseLinear, Nf4Linear
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_adapters.parts.part import Kind
@@ -36,10 +36,6 @@ from loramux_adapters.parts.rank_rows import RankRowsTable
 from loramux_adapters.parts.site import MakeProduct, Normalize, Site, SiteKind
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 from loramux_adapters.sublayers import sublayers
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Projections of one parent that Hugging Face models call with the same input. Elsewhere each stands alone, which is
-only slower: a group checks the identity of its input at every call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +92,7 @@ class AdaptedModel:
 
 def rank_row_bytes(spec: BaseModelSpec, dtype: torch.dtype) -> int:
     """Device bytes of one rank row in every linear module: what one unit of rank costs an adapter on all of them."""
-    return sum(module.in_features + module.out_features for module in _linear_specs(spec)) * dtype.itemsize
+    return sum(module.in_features + module.out_features for module in linear_specs(spec)) * dtype.itemsize
 
 
 def inject(
@@ -110,15 +106,14 @@ def inject(
     groups: list[SiteGroup] = []
     linears: dict[str, tuple[SiteGroup, int]] = {}
     sites: dict[str, tuple[PartsAtSite, int]] = {}
-    for names in _grouped_names(base.spec, stack):
-        for part in _stackable(base, names):
-            group = _make_group(base, part, cell, rank_rows, weight_formats)
-            groups.append(group)
-            for member, name in enumerate(part):
-                linears[name], sites[name] = (group, member), (group.parts, member)
-                is_head = name == base.spec.head
-                linear = AdaptedHead(group, member, cell) if is_head else AdaptedLinear(group, member)
-                _replace(base.model, name, linear)
+    for frozen in frozen_groups(base, weight_formats, stack=stack):
+        group = _make_group(base, frozen, cell, rank_rows, weight_formats)
+        groups.append(group)
+        for member, name in enumerate(frozen.names):
+            linears[name], sites[name] = (group, member), (group.parts, member)
+            is_head = name == base.spec.head
+            linear = AdaptedHead(group, member, cell) if is_head else AdaptedLinear(group, member)
+            _replace(base.model, name, linear)
     for name, spec in base.spec.modules.items():
         module = base.model.get_submodule(name)
         adapted: AdaptedEmbedding | AdaptedNorm
@@ -200,56 +195,15 @@ def _on_host(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().float().cpu()
 
 
-def _linear_specs(spec: BaseModelSpec) -> list[ModuleSpec]:
-    return [module for module in spec.modules.values() if module.kind in ("linear", "conv1d")]
-
-
-def _grouped_names(spec: BaseModelSpec, stack: bool) -> list[tuple[str, ...]]:
-    """Linear modules in model order, siblings together."""
-    groups: dict[tuple[str, int] | str, list[str]] = {}
-    for module in _linear_specs(spec):
-        parent, _, leaf = module.name.rpartition(".")
-        family = next((index for index, leaves in enumerate(SIBLINGS) if leaf in leaves), None)
-        key = module.name if family is None or not stack else (parent, family)
-        groups.setdefault(key, []).append(module.name)
-    return [tuple(names) for names in groups.values()]
-
-
-def _stackable(base: LoadedBase, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """`names` as one part when their weights stack exactly, else one by one."""
-    if len(names) == 1:
-        return [names]
-    frozen = [freeze(base.model.get_submodule(name), base.compute_dtype, WeightFormats()) for name in names]
-    first = frozen[0]
-    if isinstance(first, Nf4Linear) and all(isinstance(f, Nf4Linear) and first.stackable_with(f) for f in frozen):
-        return [names]
-    return [(name,) for name in names]
-
-
 def _make_group(
-    base: LoadedBase, names: tuple[str, ...], cell: StepCell, rank_rows: RankRowsTable, weight_formats: WeightFormats
+    base: LoadedBase, group: FrozenGroup, cell: StepCell, rank_rows: RankRowsTable, weight_formats: WeightFormats
 ) -> SiteGroup:
-    parts = [freeze(base.model.get_submodule(name), base.compute_dtype, weight_formats) for name in names]
-    frozen = parts[0] if len(parts) == 1 else Nf4Linear.stack([part for part in parts if isinstance(part, Nf4Linear)])
-    if isinstance(frozen, Nf4Linear):
-        frozen.build(weight_formats)
-    ends = list(itertools.accumulate(base.spec.modules[name].out_features for name in names))
+    frozen = group.frozen
     site = Site(
-        "linear", names, tuple(zip([0, *ends[:-1]], ends, strict=True)), frozen.in_features, base.compute_dtype,
-        base.device, _on_host(frozen.bias), rank_rows, weight=_weights_of(frozen, names, base.spec),
-        make_product=_products(weight_formats),
+        "linear", group.names, group.columns, frozen.in_features, base.compute_dtype, base.device,
+        _on_host(frozen.bias), rank_rows, weight=group.weight, make_product=_products(weight_formats),
     )  # fmt: skip
-    return SiteGroup(frozen, site, cell, "logits" if names[0] == base.spec.head else "tokens")
-
-
-def _weights_of(frozen: FrozenLinear, names: Sequence[str], spec: BaseModelSpec) -> Callable[[int], torch.Tensor]:
-    ends = list(itertools.accumulate(spec.modules[name].out_features for name in names))
-
-    def weight(member: int) -> torch.Tensor:
-        begin = ends[member - 1] if member else 0
-        return frozen.dequantize(torch.float32, (begin, ends[member]))
-
-    return weight
+    return SiteGroup(frozen, site, cell, "logits" if group.names[0] == base.spec.head else "tokens")
 
 
 def _table_of(module: nn.Embedding) -> Callable[[int], torch.Tensor]:

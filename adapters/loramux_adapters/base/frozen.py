@@ -84,6 +84,7 @@ class Nf4Linear:
             quant_type="nf4",
             dtype=compute_dtype,
         )
+        self._is_invariant = False
         self._packed: tuple[torch.Tensor, Any] | None = None
         self._dense: torch.Tensor | None = None
         self._products = Products((math.inf, self._largest_product()))
@@ -130,7 +131,7 @@ class Nf4Linear:
         if weight_formats.dense:
             self._dense = self.dequantize(self.compute_dtype)
         if weight_formats.invariant:
-            self._products = Products((math.inf, self._multiply_invariant))
+            self._is_invariant, self._products = True, Products((math.inf, self._multiply_invariant))
             return
         few: list[tuple[float, Product]] = []
         native = self._find_native() if weight_formats.native else None
@@ -204,8 +205,9 @@ class Nf4Linear:
         return self._products(x)
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[T, out] -> [T, in]."""
-        return gradient @ self._weight(gradient.dtype)
+        """[T, out] -> [T, in]; as invariant as `forward`."""
+        weight = self._weight(gradient.dtype)
+        return invariant.linear(gradient, weight.T) if self._is_invariant else gradient @ weight
 
     def dequantize(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """The weight [out, in], or its rows [from, to); rounds once, to `dtype`."""
@@ -239,6 +241,7 @@ class DenseLinear:
     ) -> None:
         self.weight, self.bias = weight, bias
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
+        self._is_invariant = weight_formats.invariant
         self._products = self._choose(weight_formats)
 
     def _choose(self, weight_formats: WeightFormats) -> Products:
@@ -261,8 +264,8 @@ class DenseLinear:
         return self._products(x)
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[T, out] -> [T, in]."""
-        return gradient @ self.weight
+        """[T, out] -> [T, in]; as invariant as `forward`."""
+        return invariant.linear(gradient, self.weight.T) if self._is_invariant else gradient @ self.weight
 
     def dequantize(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A copy of the weight in `dtype`, or of its rows [from, to)."""
