@@ -138,6 +138,11 @@ def _read(
         _check_files(files, ADAPTERHUB_WEIGHTS_FILE, (WEIGHTS_FILE,), f"save the adapter with {ADAPTERHUB_SAVE}")
         return read_adapterhub(files, config, base, limits, allow_base_mismatch=allow_base_mismatch)
     _check_files(files, WEIGHTS_FILE, (ADAPTERHUB_WEIGHTS_FILE, INTERFACE_FILE), f"send {' and '.join(REQUIRED_FILES)}")
+    return read_peft(files, parse_config(config), base, limits, allow_base_mismatch=allow_base_mismatch)
+
+
+def parse_config(config: Mapping[str, object]) -> Tuner:
+    """The method of an adapter_config.json and its options. Raises AdapterInvalid naming the key."""
     method = config.get("peft_type")
     tuner = _BY_TYPE.get(method) if isinstance(method, str) else None
     if tuner is None:
@@ -147,7 +152,7 @@ def _read(
             subject=f"{CONFIG_FILE}: peft_type",
             remedy=f"supported: {', '.join(sorted(_BY_TYPE))}",
         )
-    return read_peft(files, tuner.parse(config), base, limits, allow_base_mismatch=allow_base_mismatch)
+    return tuner.parse(config)
 
 
 def _sha256(path: Path) -> str:

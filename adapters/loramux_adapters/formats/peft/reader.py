@@ -57,7 +57,7 @@ def read_peft(
                 remedy="train without alora_invocation_tokens, or without resize_token_embeddings",
             )
         own = resized(base, vocabulary)  # the base as the adapter knows it
-        targets = _with_extras(tuner, own, limits)
+        targets = resolve_targets(tuner, own, limits)
         placed = place_tensors(file.header.tensors.values(), tuner, targets, own, limits)
         _check_work(placed, tuner, targets, own, limits)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
@@ -91,7 +91,8 @@ def read_peft(
     return AdapterWeights(spec, modules)
 
 
-def _with_extras(tuner: Tuner, base: BaseModelSpec, limits: ReadLimits) -> Targets:
+def resolve_targets(tuner: Tuner, base: BaseModelSpec, limits: ReadLimits) -> Targets:
+    """All that a config selects of `base`, the extras included. Raises AdapterInvalid or AdapterIncompatible."""
     targets = tuner.resolve(base, limits)
     return replace(targets, modules={**targets.modules, **tuner.extras.resolve(base, targets.modules)})
 
@@ -144,18 +145,29 @@ def _read_tensors(
 def _canonical(
     read: dict[str, Tensors], tables: Tensors, targets: Targets, own: BaseModelSpec, base: BaseModelSpec
 ) -> dict[str, ModuleWeights]:
-    shared = read.pop("")
-    modules: dict[str, tuple[Part, ...]] = {}
-    for name in dict.fromkeys([*targets.modules, *read]):
-        tensors = read.get(name, {})
-        bias = tensors.pop(BIAS, None)
-        parts: tuple[Part, ...] = () if bias is None else (Bias(bias.float()),)
-        if name in targets.modules:
-            parts = (*targets.modules[name].parts({**shared, **tensors}), *parts)
-        modules[name] = parts
-    tie_token_rows(modules, own)
+    modules = canonical_parts(read, targets, own)
     fit_vocabulary(modules, tables, own.vocab_size, base)
     return {name: ModuleWeights(parts) for name, parts in modules.items()}
+
+
+def canonical_parts(
+    tensors: Mapping[str, Mapping[str, torch.Tensor]], targets: Targets, base: BaseModelSpec
+) -> dict[str, tuple[Part, ...]]:
+    """What tensors, by module and role, come to; those that all modules share are under "".
+
+    Plain operations of torch: what needs gradients gets them through. Raises AdapterInvalid where values mean nothing.
+    """
+    shared = tensors.get("", {})
+    modules: dict[str, tuple[Part, ...]] = {}
+    for name in dict.fromkeys([*targets.modules, *(name for name in tensors if name)]):
+        own = dict(tensors.get(name, {}))
+        bias = own.pop(BIAS, None)
+        parts: tuple[Part, ...] = () if bias is None else (Bias(bias.float()),)
+        if name in targets.modules:
+            parts = (*targets.modules[name].parts({**shared, **own}), *parts)
+        modules[name] = parts
+    tie_token_rows(modules, base)
+    return modules
 
 
 def _check_ranks(modules: Mapping[str, ModuleWeights], limits: ReadLimits) -> None:

@@ -72,6 +72,16 @@ def place_tensors(
     return placed
 
 
+def tensor_name(module: str, role: str, tuner: Tuner, targets: Targets, base: BaseModelSpec) -> str:
+    """What a file calls the tensor of a role; `module` is empty where all modules share it."""
+    if not module:
+        return _shared_names(tuner, targets)[role]
+    target = targets.modules.get(module)
+    own = None if target is None else (target.own_suffixes or {}).get(role)
+    suffix = own or _expected_suffix(role, base.modules[module], tuner, is_target=target is not None)
+    return f"{PREFIX}{module}{suffix}"
+
+
 def _all_suffixes(tuner: Tuner) -> list[tuple[str, str]]:
     """(suffix, role), longest first, so that `.weight` does not claim what a longer suffix means."""
     tables = [*(tuner.suffixes(kind) for kind in _KINDS), _WRAPPED_SUFFIXES, _PLAIN_SUFFIXES]
