@@ -1,0 +1,104 @@
+"""Attention of a micro-batch: each sequence by itself, so that none decides another's memory or bits.
+
+Registered as an attention function of transformers under a name of the fleet's own: the registry is global, and two
+fleets in one process must not read each other's rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from loramux_adapters.guard.layers import AttentionLayer
+from loramux_adapters.parts.kv_prefix import KvPrefix
+from loramux_trainer.fleet.rows import StepCell
+
+_COUNTER = itertools.count()
+
+
+def register_attention(cell: StepCell, layers: Sequence[AttentionLayer], layer_names: Sequence[str]) -> str:
+    """Returns the name under which a model attends to the sequences of `cell`."""
+    name = f"loramux_fleet_{next(_COUNTER)}"
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,  # [1, H, T, D]
+        key: torch.Tensor,  # [1, KV, T, D]
+        value: torch.Tensor,  # [1, KV, T, Dv]
+        attention_mask: object,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **_: Any,  # judged when the base was examined
+    ) -> tuple[torch.Tensor, None]:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        key, value = _with_prefixes(cell, layer_names[layer], key, value)
+        parts = zip(*(torch.split(each, list(cell.lengths), 2) for each in (query, key, value)), strict=True)
+        out = [_attend_alone(q, k, v, layers[layer].window, scale, softcap) for q, k, v in parts]
+        return torch.cat(out, 2).transpose(1, 2), None
+
+    AttentionInterface.register(name, attend)
+    return name
+
+
+def _attend_alone(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One sequence: [1, H, n, D] over [1, KV, n, D] -> [1, H, n, Dv]."""
+    length = query.shape[2]
+    if softcap is None and (window is None or window >= length):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    places = torch.arange(length, device=query.device)
+    masked = places[None] > places[:, None]
+    if window is not None:
+        masked |= places[None] <= places[:, None] - window
+    if softcap is None:
+        mask = torch.zeros(masked.shape, dtype=query.dtype, device=query.device).masked_fill_(masked, float("-inf"))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    scores = torch.tanh(query.float() @ key.float().transpose(2, 3) * (scale / softcap)) * softcap
+    weights = F.softmax(scores.masked_fill(masked, float("-inf")), -1)
+    return (weights @ value.float()).to(query.dtype)
+
+
+def _with_prefixes(
+    cell: StepCell, layer_name: str, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trained keys and values in place of those of virtual tokens, as a server writes them to its cache."""
+    tokens, ids = cell.tokens, cell.ids
+    found = [] if tokens is None else [span for span in tokens.spans if span.parts.get(layer_name, KvPrefix)]
+    if not found or ids is None:
+        return key, value
+    heads, count, width = key.shape[1:]
+    split = heads * width
+    both = torch.cat([each[0].transpose(0, 1).reshape(count, -1) for each in (key, value)], dim=1)  # [T, ...]
+    pieces, at = [], 0
+    for span in found:
+        table = span.parts.bound(layer_name, lambda parts: _variable(parts.get(layer_name, KvPrefix), parts))
+        numbers = -1 - ids[span.rows]
+        picked = table[numbers.clamp(0, len(table) - 1)].to(both.dtype)
+        pieces += [both[at : span.start], torch.where((numbers >= 0)[:, None], picked, both[span.rows])]
+        at = span.stop
+    both = torch.cat([*pieces, both[at:]])
+    return (
+        both[:, :split].view(count, heads, width).transpose(0, 1)[None],
+        both[:, split:].view(count, heads, value.shape[3]).transpose(0, 1)[None],
+    )
+
+
+def _variable(prefix: Any, parts: Any) -> torch.Tensor:
+    variable: torch.Tensor = parts.leaf(prefix.rows).as_variable()
+    return variable

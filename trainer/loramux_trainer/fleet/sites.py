@@ -1,0 +1,147 @@
+"""Embeddings and normalizations with gradients: the frozen module for all rows, then each member's parts on its own.
+
+By autograd's own operations, since little of a step's time is here. The arithmetic is that of the parts' files in
+`loramux_adapters.parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from loramux_adapters.parts.bias import Bias
+from loramux_adapters.parts.low_rank import LowRank
+from loramux_adapters.parts.norm_weight import NormWeight
+from loramux_adapters.parts.token_rows import TokenRows
+from loramux_adapters.parts.virtual_tokens import VirtualTokens
+from loramux_trainer.fleet.parts import StepParts
+from loramux_trainer.fleet.rows import Span, SpanRows, StepCell
+
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input, output) of a member's rows -> their output with its parts."""
+
+
+def changed(
+    x: torch.Tensor, y: torch.Tensor, rows: SpanRows, change_of: Callable[[Span], Change | None]
+) -> torch.Tensor:
+    """y [T, ...] of a module for x [T, ...], with the rows of members that change theirs; y itself where none does."""
+    pieces, at = [], 0
+    for span in rows.spans:
+        change = change_of(span)
+        if change is not None:
+            pieces += [y[at : span.start], change(x[span.rows], y[span.rows])]
+            at = span.stop
+    return y if not pieces else torch.cat([*pieces, y[at:]])
+
+
+class EmbeddingSite:
+    """The input embedding: low rank by token, trained rows of tokens, and rows of virtual tokens."""
+
+    def __init__(self, name: str, module: nn.Embedding, cell: StepCell) -> None:
+        self._name, self._cell = name, cell
+        self._frozen = type(module).forward.__get__(module)
+        self._scale: Any = getattr(module, "embed_scale", None)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as torch's, for models that call by keyword
+        """[1, T] ids -> [1, T, hidden]."""
+        rows = self._cell.tokens
+        y: torch.Tensor = self._frozen(input.clamp(min=0))
+        return y if rows is None else changed(input[0], y[0], rows, self._change)[None]
+
+    def _change(self, span: Span) -> Change | None:
+        return span.parts.bound(self._name, self._bind)
+
+    def _bind(self, parts: StepParts) -> Change | None:
+        low_rank, rows = parts.get(self._name, LowRank), parts.get(self._name, TokenRows)
+        virtual = parts.get(self._name, VirtualTokens)
+        if low_rank is None and rows is None and virtual is None:
+            return None
+        scale = self._scale
+        factors = None
+        if low_rank is not None:
+            factors = (parts.leaf(low_rank.a).as_variable(), parts.leaf(low_rank.b).as_variable())
+        table = None if rows is None else (rows.ids, parts.leaf(rows.rows).as_variable(), rows.base_share)
+        virtual_rows = None if virtual is None else parts.leaf(virtual.rows).as_variable()
+
+        def change(ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if factors is not None:
+                delta = factors[0].T[ids.clamp(min=0)] @ factors[1].T
+                y = y + (delta if scale is None else delta * scale).to(y.dtype)
+            if table is not None:
+                known, own, share = table
+                places = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
+                found = (own if scale is None else own * scale)[places].to(y.dtype)
+                found = found if share is None else found + share[places].to(y.dtype) * y
+                y = torch.where((known[places] == ids)[:, None], found, y)
+            if virtual_rows is not None:
+                picked = virtual_rows[(-1 - ids).clamp(0, len(virtual_rows) - 1)].to(y.dtype)
+                y = torch.where((ids < 0)[:, None], picked, y)
+            return y
+
+        return change
+
+
+class NormSite:
+    """A normalization: weight and bias of the member's own."""
+
+    def __init__(self, name: str, module: nn.Module, cell: StepCell) -> None:
+        self._name, self._module, self._cell = name, module, cell
+        self._frozen = type(module).forward.__get__(module)
+        bias = getattr(module, "bias", None)
+        self._own_bias: torch.Tensor | None = None if bias is None else bias.detach()
+        self.enter: Callable[[torch.Tensor], None] | None = None  # told the input, where a sub-layer begins here
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, T, width] -> the same; where heads are normalized each, [1, T, heads, width] or [1, heads, T, width]."""
+        y: torch.Tensor = self._frozen(x)
+        rows = self._cell.tokens
+        if rows is None:
+            return y
+        if self.enter is not None:
+            self.enter(x)
+        if not any(self._change(span) for span in rows.spans):
+            return y
+        axis = 1 if x.dim() == 3 or x.shape[1] == rows.count else 2
+        if x.dim() == 4 and x.shape[1] == x.shape[2]:
+            raise ValueError(f"{self._name}: rows and heads cannot be told apart in a micro-batch of {rows.count}")
+        moved = (x[0].movedim(axis - 1, 0), y[0].movedim(axis - 1, 0))
+        return changed(*moved, rows, self._change).movedim(0, axis - 1)[None]
+
+    def _change(self, span: Span) -> Change | None:
+        return span.parts.bound(self._name, self._bind)
+
+    def _bind(self, parts: StepParts) -> Change | None:
+        weight, bias = parts.get(self._name, NormWeight), parts.get(self._name, Bias)
+        if weight is None and bias is None:
+            return None
+        own = self._own_bias
+        value = None
+        if weight is not None:
+            whole = weight.value
+            if weight.base_share:
+                whole = whole + weight.base_share * self._module.get_parameter("weight").detach().float()
+            value = parts.leaf(whole).as_variable()
+        delta = None
+        if bias is not None:
+            difference = bias.value if own is None else bias.value - (1.0 - bias.base_share) * own.float()
+            delta = parts.leaf(difference).as_variable()
+
+        def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if value is not None:
+                y = self._normalized(x, value.to(y.dtype))
+            return y if delta is None else y + delta.to(y.dtype)
+
+        return change
+
+    def _normalized(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        replaced = self._module.__dict__.pop("forward", None)  # the module's own arithmetic, not this site again
+        try:
+            y: torch.Tensor = functional_call(self._module, {"weight": weight}, (x,))
+        finally:
+            if replaced is not None:
+                self._module.__dict__["forward"] = replaced
+        return y

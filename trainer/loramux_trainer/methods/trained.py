@@ -1,0 +1,83 @@
+"""An adapter in training: the tensors of its file, in a flat buffer, and the parts that they come to.
+
+Made from nothing but the config that will be exported and first values, by the code that reads such files: whatever the
+server reads exactly can be trained exactly. Knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft.reader import canonical_parts, resolve_targets
+from loramux_adapters.formats.peft.tensors import BIAS, tensor_name
+from loramux_adapters.formats.peft.tuner import Targets
+from loramux_adapters.formats.registry import parse_config
+from loramux_adapters.spec import BaseModelSpec
+from loramux_trainer.fleet.parameters import FlatParameters, Parameter
+from loramux_trainer.fleet.parts import StepParts
+from loramux_trainer.methods.method import Method
+
+_LIMITS = ReadLimits(regex_seconds=60.0)
+
+
+class TrainedAdapter:
+    """The tensors of one adapter, by module and role. Raises AdapterError where the config has no meaning here."""
+
+    def __init__(self, method: Method, base: BaseModelSpec, device: torch.device) -> None:
+        self.config, self._base = dict(method.config), base
+        self._tuner = parse_config(self.config)
+        self._targets: Targets = resolve_targets(self._tuner, base, _LIMITS)
+        parameters: list[Parameter] = []
+        self._constants: dict[str, torch.Tensor] = {}
+        self._places: dict[str, tuple[str, str]] = {}  # name -> (module, role)
+        for module, role, shape in self._wanted(method):
+            start, name = method.start(module, role, shape), f"{module}:{role}"
+            if tuple(start.values.shape) != tuple(shape):
+                raise ValueError(f"{name} begins as {tuple(start.values.shape)}, its file has {tuple(shape)}")
+            self._places[name] = (module, role)
+            if start.role is None:
+                self._constants[name] = start.values.float().to(device)
+            else:
+                parameters.append(Parameter(name, start.role, start.values))
+        self.parameters = FlatParameters(parameters, device)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions before every prompt."""
+        return self._tuner.virtual_tokens
+
+    def parts(self, *, with_gradients: bool) -> StepParts:
+        """What the tensors come to now. Raises AdapterError where that is not finite."""
+        with torch.set_grad_enabled(with_gradients):
+            views = self.parameters.leaves() if with_gradients else self.parameters.views
+            return StepParts(canonical_parts(self._by_module(views), self._targets, self._base))
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        """Name in the file -> tensor, float32 on the CPU: copies."""
+        values = {**self.parameters.views, **self._constants}
+        return {self._file_name(name): values[name].detach().cpu().clone() for name in self._places}
+
+    def _file_name(self, name: str) -> str:
+        module, role = self._places[name]
+        return tensor_name(module, role, self._tuner, self._targets, self._base)
+
+    def _by_module(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, (module, role) in self._places.items():
+            value = self._constants[name] if name in self._constants else values[name]
+            found.setdefault(module, {})[role] = value
+        return found
+
+    def _wanted(self, method: Method) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(module, role, shape) of every tensor of the file."""
+        wanted = [("", role, tuple(shape)) for role, shape in self._targets.shared.items()]
+        for name, target in self._targets.modules.items():
+            wanted += [(name, role, tuple(shape)) for role, shape in method.shapes(name, target).items()]
+        if self._tuner.bias != "none":
+            names = self._base.modules if self._tuner.bias == "all" else self._targets.modules
+            biased = [self._base.modules[name] for name in names if name in self._base.modules]
+            wanted += [(module.name, BIAS, (module.out_features,)) for module in biased if module.has_bias]
+        return wanted
