@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ class StepReport:
     learning_rate: float
     gradient_norm: float  # before clipping
     tokens: int  # supervised, in this step
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the loss, by trl's names
 
 
 @dataclass(frozen=True)

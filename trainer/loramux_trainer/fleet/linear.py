@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from loramux_adapters.apply.siblings import FrozenGroup
 from loramux_adapters.kernels.protocol import LowRankPools
 from loramux_adapters.parts.bias import Bias
+from loramux_adapters.parts.dense import Dense
 from loramux_adapters.parts.input_gain import InputGain
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.magnitude import Magnitude
@@ -40,6 +42,7 @@ class Gain:
 class LinearParts:
     """One member's parts at one map."""
 
+    dense: Leaf | None  # [out, in], in place of the frozen weight
     low_rank: tuple[Leaf, Leaf] | None  # A [r, in], B [out, r] with the scale
     input_gain: Leaf | None  # [in]
     gain: Gain | None
@@ -48,7 +51,18 @@ class LinearParts:
     @property
     def is_empty(self) -> bool:
         """Whether the member leaves the map as it is."""
-        return self.low_rank is None and self.input_gain is None and self.gain is None and self.bias is None
+        leaves = (self.dense, self.low_rank, self.input_gain, self.gain, self.bias)
+        return all(leaf is None for leaf in leaves)
+
+
+class Observer(Protocol):
+    """Told what passes a group, where an initialization asks for statistics. Tensors are not to be kept or written."""
+
+    def inputs(self, x: torch.Tensor) -> None:
+        """x [T, in] of a forward."""
+
+    def gradients(self, x: torch.Tensor, of_y: Sequence[torch.Tensor]) -> None:
+        """x [T, in] and the gradient of each map's y [T, out]."""
 
 
 class LinearGroup:
@@ -59,6 +73,7 @@ class LinearGroup:
         self.widths = [end - begin for begin, end in frozen.columns]
         self._group, self._cell = frozen, cell
         self._squares: dict[int, torch.Tensor] = {}
+        self.observer: Observer | None = None
         self._kept: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._unread = 0
 
@@ -87,7 +102,7 @@ class LinearGroup:
         acting = [] if rows is None else [(span, self.bind(span)) for span in rows.spans if self.bind(span).acts]
         if acting and rows is not None and len(x) != rows.count:
             raise ValueError(f"{self.key}: {len(x)} rows in a micro-batch of {rows.count}")
-        tap = self._cell.tap if acting else None
+        tap = self._cell.tap if acting or self.observer is not None else None
         y = _Adapted.apply(x, tap, self, rows, acting)  # type: ignore[no-untyped-call]
         return cast(tuple[torch.Tensor, ...], y)
 
@@ -128,7 +143,15 @@ class LinearGroup:
         delta: Leaf | None = None
         if bias is not None:
             delta = parts.leaf(bias.value if own is None else bias.value - (1.0 - bias.base_share) * own)
+        dense, weight = parts.get(name, Dense), None
+        if dense is not None:
+            frozen = self._group.weight(member)
+            changed = dense.change.bias(own, frozen)
+            if changed is not own and changed is not None:
+                delta = parts.leaf(changed if own is None else changed - own)
+            weight = parts.leaf(dense.change.apply(frozen))
         return LinearParts(
+            weight,
             None if low_rank is None else (parts.leaf(low_rank.a), parts.leaf(low_rank.b)),
             None if input_gain is None else parts.leaf(input_gain.gain),
             made,
@@ -176,8 +199,11 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, tap: torch.Tensor | None, group: LinearGroup, rows: SpanRows | None, acting: Acting
     ) -> tuple[torch.Tensor, ...]:
         """x [T, in] -> each map's [T, out]."""
+        if group.observer is not None:
+            group.observer.inputs(x)
         inputs = _scaled_inputs(x, len(group.names), acting)
         y = group.product(x, inputs)
+        _multiply_dense(y, inputs, group, acting)
         masks = _masks(x, group.key, acting)
         if rows is not None:
             _add_low_rank(y, _dropped(inputs, masks, acting), group, rows, acting)
@@ -193,6 +219,8 @@ class _Adapted(torch.autograd.Function):
         """Adds the parts' gradients where they are kept; returns that of x."""
         x, *saved = ctx.saved_tensors
         group, acting = ctx.group, ctx.acting
+        if group.observer is not None:
+            group.observer.gradients(x, gradients)
         kept = iter(saved)
         masks = [next(kept) if has else None for has in ctx.has_mask]
         of_y = _finish_back(list(gradients), list(kept), group, acting)
@@ -203,12 +231,15 @@ class _Adapted(torch.autograd.Function):
         else:
             if ctx.needs_input_grad[0]:
                 of_x = torch.zeros_like(x)
-                of_x[ctx.first :] = group.product_back([each[ctx.first :] for each in of_y])
+                of_frozen = _without_dense(of_y, acting)
+                of_x[ctx.first :] = group.product_back([each[ctx.first :] for each in of_frozen])
             for (span, own), mask in zip(acting, masks, strict=True):
-                z = _masked(x[span.rows].float(), mask)
+                rows = x[span.rows].float()
+                dropped = _masked(rows, mask)
                 shared = None if of_x is None else of_x[span.rows]
                 for parts, of_one in zip(own.maps, of_y, strict=True):
-                    _low_rank_back(parts, z, of_one[span.rows], mask, shared)
+                    _dense_back(parts, rows, of_one[span.rows], shared)
+                    _low_rank_back(parts, dropped, of_one[span.rows], mask, shared)
         return of_x if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
@@ -222,6 +253,16 @@ def _scaled_inputs(x: torch.Tensor, maps: int, acting: Acting) -> list[torch.Ten
                     inputs[index] = x.clone()
                 inputs[index][span.rows] *= parts.input_gain.value.to(x.dtype)
     return inputs
+
+
+def _multiply_dense(y: torch.Tensor, inputs: Sequence[torch.Tensor], group: LinearGroup, acting: Acting) -> None:
+    """Where members have a weight of their own, its product in place of the frozen one's."""
+    for span, own in acting:
+        for index, parts in enumerate(own.maps):
+            if parts.dense is not None:
+                begin, end = group.columns[index]
+                bias = None if group.frozen.bias is None else group.frozen.bias[begin:end]
+                y[span.rows, begin:end] = F.linear(inputs[index][span.rows], parts.dense.value.to(y.dtype), bias)
 
 
 def _masks(x: torch.Tensor, site: str, acting: Acting) -> list[torch.Tensor | None]:
@@ -328,6 +369,28 @@ def _finish_back(
     return gradients
 
 
+def _without_dense(gradients: Sequence[torch.Tensor], acting: Acting) -> list[torch.Tensor]:
+    """Gradients of y that the frozen weights have to do with: none where a member has a weight of its own."""
+    found = list(gradients)
+    for span, own in acting:
+        for index, parts in enumerate(own.maps):
+            if parts.dense is not None:
+                if found[index] is gradients[index]:
+                    found[index] = gradients[index].clone()
+                found[index][span.rows] = 0
+    return found
+
+
+def _dense_back(parts: LinearParts, x: torch.Tensor, of_y: torch.Tensor, of_x: torch.Tensor | None) -> None:
+    """x [n, in] and the gradient of y [n, out] of one span: adds to those of the member's own weight and of x."""
+    if parts.dense is None:
+        return
+    if parts.dense.grad is not None:
+        parts.dense.grad.addmm_(of_y.float().T, x)
+    if of_x is not None:
+        of_x += (of_y.float() @ parts.dense.value).to(of_x.dtype)
+
+
 def _low_rank_back(
     parts: LinearParts,
     z: torch.Tensor,
@@ -361,20 +424,17 @@ def _back_through_gains(
 ) -> torch.Tensor:
     """The gradient of x, map by map, where maps read inputs of their own; adds the gradients of input gains too."""
     of_x = torch.zeros_like(x)
+    of_frozen = _without_dense(of_y, acting)
     for index, of_one in enumerate(of_y):
-        others = [of_one if other == index else torch.zeros_like(each) for other, each in enumerate(of_y)]
+        others = [each if other == index else torch.zeros_like(each) for other, each in enumerate(of_frozen)]
         of_input = group.product_back(others)
         for (span, own), mask in zip(acting, masks, strict=True):
             parts = own.maps[index]
             gain = None if parts.input_gain is None else parts.input_gain.value
             rows = x[span.rows].float()
-            _low_rank_back(
-                parts,
-                _masked(rows if gain is None else rows * gain, mask),
-                of_one[span.rows],
-                mask,
-                of_input[span.rows],
-            )
+            own_input = rows if gain is None else rows * gain
+            _dense_back(parts, own_input, of_one[span.rows], of_input[span.rows])
+            _low_rank_back(parts, _masked(own_input, mask), of_one[span.rows], mask, of_input[span.rows])
             if parts.input_gain is not None:
                 if parts.input_gain.grad is not None:
                     parts.input_gain.grad.add_((of_input[span.rows].float() * rows).sum(0))

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from loramux_trainer.examples import Example
+from loramux_trainer.examples import Example, Unit
+from loramux_trainer.fleet.rows import Dropout
 
 Owner = TypeVar("Owner")
 
@@ -22,8 +23,10 @@ class Chunk(Generic[Owner]):
     owner: Owner
     number: int
     sequences: tuple[Example, ...]
+    units: tuple[Unit, ...] = ()  # that they are of
     reference: bool = False  # whether the base's own log-probabilities of them are wanted too
     virtual_tokens: int = 0  # positions before each sequence
+    dropout: Dropout | None = None
 
     @property
     def tokens(self) -> int:

@@ -6,14 +6,15 @@ calls them is known to `loramux_adapters.formats`, which reads such files for th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from loramux_adapters.formats.peft.tuner import Shape, Target
 from loramux_trainer.fleet.parameters import Role
+from loramux_trainer.methods.random import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +25,47 @@ class Start:
     role: Role | None
 
 
-class Method(Protocol):
-    """One method with the options of a job."""
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A tensor of the file that is made of others, which are trained in its place: what an encoder gives, or a factor
+    beside a frozen one. `make` is plain operations of torch, of tensors by their names in `starts`.
+    """
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The adapter_config.json of what is trained, without what says which base."""
-        ...
+    starts: Mapping[str, Start]
+    make: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
-    def shapes(self, module: str, target: Target) -> Mapping[str, Shape]:
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What a rule may look at. `module` is empty, and `target` None, for a tensor that all modules share."""
+
+    module: str
+    target: Target | None
+    shape: Shape
+    generator: torch.Generator  # of this tensor alone
+
+
+Rule = Callable[[Beginning], Start | Made]
+"""How the tensors of one role begin."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One method with the options of a job: `config` is the adapter_config.json, without what says which base."""
+
+    config: Mapping[str, Any]
+    seed: int
+    rules: Mapping[str, Rule]  # by role
+    found: Callable[[Target], Mapping[str, Shape]] = field(default=lambda _: {})
+    """Shapes that the config does not say, see `Target.shapes`."""
+
+    def shapes(self, target: Target) -> Mapping[str, Shape]:
         """The tensors of a module, by role."""
-        ...
+        return target.shapes(self.found(target))
 
-    def start(self, module: str, role: str, shape: Shape) -> Start:
-        """How a tensor begins; `module` is empty for those that all modules share."""
-        ...
+    def start(self, module: str, target: Target | None, role: str, shape: Shape) -> Start | Made:
+        """How a tensor begins. Raises ValueError for a role that the method does not know."""
+        rule = self.rules.get(role)
+        if rule is None:
+            raise ValueError(f"{self.config.get('peft_type')}: nothing says how {role} of {module or 'all'} begins")
+        return rule(Beginning(module, target, tuple(shape), generator(self.seed, f"{module}:{role}")))

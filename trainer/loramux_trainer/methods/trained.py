@@ -18,7 +18,7 @@ from loramux_adapters.formats.registry import parse_config
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer.fleet.parameters import FlatParameters, Parameter
 from loramux_trainer.fleet.parts import StepParts
-from loramux_trainer.methods.method import Method
+from loramux_trainer.methods.method import Made, Method, Start
 
 _LIMITS = ReadLimits(regex_seconds=60.0)
 
@@ -30,19 +30,38 @@ class TrainedAdapter:
         self.config, self._base = dict(method.config), base
         self._tuner = parse_config(self.config)
         self._targets: Targets = resolve_targets(self._tuner, base, _LIMITS)
-        parameters: list[Parameter] = []
+        self._parameters: list[Parameter] = []
         self._constants: dict[str, torch.Tensor] = {}
         self._places: dict[str, tuple[str, str]] = {}  # name -> (module, role)
+        self._makes: dict[str, Made] = {}  # of names that are made of others
         for module, role, shape in self._wanted(method):
-            start, name = method.start(module, role, shape), f"{module}:{role}"
-            if tuple(start.values.shape) != tuple(shape):
-                raise ValueError(f"{name} begins as {tuple(start.values.shape)}, its file has {tuple(shape)}")
+            name = f"{module}:{role}"
             self._places[name] = (module, role)
-            if start.role is None:
-                self._constants[name] = start.values.float().to(device)
+            start = method.start(module, self._targets.modules.get(module), role, shape)
+            if isinstance(start, Made):
+                self._makes[name] = start
+                for part, own in start.starts.items():
+                    self._add(f"{name}:{part}", own, device)
             else:
-                parameters.append(Parameter(name, start.role, start.values))
-        self.parameters = FlatParameters(parameters, device)
+                self._add(name, start, device)
+        self.parameters = FlatParameters(self._parameters, device)
+        for module, role, shape in self._wanted(method):
+            value = self._value(f"{module}:{role}", self.parameters.views)
+            if tuple(value.shape) != tuple(shape):
+                raise ValueError(f"{module}:{role} begins as {tuple(value.shape)}, its file has {tuple(shape)}")
+
+    def _add(self, name: str, start: Start, device: torch.device) -> None:
+        if start.role is None:
+            self._constants[name] = start.values.float().to(device)
+        else:
+            self._parameters.append(Parameter(name, start.role, start.values))
+
+    def _value(self, name: str, trained: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A tensor of the file, by the tensors that are trained."""
+        made = self._makes.get(name)
+        if made is not None:
+            return made.make({part: self._value(f"{name}:{part}", trained) for part in made.starts})
+        return self._constants[name] if name in self._constants else trained[name]
 
     @property
     def virtual_tokens(self) -> int:
@@ -57,8 +76,9 @@ class TrainedAdapter:
 
     def file_tensors(self) -> dict[str, torch.Tensor]:
         """Name in the file -> tensor, float32 on the CPU: copies."""
-        values = {**self.parameters.views, **self._constants}
-        return {self._file_name(name): values[name].detach().cpu().clone() for name in self._places}
+        views = self.parameters.views
+        with torch.no_grad():
+            return {self._file_name(name): self._value(name, views).cpu().clone() for name in self._places}
 
     def _file_name(self, name: str) -> str:
         module, role = self._places[name]
@@ -67,15 +87,14 @@ class TrainedAdapter:
     def _by_module(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         found: dict[str, dict[str, torch.Tensor]] = {}
         for name, (module, role) in self._places.items():
-            value = self._constants[name] if name in self._constants else values[name]
-            found.setdefault(module, {})[role] = value
+            found.setdefault(module, {})[role] = self._value(name, values)
         return found
 
     def _wanted(self, method: Method) -> list[tuple[str, str, tuple[int, ...]]]:
         """(module, role, shape) of every tensor of the file."""
         wanted = [("", role, tuple(shape)) for role, shape in self._targets.shared.items()]
         for name, target in self._targets.modules.items():
-            wanted += [(name, role, tuple(shape)) for role, shape in method.shapes(name, target).items()]
+            wanted += [(name, role, tuple(shape)) for role, shape in method.shapes(target).items()]
         if self._tuner.bias != "none":
             names = self._base.modules if self._tuner.bias == "all" else self._targets.modules
             biased = [self._base.modules[name] for name in names if name in self._base.modules]

@@ -53,9 +53,16 @@ def write_peft(
         suffixes = EMBEDDING_SUFFIXES if base.modules[name].kind == "embedding" else LINEAR_SUFFIXES
         tensors[f"{PREFIX}{name}{suffixes['a']}"] = module.a.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}{suffixes['b']}"] = module.b.detach().cpu().contiguous()
+    write_files(directory, config, tensors, base)
+
+
+def write_files(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+) -> None:
+    """Write both files, of whatever method, from an adapter_config.json and tensors by their names in the file."""
     directory.mkdir(parents=True, exist_ok=True)
     # One key only: safetensors writes several in an order that changes from call to call.
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={FINGERPRINT_KEY: base.fingerprint})
+    save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={FINGERPRINT_KEY: base.fingerprint})
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
 
