@@ -18,6 +18,7 @@ from loramux_trainer.fleet.micro_batch import Chunk, pack
 from loramux_trainer.fleet.model import FleetModel, Hidden, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.rows import Dropout
+from loramux_trainer.fleet.statistics import weight_gradients
 from loramux_trainer.losses.protocol import Totals
 from loramux_trainer.losses.sft import SftLoss
 from loramux_trainer.progress import EvalReport, StepReport
@@ -103,6 +104,7 @@ class Fleet:
         turns, chunks = [], []
         for slot, member in enumerate(self.running):
             try:
+                self._give_gradients(member)
                 parts = member.adapter.parts(with_gradients=True)
             except AdapterError as error:
                 member.diverge(f"step {member.step + 1}: {error}")
@@ -115,11 +117,31 @@ class Fleet:
             self._compute(batch)
         reports = {}
         for turn in turns:
-            turn.parts.backward()
+            turn.loss += turn.parts.backward()
             report = turn.member.finish_step(turn.loss, turn.totals, turn.metrics)
             if report is not None:
                 reports[turn.member.name] = report
         return reports
+
+    def _give_gradients(self, member: Member) -> None:
+        """Those of the frozen weights at this step, alone, where its method asks for them."""
+        modules = member.adapter.wants_gradients(member.step)
+        if not modules:
+            return
+        own = member.chunks()
+        totals = sum((member.loss.totals(chunk.units) for chunk in own), Totals())
+
+        def run(chunk: Chunk[_Turn]) -> None:
+            self._compute([chunk])
+
+        member.adapter.take_gradients(
+            weight_gradients(self._model, modules, lambda: self._alone(member, own, totals), run)
+        )
+        member.adapter.parameters.clear()
+
+    def _alone(self, member: Member, chunks: Sequence[UnitChunk], totals: Totals) -> list[Chunk[_Turn]]:
+        turn = _Turn(member, 0, member.adapter.parts(with_gradients=True), totals)
+        return [self._chunk(turn, chunk, False) for chunk in chunks]
 
     def _chunk(self, turn: _Turn, chunk: UnitChunk, with_dropout: bool) -> Chunk[_Turn]:
         member = turn.member

@@ -41,6 +41,26 @@ class Adapter(Protocol):
         """What the tensors come to now. Raises AdapterError where that is not finite."""
         ...
 
+    def wants_gradients(self, step: int) -> tuple[str, ...]:
+        """Modules whose frozen weights' gradients it asks for before 0-based `step`."""
+        ...
+
+    def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """They [out, in], by module."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer's 1-based `step`; the gradients are still there."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state beside the parameters."""
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over such a state. Raises KeyError or RuntimeError where it is another's."""
+        ...
+
 
 class Optimizer(Protocol):
     """Steps over the parameter groups that it was made with."""
@@ -133,6 +153,7 @@ class Member:
         rate = self.options.rate(self.step)
         before = parameters.weights.clone()
         self.optimizer.step(rate)
+        self.adapter.after_step(self.step + 1)
         parameters.clear()
         if not parameters.is_finite:
             parameters.weights.copy_(before)
@@ -151,22 +172,27 @@ class Member:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that changes from step to step, on the CPU."""
         state = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        state |= {f"adapter.{name}": tensor for name, tensor in self.adapter.tensors().items()}
         state["weights"] = self.adapter.parameters.weights
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue after `step` steps. Raises CheckpointInvalid where the tensors are not this member's."""
         weights = self.adapter.parameters.weights
-        prefix = "optimizer."
         try:
             if tensors["weights"].shape != weights.shape:
                 raise ValueError(f"{tensors['weights'].numel()} weights, not {weights.numel()}")
-            self.optimizer.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            self.optimizer.restore(_below("optimizer.", tensors))
+            self.adapter.restore(_below("adapter.", tensors))
             weights.copy_(tensors["weights"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointInvalid(f"the checkpoint's tensors are not those of this job ({error})") from error
         self.step = step
         self.state = "running" if step < self.options.total_steps else "finished"
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _cut(units: Sequence[Unit], batches: Sequence[Sequence[int]], tokens: int) -> list[UnitChunk]:

@@ -83,6 +83,12 @@ class FlatParameters:
             found[name] = leaf
         return found
 
+    def shaped(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of another buffer of the same layout."""
+        start = self.weights.data_ptr()
+        places = {name: (view.data_ptr() - start) // 4 for name, view in self.views.items()}
+        return {name: flat[at : at + self.views[name].numel()].view_as(self.views[name]) for name, at in places.items()}
+
     def clip(self, most: float | None) -> float:
         """Scales the gradients to a norm of at most `most`, as torch does; returns the norm they had."""
         norm = float(torch.linalg.vector_norm(self.gradients))

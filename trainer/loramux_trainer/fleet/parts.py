@@ -37,9 +37,10 @@ class Leaf:
 class StepParts:
     """The parts of one member, by module, for one step."""
 
-    def __init__(self, modules: Mapping[str, tuple[Part, ...]]) -> None:
-        """`modules`: their tensors are trained leaves, derived from such with a graph, or constants."""
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, tuple[Part, ...]], penalty: torch.Tensor | None = None) -> None:
+        """`modules`: their tensors are trained leaves, derived from such with a graph, or constants. `penalty`: what
+        comes to the loss besides."""
+        self.modules, self._penalty = modules, penalty
         self._leaves: dict[int, tuple[torch.Tensor, Leaf]] = {}
         self._bound: dict[str, object] = {}
 
@@ -66,8 +67,14 @@ class StepParts:
             known = self._leaves[id(tensor)] = (tensor, leaf)  # the tensor is held, so that its id stays its own
         return known[1]
 
-    def backward(self) -> None:
-        """Runs the gradients of derived tensors back to the trained ones; once, at the end of a step."""
-        derived = [(t, leaf.grad) for t, leaf in self._leaves.values() if t.requires_grad and not t.is_leaf]
-        if derived:
-            torch.autograd.backward([t for t, _ in derived], [gradient for _, gradient in derived])
+    def backward(self) -> float:
+        """Runs the gradients of derived tensors back to the trained ones; once, at the end of a step.
+
+        Returns what comes to the loss besides.
+        """
+        ends = [(t, leaf.grad) for t, leaf in self._leaves.values() if t.requires_grad and not t.is_leaf]
+        if self._penalty is not None:
+            ends.append((self._penalty, torch.ones_like(self._penalty)))
+        if ends:
+            torch.autograd.backward([end for end, _ in ends], [gradient for _, gradient in ends])
+        return 0.0 if self._penalty is None else float(self._penalty.detach())

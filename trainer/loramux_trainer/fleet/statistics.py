@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from loramux_trainer.fleet.linear import LinearGroup
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 
+B = TypeVar("B")
 Batches = Callable[[], Iterable[Sequence[MemberRows]]]
 """The micro-batches, anew at every call."""
 
@@ -78,8 +80,8 @@ def input_moments(model: FleetModel, modules: Sequence[str], batches: Batches) -
 def weight_gradients(
     model: FleetModel,
     modules: Sequence[str],
-    batches: Batches,
-    backward: Callable[[FleetModel, Sequence[MemberRows]], None],
+    batches: Callable[[], Iterable[B]],
+    backward: Callable[[B], None],
     *,
     most_bytes: int = 1 << 30,
 ) -> Mapping[str, torch.Tensor]:
@@ -98,7 +100,7 @@ def weight_gradients(
             observers.append((group, observer))
         try:
             for members in batches():
-                backward(model, members)
+                backward(members)
         finally:
             _forget(model)
         for group, observer in observers:

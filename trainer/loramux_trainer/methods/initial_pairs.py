@@ -70,4 +70,5 @@ def eva(second_moment: torch.Tensor, mean: torch.Tensor, rank: int) -> torch.Ten
     """
     values, vectors = torch.linalg.eigh(second_moment - mean[:, None] * mean[None])
     order = values.argsort(descending=True)[:rank]
-    return vectors[:, order].T.contiguous()
+    components: torch.Tensor = vectors[:, order].T.contiguous()
+    return components

@@ -13,7 +13,7 @@ import torch
 
 from loramux_trainer.methods.method import Beginning, Method, Rule, Start
 from loramux_trainer.methods.random import generator, kaiming
-from loramux_trainer.methods.rules import BaseValues, constant, kaiming_uniform, normal, of_base
+from loramux_trainer.methods.rules import BaseValues, constant, kaiming_uniform, of_base
 
 LoraInit = Literal["A", "B", "gaussian", "orthogonal"]
 
@@ -31,13 +31,6 @@ def lora(config: Mapping[str, Any], seed: int, base: BaseValues, *, init: LoraIn
         "magnitude": of_base(base.row_norms, "vector"),
     }
     return Method({"peft_type": "LORA", **config}, seed, rules | whole_biases(base))
-
-
-def adalora(config: Mapping[str, Any], seed: int, base: BaseValues) -> Method:
-    """The ranks that training does not prune are those of the config's init_r."""
-    rank = int(config["init_r"])
-    rules = {"a": normal(0.02, "a"), "b": normal(0.02, "b"), "e": constant(0.0, "vector")} | whole_biases(base)
-    return Method({"peft_type": "ADALORA", **config}, seed, rules, lambda _: {"a": (rank, 0)})
 
 
 def vera(config: Mapping[str, Any], seed: int, *, d_initial: float = 0.1) -> Method:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from loramux_adapters.formats.peft.tuner import Shape, Target
-from loramux_trainer.fleet.parameters import Role
+from loramux_adapters.spec import BaseModelSpec, ModuleSpec
+from loramux_trainer.fleet.parameters import FlatParameters, Role
 from loramux_trainer.methods.random import generator
 
 
@@ -40,9 +41,40 @@ class Beginning:
     """What a rule may look at. `module` is empty, and `target` None, for a tensor that all modules share."""
 
     module: str
+    spec: ModuleSpec | None
     target: Target | None
     shape: Shape
     generator: torch.Generator  # of this tensor alone
+
+
+class Control(Protocol):
+    """What a method does between steps, besides what its optimizer does."""
+
+    def wants_gradients(self, step: int) -> tuple[str, ...]:
+        """Modules whose frozen weights' gradients it asks for before 0-based `step`."""
+        ...
+
+    def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """They [out, in], by module, on the CPU."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer's 1-based `step`; the gradients are still there."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state."""
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over a state. Raises KeyError or RuntimeError where it is another's."""
+        ...
+
+    def finish(
+        self, config: dict[str, Any], tensors: dict[tuple[str, str], torch.Tensor]
+    ) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Tensor]]:
+        """Config and tensors, by module and role, as they are exported."""
+        ...
 
 
 Rule = Callable[[Beginning], Start | Made]
@@ -58,14 +90,18 @@ class Method:
     rules: Mapping[str, Rule]  # by role
     found: Callable[[Target], Mapping[str, Shape]] = field(default=lambda _: {})
     """Shapes that the config does not say, see `Target.shapes`."""
+    penalty: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+    """Of the trained tensors by name: comes to the loss of every step."""
+    control: Callable[[FlatParameters], Control] | None = None
 
     def shapes(self, target: Target) -> Mapping[str, Shape]:
         """The tensors of a module, by role."""
         return target.shapes(self.found(target))
 
-    def start(self, module: str, target: Target | None, role: str, shape: Shape) -> Start | Made:
+    def start(self, module: str, base: BaseModelSpec, target: Target | None, role: str, shape: Shape) -> Start | Made:
         """How a tensor begins. Raises ValueError for a role that the method does not know."""
         rule = self.rules.get(role)
         if rule is None:
             raise ValueError(f"{self.config.get('peft_type')}: nothing says how {role} of {module or 'all'} begins")
-        return rule(Beginning(module, target, tuple(shape), generator(self.seed, f"{module}:{role}")))
+        own = generator(self.seed, f"{module}:{role}")
+        return rule(Beginning(module, base.modules.get(module), target, tuple(shape), own))

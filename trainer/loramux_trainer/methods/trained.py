@@ -7,6 +7,7 @@ server reads exactly can be trained exactly. Knows no method.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class TrainedAdapter:
         for module, role, shape in self._wanted(method):
             name = f"{module}:{role}"
             self._places[name] = (module, role)
-            start = method.start(module, self._targets.modules.get(module), role, shape)
+            start = method.start(module, base, self._targets.modules.get(module), role, shape)
             if isinstance(start, Made):
                 self._makes[name] = start
                 for part, own in start.starts.items():
@@ -45,6 +46,8 @@ class TrainedAdapter:
             else:
                 self._add(name, start, device)
         self.parameters = FlatParameters(self._parameters, device)
+        self._penalty = method.penalty
+        self._control = None if method.control is None else method.control(self.parameters)
         for module, role, shape in self._wanted(method):
             value = self._value(f"{module}:{role}", self.parameters.views)
             if tuple(value.shape) != tuple(shape):
@@ -72,16 +75,44 @@ class TrainedAdapter:
         """What the tensors come to now. Raises AdapterError where that is not finite."""
         with torch.set_grad_enabled(with_gradients):
             views = self.parameters.leaves() if with_gradients else self.parameters.views
-            return StepParts(canonical_parts(self._by_module(views), self._targets, self._base))
+            parts = canonical_parts(self._by_module(views), self._targets, self._base)
+            penalty = self._penalty(views) if with_gradients and self._penalty is not None else None
+            return StepParts(parts, penalty)
 
-    def file_tensors(self) -> dict[str, torch.Tensor]:
-        """Name in the file -> tensor, float32 on the CPU: copies."""
+    def wants_gradients(self, step: int) -> tuple[str, ...]:
+        """Modules whose frozen weights' gradients are wanted before 0-based `step`."""
+        return () if self._control is None else self._control.wants_gradients(step)
+
+    def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """They [out, in], by module."""
+        if self._control is not None:
+            self._control.take_gradients(gradients)
+
+    def after_step(self, step: int) -> None:
+        """To be called after the optimizer's 1-based `step`, before the gradients are cleared."""
+        if self._control is not None:
+            self._control.after_step(step)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """State beside the parameters."""
+        return {} if self._control is None else self._control.tensors()
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over such a state. Raises KeyError or RuntimeError where it is another's."""
+        if self._control is not None:
+            self._control.restore(tensors)
+
+    @torch.no_grad()
+    def files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The config, and name in the file -> tensor: float32 copies on the CPU."""
         views = self.parameters.views
-        with torch.no_grad():
-            return {self._file_name(name): self._value(name, views).cpu().clone() for name in self._places}
+        tensors = {place: self._value(name, views).cpu().clone() for name, place in self._places.items()}
+        config = self.config
+        if self._control is not None:
+            config, tensors = self._control.finish(dict(config), tensors)
+        return config, {self._file_name(*place): tensor.contiguous() for place, tensor in tensors.items()}
 
-    def _file_name(self, name: str) -> str:
-        module, role = self._places[name]
+    def _file_name(self, module: str, role: str) -> str:
         return tensor_name(module, role, self._tuner, self._targets, self._base)
 
     def _by_module(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
