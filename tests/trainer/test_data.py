@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from loramux_trainer.data import load_data
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import DataInvalid
 from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.job import DataConfig
 from loramux_trainer.records import RecordInvalid, parse_record
 from support.tiny import conversation, tiny_encoder, write_jsonl
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import DataInvalid, JobInvalid, Problems
 from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.job import DataConfig
 from loramux_trainer.records import RecordInvalid, read_records
 
 Examples = tuple[Example, ...]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux_trainer.data import Left, encode_records, fit, is_endless, part, refuse_empty
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import Problems
 from loramux_trainer.examples import Example, ExampleEncoder
-from loramux_trainer.job import DataConfig
 
 
 @dataclass(frozen=True, slots=True)

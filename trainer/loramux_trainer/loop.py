@@ -16,11 +16,11 @@ from torch import nn
 from loramux_adapters.apply.trainable import TrainableAdapter
 from loramux_adapters.guard.rope import RopeChoice
 from loramux_trainer.batches import Batch, StepOrder, collate
+from loramux_trainer.completion_loss import completion_loss
 from loramux_trainer.data import DataSet
 from loramux_trainer.errors import CheckpointInvalid, Diverged
 from loramux_trainer.examples import Example
 from loramux_trainer.job import OptimConfig
-from loramux_trainer.losses import completion_loss
 from loramux_trainer.progress import EvalReport, StepReport
 from loramux_trainer.schedule import factor, warmup_length
 
