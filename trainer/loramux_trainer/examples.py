@@ -35,6 +35,31 @@ class Example:
         return Example(self.ids[:length], self.labels[:length])
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One element of a batch, which is never torn over two steps: one example; several of a pack, which never see each
+    other; chosen and rejected of a pair, in this order; or one with the label of KTO (true: desirable).
+    """
+
+    rows: tuple[Example, ...]
+    label: bool | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row."""
+        return max(len(row.ids) for row in self.rows)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are predicted with a loss, of all rows together."""
+        return sum(row.supervised for row in self.rows)
+
+
 class ExampleEncoder:
     """Encodes for one base: its tokenizer, the ids that end a text, and the number of ids its embedding has."""
 
