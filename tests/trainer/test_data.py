@@ -9,7 +9,8 @@ from loramux_trainer.data import load_data
 from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import DataInvalid
 from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.records import RecordInvalid, parse_record
+from loramux_trainer.record_types import RecordInvalid
+from loramux_trainer.records import parse_record
 from support.tiny import conversation, tiny_encoder, write_jsonl
 
 
@@ -151,7 +152,7 @@ def test_examples_that_are_too_long_are_dropped_or_truncated(tmp_path: Path, tok
     dropped = load_data(DataConfig(train, max_length=8), encoder, seed=0)
     assert (dropped.report.train, dropped.report.too_long) == (1, 2)
     truncated = load_data(DataConfig(train, max_length=8, truncation="truncate"), encoder, seed=0)
-    assert [len(example.ids) for example in truncated.train] == [8, 8]  # the long prompt has no loss left
+    assert [unit.tokens for unit in truncated.train] == [8, 8]  # the long prompt has no loss left
     with pytest.raises(DataInvalid, match="no record is left"):
         load_data(DataConfig(train, max_length=3), encoder, seed=0)
     held = write_jsonl(tmp_path / "e.jsonl", _completions("a much longer one"))

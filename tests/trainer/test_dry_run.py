@@ -141,8 +141,9 @@ def test_data_is_judged_as_the_run_judges_it(
         if isinstance(ran, str):
             assert checked == ran
         else:
-            assert checked.train == tuple(len(example.ids) for example in ran.train)
-            assert checked.held == tuple(len(example.ids) for example in ran.eval)
+            assert checked.train == tuple(unit.tokens for unit in ran.train)
+            assert checked.held == tuple(unit.tokens for unit in ran.eval)
+            assert checked.longest == max(unit.longest for unit in (*ran.train, *ran.eval))
 
 
 def test_lines_that_only_the_tokenizer_can_tell_are_named_by_both(tmp_path: Path, tokenizer: Any) -> None:

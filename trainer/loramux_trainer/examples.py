@@ -13,7 +13,7 @@ from typing import Any
 
 from loramux_adapters.tokenization import ContinuationRefused, PromptTokenizer, find_chat_template
 from loramux_trainer.chats import ChatRenderer, Turn
-from loramux_trainer.records import Completion, Conversation, Record, RecordInvalid
+from loramux_trainer.record_types import Answer, Completion, Conversation, RecordInvalid, Tokens
 
 IGNORE = -100
 
@@ -67,17 +67,25 @@ class ExampleEncoder:
         self.end_ids = end_ids
         self._prompts = PromptTokenizer(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
         self._vocabulary = vocabulary
         template = find_chat_template(tokenizer)
         self._renderer = None if template is None else ChatRenderer(template, tokenizer.special_tokens_map)
 
-    def encode(self, record: Record) -> tuple[Example, ...]:
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the base's chat template says by {% generation %} blocks what is learned."""
+        return self._renderer is not None and self._renderer.marks_generation
+
+    def encode(self, record: Answer | Tokens) -> tuple[Example, ...]:
         """The record's examples: one, or for a conversation whose turns the server would cut otherwise than one
         sequence can hold, several. Raises RecordInvalid.
         """
         try:
             if isinstance(record, Completion):
                 examples: Sequence[Example] = [self._encode_completion(record)]
+            elif isinstance(record, Tokens):
+                examples = [self._check_tokens(record)]
             else:
                 examples = list(self._encode_chat(record))
         except ContinuationRefused as error:
@@ -86,6 +94,11 @@ class ExampleEncoder:
             if not example.supervised:
                 raise RecordInvalid("no token of the record carries a loss: there is nothing to learn")
             self._check_vocabulary(example)
+            if self._bos is not None and example.ids[:2] == (self._bos, self._bos):
+                raise RecordInvalid(
+                    f"begins with {self._prompts.token_text(self._bos)} twice, which no request does: remove it from "
+                    "the record"
+                )
         return tuple(examples)
 
     def _encode_completion(self, record: Completion) -> Example:
@@ -96,6 +109,15 @@ class ExampleEncoder:
         if tail[-1:] != [self._eos]:  # a completion that was rendered already ends with it
             tail.append(self._eos)
         return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
+
+    def _check_tokens(self, record: Tokens) -> Example:
+        """As they are. What ends them must be learned, where it is there: padding with the end token masks it often."""
+        if record.ids[-1] in self.end_ids and record.labels[-1] == IGNORE:
+            raise RecordInvalid(
+                f"input_ids ends with {self._prompts.token_text(record.ids[-1])} ({record.ids[-1]}), at which the base "
+                "stops, but carries no loss there, so that the end would not be learned: give it its label"
+            )
+        return Example(record.ids, record.labels)
 
     def _encode_chat(self, record: Conversation) -> Iterator[Example]:
         """Turns share a sequence as long as each one's prompt, encoded alone, continues what is there."""

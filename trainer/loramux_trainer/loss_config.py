@@ -119,3 +119,6 @@ def _named(value: object) -> object:
 
 LossChoice = Annotated[LossConfig, BeforeValidator(_named)]
 """The job's key: a name, or a mapping with `name` and options."""
+
+SFT: Final = LossConfig()
+"""Without a `loss` in the job."""
