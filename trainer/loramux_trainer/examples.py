@@ -106,6 +106,8 @@ class ExampleEncoder:
             raise RecordInvalid("the base's tokenizer has no end-of-sequence token to end a completion with")
         head = self._prompts.encode_prompt(record.prompt)
         tail = self._prompts.encode_continuation(record.prompt, head, record.completion)
+        if not record.prompt and self._bos is not None and head[-1:] == tail[:1] == [self._bos]:
+            head = head[:-1]  # a text that was rendered already begins with it
         if tail[-1:] != [self._eos]:  # a completion that was rendered already ends with it
             tail.append(self._eos)
         return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
