@@ -103,7 +103,7 @@ def _findings(
             str(part) if found["type"] in _UNKNOWN else part for part in path[-1:]
         ]  # YAML has keys that are numbers
         key, context = _dotted((*at, *path[:-1], *last)), found.get("ctx", {})
-        value = None if found["type"] == "missing" else functools.reduce(lambda inner, part: inner[part], path, values)
+        value = None if found["type"] == "missing" else _given(values, path, found["input"])
         if found["type"] in _UNKNOWN:
             rule = hints.get(key) or _unknown(str(path[-1]), _known(model, path[:-1]))
         elif found["type"] == "dataclass_type":
@@ -114,6 +114,14 @@ def _findings(
         else:
             rule = _RULES.get(found["type"], "{msg}").format(**{"input": value, "msg": found["msg"], **context})
         yield key, rule
+
+
+def _given(values: Any, path: Sequence[int | str], validated: object) -> object:
+    """What the person wrote at `path`; `validated` where that was not there: a default, or one word for a section."""
+    try:
+        return functools.reduce(lambda inner, part: inner[part], path, values)
+    except (KeyError, TypeError):
+        return validated
 
 
 def _dotted(path: Sequence[int | str]) -> str:

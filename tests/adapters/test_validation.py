@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field, Strict, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
 from loramux_adapters.validation import (
     FilePath,
@@ -105,3 +105,40 @@ def test_everything_wrong_is_said_at_once_below_the_key_that_is_given() -> None:
 def test_what_is_no_mapping_is_refused(values: object) -> None:
     with pytest.raises(ValuesInvalid, match=r"^must be a mapping of name, parts, "):
         read(Outer, values)
+
+
+def _named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Choice(Section):
+    name: Literal["a", "b"]
+    size: Annotated[int | None, Field(validate_default=True)] = None
+
+    @field_validator("size")
+    @classmethod
+    def _is_there_for_b(cls, size: int | None, others: ValidationInfo) -> int | None:
+        if size is None and others.data.get("name") == "b":
+            raise ValueError("is required with b")
+        return size
+
+
+@dataclass(frozen=True)
+class Chooser(Section):
+    choice: Annotated[Choice, BeforeValidator(_named)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "finding"),
+    [
+        ("c", ("choice.name", "must be one of a, b, not 'c'")),
+        ({"name": "b"}, ("choice.size", "is required with b")),
+        ("b", ("choice.size", "is required with b")),
+    ],
+)
+def test_a_finding_where_nothing_was_written_is_told_too(choice: object, finding: tuple[str, str]) -> None:
+    """One word that stands for a section, and a default that does not fit what was written."""
+    with pytest.raises(ValuesInvalid) as caught:
+        read(Chooser, {"choice": choice})
+    assert caught.value.findings == (finding,)

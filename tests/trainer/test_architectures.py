@@ -23,10 +23,10 @@ from loramux_adapters.apply.trainable import attach
 from loramux_adapters.base.load import load_base
 from loramux_adapters.guard.examine import examine
 from loramux_trainer.batches import collate
+from loramux_trainer.completion_loss import completion_loss
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.job import TrainConfig
-from loramux_trainer.losses import completion_loss
 from loramux_trainer.run import train
 from loramux_trainer.targets import resolve_targets
 

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from loramux_trainer.data import load_data
-from loramux_trainer.errors import DataInvalid
+from loramux_trainer.data_config import DataConfig
+from loramux_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
 from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.job import DataConfig
-from loramux_trainer.records import RecordInvalid, parse_record
+from loramux_trainer.loss_config import LossConfig
+from loramux_trainer.record_types import RecordInvalid
+from loramux_trainer.records import parse_record
 from support.tiny import conversation, tiny_encoder, write_jsonl
 
 
@@ -151,7 +153,7 @@ def test_examples_that_are_too_long_are_dropped_or_truncated(tmp_path: Path, tok
     dropped = load_data(DataConfig(train, max_length=8), encoder, seed=0)
     assert (dropped.report.train, dropped.report.too_long) == (1, 2)
     truncated = load_data(DataConfig(train, max_length=8, truncation="truncate"), encoder, seed=0)
-    assert [len(example.ids) for example in truncated.train] == [8, 8]  # the long prompt has no loss left
+    assert [unit.tokens for unit in truncated.train] == [8, 8]  # the long prompt has no loss left
     with pytest.raises(DataInvalid, match="no record is left"):
         load_data(DataConfig(train, max_length=3), encoder, seed=0)
     held = write_jsonl(tmp_path / "e.jsonl", _completions("a much longer one"))
@@ -206,3 +208,61 @@ def test_eval_fraction_splits_distinct_examples(tmp_path: Path, tokenizer: Any) 
         load_data(DataConfig(one, eval_fraction=0.5), encoder, seed=0)
     again = load_data(DataConfig(train, eval_fraction=0.3, keep_duplicates=True), encoder, seed=3)
     assert again.eval == data.eval
+
+
+def test_the_report_counts_pairs_labels_and_packs(tmp_path: Path, tokenizer: Any) -> None:
+    encoder = tiny_encoder(tokenizer)
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "bb"}, {"prompt": "p", "chosen": "c", "rejected": "dd"}]
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*pairs, pairs[0], {**pairs[0], "rejected": "much longer"}])
+    pair_data = load_data(DataConfig(path, max_length=8), encoder, seed=0, loss=LossConfig("dpo"))
+    report = pair_data.report
+    assert (report.records, report.train, report.units, report.duplicates, report.dropped) == (4, 2, 2, 1, 1)
+    assert (report.tokens, report.masked, report.masked_share) == (
+        18,
+        8,
+        0.4444,
+    )  # twice <bos> p | a <end>, and b b
+    assert (report.longest, report.median, report.truncated) == (5, 4.5, 0)
+    halves = load_data(DataConfig(path, max_length=8), encoder, seed=0, loss=LossConfig("kto")).report
+    assert (halves.records, halves.train, halves.desirable, halves.undesirable) == (4, 4, 2, 2)
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}, {"text": "bb"}, {"text": "ccc"}, {"text": "d" * 9}])
+    packing = DataConfig(texts, max_length=8, packing=True, truncation="truncate")
+    packs = load_data(packing, encoder, seed=0)
+    assert (packs.report.train, packs.report.units, packs.report.truncated, packs.report.dropped) == (4, 3, 1, 0)
+    assert [unit.tokens for unit in packs.train] == [8, 4, 8]
+    assert all(len(unit.rows) == 1 for unit in load_data(packing, encoder, seed=0).eval)
+
+
+def test_the_digest_is_of_what_is_trained(tmp_path: Path, tokenizer: Any) -> None:
+    encoder, path = tiny_encoder(tokenizer), tmp_path / "t.jsonl"
+
+    def digest(records: list[Any], loss: str = "sft", **options: Any) -> str:
+        return load_data(
+            DataConfig(write_jsonl(path, records), **options), encoder, seed=0, loss=LossConfig(loss)
+        ).digest  # type: ignore[arg-type]
+
+    plain = digest(_completions("a", "b"))
+    # As checkpoints of before there were units have it.
+    assert plain == "add09b5001cbed77116096fa4ffce9697d731c449fa798c608af6fcb6ed210f8"
+    judged = [{**record, "label": True} for record in _completions("a", "b")]
+    other = digest([judged[0], {**judged[1], "label": False}], "kto")
+    pair = [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    assert len({plain, digest(_completions("a", "b"), packing=True), digest(judged, "kto"), other}) == 4
+    assert digest(pair, "kto") == other  # two answers, one of them desirable
+    assert digest(pair, "dpo") not in (plain, other)
+    write_jsonl(path, _completions("a", "b"))
+    path.write_text("[" + path.read_text().replace("}\n{", "},\n{") + "]")
+    assert load_data(DataConfig(path), encoder, seed=0).digest == plain
+
+
+def test_a_loss_without_its_data_is_refused_before_anything(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", _completions("a", "b"))
+    held = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(SeveralInvalid) as caught:
+        load_data(DataConfig(path, path), tiny_encoder(tokenizer), seed=0, loss=LossConfig("dpo"))
+    assert len(caught.value.problems) == 2
+    assert "t.jsonl:1: a record with one answer, and loss dpo needs pairs" in str(caught.value)
+    with pytest.raises(DataInvalid, match=r"e\.jsonl:1: a preference record \(chosen, rejected\), and loss sft needs"):
+        load_data(DataConfig(path, held), tiny_encoder(tokenizer), seed=0)
+    with pytest.raises(JobInvalid, match=r"data\.packing: is not read by loss dpo"):
+        load_data(DataConfig(held, packing=True), tiny_encoder(tokenizer), seed=0, loss=LossConfig("dpo"))

@@ -13,10 +13,12 @@ import pytest
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_trainer.data import load_data
 from loramux_trainer.data_check import check_data
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.dry_run import check_whole_job
 from loramux_trainer.errors import DataInvalid, JobInvalid, ModelInvalid, SeveralInvalid, TrainerError
 from loramux_trainer.examples import ExampleEncoder
-from loramux_trainer.job import DataConfig, TrainConfig
+from loramux_trainer.job import TrainConfig
+from loramux_trainer.loss_config import LossConfig
 from support.hub_cache import cache_tiny
 from support.tiny import tiny_encoder, write_jsonl
 
@@ -140,8 +142,9 @@ def test_data_is_judged_as_the_run_judges_it(
         if isinstance(ran, str):
             assert checked == ran
         else:
-            assert checked.train == tuple(len(example.ids) for example in ran.train)
-            assert checked.held == tuple(len(example.ids) for example in ran.eval)
+            assert checked.train == tuple(unit.tokens for unit in ran.train)
+            assert checked.held == tuple(unit.tokens for unit in ran.eval)
+            assert checked.longest == max(unit.longest for unit in (*ran.train, *ran.eval))
 
 
 def test_lines_that_only_the_tokenizer_can_tell_are_named_by_both(tmp_path: Path, tokenizer: Any) -> None:
@@ -154,3 +157,35 @@ def test_lines_that_only_the_tokenizer_can_tell_are_named_by_both(tmp_path: Path
             act(job, encoder, seed=0)
         found = [str(problem).removeprefix(f"{tmp_path}/")[:10] for problem in caught.value.problems]
         assert found == ["t.jsonl:2:", "t.jsonl:4:", "e.jsonl:1:"]
+
+
+PAIRS = [{"prompt": "p", "chosen": text, "rejected": f"{text}{text}"} for text in ("a", "b", "a", "much longer")]
+
+
+@pytest.mark.parametrize("truncation", ["drop", "truncate"])
+@pytest.mark.parametrize(
+    ("loss", "records", "options"),
+    [
+        ("sft", [{"text": text} for text in ("a", "bb", "ccc", "dddddd", "much longer")], {"packing": True}),
+        ("sft", [{"text": "a"}, {"text": "bb"}], {"completion_only_loss": False, "eval_fraction": 0.5}),
+        ("sft", PAIRS, {}),
+        ("dpo", PAIRS, {"eval_fraction": 0.3}),
+        ("dpo", [{"text": "a"}], {}),
+        ("dpo", PAIRS, {"packing": True}),
+        ("kto", PAIRS, {"keep_duplicates": True}),
+        ("kto", [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)], {}),
+    ],
+)
+def test_units_are_judged_as_the_run_judges_them(
+    tmp_path: Path, tokenizer: Any, loss: Any, records: list[Any], options: dict[str, Any], truncation: Any
+) -> None:
+    job = DataConfig(write_jsonl(tmp_path / "t.jsonl", records), max_length=8, truncation=truncation, **options)
+    encoder, config = tiny_encoder(tokenizer), LossConfig(loss)
+    ran = _outcome(lambda: load_data(job, encoder, seed=1, loss=config))
+    checked = _outcome(lambda: check_data(job, encoder, seed=1, loss=config))
+    if isinstance(ran, str):
+        assert checked == ran
+    else:
+        assert checked.train == tuple(unit.tokens for unit in ran.train)
+        assert checked.held == tuple(unit.tokens for unit in ran.eval)
+        assert checked.longest == max(unit.longest for unit in (*ran.train, *ran.eval))

@@ -23,9 +23,9 @@ from loramux_adapters.formats.peft.writer import TrainedModule, write_peft
 from loramux_adapters.formats.registry import read
 from loramux_adapters.kernels.select import select_kernels
 from loramux_trainer.batches import Batch, collate
+from loramux_trainer.completion_loss import completion_loss
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.examples import IGNORE, Example
-from loramux_trainer.losses import completion_loss
 from loramux_trainer.records import parse_record
 from loramux_trainer.run import enable_activation_checkpointing
 from loramux_trainer.targets import resolve_targets

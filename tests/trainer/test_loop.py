@@ -12,6 +12,7 @@ import torch
 from loramux_adapters.apply.trainable import TrainableAdapter, attach
 from loramux_adapters.base.load import LoadedBase
 from loramux_trainer.data import DataReport, DataSet
+from loramux_trainer.examples import Unit
 from loramux_trainer.job import OptimConfig
 from loramux_trainer.loop import Loop
 from loramux_trainer.records import parse_record
@@ -32,8 +33,8 @@ PLAIN = OptimConfig(
 def data(tokenizer: Any) -> DataSet:
     encoder = tiny_encoder(tokenizer)
     records = [parse_record({"messages": conversation(f"word{i}", "drow" * (i + 1))}) for i in range(4)]
-    examples = tuple(example for record in records for example in encoder.encode(record))
-    return DataSet(examples, (), DataReport(4, 4, 0, 0, 0, 0, 0, 0, 0, 0), "")
+    units = tuple(Unit((example,)) for record in records for example in encoder.encode(record))
+    return DataSet(units, (), DataReport(4, 4, 0, 0, 0, 0, 0, 0, 0, 0), "")
 
 
 @pytest.fixture

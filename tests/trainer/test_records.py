@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import DataInvalid, Problems, SeveralInvalid
-from loramux_trainer.records import Completion, Conversation, RecordInvalid, parse_record, read_records
+from loramux_trainer.loss_config import LossConfig
+from loramux_trainer.record_types import Completion, Conversation, Judged, RecordInvalid, Tokens
+from loramux_trainer.records import parse_record, read_records
+from support.tiny import write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -54,7 +58,6 @@ def test_keys_that_say_nothing_are_passed_over() -> None:
         ({"messages": [USER, ANSWER], "prompt": "a"}, "either messages, or prompt and completion, not both"),
         ({"messages": [USER, ANSWER], "completion": "a"}, "not both"),
         ({"prompt": "a", "completion": "b", "tools": [{}]}, "tools belong to messages"),
-        ({"prompt": [USER], "completion": [ANSWER]}, "join them into one list under messages"),
         ({"messages": [USER, ANSWER], "tools": "f"}, "tools must be a list of objects"),
         ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"messages\[1\]\.weight must be 0 or 1, not 0\.5"),
         ({"messages": [USER, {**ANSWER, "train": "no"}]}, r"messages\[1\]\.train must be true or false, not 'no'"),
@@ -63,11 +66,30 @@ def test_keys_that_say_nothing_are_passed_over() -> None:
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no turn of the assistant is trained"),
         ({"messages": [{**USER, "content": None}, ANSWER]}, r"messages\[0\] needs a role and a content string"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\] needs a role and a content"),
-        ({"conversations": []}, "a ShareGPT record: rename conversations to messages"),
-        ({"instruction": "a", "input": "", "output": "b"}, "an Alpaca record: write instruction and input into prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"a preference record \(chosen, rejected\)"),
-        ({"text": "a"}, "a record of plain text"),
-        ({"prompt": "a", "completion": "b", "label": False}, r"a KTO record \(label\)"),
+        ({"prompt": [USER], "completion": "a"}, "must be strings, or both lists of messages"),
+        (
+            {"prompt": [{**USER, "weight": 1}], "completion": [ANSWER]},
+            r"prompt\[0\] is the user's: only the assistant's",
+        ),
+        (
+            {"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]},
+            r"prompt\[1\] is of the prompt, which carries no loss: remove its weight",
+        ),
+        ({"prompt": [USER], "completion": [ANSWER, USER]}, "the last message of completion must be the assistant's"),
+        ({"text": ""}, "text is empty or no string"),
+        ({"text": "a", "label": 2}, r"label must be true \(a desirable answer\) or false, not 2"),
+        ({"prompt": "a", "completion": "b", "label": 0.5}, "label must be true"),
+        ({"messages": [USER, {**ANSWER, "weight": 1}], "label": True}, r"messages\[1\] has a weight, and label judges"),
+        ({"input_ids": [1, 2], "label": False}, "label is not a key that training reads beside input_ids"),
+        ({"input_ids": []}, "input_ids must be a list of ids"),
+        ({"input_ids": [1, -1]}, "none of them negative"),
+        ({"input_ids": [1, True]}, "input_ids must be a list of whole numbers"),
+        ({"input_ids": [1.0]}, "input_ids must be a list of whole numbers"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers, input_ids has 2"),
+        ({"input_ids": [1, 2], "labels": [1, 3]}, r"labels\[1\] is 3: it must be input_ids\[1\], or -100 for no loss"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 1]}, "leave the padding out of input_ids"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [0, 1]}, "either labels or completion_mask, not"),
+        ({"messages": "[{"}, "messages is not JSON that can be read"),
     ],
 )
 def test_what_would_be_passed_over_is_refused_by_its_key(record: Any, says: str) -> None:
@@ -95,15 +117,12 @@ RECORD = {"prompt": "ä", "completion": "b"}
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("t.json", json.dumps([RECORD]).encode(), r"a JSON array: .* \(jq -c '\.\[\]' t\.json > t\.jsonl\)"),
-        ("t.jsonl", json.dumps([RECORD], indent=2).encode(), r"a JSON array: .*t\.jsonl > t\.lines\.jsonl"),
         ("t.json", json.dumps(RECORD, indent=2).encode(), r"a JSON object over several lines: .*jq -c \. t\.json"),
         ("t.jsonl", json.dumps(RECORD).encode("utf-16"), "UTF-16, not UTF-8: save it as UTF-8"),
-        ("t.csv", b"prompt,completion\na,b\n", r"a table \(\.csv\): JSON Lines are needed"),
         ("t.parquet", b"PAR1\x15\x04", "a Parquet file"),
         ("t.jsonl.gz", gzip.compress(b"{}"), "compressed by gzip: unpack it first"),
     ],
-    ids=["array", "array of lines", "object", "utf-16", "csv", "parquet", "gzip"],
+    ids=["object", "utf-16", "parquet", "gzip"],
 )
 def test_files_of_another_form_are_named_with_the_remedy(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -143,4 +162,92 @@ def test_a_file_of_bad_lines_alone_is_not_called_empty(tmp_path: Path) -> None:
     problems = Problems()
     assert list(read_records(path, problems)) == []
     with pytest.raises(DataInvalid, match=r"t\.jsonl:1: not JSON"):
+        problems.raise_any()
+
+
+def test_prompt_and_completion_may_be_messages() -> None:
+    record = parse_record(
+        {"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER], "tools": [{"name": "f"}]}
+    )
+    assert isinstance(record, Conversation)
+    assert record.messages == (USER, ANSWER, USER, ANSWER, USER, ANSWER)
+    assert (record.trained, record.tools) == ((3, 5), ({"name": "f"},))
+
+
+def test_plain_text_is_learned_from_its_begin() -> None:
+    assert parse_record({"text": "a b"}) == Completion("", "a b")
+    assert parse_record({"text": "", "prompt": "a", "completion": "b"}) == Completion("a", "b")
+
+
+@pytest.mark.parametrize(("label", "good"), [(True, True), (False, False), (1, True), (0, False), ("False", False)])
+def test_a_label_judges_the_answer(label: object, good: bool) -> None:
+    record = parse_record({"prompt": "a", "completion": "b", "label": label})
+    assert record == Judged(Completion("a", "b"), good)
+    chat = parse_record({"messages": [USER, ANSWER, USER, ANSWER], "label": label})
+    assert isinstance(chat, Judged)
+    assert (chat.answer.trained, chat.label) == ((3,), good)  # type: ignore[union-attr]
+
+
+def test_token_ids_are_learned_where_labels_or_masks_say() -> None:
+    ids = [5, 6, 7]
+    assert parse_record({"input_ids": ids, "attention_mask": [1, 1, 1]}) == Tokens((5, 6, 7), (5, 6, 7))
+    assert parse_record({"input_ids": ids, "labels": [-100, 6, 7]}) == Tokens((5, 6, 7), (-100, 6, 7))
+    masks = {"completion_mask": [0, 1, 1], "assistant_masks": [1, 0, 1]}
+    assert parse_record({"input_ids": ids, **masks}) == Tokens((5, 6, 7), (-100, -100, 7))
+
+
+def test_json_in_a_text_is_opened() -> None:
+    record = parse_record({"messages": json.dumps([USER, ANSWER]), "tools": json.dumps([{"name": "f"}])})
+    assert isinstance(record, Conversation)
+    assert (record.messages, record.tools) == ((USER, ANSWER), ({"name": "f"},))
+
+
+def test_columns_of_the_file_get_our_names(tmp_path: Path) -> None:
+    def data(**options: Any) -> DataConfig:
+        return DataConfig(tmp_path / "t.jsonl", **options)
+
+    columns = {"prompt": "question", "completion": "best"}
+    value = {"question": "a", "best": "b", "score": 3}
+    named = data(columns=columns, ignore_columns=("score",))
+    assert parse_record(value, named) == Completion("a", "b")
+    with pytest.raises(RecordInvalid, match=r"score is not a key .* or name it in data\.ignore_columns"):
+        parse_record(value, data(columns=columns))
+    with pytest.raises(RecordInvalid, match=r"prompt is there, and data\.columns reads question as it"):
+        parse_record({**value, "prompt": "c"}, named)
+    write_jsonl(tmp_path / "t.jsonl", [value, value])
+    assert [line for line, _ in read_records(tmp_path / "t.jsonl", data=named)] == [1, 2]
+    wrong = data(columns={**columns, "tools": "functions"}, ignore_columns=("score",))
+    with pytest.raises(DataInvalid, match=r"t\.jsonl: no record has functions, which data\.columns reads as tools"):
+        list(read_records(tmp_path / "t.jsonl", data=wrong))
+
+
+ONE, JUDGED, PAIR = RECORD, {**RECORD, "label": True}, {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "says"),
+    [
+        (
+            "sft",
+            PAIR,
+            r"a preference record \(chosen, rejected\), and loss sft needs answers .*: set loss: dpo or",
+        ),
+        ("sft", JUDGED, r"a KTO record \(label\), .*: set loss: kto, or keep the good answers, without label"),
+        ("dpo", ONE, r"a record with one answer, and loss dpo needs pairs: prompt, chosen and rejected: set loss: sft"),
+        ("orpo", JUDGED, r"a KTO record \(label\), and loss orpo needs pairs"),
+        ("kto", ONE, r"a record with one answer, and loss kto needs a label \(true or false\) beside each answer"),
+        ("kto", {"input_ids": [1]}, r"a record of token ids \(input_ids\), and loss kto needs a label"),
+    ],
+)
+def test_a_loss_without_its_records_is_refused_once(tmp_path: Path, loss: Any, value: Any, says: str) -> None:
+    path, problems = write_jsonl(tmp_path / "t.jsonl", [value] * 3), Problems()
+    with pytest.raises(DataInvalid, match=rf"t\.jsonl:1: {says}"):
+        list(read_records(path, problems, loss=LossConfig(loss)))
+    assert not problems
+
+
+def test_a_record_of_another_kind_among_right_ones_is_named_with_its_line(tmp_path: Path) -> None:
+    path, problems = write_jsonl(tmp_path / "t.jsonl", [PAIR, ONE, JUDGED, PAIR]), Problems()
+    assert [line for line, _ in read_records(path, problems, loss=LossConfig("kto"))] == [1, 3, 4]
+    with pytest.raises(DataInvalid, match=r"t\.jsonl:2: a record with one answer"):
         problems.raise_any()

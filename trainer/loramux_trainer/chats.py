@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from loramux_trainer.records import REASONING_KEYS, Conversation, RecordInvalid
+from loramux_trainer.record_messages import REASONING_KEYS
+from loramux_trainer.record_types import Conversation, RecordInvalid
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -33,6 +34,11 @@ class ChatRenderer:
     def __init__(self, template: str, special_tokens: Mapping[str, Any]) -> None:
         self._template, self._special_tokens = template, dict(special_tokens)
         self._marked = _marks_generation(template)
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template has {% generation %} blocks."""
+        return self._marked
 
     def turns(self, conversation: Conversation) -> Iterator[Turn]:
         """Each trained turn, in order. Raises RecordInvalid."""

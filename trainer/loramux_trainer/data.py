@@ -1,4 +1,4 @@
-"""JSONL files into encoded training and evaluation sets, with a report of what was left out and why.
+"""Data files into encoded training and evaluation sets, with a report of what was left out and why.
 
 Knows no batch and no model: how a record becomes tokens is handed in.
 """
@@ -6,20 +6,23 @@ Knows no batch and no model: how a record becomes tokens is handed in.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
+import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import DataInvalid, JobInvalid, Problems
-from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.job import DataConfig
-from loramux_trainer.records import RecordInvalid, read_records
+from loramux_trainer.examples import ExampleEncoder, Unit
+from loramux_trainer.loss_config import SFT, LossConfig
+from loramux_trainer.record_types import RecordInvalid
+from loramux_trainer.records import read_records
+from loramux_trainer.units import check_options, encode_units, fit, is_endless, packed
 
-Examples = tuple[Example, ...]
+Units = tuple[Unit, ...]
 E = TypeVar("E", bound=Hashable)
 
 
@@ -27,7 +30,7 @@ E = TypeVar("E", bound=Hashable)
 class DataReport:
     """What became of the records. `masked` counts tokens that carry no loss (prompts).
 
-    All but `records` count examples: a record is one, but for a conversation whose turns cannot share a sequence.
+    Counts are of examples: a record is one, a pair too, but for a conversation whose turns cannot share a sequence.
     """
 
     records: int  # of the training file
@@ -40,14 +43,21 @@ class DataReport:
     tokens: int  # of the training set
     masked: int
     longest: int
+    dropped: int = 0  # of those that are too long
+    truncated: int = 0
+    masked_share: float = 0.0  # of the tokens
+    median: float = 0.0  # tokens of a row; a pair has two
+    units: int = 0  # what a batch is made of: packs where the job packs, else examples
+    desirable: int = 0  # of the training examples, by KTO's label
+    undesirable: int = 0
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Encoded examples. `digest` identifies the training set in its order."""
+    """Encoded units. `digest` identifies the training set in its order."""
 
-    train: Examples
-    eval: Examples
+    train: Units
+    eval: Units
     report: DataReport
     digest: str
 
@@ -56,13 +66,13 @@ class DataSet:
 class _Fitted:
     """What is left of a side's examples: those that fit, as they are trained, and how many were longer."""
 
-    kept: Examples
+    kept: Units
     cut: int
 
 
 @dataclass(frozen=True)
 class Sides(Generic[E]):
-    """Which examples train and which are held out. Equal ones are copies; E is an example or its sketch."""
+    """Which examples train and which are held out. Equal ones are copies; E is a unit or its sketch."""
 
     train: tuple[E, ...]
     held: tuple[E, ...]
@@ -81,19 +91,26 @@ class Left:
     endless: int  # of those left to train
 
 
-def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int) -> DataSet:
-    """Read, encode, clean and split. Raises DataInvalid with file and line, and SeveralInvalid for several lines."""
+def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: LossConfig = SFT) -> DataSet:
+    """Read, encode, clean, split and pack. Raises DataInvalid with file and line, SeveralInvalid for several lines, and
+    JobInvalid for an option that would not take effect.
+    """
+    check_options(job, loss, encoder)
     problems = Problems()
-    records, raw = _read(job.train, encoder, problems)
-    held_raw = None if job.eval is None else _read(job.eval, encoder, problems)[1]
+    records, raw = _read(job.train, job, encoder, loss, problems)
+    held_raw = None if job.eval is None else _read(job.eval, job, encoder, loss, problems)[1]
     problems.raise_any()
     sides = part(raw, held_raw, job, seed)
     train, held = _fit(sides.train, job), _fit(sides.held, job)
-    endless = sum(is_endless(example, encoder) for example in train.kept)
+    endless = sum(is_endless(unit, encoder) for unit in train.kept)
     refuse_empty(
         job,
         Left(train=len(train.kept), train_cut=train.cut, held=len(held.kept), held_cut=held.cut, endless=endless),
     )
+    packs = packed(train.kept, job)
+    lengths = [len(row.ids) for unit in train.kept for row in unit.rows]
+    masked = sum(lengths) - sum(unit.supervised for unit in train.kept)
+    dropped = len(sides.train) - len(train.kept) + len(sides.held) - len(held.kept)
     report = DataReport(
         records=records,
         train=len(train.kept),
@@ -102,23 +119,32 @@ def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int) -> DataSet
         leaked=sides.leaked,
         too_long=train.cut + held.cut,
         endless=endless,
-        tokens=sum(len(example.ids) for example in train.kept),
-        masked=sum(len(example.ids) - example.supervised for example in train.kept),
-        longest=max(len(example.ids) for example in train.kept),
+        tokens=sum(lengths),
+        masked=masked,
+        longest=max(lengths),
+        dropped=dropped,
+        truncated=train.cut + held.cut - dropped,
+        masked_share=round(masked / sum(lengths), 4),
+        median=statistics.median(lengths),
+        units=len(packs),
+        desirable=sum(unit.label is True for unit in train.kept),
+        undesirable=sum(unit.label is False for unit in train.kept),
     )
-    return DataSet(train.kept, held.kept, report, _digest(train.kept))
+    return DataSet(packs, held.kept, report, _digest(packs))
 
 
-def encode_records(path: Path, encoder: ExampleEncoder, problems: Problems) -> Iterator[Examples]:
-    """The examples of each record that is in order; the others go to `problems` with their lines."""
+def encode_records(
+    path: Path, job: DataConfig, encoder: ExampleEncoder, loss: LossConfig, problems: Problems
+) -> Iterator[Units]:
+    """The units of each record that is in order; the others go to `problems` with their lines."""
     try:
-        for line, record in read_records(path, problems):
+        for line, record in read_records(path, problems, job, loss):
             try:
-                examples = encoder.encode(record)
+                units = encode_units(record, encoder, job, loss)
             except RecordInvalid as error:
                 problems.add(DataInvalid(path, line, str(error)))
                 continue
-            yield examples
+            yield units
     except DataInvalid as error:  # of the whole file
         problems.add(error)
 
@@ -132,7 +158,7 @@ def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataConfig, se
     if held_raw is not None:
         read = tuple(dict.fromkeys(held_raw))
         trained = set(train)
-        held = tuple(example for example in read if example not in trained)
+        held = tuple(unit for unit in read if unit not in trained)
         leaked = len(read) - len(held)
         if not held:
             raise DataInvalid(job.eval or "", 0, "every evaluation record is also in the training file")
@@ -166,51 +192,36 @@ def check_context(longest: int, context: int) -> None:
         raise JobInvalid("data.max_length", f"an example has {longest} tokens, the base's context is {context}")
 
 
-def fit(example: Example, job: DataConfig) -> tuple[Example | None, bool]:
-    """(the example with at most max_length tokens, None where it is left out; whether it was longer)."""
-    if len(example.ids) <= job.max_length:
-        return example, False
-    example = example.truncated(job.max_length)
-    return (None if job.truncation == "drop" or not example.supervised else example), True
-
-
-def is_endless(example: Example, encoder: ExampleEncoder) -> bool:
-    """Whether it does not teach the adapter to stop."""
-    return encoder.end_ids.isdisjoint(_last_run(example))
-
-
-def _read(path: Path, encoder: ExampleEncoder, problems: Problems) -> tuple[int, Examples]:
-    """(how many records, their examples)"""
-    records, examples = 0, list[Example]()
-    for encoded in encode_records(path, encoder, problems):
-        examples += encoded
+def _read(
+    path: Path, job: DataConfig, encoder: ExampleEncoder, loss: LossConfig, problems: Problems
+) -> tuple[int, Units]:
+    """(how many records, their units)"""
+    records, units = 0, list[Unit]()
+    for encoded in encode_records(path, job, encoder, loss, problems):
+        units += encoded
         records += 1
-    return records, tuple(examples)
+    return records, tuple(units)
 
 
-def _split(examples: tuple[E, ...], fraction: float, seed: int) -> tuple[tuple[E, ...], tuple[E, ...]]:
+def _split(units: tuple[E, ...], fraction: float, seed: int) -> tuple[tuple[E, ...], tuple[E, ...]]:
     """Split by distinct content, so that copies of one example never stand on both sides."""
-    distinct = list(dict.fromkeys(examples))
+    distinct = list(dict.fromkeys(units))
     random.Random(f"split/{seed}").shuffle(distinct)
     held = set(distinct[: max(1, round(fraction * len(distinct)))])
-    return tuple(e for e in examples if e not in held), tuple(e for e in distinct if e in held)
+    return tuple(e for e in units if e not in held), tuple(e for e in distinct if e in held)
 
 
-def _fit(examples: Examples, job: DataConfig) -> _Fitted:
-    fitted = [fit(example, job) for example in examples]
-    return _Fitted(
-        tuple(example for example, _ in fitted if example is not None), sum(was_longer for _, was_longer in fitted)
-    )
+def _fit(units: Units, job: DataConfig) -> _Fitted:
+    fitted = [fit(unit, job) for unit in units]
+    return _Fitted(tuple(unit for unit, _ in fitted if unit is not None), sum(was_longer for _, was_longer in fitted))
 
 
-def _last_run(example: Example) -> tuple[int, ...]:
-    """The last run of tokens with a loss, that of the last turn."""
-    reached = itertools.dropwhile(lambda label: label == IGNORE, reversed(example.labels))
-    return tuple(itertools.takewhile(lambda label: label != IGNORE, reached))
-
-
-def _digest(examples: Sequence[Example]) -> str:
+def _digest(units: Sequence[Unit]) -> str:
+    """Of single rows without a label it is what it was before there were units: checkpoints go on."""
     total = hashlib.sha256()
-    for example in examples:
-        total.update(json.dumps([example.ids, example.labels]).encode())
+    for unit in units:
+        if len(unit.rows) > 1 or unit.label is not None:
+            total.update(json.dumps([len(unit.rows), unit.label]).encode())
+        for row in unit.rows:
+            total.update(json.dumps([row.ids, row.labels]).encode())
     return total.hexdigest()

@@ -11,39 +11,44 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_trainer.data import Left, encode_records, fit, is_endless, part, refuse_empty
+from loramux_trainer.data import Left, encode_records, part, refuse_empty
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import Problems
-from loramux_trainer.examples import Example, ExampleEncoder
-from loramux_trainer.job import DataConfig
+from loramux_trainer.examples import ExampleEncoder, Unit
+from loramux_trainer.loss_config import SFT, LossConfig
+from loramux_trainer.units import check_options, fit, is_endless, pack
 
 
 @dataclass(frozen=True, slots=True)
 class _Sketch:
-    """Stands for an example: equal for equal ones."""
+    """Stands for a unit: equal for equal ones."""
 
     digest: bytes
-    length: int  # of what is trained, 0 where it is left out
+    tokens: int  # of what is trained, 0 where it is left out
+    longest: int
     was_longer: bool
     endless: bool
 
 
 @dataclass(frozen=True)
 class DataLengths:
-    """Tokens of each example that a run would train or evaluate on."""
+    """Tokens of each unit that a run would train or evaluate on, and of the longest row of all."""
 
     train: tuple[int, ...]
     held: tuple[int, ...]
+    longest: int
 
 
-def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int) -> DataLengths:
+def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: LossConfig = SFT) -> DataLengths:
     """Raises what load_data raises."""
+    check_options(job, loss, encoder)
     problems = Problems()
-    raw = tuple(_sketches(job.train, job, encoder, problems))
-    held_raw = None if job.eval is None else tuple(_sketches(job.eval, job, encoder, problems))
+    raw = tuple(_sketches(job.train, job, encoder, loss, problems))
+    held_raw = None if job.eval is None else tuple(_sketches(job.eval, job, encoder, loss, problems))
     problems.raise_any()
     sides = part(raw, held_raw, job, seed)
-    train = [sketch for sketch in sides.train if sketch.length]
-    held = [sketch for sketch in sides.held if sketch.length]
+    train = [sketch for sketch in sides.train if sketch.tokens]
+    held = [sketch for sketch in sides.held if sketch.tokens]
     refuse_empty(
         job,
         Left(
@@ -54,20 +59,30 @@ def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int) -> DataLe
             endless=sum(sketch.endless for sketch in train),
         ),
     )
-    return DataLengths(tuple(sketch.length for sketch in train), tuple(sketch.length for sketch in held))
+    lengths = [sketch.tokens for sketch in train]
+    if job.packing:
+        lengths = [sum(lengths[index] for index in group) for group in pack(lengths, job.max_length)]
+    longest = max(sketch.longest for sketch in (*train, *held))
+    return DataLengths(tuple(lengths), tuple(sketch.tokens for sketch in held), longest)
 
 
-def _sketches(path: Path, job: DataConfig, encoder: ExampleEncoder, problems: Problems) -> Iterator[_Sketch]:
-    for examples in encode_records(path, encoder, problems):
-        for example in examples:
-            fitted, was_longer = fit(example, job)
+def _sketches(
+    path: Path, job: DataConfig, encoder: ExampleEncoder, loss: LossConfig, problems: Problems
+) -> Iterator[_Sketch]:
+    for units in encode_records(path, job, encoder, loss, problems):
+        for unit in units:
+            fitted, was_longer = fit(unit, job)
             yield _Sketch(
-                digest=_digest(example),
-                length=0 if fitted is None else len(fitted.ids),
+                digest=_digest(unit),
+                tokens=0 if fitted is None else fitted.tokens,
+                longest=0 if fitted is None else fitted.longest,
                 was_longer=was_longer,
                 endless=fitted is not None and is_endless(fitted, encoder),
             )
 
 
-def _digest(example: Example) -> bytes:
-    return hashlib.sha256(array("q", (*example.ids, *example.labels)).tobytes()).digest()[:16]
+def _digest(unit: Unit) -> bytes:
+    total = hashlib.sha256(repr(unit.label).encode())
+    for row in unit.rows:
+        total.update(array("q", (len(row.ids), *row.ids, *row.labels)).tobytes())
+    return total.digest()[:16]

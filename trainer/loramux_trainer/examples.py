@@ -13,7 +13,7 @@ from typing import Any
 
 from loramux_adapters.tokenization import ContinuationRefused, PromptTokenizer, find_chat_template
 from loramux_trainer.chats import ChatRenderer, Turn
-from loramux_trainer.records import Completion, Conversation, Record, RecordInvalid
+from loramux_trainer.record_types import Answer, Completion, Conversation, RecordInvalid, Tokens
 
 IGNORE = -100
 
@@ -35,6 +35,31 @@ class Example:
         return Example(self.ids[:length], self.labels[:length])
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One element of a batch, which is never torn over two steps: one example; several of a pack, which never see each
+    other; chosen and rejected of a pair, in this order; or one with the label of KTO (true: desirable).
+    """
+
+    rows: tuple[Example, ...]
+    label: bool | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row."""
+        return max(len(row.ids) for row in self.rows)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are predicted with a loss, of all rows together."""
+        return sum(row.supervised for row in self.rows)
+
+
 class ExampleEncoder:
     """Encodes for one base: its tokenizer, the ids that end a text, and the number of ids its embedding has."""
 
@@ -42,17 +67,25 @@ class ExampleEncoder:
         self.end_ids = end_ids
         self._prompts = PromptTokenizer(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
         self._vocabulary = vocabulary
         template = find_chat_template(tokenizer)
         self._renderer = None if template is None else ChatRenderer(template, tokenizer.special_tokens_map)
 
-    def encode(self, record: Record) -> tuple[Example, ...]:
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the base's chat template says by {% generation %} blocks what is learned."""
+        return self._renderer is not None and self._renderer.marks_generation
+
+    def encode(self, record: Answer | Tokens) -> tuple[Example, ...]:
         """The record's examples: one, or for a conversation whose turns the server would cut otherwise than one
         sequence can hold, several. Raises RecordInvalid.
         """
         try:
             if isinstance(record, Completion):
                 examples: Sequence[Example] = [self._encode_completion(record)]
+            elif isinstance(record, Tokens):
+                examples = [self._check_tokens(record)]
             else:
                 examples = list(self._encode_chat(record))
         except ContinuationRefused as error:
@@ -61,6 +94,11 @@ class ExampleEncoder:
             if not example.supervised:
                 raise RecordInvalid("no token of the record carries a loss: there is nothing to learn")
             self._check_vocabulary(example)
+            if self._bos is not None and example.ids[:2] == (self._bos, self._bos):
+                raise RecordInvalid(
+                    f"begins with {self._prompts.token_text(self._bos)} twice, which no request does: remove it from "
+                    "the record"
+                )
         return tuple(examples)
 
     def _encode_completion(self, record: Completion) -> Example:
@@ -68,9 +106,20 @@ class ExampleEncoder:
             raise RecordInvalid("the base's tokenizer has no end-of-sequence token to end a completion with")
         head = self._prompts.encode_prompt(record.prompt)
         tail = self._prompts.encode_continuation(record.prompt, head, record.completion)
+        if not record.prompt and self._bos is not None and head[-1:] == tail[:1] == [self._bos]:
+            head = head[:-1]  # a text that was rendered already begins with it
         if tail[-1:] != [self._eos]:  # a completion that was rendered already ends with it
             tail.append(self._eos)
         return Example((*head, *tail), (*[IGNORE] * len(head), *tail))
+
+    def _check_tokens(self, record: Tokens) -> Example:
+        """As they are. What ends them must be learned, where it is there: padding with the end token masks it often."""
+        if record.ids[-1] in self.end_ids and record.labels[-1] == IGNORE:
+            raise RecordInvalid(
+                f"input_ids ends with {self._prompts.token_text(record.ids[-1])} ({record.ids[-1]}), at which the base "
+                "stops, but carries no loss there, so that the end would not be learned: give it its label"
+            )
+        return Example(record.ids, record.labels)
 
     def _encode_chat(self, record: Conversation) -> Iterator[Example]:
         """Turns share a sequence as long as each one's prompt, encoded alone, continues what is there."""

@@ -28,6 +28,7 @@ from loramux_adapters.validation import (
     YesNo,
     read,
 )
+from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems
 from loramux_trainer.schedule import warmup_length
 
@@ -74,25 +75,6 @@ def _two(value: object) -> object:
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    """Where the examples are and how they become tokens."""
-
-    train: FilePath
-    eval: FilePath | None = None
-    eval_fraction: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
-    max_length: Annotated[Whole, Field(ge=2)] = 1024  # tokens per example
-    truncation: Literal["drop", "truncate"] = "drop"
-    keep_duplicates: YesNo = False
-
-    @field_validator("eval_fraction")
-    @classmethod
-    def _is_from_one_place(cls, fraction: float, others: ValidationInfo) -> float:
-        if fraction and others.data.get("eval") is not None:
-            raise ValueError("give either an eval file or an eval fraction, not both")
-        return fraction
 
 
 @dataclass(frozen=True)

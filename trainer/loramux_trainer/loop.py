@@ -16,11 +16,11 @@ from torch import nn
 from loramux_adapters.apply.trainable import TrainableAdapter
 from loramux_adapters.guard.rope import RopeChoice
 from loramux_trainer.batches import Batch, StepOrder, collate
+from loramux_trainer.completion_loss import completion_loss
 from loramux_trainer.data import DataSet
 from loramux_trainer.errors import CheckpointInvalid, Diverged
-from loramux_trainer.examples import Example
+from loramux_trainer.examples import Unit
 from loramux_trainer.job import OptimConfig
-from loramux_trainer.losses import completion_loss
 from loramux_trainer.progress import EvalReport, StepReport
 from loramux_trainer.schedule import factor, warmup_length
 
@@ -47,7 +47,7 @@ class Loop:
             self._parameters, lr=job.learning_rate, betas=job.betas, weight_decay=job.weight_decay, fused=True
         )
         self._order = StepOrder(
-            [len(example.ids) for example in data.train],
+            [unit.tokens for unit in data.train],
             batch_size=job.batch_size,
             accumulation=job.gradient_accumulation_steps,
             seed=job.seed,
@@ -88,7 +88,7 @@ class Loop:
         """Mean loss over the evaluation set, without dropout; changes nothing."""
         self._adapter.train(False)
         total, tokens, size = 0.0, 0, self._job.batch_size
-        held = sorted(self._data.eval, key=lambda example: len(example.ids))
+        held = sorted(self._data.eval, key=lambda unit: unit.tokens)
         for start in range(0, len(held), size):
             batch = self._collate(held[start : start + size])
             total += completion_loss(self._model, batch, self._rope).item()
@@ -96,8 +96,8 @@ class Loop:
         self._adapter.train(True)
         return EvalReport(self.step, total / tokens)
 
-    def _collate(self, examples: list[Example]) -> Batch:
-        return collate(examples, pad_id=self._pad_id, device=self._device)
+    def _collate(self, units: list[Unit]) -> Batch:
+        return collate([row for unit in units for row in unit.rows], pad_id=self._pad_id, device=self._device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that changes from step to step, on the CPU."""

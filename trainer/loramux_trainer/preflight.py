@@ -13,6 +13,7 @@ from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
+from loramux_trainer.columnar_files import is_dataset
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.records import read_records
@@ -55,13 +56,13 @@ def check_records(job: TrainConfig, problems: Problems) -> None:
     for path in (job.data.train, job.data.eval):
         if path is not None and is_readable(path):
             with problems.collecting():
-                for _ in read_records(path, problems):
+                for _ in read_records(path, problems, job.data):
                     pass
 
 
 def is_readable(path: Path) -> bool:
-    """Whether there is a file to read."""
-    return os.access(path, os.R_OK) and not path.is_dir()
+    """Whether there is a file to read, or a saved dataset."""
+    return os.access(path, os.R_OK) and (not path.is_dir() or is_dataset(path))
 
 
 def _check_output(output: Path, *, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""JSON Lines into records whose form is right: what is trained, what only stands before it, and no key unread.
+"""Values of a data file into records whose form is right: what is trained, what only stands before it, no key unread.
 
 Knows no tokenizer, so that a file is checked in a moment.
 """
@@ -6,203 +6,215 @@ Knows no tokenizer, so that a file is checked in a moment.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data_files import read_values
 from loramux_trainer.errors import DataInvalid, Problems
-from loramux_trainer.foreign_formats import name_file_format, name_line_format, name_record_format
+from loramux_trainer.examples import IGNORE
+from loramux_trainer.loss_config import SFT, LossConfig
+from loramux_trainer.loss_records import explain_unread, reads
+from loramux_trainer.preferences import PAIR_KEYS, parse_pair
+from loramux_trainer.record_formats import INSTRUCTION_KEYS, as_messages, instruction_prompt
+from loramux_trainer.record_messages import conversation, refuse_half_characters, refuse_unread
+from loramux_trainer.record_types import Answer, Completion, Judged, Record, RecordInvalid, Tokens
 
-ROLES = ("system", "user", "assistant", "tool")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_RECORD_KEYS = ("prompt", "completion", "messages", "tools")
-_LOSS_KEYS = ("weight", "train")
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING_KEYS, *_LOSS_KEYS)
-
-
-class RecordInvalid(ValueError):
-    """What is wrong with one record; the reader adds file and line."""
+_MASKS: Final = ("completion_mask", "assistant_masks")
+# Keys whose values may be JSON in a text: of a table, or as trl has tools.
+_NESTED: Final = ("messages", "conversations", "tools", "input_ids", "labels", "attention_mask", *_MASKS)
+_OR_IGNORE: Final = ", or name it in data.ignore_columns"
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A text and what follows it."""
+class _Format:
+    """Recognized by its first key; `keys` are those that are read."""
 
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, eq=False)
-class Conversation:
-    """Messages as a chat template takes them; `trained` are the indices of the turns that carry the loss."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    trained: tuple[int, ...]
-    tools: tuple[Mapping[str, Any], ...] | None = None
+    keys: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any], DataConfig | None], Record]
 
 
-Record = Completion | Conversation
+def read_records(
+    path: Path, problems: Problems | None = None, data: DataConfig | None = None, loss: LossConfig = SFT
+) -> Iterator[tuple[int, Record]]:
+    """(line number, record) of each value that `loss` reads. Raises DataInvalid with file and line.
 
-
-def read_records(path: Path, problems: Problems | None = None) -> Iterator[tuple[int, Record]]:
-    """(line number, record) of each line that is not blank. Raises DataInvalid with file and line.
-
-    What is wrong with single lines goes to `problems` where they are given, and reading continues after it.
+    What is wrong with single records goes to `problems` where they are given, and reading continues after it; a file
+    that begins with another kind of record than the loss reads is refused at once.
     """
-    seen = False
-    try:
-        with path.open("rb") as file:
-            if (form := name_file_format(path, file.read(8))) is not None:
-                raise DataInvalid(path, 0, form)
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                if not seen and (form := name_line_format(path, line)) is not None:
-                    raise DataInvalid(path, number, form)
-                seen = True
-                try:
-                    record = _located(path, number, line)
-                except DataInvalid as error:
-                    if problems is None:
-                        raise
-                    problems.add(error)
-                    continue
-                yield number, record
-    except OSError as error:
-        raise DataInvalid(path, 0, f"cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataInvalid(path, 0, f"not UTF-8 at byte {error.start}") from error
-    if not seen:
-        raise DataInvalid(path, 0, "has no record")
+    unseen = dict(data.columns) if data else {}
+    right = False
+    for number, value in read_values(path, problems):
+        if isinstance(value, Mapping):
+            unseen = {ours: theirs for ours, theirs in unseen.items() if theirs not in value}
+        try:
+            record = parse_record(value, data)
+            if not reads(loss, record):
+                reason = explain_unread(loss, record)
+                if not right:
+                    raise DataInvalid(path, number, reason)
+                raise RecordInvalid(reason)
+        except RecordInvalid as error:
+            located = DataInvalid(path, number, str(error))
+            if problems is None:
+                raise located from error
+            problems.add(located)
+            continue
+        right = True
+        yield number, record
+    for ours, theirs in unseen.items():
+        raise DataInvalid(path, 0, f"no record has {theirs}, which data.columns reads as {ours}")
 
 
-def parse_record(value: Any) -> Record:
-    """A record of {"prompt", "completion"} or {"messages", "tools"}. Raises RecordInvalid."""
+def parse_record(value: Any, data: DataConfig | None = None) -> Record:
+    """A record of any format that is read. Raises RecordInvalid."""
     if not isinstance(value, Mapping):
         raise RecordInvalid("a record must be a JSON object")
-    if (form := name_record_format(value)) is not None:
-        raise RecordInvalid(form)
-    _refuse_unread(value, _RECORD_KEYS, "")
-    _refuse_half_characters("", value)
-    has_text = any(value.get(key) is not None for key in ("prompt", "completion"))
-    if value.get("messages") is not None:
-        if has_text:
-            raise RecordInvalid("give either messages, or prompt and completion, not both")
-        messages = value["messages"]
-        return Conversation(_check_messages(messages), _find_trained(messages), _check_tools(value.get("tools")))
-    if value.get("tools"):
-        raise RecordInvalid("tools belong to messages: a prompt must contain them as text")
-    if value.get("prompt") is None or value.get("completion") is None:
-        raise RecordInvalid("a record needs either messages, or prompt and completion")
-    return _check_completion(value["prompt"], value["completion"])
+    value = _nested(_renamed(value, data))
+    refuse_half_characters("", value)
+    form = next((form for key, form in _FORMATS.items() if value.get(key) is not None), _COMPLETION)
+    if form is _TEXT and any(value.get(key) is not None for key in ("prompt", "completion")):
+        form = _COMPLETION
+    refuse_unread(value, form.keys, remedy=_OR_IGNORE)
+    if value.get("label") is False and "label" not in form.keys:  # not empty: it says that the answer is bad
+        raise RecordInvalid(f"label is not a key that training reads beside {form.keys[0]}: leave this record out")
+    return form.parse(value, data)
 
 
-def _located(path: Path, number: int, line: str) -> Record:
-    try:
-        return parse_record(json.loads(line, object_pairs_hook=_unique))
-    except json.JSONDecodeError as error:
-        raise DataInvalid(path, number, f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecordInvalid as error:
-        raise DataInvalid(path, number, str(error)) from error
-    except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
-        raise DataInvalid(path, number, f"not JSON that can be read: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RecordInvalid(f"the key {twice!r} is given twice in one object")
-    return result
-
-
-def _refuse_unread(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """A key with a value must not be ignored: the run would not be what its data asks for."""
+def _renamed(value: Mapping[str, Any], data: DataConfig | None) -> Mapping[str, Any]:
+    """With the keys that `data.columns` gives, and without those of `data.ignore_columns`."""
+    if data is None or not (data.columns or data.ignore_columns):
+        return value
+    names = {theirs: ours for ours, theirs in data.columns.items()}
+    kept: dict[str, Any] = {}
     for key, content in value.items():
-        if key not in known and not (content is None or content is False or content in ("", [], {})):
+        if key in data.ignore_columns:
+            continue
+        name = names.get(key, key)
+        if name in kept:
             raise RecordInvalid(
-                f"{where}{key} is not a key that training reads ({', '.join(known)}): remove it, or set it to null"
+                f"{name} is there, and data.columns reads {data.columns[name]} as it: name one of them in "
+                "data.ignore_columns"
             )
+        kept[name] = content
+    return kept
 
 
-def _check_completion(prompt: Any, completion: Any) -> Completion:
+def _nested(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    texts = [key for key in _NESTED if isinstance(value.get(key), str) and value[key].lstrip()[:1] in ("[", "{")]
+    if not texts:
+        return value
+    opened = dict(value)
+    for key in texts:
+        try:
+            opened[key] = json.loads(value[key])
+        except (ValueError, RecursionError) as error:
+            raise RecordInvalid(f"{key} is not JSON that can be read: {error}") from error
+    return opened
+
+
+def _parse_messages(value: Mapping[str, Any], data: DataConfig | None) -> Record:
+    if any(value.get(key) is not None for key in ("prompt", "completion")):
+        raise RecordInvalid("give either messages, or prompt and completion, not both")
+    return _judged(
+        value, lambda judged: conversation({"messages": value["messages"]}, value.get("tools"), judged=judged)
+    )
+
+
+def _parse_sharegpt(value: Mapping[str, Any], data: DataConfig | None) -> Record:
+    turns = as_messages("conversations", value["conversations"], value.get("system"))
+    return _judged(value, lambda judged: conversation({"conversations": turns}, value.get("tools"), judged=judged))
+
+
+def _parse_instruction(value: Mapping[str, Any], data: DataConfig | None) -> Record:
+    prompt, output = instruction_prompt(value, data.instruction_format if data else "chat"), value.get("output")
+    if not isinstance(output, str) or not output:
+        raise RecordInvalid("output is empty or no string: an Alpaca record needs instruction and output")
+    if isinstance(prompt, str):
+        return _judged(value, lambda _: Completion(prompt, output))
+    answer = [{"role": "assistant", "content": output}]
+    return _judged(value, lambda judged: conversation({"instruction": prompt, "output": answer}, None, judged=judged))
+
+
+def _parse_text(value: Mapping[str, Any], data: DataConfig | None) -> Record:
+    if not isinstance(value["text"], str) or not value["text"]:
+        raise RecordInvalid("text is empty or no string: there is nothing to learn")
+    text = value["text"]
+    return _judged(value, lambda _: Completion("", text))
+
+
+def _parse_completion(value: Mapping[str, Any], data: DataConfig | None) -> Record:
+    prompt, completion = (as_messages(key, value.get(key)) for key in ("prompt", "completion"))
+    tools = value.get("tools")
     if isinstance(prompt, list) and isinstance(completion, list):
-        raise RecordInvalid(
-            "prompt and completion contain messages: join them into one list under messages, with train: false on the "
-            "assistant's turns of the prompt"
-        )
+        parts = {"prompt": prompt, "completion": completion}
+        return _judged(value, lambda judged: conversation(parts, tools, judged=judged))
+    if tools:
+        raise RecordInvalid("tools belong to messages: a prompt must contain them as text")
+    if prompt is None or completion is None:
+        raise RecordInvalid("a record needs either messages, or prompt and completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise RecordInvalid("prompt and completion must be strings")
+        raise RecordInvalid("prompt and completion must be strings, or both lists of messages")
     if not completion:
         raise RecordInvalid("completion is empty: there is nothing to learn")
-    return Completion(prompt, completion)
+    return _judged(value, lambda _: Completion(prompt, completion))
 
 
-def _check_messages(messages: Any) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise RecordInvalid("messages must be a non-empty list")
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise RecordInvalid(f"{where} needs a role and a content string")
-        if message["role"] not in ROLES:
-            raise RecordInvalid(f"{where}.role must be one of {', '.join(ROLES)}, not {message['role']!r}")
-        if not isinstance(message.get("content"), str) and not (
-            message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls")
-        ):
-            raise RecordInvalid(f"{where} needs a role and a content string")
-        _refuse_unread(message, _MESSAGE_KEYS, f"{where}.")
-    if messages[-1]["role"] != "assistant":
-        raise RecordInvalid("the last message must be the assistant's: there is nothing to learn")
-    return tuple({key: value for key, value in m.items() if key not in _LOSS_KEYS} for m in messages)
-
-
-def _find_trained(messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    trained = [index for index, message in enumerate(messages) if _is_trained(f"messages[{index}]", message)]
-    if not trained:
-        raise RecordInvalid("no turn of the assistant is trained: weight is 0, or train false, on all of them")
-    return tuple(trained)
-
-
-def _is_trained(where: str, message: Mapping[str, Any]) -> bool:
-    said = {key: message[key] for key in _LOSS_KEYS if message.get(key) is not None}
-    for key, value in said.items():
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            allowed = "0 or 1" if key == "weight" else "true or false"
-            raise RecordInvalid(f"{where}.{key} must be {allowed}, not {value!r}")
-    if len(set(map(bool, said.values()))) > 1:
-        raise RecordInvalid(f"{where}.weight and {where}.train contradict each other")
-    if message["role"] != "assistant":
-        if any(said.values()):
-            raise RecordInvalid(f"{where} is the {message['role']}'s: only the assistant's turns can be trained")
-        return False
-    return all(said.values())
-
-
-def _check_tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RecordInvalid("tools must be a list of objects, each the JSON schema of a function")
-    return tuple(tools)
-
-
-def _refuse_half_characters(where: str, value: Any) -> None:
-    """JSON can contain half of a surrogate pair, which no tokenizer accepts."""
-    if isinstance(value, Mapping):
-        for key, content in value.items():
-            _refuse_half_characters(f"{where}.{key}" if where else key, content)
-    elif isinstance(value, list):
-        for index, content in enumerate(value):
-            _refuse_half_characters(f"{where}[{index}]", content)
-    elif isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
+def _parse_tokens(value: Mapping[str, Any], data: DataConfig | None) -> Record:
+    ids = _whole_numbers(value, "input_ids", None)
+    if not ids or min(ids) < 0:
+        raise RecordInvalid("input_ids must be a list of ids, none of them negative")
+    if value.get("attention_mask") is not None and set(_whole_numbers(value, "attention_mask", len(ids))) != {1}:
+        raise RecordInvalid("attention_mask has zeros: leave the padding out of input_ids")
+    masks = [key for key in _MASKS if value.get(key) is not None]
+    if value.get("labels") is not None:
+        if masks:
+            raise RecordInvalid(f"give either labels or {masks[0]}, not both")
+        labels = _whole_numbers(value, "labels", len(ids))
+        wrong = next(
+            (i for i, (token, label) in enumerate(zip(ids, labels, strict=True)) if label not in (token, IGNORE)), None
+        )
+        if wrong is not None:
             raise RecordInvalid(
-                f"{where} has half a character at position {error.start}: \\u{ord(value[error.start]):04x} without "
-                "the other half of its pair"
-            ) from error
+                f"labels[{wrong}] is {labels[wrong]}: it must be input_ids[{wrong}], or {IGNORE} for no loss"
+            )
+        return Tokens(ids, labels)
+    learned = [all(flags) for flags in zip(*(_whole_numbers(value, key, len(ids)) for key in masks), strict=True)]
+    return Tokens(ids, tuple(i if yes else IGNORE for i, yes in zip(ids, learned or [True] * len(ids), strict=True)))
+
+
+def _whole_numbers(value: Mapping[str, Any], key: str, length: int | None) -> tuple[int, ...]:
+    numbers = value[key]
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise RecordInvalid(f"{key} must be a list of whole numbers")
+    if length is not None and len(numbers) != length:
+        raise RecordInvalid(f"{key} has {len(numbers)} numbers, input_ids has {length}")
+    return tuple(numbers)
+
+
+def _judged(value: Mapping[str, Any], parse: Callable[[bool], Answer]) -> Record:
+    """The answer, with the label where there is one."""
+    label = value.get("label")
+    if label is None or label == "":
+        return parse(False)
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(label, (bool, int, str)) and str(label).lower() in known:
+        return Judged(parse(True), known[str(label).lower()])
+    raise RecordInvalid(f"label must be true (a desirable answer) or false, not {label!r}")
+
+
+_PAIR = _Format(PAIR_KEYS, parse_pair)
+_TEXT = _Format(("text", "label"), _parse_text)
+_COMPLETION = _Format(("prompt", "completion", "label", "tools"), _parse_completion)
+_FORMATS: Final[Mapping[str, _Format]] = {
+    "chosen": _PAIR,
+    "rejected": _PAIR,
+    "input_ids": _Format(("input_ids", "labels", "attention_mask", *_MASKS), _parse_tokens),
+    "messages": _Format(("messages", "tools", "label", "prompt", "completion"), _parse_messages),
+    "conversations": _Format(("conversations", "system", "tools", "label"), _parse_sharegpt),
+    "instruction": _Format((*INSTRUCTION_KEYS, "output", "label"), _parse_instruction),
+    "text": _TEXT,
+}
+"""What a record is, by the first of these keys that it has."""

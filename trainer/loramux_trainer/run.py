@@ -270,7 +270,7 @@ def _read_data(job: TrainConfig) -> tuple[Any, DataSet]:
         resolve_targets(job.lora.target_modules, reading.outline)
     with problems.collecting():
         data = load_data(job.data, reading.encoder, seed=job.training.seed)
-        longest = max(len(example.ids) for example in (*data.train, *data.eval))
+        longest = max(unit.longest for unit in (*data.train, *data.eval))
         check_context(longest, reading.outline.context_length)
     problems.raise_any()
     return reading.tokenizer, data

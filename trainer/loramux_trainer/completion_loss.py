@@ -1,4 +1,4 @@
-"""Losses as pure functions of a model and a batch."""
+"""The loss of completions as a pure function of a model and a batch."""
 
 from __future__ import annotations
 
