@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.formats.peft.tensors import PREFIX
 from loramux_trainer.fleet.parameters import FlatParameters
 from loramux_trainer.methods.low_rank import whole_biases
 from loramux_trainer.methods.method import Method
@@ -90,11 +89,11 @@ class RankAllocator:
         """Without the ranks that were pruned, as PEFT saves it."""
         pattern = {}
         for name, kept in zip(self._modules, self.kept.cpu(), strict=True):
-            pattern[f"{PREFIX}{name}.lora_E"] = kept.tolist()
+            pattern[f"{name}.lora_E"] = kept.tolist()
             tensors[name, "a"] = tensors[name, "a"][kept]
             tensors[name, "e"] = tensors[name, "e"][kept]
             tensors[name, "b"] = tensors[name, "b"][:, kept]
-        return config | {"rank_pattern": pattern}, tensors
+        return config if self.kept.all() else config | {"rank_pattern": pattern}, tensors
 
     def _measure(self) -> None:
         weights, gradients = self._parameters.weights, self._parameters.gradients

@@ -112,6 +112,10 @@ class TrainedAdapter:
             config, tensors = self._control.finish(dict(config), tensors)
         return config, {self._file_name(*place): tensor.contiguous() for place, tensor in tensors.items()}
 
+    def name_in_file(self, name: str) -> str:
+        """What the file calls a trained tensor that is exported as it is. Raises KeyError for another."""
+        return self._file_name(*self._places[name])
+
     def _file_name(self, module: str, role: str) -> str:
         return tensor_name(module, role, self._tuner, self._targets, self._base)
 
