@@ -69,15 +69,15 @@ class Bottleneck(Part):
 
 
 @dataclass(frozen=True, eq=False)
-class _Bound:
-    """A bottleneck on the device."""
+class BoundBottleneck:
+    """A bottleneck on the device, of tensors that may have gradients."""
 
     form: BottleneckForm
     down: Product
     up: Product
     norm_before: torch.Tensor | None
     norm_after: torch.Tensor | None
-    is_invariant: bool
+    is_invariant: bool = False
 
     def output(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The sub-layer's output y [T, width] and what it will be added to -> its new output."""
@@ -106,8 +106,8 @@ class Bottlenecks(SiteParts[Bottleneck]):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.bound: Mapping[int, _Bound] = {}  # by slot
-        self._written: dict[int, _Bound] = {}
+        self.bound: Mapping[int, BoundBottleneck] = {}  # by slot
+        self._written: dict[int, BoundBottleneck] = {}
 
     def cost(self, part: Bottleneck) -> PartCost:
         """Bytes of all tensors, padded."""
@@ -136,7 +136,7 @@ class Bottlenecks(SiteParts[Bottleneck]):
     ) -> None:
         """See SiteParts."""
         down, down_bias, up, up_bias, *norms = (t.to(self.site.device, non_blocking=True) for t in prepared)
-        self._written[slot] = _Bound(
+        self._written[slot] = BoundBottleneck(
             part.form,
             self.site.multiply(down, down_bias),
             self.site.multiply(up, up_bias),

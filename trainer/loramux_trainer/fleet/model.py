@@ -23,6 +23,7 @@ from loramux_adapters.guard.examine import Examined
 from loramux_adapters.guard.rope import choosing
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.spec import virtual_token_ids
+from loramux_adapters.sublayers import sublayers
 from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.attention import register_attention
 from loramux_trainer.fleet.head import log_probs as head_log_probs
@@ -33,6 +34,7 @@ from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.rounded import RoundedProduct
 from loramux_trainer.fleet.rows import Dropout, Span, SpanRows, StepCell
 from loramux_trainer.fleet.sites import EmbeddingSite, NormSite
+from loramux_trainer.fleet.sublayers import SublayerSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,7 @@ class FleetModel:
         self._before = base.model.config._attn_implementation
         self._postprocess: Postprocess
         self.groups: list[LinearGroup] = []
+        self._sublayers: list[SublayerSite] = []
         try:
             self._take_over(examined, formats, frozen_products)
         except BaseException:
@@ -107,12 +110,21 @@ class FleetModel:
         if not heads:
             raise BaseRefused(f"{spec.model_id} has no output head that losses could be computed from")
         self._head = heads[0]
+        norms: dict[str, NormSite] = {}
         for name, module_spec in spec.modules.items():
             module = base.model.get_submodule(name)
             if module_spec.kind == "embedding" and isinstance(module, nn.Embedding):
                 self._replace(module, EmbeddingSite(name, module, self._cell).forward)
             elif module_spec.kind == "norm":
-                self._replace(module, NormSite(name, module, self._cell).forward)
+                norms[name] = NormSite(name, module, self._cell)
+                self._replace(module, norms[name].forward)
+        for each in sublayers(spec):
+            if each.norm in norms:
+                site = SublayerSite(each.name, self._cell)
+                norms[each.norm].enter = site.enter
+                projection = base.model.get_submodule(each.projection)
+                projection.forward = _leaving(projection.forward, site)
+                self._sublayers.append(site)
         head = base.model.get_submodule(self._head.names[0])
         self._postprocess = find_postprocess(base, head)
         self._replace(head, self._keep_hidden)
@@ -208,6 +220,8 @@ class FleetModel:
         cell.tokens, cell.lengths, cell.ids, cell.hidden = None, (), None, None
         for group in self.groups:
             group.reset()
+        for site in self._sublayers:
+            site.reset()
 
 
 def _predicted(lengths: Sequence[int], sequences: Sequence[Example]) -> tuple[list[int], list[int], list[int]]:
@@ -230,6 +244,13 @@ def _projection(group: LinearGroup, member: int) -> Callable[[torch.Tensor], tor
         return group.project(x, member)
 
     return forward
+
+
+def _leaving(forward: Callable[[torch.Tensor], torch.Tensor], site: SublayerSite) -> Callable[..., torch.Tensor]:
+    def leave(x: torch.Tensor) -> torch.Tensor:
+        return site.leave(forward(x))
+
+    return leave
 
 
 def _share_storage(names: Sequence[str], frozen: object, base: LoadedBase) -> None:

@@ -94,10 +94,6 @@ class Method:
     """Of the trained tensors by name: comes to the loss of every step."""
     control: Callable[[FlatParameters], Control] | None = None
 
-    def shapes(self, target: Target) -> Mapping[str, Shape]:
-        """The tensors of a module, by role."""
-        return target.shapes(self.found(target))
-
     def start(self, module: str, base: BaseModelSpec, target: Target | None, role: str, shape: Shape) -> Start | Made:
         """How a tensor begins. Raises ValueError for a role that the method does not know."""
         rule = self.rules.get(role)

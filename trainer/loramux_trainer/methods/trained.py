@@ -11,17 +11,11 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.formats.limits import ReadLimits
-from loramux_adapters.formats.peft.reader import canonical_parts, resolve_targets
-from loramux_adapters.formats.peft.tensors import BIAS, tensor_name
-from loramux_adapters.formats.peft.tuner import Targets
-from loramux_adapters.formats.registry import parse_config
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer.fleet.parameters import FlatParameters, Parameter
 from loramux_trainer.fleet.parts import StepParts
+from loramux_trainer.methods.layouts import layout_of
 from loramux_trainer.methods.method import Made, Method, Start
-
-_LIMITS = ReadLimits(regex_seconds=60.0)
 
 
 class TrainedAdapter:
@@ -29,16 +23,16 @@ class TrainedAdapter:
 
     def __init__(self, method: Method, base: BaseModelSpec, device: torch.device) -> None:
         self.config, self._base = dict(method.config), base
-        self._tuner = parse_config(self.config)
-        self._targets: Targets = resolve_targets(self._tuner, base, _LIMITS)
+        self.layout = layout_of(self.config, base)
+        shapes = list(self.layout.shapes(method.found))
         self._parameters: list[Parameter] = []
         self._constants: dict[str, torch.Tensor] = {}
         self._places: dict[str, tuple[str, str]] = {}  # name -> (module, role)
         self._makes: dict[str, Made] = {}  # of names that are made of others
-        for module, role, shape in self._wanted(method):
+        for module, role, shape in shapes:
             name = f"{module}:{role}"
             self._places[name] = (module, role)
-            start = method.start(module, base, self._targets.modules.get(module), role, shape)
+            start = method.start(module, base, self.layout.target(module), role, shape)
             if isinstance(start, Made):
                 self._makes[name] = start
                 for part, own in start.starts.items():
@@ -48,7 +42,7 @@ class TrainedAdapter:
         self.parameters = FlatParameters(self._parameters, device)
         self._penalty = method.penalty
         self._control = None if method.control is None else method.control(self.parameters)
-        for module, role, shape in self._wanted(method):
+        for module, role, shape in shapes:
             value = self._value(f"{module}:{role}", self.parameters.views)
             if tuple(value.shape) != tuple(shape):
                 raise ValueError(f"{module}:{role} begins as {tuple(value.shape)}, its file has {tuple(shape)}")
@@ -69,13 +63,13 @@ class TrainedAdapter:
     @property
     def virtual_tokens(self) -> int:
         """Positions before every prompt."""
-        return self._tuner.virtual_tokens
+        return self.layout.virtual_tokens
 
     def parts(self, *, with_gradients: bool) -> StepParts:
         """What the tensors come to now. Raises AdapterError where that is not finite."""
         with torch.set_grad_enabled(with_gradients):
             views = self.parameters.leaves() if with_gradients else self.parameters.views
-            parts = canonical_parts(self._by_module(views), self._targets, self._base)
+            parts = self.layout.parts(self._by_module(views))
             penalty = self._penalty(views) if with_gradients and self._penalty is not None else None
             return StepParts(parts, penalty)
 
@@ -110,28 +104,14 @@ class TrainedAdapter:
         config = self.config
         if self._control is not None:
             config, tensors = self._control.finish(dict(config), tensors)
-        return config, {self._file_name(*place): tensor.contiguous() for place, tensor in tensors.items()}
+        return config, {self.layout.name(*place): tensor.contiguous() for place, tensor in tensors.items()}
 
     def name_in_file(self, name: str) -> str:
         """What the file calls a trained tensor that is exported as it is. Raises KeyError for another."""
-        return self._file_name(*self._places[name])
-
-    def _file_name(self, module: str, role: str) -> str:
-        return tensor_name(module, role, self._tuner, self._targets, self._base)
+        return self.layout.name(*self._places[name])
 
     def _by_module(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         found: dict[str, dict[str, torch.Tensor]] = {}
         for name, (module, role) in self._places.items():
             found.setdefault(module, {})[role] = self._value(name, values)
         return found
-
-    def _wanted(self, method: Method) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(module, role, shape) of every tensor of the file."""
-        wanted = [("", role, tuple(shape)) for role, shape in self._targets.shared.items()]
-        for name, target in self._targets.modules.items():
-            wanted += [(name, role, tuple(shape)) for role, shape in method.shapes(target).items()]
-        if self._tuner.bias != "none":
-            names = self._base.modules if self._tuner.bias == "all" else self._targets.modules
-            biased = [self._base.modules[name] for name in names if name in self._base.modules]
-            wanted += [(module.name, BIAS, (module.out_features,)) for module in biased if module.has_bias]
-        return wanted

@@ -35,7 +35,7 @@ _MODULES: Mapping[Place, str] = {"attention": "attention_adapters", "mlp": "outp
 
 
 @dataclass(frozen=True)
-class _Expected:
+class ExpectedTensor:
     """One tensor that the adapter has. `is_copy`: the package keeps the same one under another name."""
 
     sublayer: str
@@ -63,17 +63,16 @@ def read_adapterhub(
     """
     config = parse(raw)
     config.check(base, read_interface(files, base, limits))
-    wanted = {name: expected for each in _selected(config, base) for name, expected in _tensors_of(each, config)}
+    wanted = expected_tensors(config, base)
     declarations = read_declarations(files, limits)
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits) as file:
         placed = _place(file.header.tensors.values(), wanted, base)
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         mismatch = is_other_base(declared, base, allow=allow_base_mismatch)
         read, digest = _read_tensors(file, placed)
-    form = _form(config)
-    modules = {name: ModuleWeights((_part(tensors, form, config.scaling),)) for name, tensors in read.items()}
+    modules = {name: ModuleWeights((bottleneck_of(tensors, config),)) for name, tensors in read.items()}
     spec = AdapterSpec(
-        digest=digest.finish(_arithmetic(form, config)),
+        digest=digest.finish(_arithmetic(_form(config), config)),
         kind="bottleneck",
         base_fingerprint=declared,
         base_mismatch=mismatch,
@@ -85,6 +84,11 @@ def read_adapterhub(
     return AdapterWeights(spec, modules)
 
 
+def expected_tensors(config: HubConfig, base: BaseModelSpec) -> dict[str, ExpectedTensor]:
+    """Every tensor of the file, by its name with the base's prefix. Raises AdapterInvalid."""
+    return {name: expected for each in _selected(config, base) for name, expected in _tensors_of(each, config)}
+
+
 def _selected(config: HubConfig, base: BaseModelSpec) -> list[Sublayer]:
     found = [each for each in sublayers(base) if each.place in config.places and each.layer not in config.left_out]
     if not found:
@@ -92,7 +96,7 @@ def _selected(config: HubConfig, base: BaseModelSpec) -> list[Sublayer]:
     return found
 
 
-def _tensors_of(sublayer: Sublayer, config: HubConfig) -> Iterator[tuple[str, _Expected]]:
+def _tensors_of(sublayer: Sublayer, config: HubConfig) -> Iterator[tuple[str, ExpectedTensor]]:
     """(name in the file, what it is) of every tensor at one sub-layer; names with the base's prefix."""
     prefix = f"{sublayer.layer_name}.{_MODULES[sublayer.place]}.adapters.{config.name}."
     width, k = config.hidden_size, config.width(sublayer.layer)
@@ -107,22 +111,28 @@ def _tensors_of(sublayer: Sublayer, config: HubConfig) -> Iterator[tuple[str, _E
         modules["adapter_norm_after"] = ("norm_after", norm)
     for name, (role, shapes) in modules.items():
         for leaf, shape in shapes.items():
-            yield f"{prefix}{name}.{leaf}", _Expected(sublayer.name, f"{role}.{leaf}", shape)
+            yield f"{prefix}{name}.{leaf}", ExpectedTensor(sublayer.name, f"{role}.{leaf}", shape)
     if config.ln_before:
         for leaf, shape in norm.items():
-            yield f"{prefix}adapter_down.0.{leaf}", _Expected(sublayer.name, f"norm_before.{leaf}", shape, is_copy=True)
+            yield (
+                f"{prefix}adapter_down.0.{leaf}",
+                ExpectedTensor(sublayer.name, f"norm_before.{leaf}", shape, is_copy=True),
+            )
     if not isinstance(config.scaling, float):
-        yield f"{prefix}scaling", _Expected(sublayer.name, "scaling", (1 if config.scaling == "learned" else width,))
+        yield (
+            f"{prefix}scaling",
+            ExpectedTensor(sublayer.name, "scaling", (1 if config.scaling == "learned" else width,)),
+        )
 
 
 def _place(
-    entries: Iterable[TensorEntry], wanted: Mapping[str, _Expected], base: BaseModelSpec
-) -> list[tuple[TensorEntry, _Expected]]:
+    entries: Iterable[TensorEntry], wanted: Mapping[str, ExpectedTensor], base: BaseModelSpec
+) -> list[tuple[TensorEntry, ExpectedTensor]]:
     """Every tensor of the file in the order of the digest, copies behind what they are copies of.
 
     Raises AdapterInvalid or AdapterIncompatible when one has no place, is missing, or has another shape.
     """
-    placed: dict[str, tuple[TensorEntry, _Expected]] = {}
+    placed: dict[str, tuple[TensorEntry, ExpectedTensor]] = {}
     for entry in entries:
         name = _with_prefix(entry.name, wanted)
         expected = wanted.get(name)
@@ -150,14 +160,14 @@ def _place(
     return sorted(placed.values(), key=lambda item: (item[1].canonical_name, item[1].is_copy))
 
 
-def _with_prefix(name: str, wanted: Mapping[str, _Expected]) -> str:
+def _with_prefix(name: str, wanted: Mapping[str, ExpectedTensor]) -> str:
     """The package saves a bare model's names without what the model with a head calls it, and reads both."""
     head = next(iter(wanted)).partition(".")[0]
     return name if name in wanted else f"{head}.{name}"
 
 
 def _read_tensors(
-    file: SafetensorsFile, placed: list[tuple[TensorEntry, _Expected]]
+    file: SafetensorsFile, placed: list[tuple[TensorEntry, ExpectedTensor]]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], AdapterDigest]:
     digest = AdapterDigest()
     read: dict[str, dict[str, torch.Tensor]] = {}
@@ -198,9 +208,11 @@ def _form(config: HubConfig) -> BottleneckForm:
     )
 
 
-def _part(tensors: Roles, form: BottleneckForm, scaling: float | str) -> Bottleneck:
-    scale = tensors["scaling"].float() if "scaling" in tensors else torch.tensor([float(scaling)])
-    up, up_bias = tensors["up.weight"].float() * scale[:, None], tensors["up.bias"].float() * scale
+def bottleneck_of(tensors: Roles, config: HubConfig) -> Bottleneck:
+    """What the tensors of one sub-layer, by role, come to. Raises AdapterInvalid where that is not finite."""
+    form, up = _form(config), tensors["up.weight"].float()
+    scale = tensors["scaling"].float() if "scaling" in tensors else up.new_tensor([float(config.scaling)])
+    up, up_bias = up * scale[:, None], tensors["up.bias"].float() * scale
     if not bool(up.isfinite().all() and up_bias.isfinite().all()):
         raise bad_key("scaling", "it makes adapter_up infinite", "train with a smaller scaling")
     return Bottleneck(

@@ -57,12 +57,17 @@ def write_peft(
 
 
 def write_files(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    base: BaseModelSpec,
+    *,
+    weights_file: str = WEIGHTS_FILE,
 ) -> None:
     """Write both files, of whatever method, from an adapter_config.json and tensors by their names in the file."""
     directory.mkdir(parents=True, exist_ok=True)
     # One key only: safetensors writes several in an order that changes from call to call.
-    save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={FINGERPRINT_KEY: base.fingerprint})
+    save_file(dict(tensors), directory / weights_file, metadata={FINGERPRINT_KEY: base.fingerprint})
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
 
