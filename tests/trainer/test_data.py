@@ -233,6 +233,15 @@ def test_the_report_counts_pairs_labels_and_packs(tmp_path: Path, tokenizer: Any
     assert all(len(unit.rows) == 1 for unit in load_data(packing, encoder, seed=0).eval)
 
 
+def test_token_ids_without_an_end_are_counted_and_never_all_there_is(tmp_path: Path, tokenizer: Any) -> None:
+    encoder, a, end = tiny_encoder(tokenizer), tokenizer.encode("a")[-1], tokenizer.eos_token_id
+    path = write_jsonl(tmp_path / "t.jsonl", [{"input_ids": [a, a]}, {"input_ids": [a, a, a, end]}])
+    assert load_data(DataConfig(path), encoder, seed=0).report.endless == 1
+    write_jsonl(path, [{"input_ids": [a, a]}])
+    with pytest.raises(DataInvalid, match=r"no record ends with a token at which the base stops, .*append it to"):
+        load_data(DataConfig(path), encoder, seed=0)
+
+
 def test_the_digest_is_of_what_is_trained(tmp_path: Path, tokenizer: Any) -> None:
     encoder, path = tiny_encoder(tokenizer), tmp_path / "t.jsonl"
 

@@ -177,6 +177,13 @@ def refuse_empty(job: DataConfig, left: Left) -> None:
     if left.held_cut and not left.held:
         reason = f"{left.held_cut} are longer than data.max_length = {job.max_length}"
         raise DataInvalid(job.eval or job.train, 0, f"no record is left to evaluate on: {reason}")
+    if left.endless == left.train and not left.train_cut:
+        raise DataInvalid(
+            job.train,
+            0,
+            "no record ends with a token at which the base stops, so the adapter would never stop: append it to "
+            "input_ids, with its label",
+        )
     if left.endless == left.train:
         raise DataInvalid(
             job.train,
