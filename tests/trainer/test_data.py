@@ -223,6 +223,9 @@ def test_the_report_counts_pairs_labels_and_packs(tmp_path: Path, tokenizer: Any
         0.4444,
     )  # twice <bos> p | a <end>, and b b
     assert (report.longest, report.median, report.truncated) == (5, 4.5, 0)
+    assert report.describe() == (
+        "2 examples to train, 0 to evaluate; 18 tokens, 44% without loss, longest 5; 1 duplicates; 1 too long"
+    )
     halves = load_data(DataConfig(path, max_length=8), encoder, seed=0, loss=LossConfig("kto")).report
     assert (halves.records, halves.train, halves.desirable, halves.undesirable) == (4, 4, 2, 2)
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}, {"text": "bb"}, {"text": "ccc"}, {"text": "d" * 9}])

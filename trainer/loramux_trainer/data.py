@@ -51,6 +51,23 @@ class DataReport:
     desirable: int = 0  # of the training examples, by KTO's label
     undesirable: int = 0
 
+    def describe(self) -> str:
+        """One line for the person who started the run; what there is none of is left out."""
+        shown = (
+            (self.desirable, "desirable"),
+            (self.undesirable, "undesirable"),
+            (self.units if self.units != self.train else 0, "packs"),
+            (self.duplicates, "duplicates"),
+            (self.leaked, "leaked"),
+            (self.dropped, "too long"),
+            (self.truncated, "truncated"),
+        )
+        counts = "".join(f"; {count:,} {what}" for count, what in shown if count)
+        return (
+            f"{self.train:,} examples to train, {self.eval:,} to evaluate; {self.tokens:,} tokens, "
+            f"{self.masked_share:.0%} without loss, longest {self.longest:,}{counts}"
+        )
+
 
 @dataclass(frozen=True)
 class DataSet:
