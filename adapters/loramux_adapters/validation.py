@@ -37,6 +37,7 @@ _RULES = {
     "string_type": "must be a non-empty string, not {input!r}",
     "string_too_short": "must be a non-empty string, not {input!r}",
     "tuple_type": "must be a list, not {input!r}",
+    "dict_type": "must be a mapping, not {input!r}",
     "value_error": "{error}",
 }
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")

@@ -32,6 +32,7 @@ def test_names_and_paths_are_no_markup() -> None:
     watcher.warned("[bold]loud")
     assert "a[lr=3e-4]x[/y]" in _shown(bar)
     said = bar.console.file.getvalue()
+    assert "a[lr=3e-4]x[/y]: 1 examples to train, 0 to evaluate; 1 tokens, 0% without loss, longest 1\n" in said
     assert "saved runs/a[lr=3e-4]/x[/y]\n" in said
     assert "warning: [bold]loud\n" in said
     for other in (output.byte_progress(), output.count_progress()):

@@ -223,6 +223,9 @@ def test_the_report_counts_pairs_labels_and_packs(tmp_path: Path, tokenizer: Any
         0.4444,
     )  # twice <bos> p | a <end>, and b b
     assert (report.longest, report.median, report.truncated) == (5, 4.5, 0)
+    assert report.describe() == (
+        "2 examples to train, 0 to evaluate; 18 tokens, 44% without loss, longest 5; 1 duplicates; 1 too long"
+    )
     halves = load_data(DataConfig(path, max_length=8), encoder, seed=0, loss=LossConfig("kto")).report
     assert (halves.records, halves.train, halves.desirable, halves.undesirable) == (4, 4, 2, 2)
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}, {"text": "bb"}, {"text": "ccc"}, {"text": "d" * 9}])
@@ -231,6 +234,15 @@ def test_the_report_counts_pairs_labels_and_packs(tmp_path: Path, tokenizer: Any
     assert (packs.report.train, packs.report.units, packs.report.truncated, packs.report.dropped) == (4, 3, 1, 0)
     assert [unit.tokens for unit in packs.train] == [8, 4, 8]
     assert all(len(unit.rows) == 1 for unit in load_data(packing, encoder, seed=0).eval)
+
+
+def test_token_ids_without_an_end_are_counted_and_never_all_there_is(tmp_path: Path, tokenizer: Any) -> None:
+    encoder, a, end = tiny_encoder(tokenizer), tokenizer.encode("a")[-1], tokenizer.eos_token_id
+    path = write_jsonl(tmp_path / "t.jsonl", [{"input_ids": [a, a]}, {"input_ids": [a, a, a, end]}])
+    assert load_data(DataConfig(path), encoder, seed=0).report.endless == 1
+    write_jsonl(path, [{"input_ids": [a, a]}])
+    with pytest.raises(DataInvalid, match=r"no record ends with a token at which the base stops, .*append it to"):
+        load_data(DataConfig(path), encoder, seed=0)
 
 
 def test_the_digest_is_of_what_is_trained(tmp_path: Path, tokenizer: Any) -> None:

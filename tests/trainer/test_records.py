@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data_config import RECORD_KEYS, DataConfig
 from loramux_trainer.errors import DataInvalid, Problems, SeveralInvalid
 from loramux_trainer.loss_config import LossConfig
 from loramux_trainer.record_types import Completion, Conversation, Judged, RecordInvalid, Tokens
-from loramux_trainer.records import parse_record, read_records
+from loramux_trainer.records import _COMPLETION, _FORMATS, parse_record, read_records
 from support.tiny import write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -219,6 +219,10 @@ def test_columns_of_the_file_get_our_names(tmp_path: Path) -> None:
     wrong = data(columns={**columns, "tools": "functions"}, ignore_columns=("score",))
     with pytest.raises(DataInvalid, match=r"t\.jsonl: no record has functions, which data\.columns reads as tools"):
         list(read_records(tmp_path / "t.jsonl", data=wrong))
+
+
+def test_the_keys_that_columns_can_give_are_those_that_are_read() -> None:
+    assert set(RECORD_KEYS) == {key for form in (*_FORMATS.values(), _COMPLETION) for key in form.keys}
 
 
 ONE, JUDGED, PAIR = RECORD, {**RECORD, "label": True}, {"prompt": "a", "chosen": "b", "rejected": "c"}

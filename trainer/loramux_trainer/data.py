@@ -51,6 +51,23 @@ class DataReport:
     desirable: int = 0  # of the training examples, by KTO's label
     undesirable: int = 0
 
+    def describe(self) -> str:
+        """One line for the person who started the run; what there is none of is left out."""
+        shown = (
+            (self.desirable, "desirable"),
+            (self.undesirable, "undesirable"),
+            (self.units if self.units != self.train else 0, "packs"),
+            (self.duplicates, "duplicates"),
+            (self.leaked, "leaked"),
+            (self.dropped, "too long"),
+            (self.truncated, "truncated"),
+        )
+        counts = "".join(f"; {count:,} {what}" for count, what in shown if count)
+        return (
+            f"{self.train:,} examples to train, {self.eval:,} to evaluate; {self.tokens:,} tokens, "
+            f"{self.masked_share:.0%} without loss, longest {self.longest:,}{counts}"
+        )
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -177,6 +194,13 @@ def refuse_empty(job: DataConfig, left: Left) -> None:
     if left.held_cut and not left.held:
         reason = f"{left.held_cut} are longer than data.max_length = {job.max_length}"
         raise DataInvalid(job.eval or job.train, 0, f"no record is left to evaluate on: {reason}")
+    if left.endless == left.train and not left.train_cut:
+        raise DataInvalid(
+            job.train,
+            0,
+            "no record ends with a token at which the base stops, so the adapter would never stop: append it to "
+            "input_ids, with its label",
+        )
     if left.endless == left.train:
         raise DataInvalid(
             job.train,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from loramux_adapters.validation import FilePath, Number, Section, Text, Whole, YesNo
+
+RECORD_KEYS: Final = (
+    *("prompt", "completion", "messages", "tools", "text", "chosen", "rejected", "label"),
+    *("conversations", "system", "instruction", "input", "output"),
+    *("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks"),
+)
+"""What a record's keys can be called."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,10 @@ class DataConfig(Section):
     @field_validator("columns")
     @classmethod
     def _names_each_once(cls, columns: Mapping[str, str]) -> Mapping[str, str]:
+        for name in columns:
+            if name not in RECORD_KEYS:
+                close = difflib.get_close_matches(name, RECORD_KEYS, n=1) or [", ".join(RECORD_KEYS)]
+                raise ValueError(f"{name} is not a key of a record; did you mean {close[0]}?")
         if len(set(columns.values())) != len(columns):
             raise ValueError("gives one column of the file two names")
         return columns

@@ -43,7 +43,7 @@ class DeviceInvalid(JobInvalid):
 
 
 class DataInvalid(TrainerError):
-    """The data must be corrected. `line` is 1-based, 0 when the whole file is meant."""
+    """The data must be corrected. `line` is 1-based, 0 when the whole file is meant; of Parquet and Arrow the row."""
 
     def __init__(self, path: Path | str, line: int, message: str) -> None:
         super().__init__(f"{path}:{line}: {message}" if line else f"{path}: {message}")

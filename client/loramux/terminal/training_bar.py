@@ -19,7 +19,7 @@ class TrainingBar:
     """One task in `bar`; its fields `loss` and `eval_loss` are text."""
 
     def __init__(self, bar: Progress, description: str) -> None:
-        self._bar = bar
+        self._bar, self._description = bar, description
         self._task = bar.add_task(
             description, total=None, loss="loading", eval_loss="", visible=bar.console.is_terminal
         )
@@ -27,13 +27,7 @@ class TrainingBar:
     def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
         """The data is read and the first step begins."""
         self._bar.update(self._task, total=total_steps, completed=first_step, loss="", visible=True)
-        dropped = [
-            f"{count} {what}"
-            for count, what in ((data.duplicates, "duplicates"), (data.leaked, "leaked"), (data.too_long, "too long"))
-            if count
-        ]
-        if dropped:
-            self._say(f"data: {data.train} examples to train, {data.eval} to evaluate; {', '.join(dropped)}")
+        self._say(f"{self._description}: {data.describe()}")
 
     def stepped(self, report: StepReport) -> None:
         """A step is done."""

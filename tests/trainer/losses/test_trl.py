@@ -15,6 +15,7 @@ from loramux_adapters.validation import ValuesInvalid, read
 from loramux_trainer.examples import IGNORE, Example, Unit
 from loramux_trainer.loss_config import LOSS_TYPES, LossConfig
 from loramux_trainer.losses.protocol import Totals
+from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.losses.select import build_loss
 from support.log_probs import log_probs, small_llama
 
@@ -33,6 +34,7 @@ JUDGED = [
     {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
     for pair, side in zip(PAIRS, ("chosen", "rejected", "rejected", "chosen"), strict=True)
 ]
+CPU = torch.device("cpu")
 MAX_LENGTH = 40  # a prompt with another's answer is longer
 
 
@@ -109,6 +111,27 @@ def test_dpo(kind: str, beta: float, tokenizer: Any, arguments: dict[str, Any]) 
     inputs = next(iter(trainer.get_train_dataloader()))
     units = _pairs(_examples(inputs))
     _compare(trainer, inputs, units, LossConfig("dpo", kind, beta, smoothing), reference)
+
+
+def test_dpo_with_a_precomputed_reference(tokenizer: Any, arguments: dict[str, Any]) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    policy, base = small_llama(len(tokenizer), 1), small_llama(len(tokenizer), 2)
+    options = DPOConfig(**arguments, precompute_ref_log_probs=True)
+    trainer = DPOTrainer(policy, base, options, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    units = _pairs(_examples(inputs))
+    reference = PrecomputedReference([len(unit.rows) for unit in units])
+    with torch.no_grad():
+        for index in reference.missing:
+            reference.put(index, log_probs(base, units[index].rows))
+    theirs = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], 1).flatten()
+    order = [2, 0, 1, 3]
+    torch.testing.assert_close(torch.cat(reference.of(order, CPU)).view(4, 2), theirs.view(4, 2)[order])
+    loss = build_loss(LossConfig("dpo", precompute_ref_log_probs=True), max_length=MAX_LENGTH)
+    value, _ = loss.value(log_probs(policy, loss.rows(units)), reference.of(range(4), CPU), units, loss.totals(units))
+    torch.testing.assert_close(value, trainer.compute_loss(policy, inputs), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.7)])
