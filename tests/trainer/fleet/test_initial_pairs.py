@@ -13,6 +13,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from loramux_adapters.base.load import LoadedBase, refingerprint
 from loramux_trainer.examples import Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
+from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.statistics import input_moments, weight_gradients
 from loramux_trainer.methods import initial_pairs
 from loramux_trainer.methods.delta import delta_lora
@@ -148,7 +149,9 @@ def test_corda_is_peft_s(model: FleetModel, fleet_base: LoadedBase, examples: li
         a, b = initial_pairs.corda(values.weight(name), covariance, RANK, SCALE)
         theirs_a, theirs_b = _factors(peft, name)
         expected = theirs_b @ theirs_a
-        torch.testing.assert_close(b @ a, expected, atol=2e-3 * float(expected.abs().max()), rtol=0)
+        # In norm: the inverse of a covariance of few tokens makes much of rounding in single elements.
+        difference = float(torch.linalg.matrix_norm(b @ a - expected) / torch.linalg.matrix_norm(expected))
+        assert difference < 1e-3, name
 
 
 def test_moments_are_those_of_the_inputs(model: FleetModel, fleet_base: LoadedBase, examples: list[Example]) -> None:
@@ -181,7 +184,7 @@ def test_gradients_of_frozen_weights_are_those_of_plain_ones(
 
     def batches() -> list[list[MemberRows]]:
         passes.append(1)
-        return [[MemberRows(None, (example,), 0)] for example in examples]
+        return [[MemberRows(StepParts({}), (example,), 0)] for example in examples]
 
     def backward(members: list[MemberRows]) -> None:
         with model.running(members) as hidden:

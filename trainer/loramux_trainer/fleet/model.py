@@ -39,7 +39,7 @@ from loramux_trainer.fleet.sublayers import SublayerSite
 
 @dataclass(frozen=True, eq=False)
 class MemberRows:
-    """Sequences of one member in a micro-batch; `parts` None: the base's own."""
+    """Sequences of one member in a micro-batch; `parts` None: the base's own, through which no gradient runs."""
 
     parts: StepParts | None
     sequences: tuple[Example, ...]
