@@ -49,7 +49,7 @@ class _Side:
             self.b = self.whole_b(factor.detach() if self.fixes_a else None).clone()
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
         directions = vh[: self.rank] if self.fixes_a else u[:, : self.rank]
-        self.fixed = directions.contiguous().to(factor.device)
+        self.fixed = _with_signs(directions, dim=1 if self.fixes_a else 0).contiguous().to(factor.device)
         factor.zero_()
 
     def compress(self, rank: int) -> float:
@@ -151,6 +151,14 @@ def galore(config: Mapping[str, Any], seed: int, *, gap: int, rank_budget: int, 
         {"a": of("a"), "b": of("b")},
         control=lambda parameters: Projections(parameters, sides, gap, rank_budget, tell),
     )
+
+
+def _with_signs(directions: torch.Tensor, dim: int) -> torch.Tensor:
+    """Singular vectors, along `dim`, whose largest component is positive: a library may give either sign, and the
+    optimizer's moments outlive the directions they were made along.
+    """
+    places = directions.abs().argmax(dim, keepdim=True)
+    return directions * directions.gather(dim, places).sign()
 
 
 def _factor_of(name: str, side: _Side) -> str:

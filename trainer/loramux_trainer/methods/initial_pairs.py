@@ -35,7 +35,7 @@ def corda(
 
     `covariance` [in, in] of the inputs. It is damped until its inverse is one, from a hundredth of its mean on.
     """
-    identity = torch.eye(len(covariance), device=covariance.device)
+    identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
     damp = 0.01
     while True:
         damped = covariance + identity * (covariance.diagonal().mean() * damp)
