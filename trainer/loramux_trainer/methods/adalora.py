@@ -17,10 +17,6 @@ from loramux_trainer.methods.low_rank import whole_biases
 from loramux_trainer.methods.method import Method
 from loramux_trainer.methods.rules import BaseValues, constant, normal
 
-_BETA1, _BETA2 = 0.85, 0.85
-ORTHOGONALITY = 0.5
-"""Weight of the penalty."""
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -47,8 +43,10 @@ class Budget:
 class RankAllocator:
     """Implements `Control`: prunes by setting E to zero, and keeps what is pruned at zero in the end."""
 
-    def __init__(self, parameters: FlatParameters, modules: tuple[str, ...], budget: Budget) -> None:
-        self._parameters, self._modules, self._budget = parameters, modules, budget
+    def __init__(
+        self, parameters: FlatParameters, modules: tuple[str, ...], budget: Budget, betas: tuple[float, float]
+    ) -> None:
+        self._parameters, self._modules, self._budget, self._betas = parameters, modules, budget, betas
         self._importance = torch.zeros_like(parameters.weights)
         self._deviation = torch.zeros_like(parameters.weights)
         rank = len(parameters.views[f"{modules[0]}:e"])
@@ -98,8 +96,9 @@ class RankAllocator:
     def _measure(self) -> None:
         weights, gradients = self._parameters.weights, self._parameters.gradients
         now = (weights * gradients).abs()
-        self._importance.mul_(_BETA1).add_(now, alpha=1 - _BETA1)
-        self._deviation.mul_(_BETA2).add_((now - self._importance).abs(), alpha=1 - _BETA2)
+        first, second = self._betas
+        self._importance.mul_(first).add_(now, alpha=1 - first)
+        self._deviation.mul_(second).add_((now - self._importance).abs(), alpha=1 - second)
 
     def _prune(self, ranks: int) -> None:
         scores = self._parameters.shaped(self._importance * self._deviation)
@@ -119,8 +118,16 @@ class RankAllocator:
             self._parameters.views[f"{name}:e"][~kept] = 0.0
 
 
-def adalora(config: Mapping[str, Any], seed: int, base: BaseValues, budget: Budget) -> Method:
-    """`config` without the keys of the schedule, which `budget` gives."""
+def adalora(
+    config: Mapping[str, Any],
+    seed: int,
+    base: BaseValues,
+    budget: Budget,
+    *,
+    betas: tuple[float, float] = (0.85, 0.85),
+    orthogonality: float = 0.5,
+) -> Method:
+    """`config` without the keys of the schedule, which `budget` gives; `orthogonality` is the penalty's weight."""
     schedule = {
         "init_r": budget.first,
         "target_r": budget.last,
@@ -128,16 +135,18 @@ def adalora(config: Mapping[str, Any], seed: int, base: BaseValues, budget: Budg
         "tfinal": budget.final,
         "deltaT": budget.every,
         "total_step": budget.total,
-        "orth_reg_weight": ORTHOGONALITY,
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "orth_reg_weight": orthogonality,
     }
     rules = {"a": normal(0.02, "a"), "b": normal(0.02, "b"), "e": constant(0.0, "vector")}
     return Method(
-        {"peft_type": "ADALORA", **schedule, **config},
+        {"peft_type": "ADALORA", **config, **schedule},
         seed,
         rules | whole_biases(base),
         found=lambda _: {"a": (budget.first, 0)},
-        penalty=_orthogonality,
-        control=lambda parameters: RankAllocator(parameters, _modules(parameters), budget),
+        penalty=lambda leaves: orthogonality * _distance_from_orthogonal(leaves),
+        control=lambda parameters: RankAllocator(parameters, _modules(parameters), budget, betas),
     )
 
 
@@ -145,11 +154,11 @@ def _modules(parameters: FlatParameters) -> tuple[str, ...]:
     return tuple(name.removesuffix(":e") for name in parameters.views if name.endswith(":e"))
 
 
-def _orthogonality(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _distance_from_orthogonal(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean over all A and B of the distance of A A^T, and B^T B, from the identity."""
     distances = []
     for name, leaf in leaves.items():
         if name.endswith((":a", ":b")):
             gram = leaf @ leaf.T if name.endswith(":a") else leaf.T @ leaf
             distances.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
-    return ORTHOGONALITY * torch.stack(distances).mean()
+    return torch.stack(distances).mean()

@@ -12,14 +12,26 @@ from typing import Any
 
 import torch
 
+from loramux_trainer.methods.compress import Compressed, Tell
 from loramux_trainer.methods.initial_pairs import Pair
 from loramux_trainer.methods.low_rank import whole_biases
 from loramux_trainer.methods.method import Beginning, Made, Method, Rule, Start
 from loramux_trainer.methods.rules import BaseValues
 
 
-def delta_lora(config: Mapping[str, Any], seed: int, base: BaseValues, pair_of: Callable[[str], Pair]) -> Method:
-    """`config` says the rank and alpha that are trained; the file has twice of both, which is the same scale."""
+def delta_lora(
+    config: Mapping[str, Any],
+    seed: int,
+    base: BaseValues,
+    pair_of: Callable[[str], Pair],
+    *,
+    rank_budget: int | None = None,
+    tell: Tell = lambda _: None,
+) -> Method:
+    """`config` says the rank and alpha that are trained; the file has twice of both, which is the same scale.
+
+    With a `rank_budget` the export is compressed to it, and `tell` hears what that loses.
+    """
     pairs: dict[str, Pair] = {}
 
     def pair(module: str) -> Pair:
@@ -38,7 +50,8 @@ def delta_lora(config: Mapping[str, Any], seed: int, base: BaseValues, pair_of: 
         return Made(starts, lambda tensors: torch.cat([tensors["trained"], -tensors["initial"]], dim=1))
 
     rules: dict[str, Rule] = {"a": of_a, "b": of_b}
-    return Method({"peft_type": "LORA", **doubled(config)}, seed, rules | whole_biases(base))
+    control = None if rank_budget is None else lambda _: Compressed(rank_budget, tell)
+    return Method({"peft_type": "LORA", **doubled(config)}, seed, rules | whole_biases(base), control=control)
 
 
 def doubled(config: Mapping[str, Any]) -> dict[str, Any]:

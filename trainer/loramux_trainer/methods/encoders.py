@@ -52,10 +52,11 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Lstm:
-    """A bidirectional LSTM of two layers and two linear ones behind it, as PEFT's prompt encoder."""
+    """A bidirectional LSTM and two linear layers behind it, as PEFT's prompt encoder."""
 
     width: int
     hidden: int
+    layers: int = 2
 
     @property
     def _head(self) -> Mlp:
@@ -64,7 +65,8 @@ class Lstm:
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer, wide in enumerate((self.width, 2 * self.hidden)):
+        for layer in range(self.layers):
+            wide = 2 * self.hidden if layer else self.width
             for side in ("", "_reverse"):
                 shapes[f"weight_ih_l{layer}{side}"] = (4 * self.hidden, wide)
                 shapes[f"weight_hh_l{layer}{side}"] = (4 * self.hidden, self.hidden)
@@ -81,9 +83,9 @@ class Lstm:
 
     def __call__(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """x [n, width] -> [n, width]."""
-        zeros = x.new_zeros(4, 1, self.hidden)
+        zeros = x.new_zeros(2 * self.layers, 1, self.hidden)
         flat = [tensors[name] for name in self._shapes]
-        y = torch.lstm(x[None], (zeros, zeros), flat, True, 2, 0.0, False, True, True)[0][0]
+        y = torch.lstm(x[None], (zeros, zeros), flat, True, self.layers, 0.0, False, True, True)[0][0]
         return self._head(y, {name.removeprefix("head."): t for name, t in tensors.items() if name.startswith("head.")})
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from loramux_trainer.fleet.parameters import FlatParameters
+from loramux_trainer.methods.compress import Tell, compress, patterns
 from loramux_trainer.methods.method import Beginning, Made, Method, Start
-
-Tell = Callable[[str], None]
 
 
 class _Side:
@@ -54,14 +53,7 @@ class _Side:
 
     def compress(self, rank: int) -> float:
         """What is kept to at most `rank`; returns the share of its energy that is left."""
-        if len(self.a) <= rank:
-            return 1.0
-        q_b, r_b = torch.linalg.qr(self.b)
-        q_a, r_a = torch.linalg.qr(self.a.T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        left = float(s[:rank].square().sum() / s.square().sum().clamp_min(1e-30))
-        root = s[:rank].sqrt()
-        self.b, self.a = (q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.T)
+        self.a, self.b, left = compress(self.a, self.b, rank)
         return left
 
 
@@ -110,17 +102,9 @@ class Projections:
         self, config: dict[str, Any], tensors: dict[tuple[str, str], torch.Tensor]
     ) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Tensor]]:
         """The rank that came of it, at the same scale."""
-        scale = config["lora_alpha"] / config["r"]
         ranks = {name: len(tensors[name, "a"]) for name in self._sides}
-        most = max(ranks.values())
-        others = {f"^{name}": rank for name, rank in ranks.items() if rank != most}
-        alphas = {key: scale * rank for key, rank in others.items()}
-        return config | {
-            "r": most,
-            "lora_alpha": scale * most,
-            "rank_pattern": others,
-            "alpha_pattern": alphas,
-        }, tensors
+        scale = config["lora_alpha"] / config["r"]
+        return config | patterns(ranks, dict.fromkeys(ranks, scale), config), tensors
 
 
 def galore(config: Mapping[str, Any], seed: int, *, gap: int, rank_budget: int, tell: Tell) -> Method:

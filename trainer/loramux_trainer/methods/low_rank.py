@@ -6,11 +6,13 @@ Hyeon-Woo et al., 2022; LoKr: Yeh et al., 2024. First values are those of PEFT 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
+from loramux_adapters.formats.peft.extras import TokenRowsTarget
 from loramux_trainer.methods.method import Beginning, Method, Rule, Start
 from loramux_trainer.methods.random import generator, kaiming
 from loramux_trainer.methods.rules import BaseValues, constant, kaiming_uniform, of_base
@@ -31,6 +33,13 @@ def lora(config: Mapping[str, Any], seed: int, base: BaseValues, *, init: LoraIn
         "magnitude": of_base(base.row_norms, "vector"),
     }
     return Method({"peft_type": "LORA", **config}, seed, rules | whole_biases(base))
+
+
+def eva(config: Mapping[str, Any], seed: int, base: BaseValues, components: Callable[[str], torch.Tensor]) -> Method:
+    """A from the principal components [r, in] of what each module reads; B zero."""
+    plain = lora(config, seed, base)
+    rules: dict[str, Rule] = {"a": lambda begin: Start(components(begin.module)[: begin.shape[0]], "a")}
+    return replace(plain, rules={**plain.rules, **rules})
 
 
 def vera(config: Mapping[str, Any], seed: int, *, d_initial: float = 0.1) -> Method:
@@ -69,8 +78,14 @@ def lokr(config: Mapping[str, Any], seed: int) -> Method:
 
 
 def whole_biases(base: BaseValues) -> dict[str, Rule]:
-    """Biases that PEFT's `bias` trains begin as the base's own."""
-    return {"bias": of_base(base.bias, "vector")}
+    """Biases that PEFT's `bias` trains, and rows of tokens, begin as the base's own."""
+    return {"bias": of_base(base.bias, "vector"), "token_rows": lambda begin: _token_rows(begin, base)}
+
+
+def _token_rows(begin: Beginning, base: BaseValues) -> Start:
+    if not isinstance(begin.target, TokenRowsTarget):
+        raise ValueError(f"{begin.module} has no rows of tokens")
+    return Start(base.weight(begin.module)[torch.tensor(begin.target.ids)], "embedding")
 
 
 def _kaiming_by_outputs(begin: Beginning) -> Start:

@@ -4,7 +4,7 @@ Liang, 2021).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer.methods.encoders import Lstm, Mlp, Network
 from loramux_trainer.methods.method import Beginning, Made, Method, Rule, Start
+from loramux_trainer.methods.random import generator
 from loramux_trainer.methods.rules import normal
 
 
@@ -22,10 +23,12 @@ def prompt(config: Mapping[str, Any], seed: int, rows: torch.Tensor | None = Non
     return Method({"peft_type": "PROMPT_TUNING", **config}, seed, {"rows": rule})
 
 
-def p_tuning(config: Mapping[str, Any], seed: int, *, hidden: int, encoder: Literal["MLP", "LSTM"] = "MLP") -> Method:
+def p_tuning(
+    config: Mapping[str, Any], seed: int, *, hidden: int, encoder: Literal["MLP", "LSTM"] = "MLP", layers: int = 2
+) -> Method:
     """Embeddings that a small network makes of trained ones; the file holds what it gives (Liu et al., 2021)."""
     count, width = int(config["num_virtual_tokens"]), int(config["token_dim"])
-    network: Network = Lstm(width, hidden) if encoder == "LSTM" else Mlp([width, hidden, hidden, width], F.relu)
+    network: Network = Lstm(width, hidden, layers) if encoder == "LSTM" else Mlp([width, hidden, hidden, width], F.relu)
     options = {"encoder_reparameterization_type": encoder, "encoder_hidden_size": hidden}
     rule = _encoded(network, (count, width))
     return Method({"peft_type": "P_TUNING", **options, **config}, seed, {"rows": rule})
@@ -51,6 +54,18 @@ def _encoded(network: Network, shape: tuple[int, int]) -> Rule:
 def prefix(config: Mapping[str, Any], seed: int) -> Method:
     """Keys and values of every layer, at random."""
     return Method({"peft_type": "PREFIX_TUNING", **config}, seed, {"rows": normal(1.0, "embedding")})
+
+
+def random_tokens(count: int, vocabulary: int, seed: int) -> list[int]:
+    """Ids of tokens to begin from."""
+    return torch.randint(0, vocabulary, (count,), generator=generator(seed, "tokens")).tolist()
+
+
+def repeated(ids: Sequence[int], count: int) -> list[int]:
+    """`count` ids: a text's own, again and again where it is shorter, as PEFT does. Raises ValueError for no text."""
+    if not ids:
+        raise ValueError("prompt.prompt_tuning_init_text has no tokens")
+    return [ids[index % len(ids)] for index in range(count)]
 
 
 def sizes(count: int, base: BaseModelSpec, *, of_keys: bool) -> dict[str, Any]:

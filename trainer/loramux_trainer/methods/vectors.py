@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loramux_trainer.methods.low_rank import whole_biases
@@ -23,7 +23,12 @@ def layer_norms(config: Mapping[str, Any], seed: int, base: BaseValues) -> Metho
     return Method({"peft_type": "LN_TUNING", **config}, seed, rules)
 
 
-def biases(config: Mapping[str, Any], seed: int, base: BaseValues) -> Method:
-    """Every bias of the base. PEFT has no type for it: it is a LoRA of rank 1 that stays zero, with `bias: all`."""
+def biases(config: Mapping[str, Any], seed: int, base: BaseValues, norms: Sequence[str] = ()) -> Method:
+    """Every bias of the base, and the weights of `norms`.
+
+    PEFT has no type for it: it is a LoRA of rank 1 that stays zero, with `bias: all` and the norms as modules_to_save.
+    """
     rules = {"a": constant(0.0, None), "b": constant(0.0, None)} | whole_biases(base)
-    return Method({"peft_type": "LORA", "r": 1, "bias": "all", **config}, seed, rules)
+    whole = {"weight": of_base(base.weight, "vector"), "whole_bias": of_base(base.bias, "vector")}
+    saved = {"modules_to_save": list(norms)} if norms else {}
+    return Method({"peft_type": "LORA", "r": 1, "bias": "all", **saved, **config}, seed, rules | whole)
