@@ -145,9 +145,8 @@ def _bitfit(job: TrainConfig, around: Surroundings) -> Method:
     if keys.biases and not biased:
         raise JobInvalid("bitfit.biases", f"{spec.model_id} has no biases; train its norms with bitfit.norms instead")
     if not keys.biases:
-        return vectors.layer_norms(
-            {**_common(around), "peft_type": "LN_TUNING", "target_modules": norms}, seed, around.values
-        )
+        config = {**_common(around), "peft_type": "LN_TUNING", "target_modules": norms}
+        return vectors.layer_norms(config, seed, around.values)
     first = next(name for name, module in spec.modules.items() if module.kind in ("linear", "conv1d"))
     config = select({**_common(around), "peft_type": "LORA", "r": 1, "bias": "all"}, (first,), spec)
     return vectors.biases(config, seed, around.values, norms=norms if keys.norms else ())

@@ -1,4 +1,4 @@
-"""Factors that an initialization makes of the base, or of what training data does to it: once, before the first step."""
+"""Factors that an initialization makes of the base, or of what training data does to it, before the first step."""
 
 from __future__ import annotations
 
