@@ -35,7 +35,7 @@ _KEPT_BYTES: Final = 512 << 20
 _VERDICT_BYTES: Final = 32 << 20
 _ENTRY_BYTES: Final = 1024  # of a token in a list, or of what takes nothing beside the base's
 _BYTES_A_CHARACTER: Final = 4
-_BYTES_A_TOKEN: Final = 512  # of a built tokenizer, with its merges: an estimate from above
+_BYTES_A_TOKEN: Final = 4096  # added to a tokenizer, in its maps and matchers: an estimate from above
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tells how a text is tokenized, in ways that tokenizer.json does not: must be the base's where both name it.
 _BEHAVIOR: Final = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
@@ -75,15 +75,31 @@ class AdapterTokenizer(TextTokenizer):
     @classmethod
     def of(cls, base: TextTokenizer, own: OwnText, sandbox: TemplateSandbox) -> AdapterTokenizer:
         """Of the base's object alone where no token is added, else of a copy. Raises AdapterInvalid."""
+        made = cls.__new__(cls)
+        made.__dict__.update(base.__dict__)
         if own.added:
-            tokenizer = base.copy()
-            _add_tokens(tokenizer, own.added)
-            made = cls(tokenizer, base.eos_token_ids)
-        else:
-            made = cls.__new__(cls)
-            made.__dict__.update(base.__dict__)
+            made._extend(base.extended(own.added), own.added)
         made._use(own, sandbox)
         return made
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory, from above: the model is the base's, the added tokens and their matchers are not."""
+        return self.own.nbytes + (_BYTES_A_TOKEN * len(self._added) if self.own.added else 0)
+
+    def _extend(self, tokenizer: Any, added: Sequence[Mapping[str, Any]]) -> None:
+        """What the base's differs in; whatever takes long to find out of a tokenizer is the base's."""
+        for entry in added:
+            if (found := tokenizer.convert_tokens_to_ids(entry["content"])) != entry["id"]:
+                raise _misplaced(entry, found)
+        new = {entry["id"]: entry["content"] for entry in added}
+        self._tokenizer = tokenizer
+        self._added = {**self._added, **new}
+        self._vocab_size = max(self._vocab_size, 1 + max(new))
+        self._longest_token = max(self._longest_token, *(len(text.encode()) for text in new.values()))
+        special = {entry["id"]: entry["content"] for entry in added if entry["special"]}
+        self._prompts = self._prompts.extended(tokenizer, special)
+        self._special_tokens = dict(self._prompts.special_tokens)
 
     def _use(self, own: OwnText, sandbox: TemplateSandbox) -> None:
         self._sandbox, self.own = sandbox, own
@@ -128,6 +144,7 @@ class AdapterTexts:
 
     def __init__(self, base: TextTokenizer, limits: ReadLimits, kept_bytes: int = _KEPT_BYTES) -> None:
         self._base, self._limits = base, limits
+        self._references = [reference.encode() for reference in base.references]
         self._sandbox = TemplateSandbox()
         self._lock = threading.Lock()
         self._verdicts: Kept[frozenset[tuple[str, bytes]], OwnText] = Kept(_VERDICT_BYTES)
@@ -155,10 +172,8 @@ class AdapterTexts:
             if found is None:
                 files = await read()
                 found = await asyncio.get_running_loop().run_in_executor(self._builder, self._build, files)
-                has_own = found is not self._base and found.vocab_size > self._base.vocab_size
-                size = _BYTES_A_TOKEN * found.vocab_size if has_own else 0
-                own = found.own.nbytes if isinstance(found, AdapterTokenizer) else _ENTRY_BYTES
-                self._kept.put(spec.text_files, found, size + own)
+                nbytes = found.nbytes if isinstance(found, AdapterTokenizer) else _ENTRY_BYTES
+                self._kept.put(spec.text_files, found, nbytes)
             return found
 
     def close(self) -> None:
@@ -184,7 +199,7 @@ class AdapterTexts:
     def _compare(self, files: Mapping[str, bytes]) -> OwnText:
         added: list[dict[str, Any]] = []
         if TOKENIZER_FILE in files:
-            added = _added_tokens(files[TOKENIZER_FILE], self._base.references, self._limits.max_added_tokens)
+            added = _added_tokens(files[TOKENIZER_FILE], self._references, self._limits.max_added_tokens)
             self._check_ids(added)
         config: Mapping[str, object] = {}
         if TOKENIZER_CONFIG_FILE in files:
@@ -215,13 +230,15 @@ class AdapterTexts:
             ) from error
 
     def _check_ids(self, added: Sequence[Mapping[str, Any]]) -> None:
-        known = dict(self._base.vocabulary())
-        following = max(known.values(), default=-1) + 1
+        following, new = self._base.vocab_size, set[str]()
         for entry in added:
-            place = known.setdefault(entry["content"], following)  # a second one of the same text is no token
-            if place != entry["id"]:
+            content = entry["content"]
+            known = self._base.find_id(content)
+            place = following if known is None else known
+            if place != entry["id"] or content in new:  # a second one of the same text is no token
                 raise _misplaced(entry, place)
-            following += place == following
+            new.add(content)
+            following += known is None
 
     def _check_behavior(self, config: Mapping[str, object]) -> None:
         base = self._base.settings
@@ -236,9 +253,9 @@ class AdapterTexts:
     def _check_roles(self, roles: Mapping[str, str], added: Sequence[Mapping[str, Any]]) -> None:
         if not roles:
             return
-        new, known = {token["content"] for token in added}, self._base.vocabulary()
+        new = {token["content"] for token in added}
         for role, token in roles.items():
-            if token not in new and token not in known:
+            if token not in new and self._base.find_id(token) is None:
                 raise AdapterInvalid(
                     f"{TOKENIZER_CONFIG_FILE}: {role} {quote(token)} is no token of the base and none that "
                     f"{TOKENIZER_FILE} adds",
@@ -268,17 +285,6 @@ def _content(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _add_tokens(tokenizer: Any, added: Sequence[Mapping[str, Any]]) -> None:
-    from tokenizers import AddedToken
-
-    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
-    tokens = [AddedToken(entry["content"], **{key: bool(entry[key]) for key in flags}) for entry in added]
-    tokenizer.add_tokens(tokens)  # all at once: each call builds the matcher of all tokens anew
-    for entry in added:
-        if (found := tokenizer.convert_tokens_to_ids(entry["content"])) != entry["id"]:
-            raise _misplaced(entry, found)
-
-
 def _misplaced(entry: Mapping[str, Any], found: int) -> AdapterInvalid:
     return AdapterInvalid(
         f"{TOKENIZER_FILE}: its token {quote(entry['content'])} is id {entry['id']}, and added to the base's it would "
@@ -288,7 +294,7 @@ def _misplaced(entry: Mapping[str, Any], found: int) -> AdapterInvalid:
     )
 
 
-def _added_tokens(own: bytes, references: Sequence[str], most: int) -> list[dict[str, Any]]:
+def _added_tokens(own: bytes, references: Sequence[bytes], most: int) -> list[dict[str, Any]]:
     """What an adapter's tokenizer.json adds to the base's, by a process that may need time and memory for it."""
     if not references:
         raise AdapterIncompatible(
@@ -297,8 +303,7 @@ def _added_tokens(own: bytes, references: Sequence[str], most: int) -> list[dict
             remedy=_REMEDY,
         )
     refused = ""
-    for reference in references:
-        data = reference.encode()
+    for data in references:
         answer = _ask_child(b"%d %d %d\n" % (len(own), len(data), most) + own + data)
         if "added" in answer:
             found: list[dict[str, Any]] = answer["added"]

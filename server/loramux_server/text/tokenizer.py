@@ -24,6 +24,7 @@ MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""
 
 _TOOLS: Final = re.compile(r"\btools\b")
+_FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
 
 
@@ -42,7 +43,10 @@ class TextTokenizer:
         ] = {}  # of special tokens, where they are other than the library's object says
         self._template = find_chat_template(tokenizer)
         tokenizer.model_max_length = _NO_LIMIT
-        self._longest_token = max((len(piece.encode()) for piece in tokenizer.get_vocab()), default=1)
+        vocabulary = tokenizer.get_vocab()  # what is asked of it later is kept: it is made anew each time
+        self._longest_token = max((len(piece.encode()) for piece in vocabulary), default=1)
+        self._vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._added = {token: str(added.content) for token, added in tokenizer.added_tokens_decoder.items()}
         self._lock: AbstractContextManager[Any] = nullcontext()
         self._spelling: _Spelling | None = None
         if tokenizer.is_fast:
@@ -93,19 +97,38 @@ class TextTokenizer:
         """The chat template."""
         return self._template
 
-    def vocabulary(self) -> Mapping[str, int]:
-        """Token -> id, as the library spells them. Takes long."""
-        return dict(self._tokenizer.get_vocab())
-
-    def copy(self) -> Any:
-        """The library's object, for another instance."""
+    def find_id(self, token: str) -> int | None:
+        """The id of a token as the library spells it; None where there is none."""
+        if self._tokenizer.is_fast:
+            found: int | None = self._tokenizer.backend_tokenizer.token_to_id(token)
+            return found
         with self._lock:
-            return copy.deepcopy(self._tokenizer)
+            known: Mapping[str, int] = self._tokenizer.get_vocab()
+        return known.get(token)
+
+    def extended(self, added: Sequence[Mapping[str, Any]]) -> Any:
+        """The library's object with more tokens, entries of tokenizer.json; only of one that is_fast.
+
+        It shares the model with this one: a copy would be made of text, by one call that holds the interpreter for as
+        long as a large vocabulary takes.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        backend = self._tokenizer.backend_tokenizer
+        made = Tokenizer(backend.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if (own := getattr(backend, part)) is not None:
+                setattr(made, part, own)
+        made.encode_special_tokens = backend.encode_special_tokens
+        known = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+        new = [AddedToken(entry["content"], **{key: bool(entry[key]) for key in _FLAGS}) for entry in added]
+        made.add_tokens([*known, *new])  # all at once: each call builds the matcher of all tokens anew
+        return copy.deepcopy(self._tokenizer, {id(self._tokenizer._tokenizer): made})
 
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer can give; a model may have more rows."""
-        return len(self._tokenizer)
+        """Ids the tokenizer can give, and the one that a token added to it gets; a model may have more rows."""
+        return self._vocab_size
 
     @property
     def longest_token(self) -> int:
@@ -212,9 +235,9 @@ class TextTokenizer:
         """The bytes one token stands for, special tokens by their name; empty for ids without a token."""
         if not 0 <= token < self.vocab_size:
             return b""
-        added = self._tokenizer.added_tokens_decoder.get(token)
+        added = self._added.get(token)
         if added is not None:
-            return str(added.content).encode()
+            return added.encode()
         with self._lock:
             piece: str | None = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:

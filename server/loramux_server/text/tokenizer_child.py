@@ -16,6 +16,11 @@ CPU_SECONDS = 8
 MEMORY_BYTES = 2 << 30
 MAX_CONTENT = 512
 """Characters of one token."""
+MAX_ADDED, MAX_CHARACTERS = 1 << 14, 1 << 17
+"""Added tokens, and characters of them all.
+
+The library makes its matcher of them by one call, and nothing else in a server runs during it.
+"""
 _SETTINGS = ("version", "truncation", "padding", "added_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
@@ -50,8 +55,11 @@ def compare(own: Any, base: Any, most: int) -> list[dict[str, Any]]:
     missing = sorted(known.keys() - seen)
     if missing:
         raise Refused(f"it lacks the base's token {known[missing[0]]['content']!r}")
-    if len(added) > most:
-        raise Refused(f"it adds {len(added)} tokens, of at most {most}")
+    if len(added) > min(most, MAX_ADDED):
+        raise Refused(f"it adds {len(added)} tokens, of at most {min(most, MAX_ADDED)}")
+    characters = sum(len(entry["content"]) for entry in added)
+    if characters > MAX_CHARACTERS:
+        raise Refused(f"the tokens it adds have {characters} characters, of at most {MAX_CHARACTERS}")
     return sorted(added, key=lambda entry: entry["id"])
 
 
