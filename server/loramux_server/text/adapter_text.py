@@ -104,7 +104,8 @@ class AdapterTokenizer(TextTokenizer):
     def _use(self, own: OwnText, sandbox: TemplateSandbox) -> None:
         self._sandbox, self.own = sandbox, own
         self._own_roles = own.roles
-        self._template = self._template if own.template is None else own.template
+        if own.template is not None:
+            self._set_template(own.template)
         if "eos_token" in own.roles:
             self._eos_token_ids |= {self._tokenizer.convert_tokens_to_ids(own.roles["eos_token"])}
 

@@ -7,6 +7,7 @@ another. Imports no torch.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -19,12 +20,14 @@ STATUS = Path("/proc/self/statm")
 CPU_SECONDS = 2
 MEMORY_BYTES = 256 << 20
 """What one job may take beyond what the process has."""
+NICENESS = 10  # steps of the model go first
 MAX_RENDERED = 16 << 20
 """Characters; more fit no context."""
 
 
 def main() -> None:
     """Serves until its input ends."""
+    os.nice(NICENESS)
     sys.modules["torch"] = None  # type: ignore[assignment]  # transformers does without, and starts in a second
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from loramux_adapters.tokenization import PromptTokenizer, find_chat_template
-from loramux_server.text.chat_faults import ChatRefused, find_fault
+from loramux_server.text.chat_faults import ChatRefused, Fault, find_fault
 
 MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""
 
 _TOOLS: Final = re.compile(r"\btools\b")
+_FAULT_SECONDS: Final = 1.0  # for finding the message that a template fails on
 _FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
 
@@ -41,7 +43,7 @@ class TextTokenizer:
         self._own_roles: Mapping[
             str, str
         ] = {}  # of special tokens, where they are other than the library's object says
-        self._template = find_chat_template(tokenizer)
+        self._set_template(find_chat_template(tokenizer))
         tokenizer.model_max_length = _NO_LIMIT
         vocabulary = tokenizer.get_vocab()  # what is asked of it later is kept: it is made anew each time
         self._longest_token = max((len(piece.encode()) for piece in vocabulary), default=1)
@@ -61,6 +63,10 @@ class TextTokenizer:
             self._lock = threading.Lock()
         self._prompts = PromptTokenizer(tokenizer)
         self._special_tokens = dict(self._prompts.special_tokens)
+
+    def _set_template(self, template: str | None) -> None:
+        self._template = template
+        self._template_digest = "" if template is None else hashlib.sha256(template.encode()).hexdigest()
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None) -> TextTokenizer:
@@ -148,7 +154,7 @@ class TextTokenizer:
     @property
     def template_digest(self) -> str:
         """sha256 of the chat template in hex, empty when the base has none."""
-        return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()
+        return self._template_digest
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, behind the special tokens the base expects there."""
@@ -192,11 +198,25 @@ class TextTokenizer:
         except Exception as error:
             # A template runs arbitrary expressions. What it says itself by raise_exception is meant for the
             # caller; anything else would only tell about our insides.
-            fault = find_fault(messages, lambda others: self._renders(others, tools))
+            fault = self._find_fault(messages, tools)
             said = fault.why if fault else "it failed on these messages"
             if type(error) is TemplateError:
                 said = str(error)
             raise ChatRefused(f"the chat template refused: {said}", fault.where if fault else "") from error
+
+    def _find_fault(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Fault | None:
+        """None where it is not found in time: a rendering may take seconds, and others wait meanwhile."""
+        end = time.monotonic() + _FAULT_SECONDS
+
+        def renders(others: Sequence[Mapping[str, Any]]) -> bool:
+            if time.monotonic() > end:
+                raise TimeoutError
+            return self._renders(others, tools)
+
+        try:
+            return find_fault(messages, renders)
+        except TimeoutError:
+            return None
 
     def _renders(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
         try:

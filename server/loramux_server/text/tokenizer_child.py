@@ -7,6 +7,7 @@ why it is refused. Builds no tokenizer of it: regular expressions and merges of 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 CPU_SECONDS = 8
 MEMORY_BYTES = 2 << 30
+NICENESS = 10  # steps of the model go first
 MAX_CONTENT = 512
 """Characters of one token."""
 MAX_ADDED, MAX_CHARACTERS = 1 << 14, 1 << 17
@@ -99,6 +101,7 @@ def _pairs(merges: list[Any]) -> Iterator[Any]:
 
 def main() -> None:
     """One comparison."""
+    os.nice(NICENESS)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, hard))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
