@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ _VERDICT_BYTES: Final = 32 << 20
 _ENTRY_BYTES: Final = 1024  # of a token in a list, or of what takes nothing beside the base's
 _BYTES_A_CHARACTER: Final = 4
 _BYTES_A_TOKEN: Final = 4096  # added to a tokenizer, in its maps and matchers: an estimate from above
+_SPELLINGS: Final = 8  # times as long one tokenizer.json may be as another of the same content: blanks, escapes
+_ADDED_BYTES: Final = 8 << 20  # of as many added tokens as there may be, in a tokenizer.json
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What tells how a text is tokenized, in ways that tokenizer.json does not: must be the base's where both name it.
 _BEHAVIOR: Final = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
@@ -214,6 +216,7 @@ class AdapterTexts:
             if (token := _content(config.get(role))) is not None and token != known.get(role)
         }
         self._check_roles(roles, added)
+        self._check_named(config, added)
         if template is not None and template != self._base.template:
             self._check_template(template)
             return OwnText(tuple(added), roles, template)
@@ -242,13 +245,27 @@ class AdapterTexts:
             following += known is None
 
     def _check_behavior(self, config: Mapping[str, object]) -> None:
-        base = self._base.settings
+        base = {"split_special_tokens": False, **self._base.settings}
         for key in _BEHAVIOR:
             if config.get(key) is not None and base.get(key) is not None and bool(config[key]) != bool(base[key]):
                 raise AdapterIncompatible(
                     f"{TOKENIZER_CONFIG_FILE}: {key} is {quote(config[key])}, the base's {quote(base[key])}",
                     subject=f"{TOKENIZER_CONFIG_FILE}: {key}",
                     remedy=_REMEDY,
+                )
+
+    def _check_named(self, config: Mapping[str, object], added: Sequence[Mapping[str, Any]]) -> None:
+        """A token that the config alone knows would be ordinary text: it is of a tokenizer that was not sent."""
+        new = {token["content"]: token["id"] for token in added}
+        for key, number, token in _named_tokens(config):
+            found = new[token] if token in new else self._base.find_id(token)
+            if found is None or number not in (None, str(found)):
+                what = f"no token of the base and none that {TOKENIZER_FILE} adds" if found is None else f"id {found}"
+                of = "" if number is None else f" with the id {quote(number)}"
+                raise AdapterInvalid(
+                    f"{TOKENIZER_CONFIG_FILE}: {key} has {quote(token)}{of}, which is {what}",
+                    subject=f"{TOKENIZER_CONFIG_FILE}: {key}",
+                    remedy=f"send {TOKENIZER_FILE} as well, as save_pretrained wrote it, or {_REMEDY}",
                 )
 
     def _check_roles(self, roles: Mapping[str, str], added: Sequence[Mapping[str, Any]]) -> None:
@@ -279,6 +296,20 @@ class AdapterTexts:
         return found if isinstance(found, str) else None
 
 
+def _named_tokens(config: Mapping[str, object]) -> Iterator[tuple[str, str | None, str]]:
+    """Added tokens in tokenizer_config.json: (key, id where it says one, text)."""
+    decoder = config.get("added_tokens_decoder")
+    for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if (token := _content(entry)) is not None:
+            yield "added_tokens_decoder", str(number), token
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key)
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for entry in entries:
+            if (token := _content(entry)) is not None:
+                yield key, None, token
+
+
 def _content(value: object) -> str | None:
     """Of a special token as tokenizer_config.json spells it: its text, or an object with it."""
     if isinstance(value, dict):
@@ -303,13 +334,17 @@ def _added_tokens(own: bytes, references: Sequence[bytes], most: int) -> list[di
             subject=TOKENIZER_FILE,
             remedy=_REMEDY,
         )
-    refused = ""
+    refused, largest = "", _SPELLINGS * max(map(len, references)) + _ADDED_BYTES
+    if len(own) > largest:
+        refused, references = f"it has {len(own)} bytes, and {largest} are enough for that", ()
     for data in references:
         answer = _ask_child(b"%d %d %d\n" % (len(own), len(data), most) + own + data)
         if "added" in answer:
             found: list[dict[str, Any]] = answer["added"]
             return found
         refused = refused or answer["refused"]
+        if answer.get("exceeded"):
+            break
     raise AdapterIncompatible(
         f"{TOKENIZER_FILE}: it is not the base's tokenizer with added tokens: {refused}",
         subject=TOKENIZER_FILE,
@@ -323,6 +358,6 @@ def _ask_child(data: bytes) -> dict[str, Any]:
         input=data, capture_output=True, check=False, env={}, start_new_session=True,
     )  # fmt: skip
     if child.returncode:
-        return {"refused": "comparing them takes too much time or memory"}
+        return {"refused": "comparing them takes too much time or memory", "exceeded": True}
     answer: dict[str, Any] = json.loads(child.stdout)
     return answer

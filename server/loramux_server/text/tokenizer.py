@@ -47,6 +47,7 @@ class TextTokenizer:
         tokenizer.model_max_length = _NO_LIMIT
         vocabulary = tokenizer.get_vocab()  # what is asked of it later is kept: it is made anew each time
         self._longest_token = max((len(piece.encode()) for piece in vocabulary), default=1)
+        self._slow_ids: Mapping[str, int] = {} if tokenizer.is_fast else vocabulary
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._added = {token: str(added.content) for token, added in tokenizer.added_tokens_decoder.items()}
         self._lock: AbstractContextManager[Any] = nullcontext()
@@ -108,9 +109,7 @@ class TextTokenizer:
         if self._tokenizer.is_fast:
             found: int | None = self._tokenizer.backend_tokenizer.token_to_id(token)
             return found
-        with self._lock:
-            known: Mapping[str, int] = self._tokenizer.get_vocab()
-        return known.get(token)
+        return self._slow_ids.get(token)
 
     def extended(self, added: Sequence[Mapping[str, Any]]) -> Any:
         """The library's object with more tokens, entries of tokenizer.json; only of one that is_fast.
