@@ -53,7 +53,7 @@ class ReadAdapter(Protocol):
 class CheckTexts(Protocol):
     """Judge the tokenizer and template among an adapter's files; raises AdapterInvalid or AdapterIncompatible."""
 
-    def __call__(self, files: Mapping[str, Path]) -> None: ...
+    def __call__(self, files: Mapping[str, Path]) -> object: ...
 
 
 class AdapterCaches(Protocol):

@@ -156,9 +156,9 @@ class AdapterTexts:
         self._turn = asyncio.Lock()
         self._builder = ThreadPoolExecutor(1, "loramux-tokenizer")
 
-    def check(self, files: Mapping[str, Path]) -> None:
+    def check(self, files: Mapping[str, Path]) -> OwnText:
         """Judge an upload's files. Raises AdapterInvalid or AdapterIncompatible, naming the file, and OSError."""
-        self._judge({name: path.read_bytes() for name, path in files.items() if name in TEXT_FILES})
+        return self._judge({name: path.read_bytes() for name, path in files.items() if name in TEXT_FILES})
 
     async def tokenizer_of(self, spec: AdapterSpec | None, read: ReadText) -> TextTokenizer:
         """What the texts of requests for an adapter are made of: the base's own object where nothing differs.
