@@ -85,7 +85,7 @@ def test_a_file_far_larger_than_the_bases_is_refused_unread(
         check(texts, tmp_path, tokenizer=own)
 
 
-def test_what_took_too_long_is_not_tried_against_the_bases_other_file(
+def test_what_took_too_long_is_tried_once(
     texts: AdapterTexts, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bytes] = []
@@ -99,3 +99,7 @@ def test_what_took_too_long_is_not_tried_against_the_bases_other_file(
         check(texts, tmp_path, tokenizer={"model": {}})
     assert len(asked) == 1
     assert len(texts._references) == 2
+    with pytest.raises(AdapterError, match="too much time") as again:  # of each push and request of these files
+        check(texts, tmp_path, tokenizer={"model": {}})
+    assert len(asked) == 1
+    assert (again.value.subject, "--no-tokenizer" in again.value.remedy) == ("tokenizer.json", True)

@@ -150,7 +150,7 @@ class AdapterTexts:
         self._references = [reference.encode() for reference in base.references]
         self._sandbox = TemplateSandbox()
         self._lock = threading.Lock()
-        self._verdicts: Kept[frozenset[tuple[str, bytes]], OwnText] = Kept(_VERDICT_BYTES)
+        self._verdicts: Kept[frozenset[tuple[str, bytes]], OwnText | AdapterIncompatible] = Kept(_VERDICT_BYTES)
         self._kept: Kept[tuple[tuple[str, str], ...], TextTokenizer] = Kept(kept_bytes)
         # One after the other: what is read for one is bounded, what many read at once is not.
         self._turn = asyncio.Lock()
@@ -192,9 +192,16 @@ class AdapterTexts:
         key = frozenset((name, hashlib.sha256(data).digest()) for name, data in files.items())
         with self._lock:
             known = self._verdicts.get(key)
+        if isinstance(known, AdapterIncompatible):
+            raise _again(known)
         if known is not None:
             return known
-        own = self._compare(files)
+        try:
+            own = self._compare(files)
+        except AdapterIncompatible as error:  # it may have taken seconds, and is asked for by each request
+            with self._lock:
+                self._verdicts.put(key, _again(error), _ENTRY_BYTES)
+            raise
         with self._lock:
             self._verdicts.put(key, own, own.nbytes)
         return own
@@ -350,6 +357,11 @@ def _added_tokens(own: bytes, references: Sequence[bytes], most: int) -> list[di
         subject=TOKENIZER_FILE,
         remedy=_REMEDY,
     )
+
+
+def _again(error: AdapterIncompatible) -> AdapterIncompatible:
+    """Without its traceback, which holds the files."""
+    return AdapterIncompatible(error.message, subject=error.subject, remedy=error.remedy)
 
 
 def _ask_child(data: bytes) -> dict[str, Any]:
