@@ -77,6 +77,9 @@ def _check_entry(entry: Any) -> None:
     )
     if not is_entry:
         raise Refused(f"an entry of its 'added_tokens' is no token of 1 to {MAX_CONTENT} characters with an id")
+    if entry["content"].isspace() and (entry.get("lstrip") or entry.get("rstrip")):
+        # The library looks for the end of the blanks at each of them: in a text of blanks, time of its square.
+        raise Refused(f"its token {entry['id']} is blank and takes blanks beside it (lstrip, rstrip)")
 
 
 def _plain(value: Any) -> Any:
