@@ -128,7 +128,16 @@ def _sum_weights(module: ModuleSpec, contributions: Sequence[Contribution]) -> D
             subject=module.name,
             remedy="name fewer of them; low ranks may be more",
         )
-    return Dense(SummedWeights(shares), module.out_features, module.in_features)
+    return Dense(SummedWeights(_join_low_ranks(shares)), module.out_features, module.in_features)
+
+
+def _join_low_ranks(shares: tuple[Contribution, ...]) -> tuple[Contribution, ...]:
+    """The same with those that are a low rank alone as one: each share takes the module's whole weight anew."""
+    alone = [share for share in shares if len(share[0]) == 1 and isinstance(share[0][0], LowRank)]
+    joined = KIND_OF[LowRank].combine([Share(parts[0], weight) for parts, weight in alone]) if alone else None
+    if joined is None:
+        return shares
+    return (*(share for share in shares if share not in alone), ((joined,), 1.0))
 
 
 @dataclass(frozen=True, eq=False)

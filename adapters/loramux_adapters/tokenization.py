@@ -7,6 +7,7 @@ no tokenizer library. Knows no messages and no loss.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Final
@@ -33,6 +34,12 @@ class PromptTokenizer:
         self._prefix = self._find_prefix()
         self._restarts = self._find_restart()
         self._anchor = self._find_anchor()
+
+    def extended(self, tokenizer: Any, special: Mapping[int, str]) -> PromptTokenizer:
+        """The same with `special` tokens more, on a tokenizer that differs in added tokens alone: nothing is probed."""
+        made = copy.copy(self)
+        made._tokenizer, made._special = tokenizer, {**self._special, **special}
+        return made
 
     @property
     def special_tokens(self) -> Mapping[str, int]:

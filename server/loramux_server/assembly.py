@@ -115,11 +115,6 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     def read(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
         return formats.read(files, base.spec, limits, allow_base_mismatch=allow_base_mismatch)
 
-    def read_upload(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> AdapterWeights:
-        weights = read(files, allow_base_mismatch=allow_base_mismatch)
-        texts.check(files)
-        return weights
-
     merged_rows = measure_merged_rows(adapted) if config.merged_bytes and not config.deterministic else None
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
@@ -151,7 +146,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         on_death=hooks.on_death,
     )
     states = _States(pool, host, merged_weights)
-    registry = Registry(store, read_upload, base.spec.fingerprint, states, combinations=combinations)
+    registry = Registry(store, read, base.spec.fingerprint, states, combinations=combinations, check_texts=texts.check)
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:

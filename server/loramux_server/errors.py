@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 from loramux_adapters import errors as adapters
 from loramux_server.requests import RequestFailure
@@ -234,6 +235,8 @@ _FAILURES: dict[str, StatusMapping] = {
     "DRAINING": StatusMapping(Code.UNAVAILABLE, 503, "DRAINING"),
     "INTERNAL": INTERNAL,
 }
+NOT_LOADED: Final = frozenset(code for code in _FAILURES if code.startswith("ADAPTER_"))
+"""Codes of a RequestFailure by which the request's adapter could not be loaded."""
 
 
 def status_of(error: BaseException) -> StatusMapping:

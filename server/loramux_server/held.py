@@ -28,6 +28,10 @@ class Held(Protocol):
         """Its facts."""
 
     @property
+    def judged_at_load(self) -> bool:
+        """Whether loading it may find that it cannot be served, so that its uses are confirmed when it did not."""
+
+    @property
     def text_source(self) -> Resolved:
         """The adapter that the text files of the facts are of, if there are any."""
 
@@ -49,6 +53,8 @@ class Resolved:
 
     `name` is the adapter's name even if an alias was given. A context manager.
     """
+
+    judged_at_load = False  # it was when it was uploaded
 
     def __init__(
         self,
@@ -104,6 +110,8 @@ class Resolved:
 
 class HeldCombination:
     """Several held adapters as one. A context manager."""
+
+    judged_at_load = True  # whether they have an exact sum
 
     def __init__(
         self,

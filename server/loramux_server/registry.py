@@ -50,6 +50,12 @@ class ReadAdapter(Protocol):
     def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> Weights: ...
 
 
+class CheckTexts(Protocol):
+    """Judge the tokenizer and template among an adapter's files; raises AdapterInvalid or AdapterIncompatible."""
+
+    def __call__(self, files: Mapping[str, Path]) -> object: ...
+
+
 class AdapterCaches(Protocol):
     """What is kept of adapters beside the store: in host memory, on the device, merged. Safe from any thread."""
 
@@ -132,23 +138,28 @@ class Registry:
         caches: AdapterCaches,
         clock: Callable[[], float] = time.time,
         combinations: Combinations | None = None,
+        check_texts: CheckTexts | None = None,
     ) -> None:
         """`base` is the fingerprint of the base that `read` validates against; `clock` is the store's. In
         `combinations` a loader finds what the digests of combined adapters stand for."""
         self._store = store
         self._read = read
+        self._check_texts = check_texts
         self._base = base
         self._caches = caches
         self._combinations = combinations or Combinations()
         self._reconciling = threading.Lock()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
+        # Of their own: a tokenizer takes seconds where it is made to, and processes of its own.
+        self._text_workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loramux-texts")
         self._reconcile()
         self._expiry = ExpiryThread(store.next_expiry, self._expire, clock)
 
     def close(self) -> None:
         """Finish the publish under way, then close the store. Idempotent."""
         self._expiry.close()
+        self._text_workers.shutdown(wait=True, cancel_futures=True)
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._store.close()
 
@@ -198,7 +209,7 @@ class Registry:
         it stays, so that a resume needs no byte again: with consent to another base, with room made, with
         one wrong file sent anew. Once begun it runs to its end even if the caller is cancelled.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._publish, tenant, upload_id)
+        return await asyncio.shield(self._judge_and_publish(tenant, upload_id))
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
@@ -262,6 +273,24 @@ class Registry:
     def _begin_upload(self, tenant: str, upload_id: str, manifest: UploadManifest) -> UploadProgress:
         self._expire()  # what has ended and takes the place or the name still
         return self._store.begin_upload(tenant, upload_id, manifest)
+
+    async def _judge_and_publish(self, tenant: str, upload_id: str) -> Published:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._text_workers, self._judge_texts, tenant, upload_id)
+        return await loop.run_in_executor(self._worker, self._publish, tenant, upload_id)
+
+    def _judge_texts(self, tenant: str, upload_id: str) -> None:
+        """Files that are put in their place afterwards are judged before they are used."""
+        files = self._store.staged_files(tenant, upload_id).files
+        if self._check_texts is None or not any(name in TEXT_FILES for name in files):
+            return
+        try:
+            self._check_texts(files)
+        except AdapterInvalid:
+            self._store.discard_upload(tenant, upload_id)
+            raise
+        except OSError as error:
+            raise _unreadable() from error
 
     def _publish(self, tenant: str, upload_id: str) -> Published:
         staged = self._store.staged_files(tenant, upload_id)

@@ -65,7 +65,36 @@ def test_a_tokenizer_that_a_server_would_refuse_is_refused_here(adapter: Path) -
     assert refused.exit_code == ExitCode.REFUSED
     assert "not the base's tokenizer with added tokens" in refused.stderr
     (adapter / "tokenizer.json").write_bytes((tiny_path() / "tokenizer.json").read_bytes())
-    assert verify(adapter, "--base", TINY).exit_code == ExitCode.OK
+    shown = verify(adapter, "--base", TINY)
+    assert shown.exit_code == ExitCode.OK
+    assert "tokenizer.json: the same as the base" in shown.stdout
+
+
+def test_what_texts_an_adapter_brings_is_told_and_can_be_left_out(adapter: Path) -> None:
+    own = json.loads((tiny_path() / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("special", "lstrip", "rstrip", "single_word", "normalized"), False)
+    own["added_tokens"].append({"id": 264, "content": "<tool>", **flags})
+    (adapter / "tokenizer.json").write_text(json.dumps(own))
+    (adapter / "tokenizer_config.json").write_text('{"eos_token": "<tool>"}')
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    files = "tokenizer.json, tokenizer_config.json, chat_template.jinja"
+    shown = verify(adapter, "--base", TINY).stdout
+    assert f"{files}: 1 added token, a chat template of its own, eos_token '<tool>'" in shown
+    told = json.loads(verify(adapter, "--base", TINY, "--json").stdout)
+    assert (told["text"]["added"][0]["content"], told["text"]["roles"]) == ("<tool>", {"eos_token": "<tool>"})
+    assert f"{files}: compared with no base's" in verify(adapter).stdout
+    left = verify(adapter, "--base", TINY, "--no-tokenizer")
+    assert left.exit_code == ExitCode.OK
+    assert "by the base's tokenizer and chat template" in left.stdout
+    assert json.loads(verify(adapter, "--base", TINY, "--no-tokenizer", "--json").stdout)["text"] is None
+
+
+def test_what_was_pushed_without_its_tokenizer_is_compared_without_it(adapter: Path, fake: FakeServer) -> None:
+    (adapter / "tokenizer.json").write_text("{}")
+    run("push", adapter, "bot", "--no-tokenizer", "--address", fake.address)
+    against = ("verify", "bot", "--against", adapter, "--address", fake.address)
+    assert run(*against).exit_code == ExitCode.NO
+    assert run(*against, "--no-tokenizer").exit_code == ExitCode.OK
 
 
 def test_without_a_base_it_says_what_the_files_tell_and_that_this_is_all(adapter: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux.terminal.failures import ExitCode
+from loramux.types import Adapter
 from loramux_protos.v1 import adapters_pb2
 from support.fake_service import BASE, FakeServer
 
@@ -63,7 +65,10 @@ def test_show_tells_bases_and_desired_state(fake: FakeServer, bases: list[str], 
 def test_a_push_with_an_end_says_so_and_so_do_ls_and_show(fake: FakeServer, adapter_dir: Path) -> None:
     pushed = adapters(fake, "push", str(adapter_dir), "brief", "--ttl", "7200.9", "--max-uses", "3")
     assert "ends by itself: in 2 h, 3 of 3 uses left" in pushed
+    again = adapters(fake, "push", str(adapter_dir), "brief", "--ttl", "7200.9", "--max-uses", "3")
+    assert "unchanged: the server had it already, and its end is set anew" in again
     assert "ends by itself" not in adapters(fake, "push", str(adapter_dir), "stays")
+    assert "set anew" not in adapters(fake, "push", str(adapter_dir), "stays")
     header, brief, stays = adapters(fake, "ls").splitlines()
     start, end = header.index("ENDS"), header.index("ALIASES")
     assert (brief[start:end].strip(), stays[start:end].strip()) == ("in 2 h, 3 of 3 uses left", "")
@@ -101,6 +106,22 @@ def test_taking_a_desired_state_back_waits_for_nothing(fake: FakeServer) -> None
     adapters(fake, "merge", "bot")
     said = adapters(fake, "merge", "bot", "--off")
     assert said == "bot: merged weights ready, desired by another name of this version\n"
+
+
+def test_a_refused_merge_says_that_it_stays_desired(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(fake, "bot")
+
+    def refused(_: object, adapter: Adapter, **__: object) -> Adapter:
+        residency = replace(adapter.residency, merged="refused", merged_reason="prompts are in no weight")
+        return replace(adapter, residency=residency)
+
+    monkeypatch.setattr("loramux.cli.waiting.wait_merged", refused)
+    said = CliRunner().invoke(app, ["adapters", "merge", "bot", "--address", fake.address])
+    assert said.exit_code == ExitCode.REFUSED
+    assert "bot is not merged: prompts are in no weight" in said.stderr
+    assert "it stays desired" in said.stderr
+    assert "loramux adapters merge bot --off" in said.stderr
+    assert json.loads(adapters(fake, "show", "bot", "--json"))["merge"] is True
 
 
 def test_merged_weights_of_a_shared_version_are_not_taken_for_desired_by_each_name(fake: FakeServer) -> None:

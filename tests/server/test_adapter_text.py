@@ -252,24 +252,51 @@ def test_what_a_template_makes_of_little_is_bounded(texts: AdapterTexts, most: i
         assert made.encode_chat(MESSAGES, (), most)
 
 
-def test_many_tokens_are_added_at_once(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call builds the matcher of all tokens anew: one by one, 16,000 took a minute."""
+def test_a_tokenizer_with_more_tokens_is_made_without_going_through_the_bases(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would hold the interpreter meanwhile, and every stream: half a second for 128,000 tokens.
+
+    So the model is shared, and what is asked of a tokenizer while requests run is kept.
+    """
     base = TextTokenizer.load(directory)
     texts = AdapterTexts(base, ReadLimits())
     tokens = [AddedToken(f"<t{number}>", special=number % 2 == 0) for number in range(50)]
-    own = files_of(save(directory, tmp_path / "own", methodcaller("add_tokens", tokens)))
-    calls: list[int] = []
-    add = type(base._tokenizer).add_tokens
-    monkeypatch.setattr(
-        type(base._tokenizer), "add_tokens", lambda self, new, **more: calls.append(len(new)) or add(self, new, **more)
-    )
-    made = made_of(texts, own)
-    assert calls == [50]
-    ids = made.encode("a<t0> b<t49>")
-    assert {base.vocab_size, base.vocab_size + 49} <= set(ids)
+    saved = save(directory, tmp_path / "own", methodcaller("add_tokens", tokens))
+    truth = AutoTokenizer.from_pretrained(str(saved))
+    kind, asked = type(base._tokenizer), list[str]()
+    for slow in ("get_vocab", "add_tokens", "__len__"):
+        monkeypatch.setattr(kind, slow, lambda *_, name=slow: asked.append(name))
+    for slow in ("added_tokens_decoder", "added_tokens_encoder", "vocab"):
+        monkeypatch.setattr(kind, slow, property(lambda _, name=slow: asked.append(name)))
+    made = made_of(texts, files_of(saved))
+    text = "a<t0> b<t49>"
+    ids = made.encode(text)
+    assert made.token_bytes(base.vocab_size + 1) == b"<t1>"
+    assert made.vocab_size == base.vocab_size + 50
     assert "<t0>" not in made.decode(ids)
-    assert "<t49>" in made.decode(ids)
+    assert not asked
+    monkeypatch.undo()
+    assert ids[1:] == truth.encode(text, add_special_tokens=False)
+    assert made.decode(ids) == truth.decode(ids, skip_special_tokens=True)
+    assert made._tokenizer.backend_tokenizer.to_str() == truth.backend_tokenizer.to_str()
+    assert "<t0>" not in base._tokenizer.get_vocab()
+    model = base._tokenizer.backend_tokenizer.model
+    model.dropout = 0.5
+    assert made._tokenizer.backend_tokenizer.model.dropout == 0.5  # one and the same
     texts.close()
+
+
+@pytest.mark.parametrize(("count", "width"), [((1 << 14) + 1, 6), (1024, 129)])
+def test_more_tokens_than_can_be_added_quickly_are_refused(
+    count: int, width: int, texts: AdapterTexts, directory: Path
+) -> None:
+    own = json.loads((directory / "tokenizer.json").read_text())
+    entry = dict.fromkeys(("special", "lstrip", "rstrip", "single_word", "normalized"), False)
+    first = len(own["model"]["vocab"])
+    own["added_tokens"] += [{"id": first + i, "content": f"{i:0{width}}", **entry} for i in range(count)]
+    with pytest.raises(AdapterError, match=f"{count} tokens, of at most|{count * width} characters, of at most"):
+        made_of(texts, {"tokenizer.json": json.dumps(own).encode()})
 
 
 def test_half_a_character_is_no_template_and_no_text(texts: AdapterTexts, tmp_path: Path) -> None:
@@ -291,9 +318,9 @@ def test_what_is_no_template_is_refused_at_upload(texts: AdapterTexts, tmp_path:
 
 
 def test_what_is_built_is_kept_within_a_bound(directory: Path, tmp_path: Path) -> None:
-    """Each takes 512 bytes a token; a template alone takes next to nothing."""
+    """Each takes 4 KiB an added token, the base's included; a template alone takes next to nothing."""
     base = TextTokenizer.load(directory)
-    texts = AdapterTexts(base, ReadLimits(), kept_bytes=512 * base.vocab_size * 3)
+    texts = AdapterTexts(base, ReadLimits(), kept_bytes=4096 * (len(base.special_tokens) + 1) * 3)
     owns = [
         files_of(save(directory, tmp_path / token, methodcaller("add_tokens", [f"<{token}>"])))
         for token in ("a", "b", "c", "d", "e")
@@ -337,7 +364,7 @@ def test_a_role_alone_reaches_the_bases_template_and_ends_answers(directory: Pat
     made = made_of(texts, {"tokenizer_config.json": b'{"eos_token": {"content": "<|user|>"}}'})
     assert made.render_chat(MESSAGES) == "x<|user|>"
     assert base.render_chat(MESSAGES) != "x<|user|>"
-    assert made.eos_token_ids == base.eos_token_ids | {base.vocabulary()["<|user|>"]}
+    assert made.eos_token_ids == base.eos_token_ids | {base.find_id("<|user|>")}
     texts.close()
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_adapters.embedded.tiny import tiny_path
+from loramux_server.text import tokenizer
 from loramux_server.text.chat_faults import _MOST_MESSAGES, ChatRefused, find_fault
 from loramux_server.text.tokenizer import TextTokenizer
 from support.tokenizers import write_byte_level
@@ -93,3 +94,14 @@ def test_a_long_conversation_is_not_searched() -> None:
         raise AssertionError("rendered")
 
     assert find_fault([PARTS] * (_MOST_MESSAGES + 1), never) is None
+
+
+def test_a_search_that_takes_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rendering by an adapter's template may take seconds, and others wait for the process."""
+    codec = TextTokenizer.load(write_byte_level(tmp_path, chat_template="{{ messages[0].content + 'x' }}"))
+    with pytest.raises(ChatRefused, match="it fails on a list here"):
+        codec.encode_chat([PARTS])
+    monkeypatch.setattr(tokenizer, "_FAULT_SECONDS", -1.0)
+    with pytest.raises(ChatRefused, match="it failed on these messages") as caught:
+        codec.encode_chat([PARTS])
+    assert caught.value.where == ""

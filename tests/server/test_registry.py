@@ -2,6 +2,7 @@
 
 import asyncio
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -341,3 +342,28 @@ async def test_a_release_after_the_close_is_harmless(tmp_path: Path) -> None:
     assert len(blob_files(tmp_path)) == 2
     quick_store(tmp_path).close()
     assert blob_files(tmp_path) == set()
+
+
+@pytest.mark.asyncio
+async def test_texts_that_take_long_to_judge_hold_up_no_other_publish(tmp_path: Path, reader: Reader) -> None:
+    judging, go = threading.Event(), threading.Event()
+
+    def check(files: Mapping[str, Path]) -> None:
+        judging.set()
+        go.wait(60)
+        raise AdapterInvalid("no tokenizer", subject="tokenizer.json")
+
+    registry = Registry(quick_store(tmp_path), reader, BASE, FakeStates(), check_texts=check)
+    await upload(registry, "hostile", {**content("two"), "tokenizer.json": b"{}"}, "upload-0002")
+    hostile = asyncio.create_task(registry.publish(TENANT, "upload-0002"))
+    assert await asyncio.to_thread(judging.wait, 30)
+    await upload(registry, "plain", FILES)
+    published = await asyncio.wait_for(registry.publish(TENANT, ID), 30)
+    assert (published.record.id.name, hostile.done()) == ("plain", False)
+    go.set()
+    with pytest.raises(AdapterInvalid, match="no tokenizer"):
+        await hostile
+    with pytest.raises(AdapterNotFound):  # it is discarded: no resume can mend it
+        await registry.query_upload(TENANT, "upload-0002")
+    assert len(reader.consents) == 1
+    registry.close()

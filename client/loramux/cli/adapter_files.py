@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loramux_adapters.checking import Checked, Outline
     from loramux_adapters.comparing import Comparison
     from loramux_adapters.formats.limits import ReadLimits
+    from loramux_server.text.adapter_text import OwnText
 
 _MOST_ROWS = 20
 
@@ -42,7 +43,9 @@ def names_directory(target: str) -> bool:
     return "/" in target or os.sep in target or target.startswith((".", "~"))
 
 
-def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: bool, as_json: bool) -> None:
+def verify_directory(
+    directory: Path, base: str | None, *, allow_base_mismatch: bool, tokenizer: bool, as_json: bool
+) -> None:
     """Say what a server would say of a push of `directory`. Exit code 3 where it would be refused."""
     from loramux.errors import LocalFilesError
     from loramux.upload import collect
@@ -54,15 +57,16 @@ def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: 
     limits = ReadLimits()
     loaded = _load(base) if base is not None else None
     try:
-        bundle = collect(directory, directory.resolve().name, {}, allow_base_mismatch=allow_base_mismatch)
+        bundle = collect(
+            directory, directory.resolve().name, {}, allow_base_mismatch=allow_base_mismatch, tokenizer=tokenizer
+        )
         files = {entry.file: directory / entry.file for entry in bundle.files}
         found: Checked | Outline = (
             outline(files, limits)
             if loaded is None
             else check(files, loaded, limits, allow_base_mismatch=allow_base_mismatch)
         )
-        if base is not None:
-            _check_texts(files, base, limits)
+        text = None if base is None else _check_texts(files, base, limits)
     except (AdapterError, LocalFilesError) as error:
         reason = status_of(error).reason if isinstance(error, AdapterError) else ""
         if as_json:
@@ -72,28 +76,43 @@ def verify_directory(directory: Path, base: str | None, *, allow_base_mismatch: 
         raise typer.Exit(ExitCode.REFUSED) from None
     if as_json:
         told = {"accepted": True, "directory": directory, "left_out": bundle.left_out, "remark": bundle.remark}
-        print_json({**told, "checked_against_base": loaded is not None, "adapter": found})
+        print_json({**told, "checked_against_base": loaded is not None, "adapter": found, "text": text})
         return
-    print_table(("FIELD", "VALUE"), _rows(found, bundle), empty="")
+    print_table(("FIELD", "VALUE"), [*_rows(found, bundle), ("text", _describe_text(bundle, text))], empty="")
     if bundle.remark:
         say(f"warning: {bundle.remark}")
     if loaded is None:
         say("its modules were compared with no base: give one with --base to see what a server with it would say")
 
 
-def _check_texts(files: Mapping[str, Path], base: str, limits: ReadLimits) -> None:
-    """Whether a server with this base would take the adapter's tokenizer. Raises AdapterError."""
+def _check_texts(files: Mapping[str, Path], base: str, limits: ReadLimits) -> OwnText | None:
+    """What a server with this base would take of the adapter's tokenizer; None without one. Raises AdapterError."""
     from loramux_adapters.adapter_files import TEXT_FILES
     from loramux_adapters.base.source import find_base
     from loramux_server.text.adapter_text import AdapterTexts
     from loramux_server.text.tokenizer import TextTokenizer
 
-    if any(name in TEXT_FILES for name in files):
-        texts = AdapterTexts(TextTokenizer.load(find_base(base, os.environ) or base), limits)
-        try:
-            texts.check(files)
-        finally:
-            texts.close()
+    if not any(name in TEXT_FILES for name in files):
+        return None
+    texts = AdapterTexts(TextTokenizer.load(find_base(base, os.environ) or base), limits)
+    try:
+        return texts.check(files)
+    finally:
+        texts.close()
+
+
+def _describe_text(bundle: Bundle, own: OwnText | None) -> str:
+    from loramux_adapters.adapter_files import TEXT_FILES
+
+    files = ", ".join(entry.file for entry in bundle.files if entry.file in TEXT_FILES)
+    if not files:
+        return "by the base's tokenizer and chat template"
+    if own is None:
+        return f"{files}: compared with no base's"
+    tokens = f"{len(own.added)} added token{'' if len(own.added) == 1 else 's'}" if own.added else ""
+    template = "a chat template of its own" if own.template is not None else ""
+    roles = ", ".join(f"{role} {token!r}" for role, token in own.roles.items())
+    return f"{files}: {', '.join(filter(None, (tokens, template, roles))) or 'the same as the base'}"
 
 
 def _rows(found: Checked | Outline, bundle: Bundle) -> Sequence[tuple[str, object]]:

@@ -70,7 +70,8 @@ def push(
         what = f"{adapter.kind}, rank {adapter.max_rank}" if adapter.max_rank else adapter.kind
         print(f"{version} published ({size(pushed.sent_bytes)} sent, {what})")
     else:
-        print(f"{version} is published, unchanged: the server had it already")
+        anew = ", and its end is set anew" if ttl is not None or max_uses is not None else ""
+        print(f"{version} is published, unchanged: the server had it already{anew}")
     if pushed.resumed_bytes:
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
@@ -198,6 +199,9 @@ def verify(
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Of a directory: as `push` has it.")
     ] = False,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="Of a directory, also of --against: as `push` has it.")
+    ] = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
@@ -209,7 +213,9 @@ def verify(
         if against is not None:
             raise CommandError("--against goes with a name", remedy="see loramux adapters diff", code=ExitCode.USAGE)
         directory = Path(name).expanduser()
-        verify_directory(directory, base, allow_base_mismatch=allow_base_mismatch, as_json=as_json)
+        verify_directory(
+            directory, base, allow_base_mismatch=allow_base_mismatch, tokenizer=not no_tokenizer, as_json=as_json
+        )
         return
     if base is not None or allow_base_mismatch:
         raise CommandError(
@@ -224,7 +230,8 @@ def verify(
         stored = client.verify(name, progress=report)
     different: list[str] = []
     if against is not None:
-        local = {f.file: f for f in collect(against, name, {}, allow_base_mismatch=False).files}
+        collected = collect(against, name, {}, allow_base_mismatch=False, tokenizer=not no_tokenizer)
+        local = {f.file: f for f in collected.files}
         served = {f.file: f for f in stored.files}
         different = sorted(file for file in local.keys() | served.keys() if local.get(file) != served.get(file))
     if as_json:
@@ -287,7 +294,10 @@ def merge(
             adapter = wait_merged(client, adapter, seconds=wait)
     residency = adapter.residency
     if residency.merged == "refused" and not off:
-        raise CommandError(f"{name} is not merged: {residency.merged_reason or 'refused'}")
+        raise CommandError(
+            f"{name} is not merged: {residency.merged_reason or 'refused'}",
+            remedy=f"it stays desired, for a new version or room: loramux adapters merge {name} --off takes it back",
+        )
     print(f"{name}: merged weights {residency.merged}{_of_another_name(adapter)}")
 
 

@@ -29,13 +29,42 @@ def find_activation(prompt: Sequence[int], invocation: Sequence[int]) -> int:
     """
     if not invocation:
         return 0
-    wanted = tuple(invocation)
-    for start in range(len(prompt) - len(wanted), -1, -1):
-        if prompt[start] == wanted[0] and tuple(prompt[start : start + len(wanted)]) == wanted:
-            return start
-    shown = ", ".join(map(str, wanted[:16])) + (", ..." if len(wanted) > 16 else "")
+    found = _find_last(prompt, invocation)
+    if found is not None:
+        return found
+    shown = ", ".join(map(str, invocation[:16])) + (", ..." if len(invocation) > 16 else "")
     raise InvalidRequest(
         "input",
         f"the prompt does not hold the tokens that activate this adapter ({shown})",
         metadata={"invocation_tokens": shown},
     )
+
+
+def _find_last(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where the last occurrence of `wanted` begins, from the end on, in time of the sum of both lengths whatever they
+    hold (Knuth, Morris, Pratt): the adapter's owner chose the one and a caller the other, and the event loop waits.
+    """
+    last_first = wanted[::-1]
+    borders = _borders(last_first)
+    matched = 0
+    for place in range(len(tokens) - 1, -1, -1):
+        token = tokens[place]
+        while matched and token != last_first[matched]:
+            matched = borders[matched - 1]
+        if token == last_first[matched]:
+            matched += 1
+            if matched == len(last_first):
+                return place
+    return None
+
+
+def _borders(wanted: Sequence[int]) -> list[int]:
+    """For each beginning of `wanted` the length of the longest shorter one that it ends with."""
+    borders = [0] * len(wanted)
+    length = 0
+    for place in range(1, len(wanted)):
+        while length and wanted[place] != wanted[length]:
+            length = borders[length - 1]
+        length += wanted[place] == wanted[length]
+        borders[place] = length
+    return borders

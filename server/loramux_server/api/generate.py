@@ -58,13 +58,16 @@ class GenerateUseCase:
             submission = place_adapter(_build_submission(call, tenant, digest, prompt, max_tokens, deadline), spec)
             validate.check_suppressed(submission.sampling.suppressed, limits)
             async with services.engine.submit(submission) as stream:
-                if resolved is not None:
-                    await resolved.confirm()  # after all that may refuse, before the caller receives anything
-                generation = Generation(stream, call, tokenizer)
+                # After all that may refuse, before the caller receives anything.
+                confirm = None if resolved is None else resolved.confirm
+                if resolved is not None and not resolved.judged_at_load:
+                    await resolved.confirm()
+                generation = Generation(stream, call, tokenizer, confirm)
                 try:
                     yield generation
                 finally:
                     note(**generation.facts())
+                    await generation.confirm()  # who left before its begin has had it run
 
     async def _tokenize(self, call: GenerateCall, tokenizer: Tokenizer, limits: ServerLimits) -> list[int]:
         if call.token_ids is not None:

@@ -6,14 +6,14 @@ messages, and the engine never waits for one. Knows no wire format.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from loramux_server.api.calls import GenerateCall
 from loramux_server.api.ports import Tokenizer
 from loramux_server.engine.detokenize import ChoiceText, Delta
 from loramux_server.engine.stream import RequestStream
-from loramux_server.errors import RequestFailed
+from loramux_server.errors import NOT_LOADED, RequestFailed
 from loramux_server.requests import TokenEvent, Usage
 
 
@@ -23,7 +23,15 @@ class Generation:
     `call` is what was asked, `submission` what the server made of it.
     """
 
-    def __init__(self, stream: RequestStream, call: GenerateCall, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        stream: RequestStream,
+        call: GenerateCall,
+        tokenizer: Tokenizer,
+        confirm: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`confirm` makes the request count, once it is known that what it asks for can be loaded."""
+        self._confirm = confirm
         self.call = call
         self.submission = submission = stream.submission
         self.tokenizer = tokenizer
@@ -46,9 +54,18 @@ class Generation:
     async def __anext__(self) -> list[Delta]:
         while True:
             event = await anext(self._stream)
+            if event.failure is not None and event.failure.code in NOT_LOADED:
+                self._confirm = None
+            await self.confirm()
             deltas = self._gather([event, *self._stream.take_ready()])
             if deltas:
                 return deltas
+
+    async def confirm(self) -> None:
+        """Have the request count, unless its adapter could not be loaded. Idempotent."""
+        confirm, self._confirm = self._confirm, None
+        if confirm is not None:
+            await confirm()
 
     def prompt_text(self) -> str:
         """What an echo shows: the caller's own text, or that of the prompt's tokens."""

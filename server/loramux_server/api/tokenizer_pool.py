@@ -14,6 +14,7 @@ from typing import TypeVar
 from loramux_server.api.calls import ChatTurn, Tools
 from loramux_server.api.ports import Tokenizer
 from loramux_server.api.server_limits import ServerLimits
+from loramux_server.api.turns import Turns
 from loramux_server.errors import InvalidRequest, Overloaded
 from loramux_server.text.chat_faults import ChatRefused
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _LONG_TEXT = 8192  # characters; more are tokenized off the event loop
 _THREADS = 2
 _MAX_WAITING = 64
+_MAX_RENDERING = 256  # of all adapters' own templates; of one as many as texts may wait
 _RETRY_SECONDS = 1.0
 
 
@@ -31,9 +33,8 @@ class TokenizerPool:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-encode")
         self._waiting = 0
-        # Of their own: templates of adapters may take their time.
-        self._waiters = ThreadPoolExecutor(_THREADS, thread_name_prefix="loramux-template")
-        self._rendering = 0
+        # Of their own: templates of adapters may take their time, but not each other's.
+        self._templates = Turns(_THREADS, _MAX_RENDERING, _MAX_WAITING, "loramux-template")
 
     async def encode_text(self, field: str, tokenizer: Tokenizer, limits: ServerLimits, text: str) -> list[int]:
         """Token ids of a prompt, behind the special tokens the base expects there.
@@ -57,10 +58,16 @@ class TokenizerPool:
             raise InvalidRequest("chat.tools_json", "the base's chat template takes no tools")
         messages = [turn.message() for turn in turns]
         length = sum(turn.characters for turn in turns)
-        run = self._wait if tokenizer.waits else self._run
         most = limits.context_tokens * tokenizer.longest_token  # a template may make much of little
+
+        def encode() -> list[int]:
+            return tokenizer.encode_chat(messages, tools, most)
+
         try:
-            ids = await run(length, lambda: tokenizer.encode_chat(messages, tools, most))
+            if tokenizer.waits:
+                ids = await self._templates.run(tokenizer.template_digest, encode)
+            else:
+                ids = await self._run(length, encode)
         except ValueError as error:
             where = error.where if isinstance(error, ChatRefused) else ""
             raise InvalidRequest(f"chat.messages{where}", str(error)) from error
@@ -92,15 +99,6 @@ class TokenizerPool:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._waiting -= 1
-
-    async def _wait(self, _length: int, work: Callable[[], T]) -> T:
-        if self._rendering >= _MAX_WAITING:
-            raise Overloaded(_RETRY_SECONDS)
-        self._rendering += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._waiters, work)
-        finally:
-            self._rendering -= 1
 
 
 def _check_vocabulary(field: str, tokenizer: Tokenizer, limits: ServerLimits, ids: Sequence[int]) -> None:

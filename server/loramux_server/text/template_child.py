@@ -1,12 +1,13 @@
 """The child process that renders chat templates of adapters: programs of strangers, with little time and memory.
 
 One JSON line a job on its input, one a result on its output. What exceeds processor time kills it, and the parent makes
-another. Imports no torch.
+another, as it does of one that says it is worn: that kept too much memory. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -19,21 +20,27 @@ STATUS = Path("/proc/self/statm")
 CPU_SECONDS = 2
 MEMORY_BYTES = 256 << 20
 """What one job may take beyond what the process has."""
+NICENESS = 10  # steps of the model go first
 MAX_RENDERED = 16 << 20
 """Characters; more fit no context."""
 
 
 def main() -> None:
     """Serves until its input ends."""
+    os.nice(NICENESS)
     sys.modules["torch"] = None  # type: ignore[assignment]  # transformers does without, and starts in a second
     from transformers.utils.chat_template_utils import render_jinja_template
 
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints is no result
     print(json.dumps({"ready": True}), file=out, flush=True)
+    begun = _used_bytes()
     for line in sys.stdin:
         _limit()
-        print(json.dumps(_render(render_jinja_template, json.loads(line))), file=out, flush=True)
+        answer = _render(render_jinja_template, json.loads(line))
+        # Compiled templates are kept by the library, with all that their constants take.
+        answer["worn"] = _used_bytes() - begun > MEMORY_BYTES
+        print(json.dumps(answer), file=out, flush=True)
 
 
 def _render(render: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +75,15 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     if not STATUS.exists():  # elsewhere than on Linux processor time is the only bound
         return
-    pages = int(STATUS.read_text("ascii").split()[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (_used_bytes() + MEMORY_BYTES, hard))
+
+
+def _used_bytes() -> int:
+    """Of address space; 0 elsewhere than on Linux."""
+    if not STATUS.exists():
+        return 0
+    return int(STATUS.read_text("ascii").split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class TemplateSandbox:
         try:
             child = child or _Child()
             answer = child.ask(job)
-            if answer is None:
+            if answer is None or answer.get("worn"):
                 child.close()
                 child = None
         except BaseException:

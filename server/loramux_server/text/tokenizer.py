@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from loramux_adapters.tokenization import PromptTokenizer, find_chat_template
-from loramux_server.text.chat_faults import ChatRefused, find_fault
+from loramux_server.text.chat_faults import ChatRefused, Fault, find_fault
 
 MAX_CHAT_CHARACTERS: Final = 4 << 20
 """Of all messages together; rendering and encoding more only costs time, as no context holds it."""
 
 _TOOLS: Final = re.compile(r"\btools\b")
+_FAULT_SECONDS: Final = 1.0  # for finding the message that a template fails on
+_FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _NO_LIMIT: Final = 1 << 62  # tokens; lengths are checked by the server, which knows the model's context
 
 
@@ -40,9 +43,13 @@ class TextTokenizer:
         self._own_roles: Mapping[
             str, str
         ] = {}  # of special tokens, where they are other than the library's object says
-        self._template = find_chat_template(tokenizer)
+        self._set_template(find_chat_template(tokenizer))
         tokenizer.model_max_length = _NO_LIMIT
-        self._longest_token = max((len(piece.encode()) for piece in tokenizer.get_vocab()), default=1)
+        vocabulary = tokenizer.get_vocab()  # what is asked of it later is kept: it is made anew each time
+        self._longest_token = max((len(piece.encode()) for piece in vocabulary), default=1)
+        self._slow_ids: Mapping[str, int] = {} if tokenizer.is_fast else vocabulary
+        self._vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._added = {token: str(added.content) for token, added in tokenizer.added_tokens_decoder.items()}
         self._lock: AbstractContextManager[Any] = nullcontext()
         self._spelling: _Spelling | None = None
         if tokenizer.is_fast:
@@ -57,6 +64,10 @@ class TextTokenizer:
             self._lock = threading.Lock()
         self._prompts = PromptTokenizer(tokenizer)
         self._special_tokens = dict(self._prompts.special_tokens)
+
+    def _set_template(self, template: str | None) -> None:
+        self._template = template
+        self._template_digest = "" if template is None else hashlib.sha256(template.encode()).hexdigest()
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None) -> TextTokenizer:
@@ -93,19 +104,36 @@ class TextTokenizer:
         """The chat template."""
         return self._template
 
-    def vocabulary(self) -> Mapping[str, int]:
-        """Token -> id, as the library spells them. Takes long."""
-        return dict(self._tokenizer.get_vocab())
+    def find_id(self, token: str) -> int | None:
+        """The id of a token as the library spells it; None where there is none."""
+        if self._tokenizer.is_fast:
+            found: int | None = self._tokenizer.backend_tokenizer.token_to_id(token)
+            return found
+        return self._slow_ids.get(token)
 
-    def copy(self) -> Any:
-        """The library's object, for another instance."""
-        with self._lock:
-            return copy.deepcopy(self._tokenizer)
+    def extended(self, added: Sequence[Mapping[str, Any]]) -> Any:
+        """The library's object with more tokens, entries of tokenizer.json; only of one that is_fast.
+
+        It shares the model with this one: a copy would be made of text, by one call that holds the interpreter for as
+        long as a large vocabulary takes.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        backend = self._tokenizer.backend_tokenizer
+        made = Tokenizer(backend.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if (own := getattr(backend, part)) is not None:
+                setattr(made, part, own)
+        made.encode_special_tokens = backend.encode_special_tokens
+        known = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+        new = [AddedToken(entry["content"], **{key: bool(entry[key]) for key in _FLAGS}) for entry in added]
+        made.add_tokens([*known, *new])  # all at once: each call builds the matcher of all tokens anew
+        return copy.deepcopy(self._tokenizer, {id(self._tokenizer._tokenizer): made})
 
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer can give; a model may have more rows."""
-        return len(self._tokenizer)
+        """Ids the tokenizer can give, and the one that a token added to it gets; a model may have more rows."""
+        return self._vocab_size
 
     @property
     def longest_token(self) -> int:
@@ -125,7 +153,7 @@ class TextTokenizer:
     @property
     def template_digest(self) -> str:
         """sha256 of the chat template in hex, empty when the base has none."""
-        return "" if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()
+        return self._template_digest
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, behind the special tokens the base expects there."""
@@ -169,11 +197,25 @@ class TextTokenizer:
         except Exception as error:
             # A template runs arbitrary expressions. What it says itself by raise_exception is meant for the
             # caller; anything else would only tell about our insides.
-            fault = find_fault(messages, lambda others: self._renders(others, tools))
+            fault = self._find_fault(messages, tools)
             said = fault.why if fault else "it failed on these messages"
             if type(error) is TemplateError:
                 said = str(error)
             raise ChatRefused(f"the chat template refused: {said}", fault.where if fault else "") from error
+
+    def _find_fault(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Fault | None:
+        """None where it is not found in time: a rendering may take seconds, and others wait meanwhile."""
+        end = time.monotonic() + _FAULT_SECONDS
+
+        def renders(others: Sequence[Mapping[str, Any]]) -> bool:
+            if time.monotonic() > end:
+                raise TimeoutError
+            return self._renders(others, tools)
+
+        try:
+            return find_fault(messages, renders)
+        except TimeoutError:
+            return None
 
     def _renders(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
         try:
@@ -212,9 +254,9 @@ class TextTokenizer:
         """The bytes one token stands for, special tokens by their name; empty for ids without a token."""
         if not 0 <= token < self.vocab_size:
             return b""
-        added = self._tokenizer.added_tokens_decoder.get(token)
+        added = self._added.get(token)
         if added is not None:
-            return str(added.content).encode()
+            return added.encode()
         with self._lock:
             piece: str | None = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:

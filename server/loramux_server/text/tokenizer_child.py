@@ -7,6 +7,7 @@ why it is refused. Builds no tokenizer of it: regular expressions and merges of 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,14 @@ from typing import Any
 
 CPU_SECONDS = 8
 MEMORY_BYTES = 2 << 30
+NICENESS = 10  # steps of the model go first
 MAX_CONTENT = 512
 """Characters of one token."""
+MAX_ADDED, MAX_CHARACTERS = 1 << 14, 1 << 17
+"""Added tokens, and characters of them all.
+
+The library makes its matcher of them by one call, and nothing else in a server runs during it.
+"""
 _SETTINGS = ("version", "truncation", "padding", "added_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
@@ -50,8 +57,11 @@ def compare(own: Any, base: Any, most: int) -> list[dict[str, Any]]:
     missing = sorted(known.keys() - seen)
     if missing:
         raise Refused(f"it lacks the base's token {known[missing[0]]['content']!r}")
-    if len(added) > most:
-        raise Refused(f"it adds {len(added)} tokens, of at most {most}")
+    if len(added) > min(most, MAX_ADDED):
+        raise Refused(f"it adds {len(added)} tokens, of at most {min(most, MAX_ADDED)}")
+    characters = sum(len(entry["content"]) for entry in added)
+    if characters > MAX_CHARACTERS:
+        raise Refused(f"the tokens it adds have {characters} characters, of at most {MAX_CHARACTERS}")
     return sorted(added, key=lambda entry: entry["id"])
 
 
@@ -67,6 +77,9 @@ def _check_entry(entry: Any) -> None:
     )
     if not is_entry:
         raise Refused(f"an entry of its 'added_tokens' is no token of 1 to {MAX_CONTENT} characters with an id")
+    if entry["content"].isspace() and (entry.get("lstrip") or entry.get("rstrip")):
+        # The library looks for the end of the blanks at each of them: in a text of blanks, time of its square.
+        raise Refused(f"its token {entry['id']} is blank and takes blanks beside it (lstrip, rstrip)")
 
 
 def _plain(value: Any) -> Any:
@@ -91,6 +104,7 @@ def _pairs(merges: list[Any]) -> Iterator[Any]:
 
 def main() -> None:
     """One comparison."""
+    os.nice(NICENESS)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, hard))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loramux_adapters.errors import AdapterIncompatible
 from loramux_protos.v1 import adapters_pb2
 from loramux_server.api.calls import GenerateCall
 from loramux_server.api.gate import Gate
@@ -15,7 +16,7 @@ from loramux_server.api.generate import GenerateUseCase
 from loramux_server.api.generation import Generation
 from loramux_server.api.tokenizer_pool import TokenizerPool
 from loramux_server.engine.plan import StepPlan
-from loramux_server.errors import Draining, InvalidRequest, WarmingUp
+from loramux_server.errors import Draining, InvalidRequest, RequestFailed, WarmingUp
 from loramux_server.requests import RequestFailure, SamplingParams, StopConditions
 from support.servers import EOS, Served, adapter_files, served, until, upload_messages
 
@@ -100,6 +101,36 @@ async def test_several_adapters_are_one_submission_and_all_are_held(tmp_path: Pa
                 await server.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name=name))
             assert len(await _text(generation)) > 0
         await until(lambda: server.inside.is_idle and not server.inside.registry.existing([digest]))
+
+
+async def test_a_combination_that_cannot_be_loaded_takes_no_use(tmp_path: Path) -> None:
+    """Whether there is an exact sum is found when it is loaded: a refusal then is one like any other."""
+    async with served(tmp_path) as server:
+        store = server.inside.registry._store
+
+        def left() -> list[int | None]:
+            found = [store.get("default", name).lifetime for name in ("style", "facts")]
+            return [lifetime and lifetime.uses_left for lifetime in found]
+
+        for name in ("style", "facts"):
+            messages = upload_messages(name, adapter_files(name.encode()), f"upload-{name}", max_uses=3)
+            await server.adapters.UploadAdapter(iter(messages))
+        call = GenerateCall(adapters=(("style", 0.5), ("facts", 1.0)), text="a", sampling=GREEDY, max_tokens=3)
+        async with _use_case(server).open(call, "default", None) as generation:
+            digest = generation.submission.digest
+            assert digest is not None
+            assert len(await _text(generation)) > 0
+        assert left() == [2, 2]
+        await until(lambda: server.inside.is_idle)
+        server.inside.pool._errors[digest] = AdapterIncompatible("no exact sum")
+        with pytest.raises(RequestFailed, match="no exact sum"):
+            async with _use_case(server).open(call, "default", None) as generation:
+                await _text(generation)
+        assert left() == [2, 2]
+        async with _use_case(server).open(call, "default", None):
+            pass  # accepted, and left before it began
+        assert left() == [1, 1]
+        assert not store._ends._uses._open  # type: ignore[attr-defined]
 
 
 async def test_leaving_early_aborts_what_runs(tmp_path: Path) -> None:
