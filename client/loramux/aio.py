@@ -153,8 +153,7 @@ class AsyncClient:
         """Upload a directory of PEFT's or AdapterHub's as `name`; a repeat after a cut goes on where the server stands.
 
         The server removes the name `ttl` seconds after the push, and with the last of `max_uses` requests; those that
-        were accepted end on their version. A name that stays is given no end. A push of other content without an end
-        takes it away; of the same content it leaves it, and with one sets it anew, uses included.
+        were accepted end on their version. A name that stays is given no end, and a push without one takes it away.
         Only the adapter's config, its safetensors, loramux.json and, unless `tokenizer` is off, its own tokenizer and
         chat template travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.

@@ -270,8 +270,7 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
             adapters_pb2.Adapter(name=upload.name, digest=DIGEST, kind="lora", max_rank=4, targets=["q_proj"]),
         )
         adapter.size_bytes = sum(upload.sizes.values())
-        if created or upload.begin.HasField("ttl_seconds") or upload.begin.HasField("max_uses"):
-            self._end(adapter, upload.begin)
+        self._end(adapter, upload.begin)
         adapter.health = adapters_pb2.ADAPTER_HEALTH_OK
         adapter.residency.tier = adapters_pb2.TIER_REGISTERED
         adapter.residency.merged = adapters_pb2.MERGED_STATE_NONE

@@ -157,7 +157,7 @@ class Catalog:
 
     def has_end(self, tenant: str, name: str) -> bool:
         """Whether a name ends by itself."""
-        return bool(self._read(lifetimes.HAS_END, (tenant, name)))
+        return bool(self._read("SELECT 1 FROM lifetimes WHERE tenant = ? AND name = ?", (tenant, name)))
 
     def next_expiry(self) -> float | None:
         """When the next name's time is over; it may be past. None without any."""

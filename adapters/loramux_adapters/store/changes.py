@@ -109,8 +109,7 @@ def _point(
             "INSERT INTO names (tenant, name, version, created, updated) VALUES (?, ?, ?, ?, ?)",
             (*key, version, now, now),
         )
-    if changed or manifest.ends:  # the same content again says nothing of an end by not naming one
-        lifetimes.put(tx, tenant, manifest, is_new=not rows, now=now)
+    lifetimes.put(tx, tenant, manifest, is_new=not rows, now=now)
     if manifest.labels:
         _write_labels(tx, tenant, manifest.name, manifest.labels)
     return changed

@@ -29,8 +29,6 @@ CREATE TABLE IF NOT EXISTS lifetimes (
 CREATE INDEX IF NOT EXISTS lifetimes_by_expiry ON lifetimes (expires) WHERE expires IS NOT NULL;
 """
 
-HAS_END = "SELECT 1 FROM lifetimes WHERE tenant = ? AND name = ?"
-
 PRUNE = """DELETE FROM lifetimes
     WHERE NOT EXISTS (SELECT 1 FROM names n WHERE n.tenant = lifetimes.tenant AND n.name = lifetimes.name)"""
 """For a repair, which copies rows without looking at what they belong to."""

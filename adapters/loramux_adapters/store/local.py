@@ -190,9 +190,7 @@ class LocalStore:
                             if not self._blobs.exists(entry.sha256):
                                 new.add(entry.sha256)
                             self._blobs.install(staged.files[entry.file], entry.sha256)
-                # What ends by itself would have no end any more when it is restored.
-                ends = tx.execute(lifetimes.HAS_END, (tenant, manifest.name)).fetchall()
-                if (changed or install) and not ends:
+                if (changed or install) and not manifest.ends:  # restored it would have no end
                     files = manifest.files if install else self._catalog.entries(tenant, spec.digest)
                     hashes = {entry.file: entry.sha256 for entry in files}
                     with storage_errors("keep an adapter"):

@@ -184,8 +184,7 @@ class UploadBegin(_message.Message):
     max_uses: _builtins.int
     """The name is removed with its use by this many requests: 1 to 1,000,000,000. Unset: no limit. A request counts when
     it is accepted, once, whatever its n; one that is refused does not, nor does a download. Requests that were accepted
-    end on their version. Only a new name, or one that has an end already, is given one; every upload says it anew, but
-    for the content that the name has already: without an end it leaves the name the one it has.
+    end on their version. Only a new name, or one that has an end already, is given one; every upload says it anew.
     """
     @_builtins.property
     def manifest(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileEntry]: ...

@@ -145,11 +145,11 @@ def test_an_upload_says_anew_how_long_the_name_stays(store: LocalStore, clock: C
     assert store.next_expiry() == START + 110
     assert put(store, "one", content("two"), ttl_seconds=10.0).created
     assert store.next_expiry() == START + 60
-    put(store, "one", content("three"))
+    put(store, "one", content("two"))
     assert (store.get(TENANT, "one").lifetime, store.next_expiry()) == (None, None)
     clock.now = START + 1e6
     assert store.expire() == 0
-    assert store.get(TENANT, "one").digest == digest_of(content("three"))
+    assert store.get(TENANT, "one").digest == digest_of(content("two"))
 
 
 @pytest.mark.parametrize("lifetime", [{"ttl_seconds": 60.0}, {"max_uses": 1}])
