@@ -70,7 +70,7 @@ def push(
         what = f"{adapter.kind}, rank {adapter.max_rank}" if adapter.max_rank else adapter.kind
         print(f"{version} published ({size(pushed.sent_bytes)} sent, {what})")
     else:
-        print(f"{version} is published, unchanged: the server had it already")
+        print(f"{version} is published: the server had its content already")
     if pushed.resumed_bytes:
         print(f"resumed: {size(pushed.resumed_bytes)} were there from an earlier attempt")
     if pushed.left_out:
