@@ -30,6 +30,9 @@ BOUNDARIES = (
     "server/loramux_server/config.py",
     "server/loramux_server/registry.py",
     "trainer/loramux_trainer/job.py",
+    "trainer/loramux_trainer/job_file.py",
+    "trainer/loramux_trainer/schema/",
+    "trainer/loramux_trainer/sweep.py",
 )
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft", "numpy", "safetensors")
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

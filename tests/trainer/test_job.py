@@ -1,5 +1,6 @@
 """The job schema: defaults, YAML, and one precise error per mistake."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from loramux_trainer.errors import JobInvalid, SeveralInvalid
 from loramux_trainer.job import DataConfig, OptimConfig, TrainConfig, parse_job, read_job
+from loramux_trainer.schema.keys import ALIASES
 
 MINIMAL = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
 
@@ -85,7 +87,8 @@ def test_each_mistake_is_named(change: dict[str, object], field: str, says: str)
         ({"data": {"train": "t", "overlong": "drop"}}, "data.overlong", "was renamed to data.truncation"),
         ({"lora": {"targets": "all-linear"}}, "lora.targets", "was renamed to lora.target_modules"),
         ({"lora": {"rslora": True}}, "lora.rslora", "was renamed to lora.use_rslora"),
-        ({"lora": {"r": 8}}, "lora.r", "is called lora.rank here"),
+        ({"lora": {"use_dora": True}}, "lora.use_dora", "is called method here"),
+        ({"training": {"adam_beta1": 0.9}}, "training.adam_beta1", "is called training.betas here"),
         ({"training": {"schedule": "linear"}}, "training.schedule", "was renamed to training.lr_scheduler_type"),
         ({"training": {"warmup": 3}}, "training.warmup", "was renamed to training.warmup_steps"),
         ({"training": {"epochs": 1}}, "training.epochs", "was renamed to training.num_train_epochs"),
@@ -99,18 +102,12 @@ def test_each_mistake_is_named(change: dict[str, object], field: str, says: str)
         ({"training": {"eval_every": 5}}, "training.eval_every", "was renamed to training.eval_steps"),
         ({"checkpoint": {"every": 5}}, "checkpoint.every", "was renamed to checkpoint.save_steps"),
         ({"checkpoint": {"keep": 5}}, "checkpoint.keep", "was renamed to checkpoint.save_total_limit"),
-        (
-            {"training": {"lr_scheduler_type": "constant"}},
-            "training.lr_scheduler_type",
-            "'constant' was renamed to constant_with_warmup",
-        ),
     ],
 )
 def test_a_former_key_is_refused_with_the_present_one(change: dict[str, object], field: str, says: str) -> None:
     with pytest.raises(JobInvalid) as caught:
         parse_job({**MINIMAL, **change})
-    is_key = field != "training.lr_scheduler_type"  # there the value has another name
-    assert str(caught.value) == (f"{field} {says}" if is_key else f"{field}: {says}")
+    assert str(caught.value) == f"{field} {says}"
     assert (caught.value.field, caught.value.message) == (field, says)
 
 
@@ -148,15 +145,41 @@ def test_a_job_made_in_python_is_held_to_the_same() -> None:
     ]
 
 
-def test_the_job_of_the_page_on_training_has_every_key_with_its_default() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    values = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_the_job_of_the_page_on_training_has_the_defaults() -> None:
+    values = yaml.safe_load(PAGE.partition("```yaml\n")[2].partition("```")[0])
     assert values["data"].pop("eval_fraction") == 0.05  # instead of eval
     documented = parse_job(values).to_dict()
     assert documented == parse_job({**MINIMAL, "model": values["model"], "output": values["output"]}).to_dict()
-    keys = {f"{part}.{key}" for part, section in documented.items() if isinstance(section, dict) for key in section}
     shown = {f"{part}.{key}" for part, section in values.items() if isinstance(section, dict) for key in section}
-    assert keys - shown == {"data.eval", "data.eval_fraction", "training.max_steps"}
+    assert shown >= {"lora.rank", "training.learning_rate", "checkpoint.save_steps"}
+
+
+def test_the_table_of_keys_has_every_key_with_its_default_and_its_other_names() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.partition("\n## Keys\n")[2].partition("\n## ")[0].splitlines()
+        if line.startswith("| `")
+    ]
+    job = TrainConfig("model", Path("out"), DataConfig(Path("t")))
+    expected: dict[str, object] = {}
+    for name, value in vars(job).items():
+        section = vars(value) if dataclasses.is_dataclass(value) else None
+        expected |= {name: value} if section is None else {f"{name}.{key}": each for key, each in section.items()}
+    expected |= {"name": None, "training.lr_scheduler_kwargs": {}}  # what is written, not what it becomes
+    required = {"model", "output", "data.train"}
+    documented = {row[0].strip("`"): row[1] for row in rows}
+    assert list(documented) == list(expected)
+    assert {key for key, default in documented.items() if default == "required"} == required
+    for key in documented.keys() - required:
+        default = yaml.safe_load(documented[key].strip("`"))
+        value = expected[key]
+        assert default == (list(value) if isinstance(value, tuple) else value), key
+    assert {row[0].strip("`"): set(row[2].replace("`", "").split(", ")) - {""} for row in rows} == {
+        key: {alias for alias, meant in ALIASES.items() if meant == key} for key in expected
+    }
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b", "\x00"])

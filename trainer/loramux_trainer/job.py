@@ -8,128 +8,54 @@ from __future__ import annotations
 import dataclasses
 import json
 import os.path
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar, cast, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from loramux_adapters.formats.limits import MAX_RANK
+from loramux_adapters.names import NAME
 from loramux_adapters.text_files import TextFileInvalid, read_yaml
-from loramux_adapters.validation import (
-    FilePath,
-    Number,
-    OneOrMore,
-    Section,
-    Text,
-    ValuesInvalid,
-    Whole,
-    YesNo,
-    read,
-)
+from loramux_adapters.validation import FilePath, Section, Text, ValuesInvalid, Whole, read
 from loramux_trainer.data_config import DataConfig
-from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems
-from loramux_trainer.schedule import warmup_length
+from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems, SeveralInvalid
+from loramux_trainer.loss_config import LossChoice, LossConfig
+from loramux_trainer.schema.adapter_config import (
+    SHAPES,
+    AdaloraConfig,
+    BitfitConfig,
+    BottleneckConfig,
+    GaloreConfig,
+    LoraConfig,
+    PromptConfig,
+    Targets,
+)
+from loramux_trainer.schema.effect import Init, Method, without_effect
+from loramux_trainer.schema.fields import Count
+from loramux_trainer.schema.keys import CALLED, RENAMED, RENAMED_VALUES, canonical, hints
+from loramux_trainer.schema.optim_config import OptimConfig
+
+__all__ = [
+    "RENAMED",
+    "CheckpointConfig",
+    "DataConfig",
+    "Init",
+    "LoraConfig",
+    "Method",
+    "OptimConfig",
+    "Targets",
+    "TrainConfig",
+    "parse_job",
+    "read_job",
+    "read_values",
+    "renamed_identity",
+]
 
 T = TypeVar("T")
-Targets = str | tuple[str, ...]
 
-RENAMED: Mapping[str, str] = {
-    "data.overlong": "data.truncation",
-    "lora.targets": "lora.target_modules",
-    "lora.rslora": "lora.use_rslora",
-    "training.schedule": "training.lr_scheduler_type",
-    "training.warmup": "training.warmup_steps",
-    "training.epochs": "training.num_train_epochs",
-    "training.steps": "training.max_steps",
-    "training.accumulation": "training.gradient_accumulation_steps",
-    "training.clip": "training.max_grad_norm",
-    "training.eval_every": "training.eval_steps",
-    "checkpoint.every": "checkpoint.save_steps",
-    "checkpoint.keep": "checkpoint.save_total_limit",
-}
-"""Keys as they were called before -> as they are: refused in a job, read in a checkpoint."""
-
-_RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
-    "training.lr_scheduler_type": {"constant": "constant_with_warmup"},
-}
-# Names of PEFT and transformers that are another word here.
-_CALLED: Mapping[str, str] = {
-    "lora.r": "lora.rank",
-    "lora.lora_alpha": "lora.alpha",
-    "lora.lora_dropout": "lora.dropout",
-    "training.per_device_train_batch_size": "training.batch_size",
-    "training.warmup_ratio": "training.warmup_steps",
-}
 # Paths do not decide the trained bytes (what lies there has digests of its own), nor does when to evaluate.
 _NOT_IN_KEY = frozenset({"data.train", "data.eval", "training.eval_steps"})
-
-
-def _two(value: object) -> object:
-    if isinstance(value, (list, tuple)) and len(value) != 2:
-        raise ValueError(f"must have 2 items, not {len(value)}")
-    return value
-
-
-Positive = Annotated[Number, Field(gt=0)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[Whole, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class LoraConfig(Section):
-    """The adapter's shape.
-
-    `target_modules`: all-linear, a list of name suffixes, or one regular expression for full names.
-    """
-
-    target_modules: OneOrMore = "all-linear"
-    rank: Annotated[Count, Field(le=MAX_RANK)] = 16
-    alpha: Positive = 32.0
-    use_rslora: YesNo = False
-    dropout: Share = 0.0
-
-    @field_validator("target_modules")
-    @classmethod
-    def _is_of_something(cls, targets: Targets) -> Targets:
-        if not targets:
-            raise ValueError("names no module")
-        return targets
-
-
-@dataclass(frozen=True)
-class OptimConfig(Section):
-    """The optimization.
-
-    `max_steps` overrides `num_train_epochs`; `warmup_steps` below 1 is a share of all steps, else steps.
-    """
-
-    learning_rate: Annotated[Positive, Field(le=1)] = 2e-4
-    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    num_train_epochs: Count = 3
-    max_steps: Count | None = None
-    warmup_steps: Annotated[Number, Field(ge=0)] = 0.03
-    batch_size: Count = 8
-    gradient_accumulation_steps: Count = 1
-    max_grad_norm: Positive | None = 1.0
-    weight_decay: Share = 0.0
-    betas: Annotated[tuple[Share, Share], BeforeValidator(_two)] = (0.9, 0.999)
-    seed: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
-    gradient_checkpointing: YesNo = False
-    eval_steps: Count | None = None  # None: each epoch
-
-    @field_validator("warmup_steps")
-    @classmethod
-    def _leaves_steps(cls, warmup: float, others: ValidationInfo) -> float:
-        if others.data.get("max_steps") is not None:  # how many steps the epochs are depends on the data
-            try:
-                warmup_length(warmup, others.data["max_steps"])
-            except JobInvalid as error:
-                raise ValueError(error.message) from error
-        return warmup
 
 
 @dataclass(frozen=True)
@@ -142,27 +68,59 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """One adapter by supervised fine-tuning. `model`: a hub id, a directory, or `loramux-tiny`, the embedded base."""
+    """One adapter. `model`: a hub id, a directory, or `loramux-tiny`, the embedded base.
+
+    `name` is what the run is called, by default its output's last part. Method rslora and `lora.use_rslora` say the
+    same: one job has both.
+    """
 
     model: Text
     output: FilePath
     data: DataConfig
-    lora: LoraConfig = LoraConfig()
-    training: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    name: Text | None = None
+    method: Method = "lora"
+    init: Init = "A"
+    loss: LossChoice = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    adalora: AdaloraConfig = field(default_factory=AdaloraConfig)
+    bitfit: BitfitConfig = field(default_factory=BitfitConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
+    training: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         problems = Problems()
-        for name in ("data", "lora", "training", "checkpoint"):  # made in Python, they have not been looked at
-            section = getattr(self, name)
+        for name, section in _SECTIONS.items():  # made in Python, they have not been looked at
             with problems.collecting():
-                _read(type(section), vars(section), at=name)
+                _read(section, vars(getattr(self, name)), at=name)
+        for key, choices in (("method", get_args(Method)), ("init", get_args(Init))):
+            if getattr(self, key) not in choices:
+                value = getattr(self, key)
+                problems.add(JobInvalid(key, f"must be one of {', '.join(choices)}, not {value!r}"))
         problems.raise_any()
+        for key, why in without_effect(self._changed()):
+            problems.add(JobInvalid(key, why))
+        problems.raise_any()
+        if self.name is None:
+            object.__setattr__(self, "name", self.output.name)
+        if self.method == "rslora":
+            object.__setattr__(self, "lora", dataclasses.replace(self.lora, use_rslora=True))
+        elif self.method == "lora" and self.lora.use_rslora:
+            object.__setattr__(self, "method", "rslora")
+
+    @field_validator("name")
+    @classmethod
+    def _names_an_adapter(cls, name: str | None) -> str | None:
+        if name is not None and not NAME.allows(name):
+            raise ValueError(f"must be {NAME.words}, not {name!r}")
+        return name
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rslora."""
-        return self.lora.alpha / (self.lora.rank**0.5 if self.lora.use_rslora else self.lora.rank)
+        """What B A is multiplied by where no pattern gives a module its own rank or alpha."""
+        return self.lora.scale(self.lora.rank, self.lora.alpha)
 
     def reproducibility_key(self) -> dict[str, Any]:
         """Dotted key -> JSON value of everything that decides the trained bytes, data and base aside.
@@ -170,39 +128,47 @@ class TrainConfig(Section):
         What a checkpoint is resumed by.
         """
         facts = self.to_dict()
-        keys = {f"{part}.{key}": value for part in ("data", "lora", "training") for key, value in facts[part].items()}
-        return {key: value for key, value in keys.items() if key not in _NOT_IN_KEY}
+        del facts["model"], facts["output"], facts["name"], facts["checkpoint"]
+        return {key: value for key, value in _flat(facts) if key not in _NOT_IN_KEY}
 
     def to_dict(self) -> dict[str, Any]:
-        """The job as JSON values, as it is written beside the adapter."""
+        """The job as JSON values, as it is written beside the adapter: every key that takes effect."""
         facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return facts
+        facts["training"]["lr_scheduler_kwargs"] = self.training.lr_scheduler_kwargs.given()
+        for key in [key for key, _ in without_effect(facts)]:
+            section, _, name = key.rpartition(".")
+            del (facts[section] if section else facts)[name]
+        unread = [name for name in SHAPES if not any(value not in (None, {}) for value in facts[name].values())]
+        return {name: value for name, value in facts.items() if name not in unread}
+
+    def _changed(self) -> dict[str, Any]:
+        """The values that are not the defaults, by section, and those that say which others take effect."""
+        changed: dict[str, Any] = {"method": self.method, "init": None if self.init == "A" else self.init}
+        for name, section in (*SHAPES.items(), ("training", OptimConfig)):
+            values, defaults = vars(getattr(self, name)), vars(cast("type[Section]", section)())
+            changed[name] = {key: value for key, value in values.items() if value != defaults[key]}
+        changed["training"]["optimizer"] = self.training.optimizer
+        return changed
 
 
-def _hints() -> dict[str, str]:
-    """Messages for former and foreign names of keys and values."""
-    return {
-        **{key: f"was renamed to {present}" for key, present in RENAMED.items()},
-        **{key: f"is called {ours} here" for key, ours in _CALLED.items()},
-        **{
-            f"{key}={value}": f"{value!r} was renamed to {present}"
-            for key, values in _RENAMED_VALUES.items()
-            for value, present in values.items()
-        },
-    }
+_SECTIONS: Mapping[str, type[Any]] = {
+    "data": DataConfig,
+    "loss": LossConfig,
+    **SHAPES,
+    "training": OptimConfig,
+    "checkpoint": CheckpointConfig,
+}
 
-
-def renamed_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that a checkpoint was saved with, under the names that keys and values have now."""
-    renamed = {RENAMED.get(key, key): value for key, value in identity.items()}
-    return {
-        key: _RENAMED_VALUES[key].get(value, value) if key in _RENAMED_VALUES else value
-        for key, value in renamed.items()
-    }
+_SEVERAL = ("jobs", "sweep", "fleet")
 
 
 def read_job(path: Path) -> TrainConfig:
     """Read a YAML job; relative paths in it are relative to the file. Raises JobInvalid and SeveralInvalid."""
+    return parse_job(read_values(path), root=path.parent)
+
+
+def read_values(path: Path) -> dict[Any, Any]:
+    """The plain values of a YAML file. Raises JobInvalid where it cannot be read or is not a mapping."""
     try:
         values = read_yaml(path)
     except OSError as error:
@@ -211,14 +177,14 @@ def read_job(path: Path) -> TrainConfig:
         raise JobInvalid("", str(error), remedy=error.remedy) from error
     if not isinstance(values, dict):
         raise JobInvalid("", f"{path}: not a mapping of keys", remedy="write lines like `model: loramux-tiny`")
-    return parse_job(values, root=path.parent)
+    return values
 
 
 def parse_job(values: Mapping[str, Any], *, root: Path = Path()) -> TrainConfig:
     """Build a job from plain values; relative paths are joined to `root`. Raises JobInvalid with the dotted
     key, and SeveralInvalid where there are several.
     """
-    job = _read(TrainConfig, values)
+    job = _parse(values)
     data = dataclasses.replace(
         job.data,
         train=_located(root, job.data.train),
@@ -230,13 +196,64 @@ def parse_job(values: Mapping[str, Any], *, root: Path = Path()) -> TrainConfig:
     return dataclasses.replace(job, model=model, output=_located(root, job.output), data=data)
 
 
-def _read(section: type[T], values: object, at: str = "") -> T:
+def _parse(values: Mapping[str, Any]) -> TrainConfig:
+    problems = Problems()
+    ours, spelled = canonical(values, problems)
+    ineffective = dict(without_effect(ours))
+    for key, why in ineffective.items():
+        problems.add(JobInvalid(spelled.get(key, key), why))
     try:
-        return read(section, values, hints=_hints(), at=at)
+        job = _read(TrainConfig, ours, spelled=spelled)
+    except (JobInvalid, SeveralInvalid) as error:
+        for problem in error.problems if isinstance(error, SeveralInvalid) else (error,):
+            if not (isinstance(problem, JobInvalid) and problem.field in ineffective):  # once is enough
+                problems.add(problem)
+        raise problems.whole() from error
+    problems.raise_any()
+    return job
+
+
+def renamed_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity that a checkpoint was saved with, under the names that keys and values have now.
+
+    A key that there was not yet has the value that it is now without: its default.
+    """
+    renamed = {
+        RENAMED.get(key, key): RENAMED_VALUES[key].get(value, value) if key in RENAMED_VALUES else value
+        for key, value in identity.items()
+    }
+    added = TrainConfig("", Path(), DataConfig(Path())).reproducibility_key()
+    if renamed.get("lora.use_rslora") is True:
+        added["method"] = "rslora"
+    return {**added, **renamed}
+
+
+def _known_keys() -> Iterator[str]:
+    """Every dotted key there is."""
+    for each in dataclasses.fields(TrainConfig):
+        yield each.name
+        if each.name in _SECTIONS:
+            yield from (f"{each.name}.{key.name}" for key in dataclasses.fields(_SECTIONS[each.name]))
+
+
+def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if name in _SECTIONS:
+            yield from ((f"{name}.{key}", each) for key, each in value.items())
+        else:
+            yield name, value
+
+
+def _read(section: type[T], values: object, at: str = "", spelled: Mapping[str, str] | None = None) -> T:
+    known = hints(values, _known_keys()) if isinstance(values, Mapping) and not at else hints({}, ())
+    known |= dict.fromkeys(_SEVERAL, "is of a file of several jobs, which begins with it")
+    try:
+        return read(section, values, hints=known, at=at)
     except ValuesInvalid as error:
         problems = Problems()
         for key, rule in error.findings:
-            problems.add(KeyRenamed(key, rule) if key in RENAMED or key in _CALLED else JobInvalid(key, rule))
+            key = (spelled or {}).get(key, key)
+            problems.add(KeyRenamed(key, rule) if key in RENAMED or key in CALLED else JobInvalid(key, rule))
         raise problems.whole() from error
 
 

@@ -17,6 +17,7 @@ from loramux_trainer.columnar_files import is_dataset
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.records import read_records
+from loramux_trainer.unbuilt import check_built
 
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:
@@ -24,6 +25,8 @@ def check_job(job: TrainConfig, *, resume: bool) -> None:
     ModelInvalid for a base that cannot be found or loaded, and SeveralInvalid for several of them.
     """
     problems = Problems()
+    with problems.collecting():
+        check_built(job)
     with problems.collecting():
         find_model(job)
     check_paths(job, problems, resume=resume)
