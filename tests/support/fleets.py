@@ -46,6 +46,11 @@ class TorchOptimizer:
         states = {group.role: self._optimizer.state[group.flat] for group in self._groups}
         return {f"{role}.{key}": value for role, state in states.items() for key, value in state.items()}
 
+    needs_hessian = False
+
+    def give_hessian(self, estimates: Sequence[torch.Tensor]) -> None:
+        raise NotImplementedError
+
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for group in self._groups:
             own = {key.removeprefix(f"{group.role}."): t for key, t in tensors.items() if key.startswith(group.role)}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -19,16 +18,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from loramux_adapters.apply.trainable import attach
-from loramux_adapters.base.load import load_base
+from loramux_adapters.base.load import LoadedBase, load_base
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.registry import read
 from loramux_adapters.guard.examine import examine
-from loramux_trainer.batches import collate
-from loramux_trainer.completion_loss import completion_loss
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.fleet.model import FleetModel, MemberRows
+from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.run import train
-from loramux_trainer.targets import resolve_targets
+from support.adapters import files_of
 
 SHAPE = {
     "vocab_size": 264,
@@ -63,19 +63,27 @@ def test_a_run_on_each_family_gives_what_peft_computes(
     assert torch.isfinite(torch.tensor(result.loss))
 
     base = load_base(source, compute_dtype=torch.float32)
-    names = resolve_targets("all-linear", base.spec)
-    tensors = load_file(job.output / "adapter_model.safetensors")
-    factors = {n: tuple(tensors[f"base_model.model.{n}.lora_{side}.weight"] for side in "AB") for n in names}
     ids = torch.tensor([tokenizer.encode("a text of some length, longer than the sliding window")])
+    example = Example(tuple(ids[0].tolist()), (IGNORE, *ids[0, 1:].tolist()))
+    adapter = _exported(job.output, base)
     with torch.no_grad():
-        bare = base.model(input_ids=ids).logits
-        with attach(base, dict.fromkeys(names, 4), scales=dict.fromkeys(names, job.scale)) as adapter:
-            adapter.load_state(factors)
-            adapter.train(False)
-            ours = base.model(input_ids=ids).logits
-        theirs = PeftModel.from_pretrained(base.model, str(job.output))(input_ids=ids).logits
-    assert (ours - bare).abs().max() > 1e-3
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        with FleetModel(base, examine(base, 256)) as model:
+            bare, ours = (_log_probs(model, parts, [example]) for parts in (None, adapter))
+        logits = PeftModel.from_pretrained(base.model, str(job.output))(input_ids=ids).logits[0, :-1]
+    theirs = logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    assert (ours - bare).abs().max() > 1e-4
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def _exported(directory: Path, base: LoadedBase) -> StepParts:
+    """What a server reads."""
+    weights = read(files_of(directory), base.spec, ReadLimits())
+    return StepParts({name: module.parts for name, module in weights.modules.items()})
+
+
+def _log_probs(model: FleetModel, parts: StepParts | None, examples: list[Example]) -> torch.Tensor:
+    with model.running([MemberRows(parts, tuple(examples), 0)]) as hidden:
+        return model.log_probs(hidden)
 
 
 def test_a_base_that_no_server_serves_is_not_trained(
@@ -107,14 +115,20 @@ def test_rows_of_a_longrope_base_choose_by_their_own_length(tmp_path: Path) -> N
         if parameter.dim() == 2:
             parameter.data *= 8  # so that where a token stands matters
     model.save_pretrained(tmp_path)
-    alone, together = (load_base(tmp_path, compute_dtype=torch.float32) for _ in range(2))
-    choice = examine(together, 256).rope
-    assert choice is not None
     examples = [Example(tuple(range(1, size + 1)), (IGNORE, *range(2, size + 1))) for size in (12, 60)]
-    device = torch.device("cpu")
     with torch.no_grad():
-        each = [completion_loss(alone.model, collate([example], pad_id=0, device=device)) for example in examples]
-        batch = completion_loss(together.model, collate(examples, pad_id=0, device=device), choice)
-        naive = completion_loss(alone.model, collate(examples, pad_id=0, device=device))
-    torch.testing.assert_close(batch, sum(each))
-    assert float((naive - batch).abs()) > 0.1
+        plain = load_base(tmp_path, compute_dtype=torch.float32).model
+        each = [plain(input_ids=torch.tensor([example.ids])).logits[0, :-1] for example in examples]
+        padded = torch.tensor([[*examples[0].ids, *[0] * 48], examples[1].ids])
+        naive = plain(input_ids=padded).logits[0, :11]
+        base = load_base(tmp_path, compute_dtype=torch.float32)
+        with FleetModel(base, examine(base, 256)) as model:
+            together = _log_probs(model, None, examples)
+    expected = torch.cat(
+        [
+            logits.log_softmax(-1).gather(1, torch.tensor(example.ids[1:])[:, None])[:, 0]
+            for logits, example in zip(each, examples, strict=True)
+        ]
+    )
+    torch.testing.assert_close(together, expected, atol=2e-5, rtol=1e-5)
+    assert float((naive - each[0]).abs().max()) > 0.1

@@ -1,11 +1,9 @@
 """The data order: complete, reproducible, and padded no more than needed."""
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_trainer.batches import StepOrder, collate
-from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.batches import StepOrder
 
 
 @given(
@@ -38,14 +36,3 @@ def test_bucketing_keeps_padding_small() -> None:
     batches = [batch for step in range(order.steps_per_epoch) for batch in order.micro_batches(step)]
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     assert padded < 1.15 * sum(lengths)
-
-
-def test_collate_pads_right_and_masks_only_when_needed() -> None:
-    short, long = Example((5, 6), (IGNORE, 6)), Example((7, 8, 9), (IGNORE, 8, 9))
-    batch = collate([short, long], pad_id=0, device=torch.device("cpu"))
-    assert batch.ids.tolist() == [[5, 6, 0], [7, 8, 9]]
-    assert batch.labels.tolist() == [[IGNORE, 6, IGNORE], [IGNORE, 8, 9]]
-    assert batch.mask is not None
-    assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.supervised == 3
-    assert collate([long, long], pad_id=0, device=torch.device("cpu")).mask is None

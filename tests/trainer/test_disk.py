@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer import checkpoints, export, run, space
+from loramux_trainer import checkpoints, export, member_run, space
 from loramux_trainer.errors import JobInvalid, OutputFailed
 from loramux_trainer.export import REPORT
 from loramux_trainer.job import TrainConfig
@@ -17,12 +17,12 @@ JobMaker = Callable[..., TrainConfig]
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("method", ["export_peft", "write_checkpoint"])
+@pytest.mark.parametrize("method", ["export", "write_checkpoint"])
 def test_a_disk_that_fills_up_is_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, method, fail)
+    monkeypatch.setattr(member_run, method, fail)
     with pytest.raises(OutputFailed, match="cannot be written any more: No space left"):
         train(make_job(training={"max_steps": 3}, checkpoint={"save_steps": 2}))
 
@@ -30,7 +30,7 @@ def test_a_disk_that_fills_up_is_reported(make_job: JobMaker, monkeypatch: pytes
 def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, failed = make_job("whole"), make_job("failed")
     train(whole)
-    real = export.write_peft
+    real = export.write
 
     def fill_up(directory: Path, *arguments: Any, **options: Any) -> None:
         real(directory, *arguments, **options)
@@ -38,7 +38,7 @@ def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, mo
         file.write_bytes(file.read_bytes()[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_peft", fill_up)
+    monkeypatch.setattr(export, "write", fill_up)
     says = r"No space left on device; free some space and run again with --resume, which continues from .*step-00000010"
     with pytest.raises(OutputFailed, match=says):
         train(failed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from loramux_trainer import run
+from loramux_trainer import member_run
 from loramux_trainer.checkpoints import list_checkpoints, read_checkpoint
 from loramux_trainer.errors import CheckpointInvalid, Interrupted, JobInvalid
 from loramux_trainer.export import REPORT
@@ -87,7 +87,7 @@ def test_when_to_evaluate_may_change_and_other_versions_are_told_of(
     first, second = StopAt(2), StopAt(3)
     with pytest.raises(Interrupted):
         train(make_job(), progress=first, stop=first.event)
-    monkeypatch.setattr(run, "_versions", lambda: {"torch": "99.0"})
+    monkeypatch.setattr(member_run, "_versions", lambda: {"torch": "99.0"})
     with pytest.raises(Interrupted):
         train(make_job(training={"eval_steps": 7}), resume=True, progress=second, stop=second.event)
     [warning] = second.warnings

@@ -12,10 +12,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from loramux_adapters.apply.trainable import attach
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_trainer import run
+from loramux_trainer import preparation
 from loramux_trainer.checkpoints import list_checkpoints, read_checkpoint
 from loramux_trainer.errors import (
     BaseChanged,
@@ -26,10 +25,11 @@ from loramux_trainer.errors import (
     SeveralInvalid,
 )
 from loramux_trainer.export import REPORT
+from loramux_trainer.fleet.fleet import Fleet
+from loramux_trainer.fleet.parameters import FlatParameters
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.progress import Silent, StepReport
 from loramux_trainer.run import CHECKPOINTS, train
-from loramux_trainer.targets import resolve_targets
 from support.checkpoints import save_checkpoint, wide_model
 from support.tiny import conversation, load_tiny, tiny_tokenizer
 from support.training import StopAt
@@ -54,18 +54,10 @@ def test_a_run_learns_and_peft_loads_what_it_exports(make_job: JobMaker, base: L
         assert file.metadata()["loramux_base_fingerprint"] == base.spec.fingerprint == result.base_fingerprint
 
     ids = torch.tensor([tokenizer.encode("any text at all")])
-    tensors = load_file(job.output / WEIGHTS)
-    names = resolve_targets("all-linear", base.spec)
     with torch.no_grad():
         bare = base.model(input_ids=ids).logits
-        with attach(base, dict.fromkeys(names, 4), scales=dict.fromkeys(names, 2.0)) as adapter:
-            adapter.load_state(
-                {name: tuple(tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB") for name in names}
-            )
-            ours = base.model(input_ids=ids).logits
-        theirs = PeftModel.from_pretrained(load_tiny().model, str(job.output))(input_ids=ids).logits
-    assert (ours - bare).abs().max() > 0.1
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        adapted = PeftModel.from_pretrained(load_tiny().model, str(job.output))(input_ids=ids).logits
+    assert (adapted - bare).abs().max() > 0.1
 
 
 def test_the_same_job_gives_the_same_bytes_and_leaves_the_callers_random_state(make_job: JobMaker) -> None:
@@ -116,11 +108,11 @@ def test_examples_that_lost_their_end_are_warned_of(make_job: JobMaker) -> None:
 
 
 def test_a_full_device_is_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: run.Loop) -> StepReport:
+    def fail(_: Fleet) -> dict[str, StepReport]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run.Loop, "train_step", fail)
-    with pytest.raises(DeviceFull, match=r"lower training\.batch_size"):
+    monkeypatch.setattr(Fleet, "_step", fail)
+    with pytest.raises(DeviceFull, match=r"lower data\.max_length"):
         train(make_job())
 
 
@@ -144,7 +136,7 @@ def test_a_finished_output_is_not_overwritten(make_job: JobMaker) -> None:
 
 def test_a_base_that_was_written_to_is_noticed(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(training={"max_steps": 3})
-    real = run.load_base
+    real = preparation.load_base
 
     class Vandal(Silent):
         def stepped(self, report: StepReport) -> None:
@@ -156,7 +148,7 @@ def test_a_base_that_was_written_to_is_noticed(make_job: JobMaker, monkeypatch: 
         loaded.append(real(*args, **options))
         return loaded[0]
 
-    monkeypatch.setattr(run, "load_base", remember)
+    monkeypatch.setattr(preparation, "load_base", remember)
     with pytest.raises(BaseChanged):
         train(job, progress=Vandal())
     assert not (job.output / WEIGHTS).exists()
@@ -166,19 +158,21 @@ def test_divergence_ends_the_run_before_the_weights_are_touched(
     make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(checkpoint={"save_steps": 1, "save_total_limit": 1})
-    real = run.Loop.train_step
+    real = FlatParameters.clip
+    clipped: list[int] = []
 
-    def poisoned(loop: run.Loop) -> StepReport:
-        if loop.step == 3:
-            loop._parameters[0].register_hook(lambda gradient: gradient * float("nan"))
-        return real(loop)
+    def poisoned(parameters: FlatParameters, most: float | None) -> float:
+        clipped.append(1)
+        if len(clipped) == 4:
+            parameters.gradients[0] = float("nan")
+        return real(parameters, most)
 
-    monkeypatch.setattr(run.Loop, "train_step", poisoned)
+    monkeypatch.setattr(FlatParameters, "clip", poisoned)
     with pytest.raises(Diverged, match=r"step 4.*another output with a lower"):
         train(job)
     checkpoint = read_checkpoint(list_checkpoints(job.output / CHECKPOINTS)[-1])
     assert checkpoint.step == 3
-    assert all(bool(tensor.isfinite().all()) for name, tensor in checkpoint.tensors.items() if name[:2] in ("a.", "b."))
+    assert bool(checkpoint.tensors["weights"].isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +226,7 @@ def test_what_the_configuration_and_the_data_tell_is_told_at_once_before_the_loa
     job = make_job(lora={"target_modules": ["q_prj", "v_proj", "w_proj"]}, data={"eval_fraction": 0})
     with job.data.train.open("a") as file:
         file.write(json.dumps({"messages": conversation("a", "b"), "tools": [{"name": "f"}]}))
-    monkeypatch.setattr(run, "load_base", lambda *args, **options: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(preparation, "load_base", lambda *args, **options: pytest.fail("the base was loaded"))
     with pytest.raises(SeveralInvalid) as caught:
         train(job)
     assert len(caught.value.problems) == 3

@@ -11,15 +11,12 @@ from loramux_trainer.errors import ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.preflight import check_paths, check_records, find_model, is_readable
 from loramux_trainer.schedule import warmup_length
-from loramux_trainer.unbuilt import check_built
 
 
 def check_whole_job(job: TrainConfig, *, resume: bool) -> bool:
     """Whether the base is on this machine, so that targets and tokens were looked at too. Raises what a run would."""
     problems = Problems()
     files: Path | None = None
-    with problems.collecting():
-        check_built(job)
     with problems.collecting():
         files = find_model(job)
     check_paths(job, problems, resume=resume)
@@ -37,7 +34,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
     from loramux_trainer.batches import StepOrder
     from loramux_trainer.data import check_context
     from loramux_trainer.data_check import check_data
-    from loramux_trainer.targets import resolve_targets
+    from loramux_trainer.targets import TARGETED, resolve_modules
 
     try:
         base = read_base(job, str(files))
@@ -46,12 +43,13 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
         check_records(job, problems)
         return
     with problems.collecting():
-        resolve_targets(job.lora.target_modules, base.outline)
+        if job.method in TARGETED:
+            resolve_modules(job.lora, base.outline)
     if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
         check_records(job, problems)
         return
     with problems.collecting():
-        lengths = check_data(job.data, base.encoder, seed=job.training.seed)
+        lengths = check_data(job.data, base.encoder, seed=job.training.seed, loss=job.loss)
         check_context(lengths.longest, base.outline.context_length)
         if job.training.max_steps is None:
             order = StepOrder(

@@ -17,7 +17,6 @@ from loramux_trainer.columnar_files import is_dataset
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.records import read_records
-from loramux_trainer.unbuilt import check_built
 
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:
@@ -25,8 +24,6 @@ def check_job(job: TrainConfig, *, resume: bool) -> None:
     ModelInvalid for a base that cannot be found or loaded, and SeveralInvalid for several of them.
     """
     problems = Problems()
-    with problems.collecting():
-        check_built(job)
     with problems.collecting():
         find_model(job)
     check_paths(job, problems, resume=resume)
@@ -59,7 +56,7 @@ def check_records(job: TrainConfig, problems: Problems) -> None:
     for path in (job.data.train, job.data.eval):
         if path is not None and is_readable(path):
             with problems.collecting():
-                for _ in read_records(path, problems, job.data):
+                for _ in read_records(path, problems, job.data, job.loss):
                     pass
 
 

@@ -57,3 +57,30 @@ class Silent:
 
     def warned(self, message: str) -> None:
         """Nothing."""
+
+
+class FleetProgress(Protocol):
+    """Callbacks of a run of several jobs."""
+
+    def of(self, name: str) -> Progress:
+        """Those of one job."""
+        ...
+
+    def warned(self, message: str) -> None:
+        """Of what concerns all."""
+        ...
+
+
+class OneJob:
+    """A FleetProgress for a run of one job."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def of(self, name: str) -> Progress:
+        """The job's."""
+        return self._progress
+
+    def warned(self, message: str) -> None:
+        """The job's."""
+        self._progress.warned(message)

@@ -134,6 +134,9 @@ class _Recorder:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {}
 
+    needs_hessian = False
+
+    def give_hessian(self, estimates: object) -> None: ...
     def restore(self, tensors: object) -> None: ...
 
 

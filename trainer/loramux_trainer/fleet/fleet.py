@@ -17,10 +17,13 @@ from loramux_trainer.fleet.member import Member, UnitChunk
 from loramux_trainer.fleet.micro_batch import Chunk, pack
 from loramux_trainer.fleet.model import FleetModel, Hidden, MemberRows
 from loramux_trainer.fleet.parts import StepParts
+from loramux_trainer.fleet.random import generator
 from loramux_trainer.fleet.rows import Dropout
 from loramux_trainer.fleet.statistics import weight_gradients
 from loramux_trainer.losses.protocol import Totals
+from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.losses.sft import SftLoss
+from loramux_trainer.optimizers.hessian import gauss_newton_bartlett_estimate
 from loramux_trainer.progress import EvalReport, StepReport
 
 _LEAST_TOKENS = 64
@@ -93,7 +96,7 @@ class Fleet:
             try:
                 for turn in turns:
                     turn.loss = 0.0
-                chunks = [self._chunk(turn, c, False) for turn in turns for c in turn.member.eval_chunks()]
+                chunks = [self._chunk(turn, c, is_training=False) for turn in turns for c in turn.member.eval_chunks()]
                 for batch in pack(chunks, self.token_budget):
                     self._compute(batch)
                 return {turn.member.name: EvalReport(turn.member.step, turn.loss) for turn in turns}
@@ -105,6 +108,7 @@ class Fleet:
         for slot, member in enumerate(self.running):
             try:
                 self._give_gradients(member)
+                self._give_hessian(member)
                 parts = member.adapter.parts(with_gradients=True)
             except AdapterError as error:
                 member.diverge(f"step {member.step + 1}: {error}")
@@ -112,7 +116,8 @@ class Fleet:
             own = member.chunks()
             totals = sum((member.loss.totals(chunk.units) for chunk in own), Totals())
             turns.append(_Turn(member, slot, parts, totals))
-            chunks += [self._chunk(turns[-1], chunk, member.options.dropout > 0) for chunk in own]
+            drops = member.options.dropout > 0
+            chunks += [self._chunk(turns[-1], chunk, is_training=True, with_dropout=drops) for chunk in own]
         for batch in pack(chunks, self.token_budget):
             self._compute(batch)
         reports = {}
@@ -139,18 +144,58 @@ class Fleet:
         )
         member.adapter.parameters.clear()
 
+    def _give_hessian(self, member: Member) -> None:
+        """An estimate of the Hessian's diagonal where the optimizer asks for one: the Gauss-Newton-Bartlett estimator,
+        an ordinary backward pass with labels drawn from the member's own predictions (Liu et al., 2023).
+        """
+        if not member.optimizer.needs_hessian:
+            return
+        own = member.chunks()
+        sequences = [member.loss.rows(chunk.units) for chunk in own]
+        tokens = sum(each.supervised for chunk in sequences for each in chunk)
+        parts = member.adapter.parts(with_gradients=True)
+        source = generator(member.options.seed, f"hessian/{member.step}")
+        for chunk in sequences:
+            with self._model.running([MemberRows(parts, chunk, 0, member.adapter.virtual_tokens)]) as hidden:
+                drawn = self._model.sample(hidden, source)
+                weights = torch.full((len(drawn.targets),), 1.0 / tokens, device=drawn.states.device)
+                loss, _ = self._model.token_loss(drawn, weights)
+                loss.backward()  # type: ignore[no-untyped-call]
+        parts.backward()
+        gradients = [group.flat.grad for group in member.adapter.parameters.groups]
+        member.optimizer.give_hessian(
+            [gauss_newton_bartlett_estimate(each, tokens) for each in gradients if each is not None]
+        )
+        member.adapter.parameters.clear()
+
+    @torch.no_grad()
+    def precompute_reference(self, member: Member) -> None:
+        """The base's log-probabilities of the training data, once: cheaper from the second epoch on."""
+        rows = [member.loss.rows((unit,)) for unit in member.train]
+        reference = PrecomputedReference([len(each) for each in rows])
+        chunks = [Chunk(index, 0, sequences) for index, sequences in enumerate(rows)]
+        for batch in pack(chunks, self.token_budget):
+            with self._model.running([MemberRows(None, chunk.sequences, -1) for chunk in batch]) as hidden:
+                at = 0
+                for chunk in batch:
+                    part = hidden.part(at, at + len(chunk.sequences))
+                    reference.put(chunk.owner, self._reference(part))
+                    at += len(chunk.sequences)
+        member.reference = reference
+
     def _alone(self, member: Member, chunks: Sequence[UnitChunk], totals: Totals) -> list[Chunk[_Turn]]:
         turn = _Turn(member, 0, member.adapter.parts(with_gradients=True), totals)
-        return [self._chunk(turn, chunk, False) for chunk in chunks]
+        return [self._chunk(turn, chunk, is_training=True) for chunk in chunks]
 
-    def _chunk(self, turn: _Turn, chunk: UnitChunk, with_dropout: bool) -> Chunk[_Turn]:
+    def _chunk(self, turn: _Turn, chunk: UnitChunk, *, is_training: bool, with_dropout: bool = False) -> Chunk[_Turn]:
         member = turn.member
         return Chunk(
             turn,
             chunk.number,
             member.loss.rows(chunk.units),
             chunk.units,
-            member.loss.needs_reference,
+            chunk.indices if is_training else None,
+            member.loss.needs_reference and not (is_training and member.reference is not None),
             member.adapter.virtual_tokens,
             Dropout(member.options.dropout, member.dropout_key(chunk.number)) if with_dropout else None,
         )
@@ -194,6 +239,9 @@ class Fleet:
     def _value(self, hidden: Hidden, chunk: Chunk[_Turn], reference: list[torch.Tensor] | None) -> torch.Tensor:
         policy = torch.split(self._model.log_probs(hidden), list(hidden.counts))
         turn = chunk.owner
+        kept = turn.member.reference
+        if reference is None and kept is not None and chunk.indices is not None:
+            reference = kept.of(chunk.indices, hidden.states.device)
         loss, metrics = turn.member.loss.value(policy, reference, chunk.units, turn.totals)
         turn.add(float(loss.detach()), metrics)
         return loss

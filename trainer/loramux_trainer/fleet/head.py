@@ -34,6 +34,17 @@ def log_probs(hidden: torch.Tensor, targets: torch.Tensor, rows: SpanRows, logit
     return cast(torch.Tensor, _LogProbs.apply(hidden, targets, rows, logits))  # type: ignore[no-untyped-call]
 
 
+@torch.no_grad()
+def sample(hidden: torch.Tensor, rows: SpanRows, logits: Logits, generator: torch.Generator) -> torch.Tensor:
+    """hidden [N, hidden] -> a token [N] drawn from each position's softmax, on the CPU by `generator`."""
+    drawn = []
+    for start in range(0, len(hidden), CHUNK):
+        stop = min(start + CHUNK, len(hidden))
+        shares = torch.softmax(logits(hidden[start:stop], rows.cut(start, stop)).float(), 1).cpu()
+        drawn.append(torch.multinomial(shares, 1, generator=generator)[:, 0])
+    return torch.cat(drawn).to(hidden.device)
+
+
 class _TokenLoss(torch.autograd.Function):
     """Parts at the head get their gradients in the forward pass too: the loss is the end of the graph."""
 

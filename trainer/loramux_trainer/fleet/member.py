@@ -19,6 +19,8 @@ from loramux_trainer.fleet.micro_batch import cut_by_tokens
 from loramux_trainer.fleet.parameters import FlatParameters, ParameterGroup
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.losses.protocol import Loss, Totals
+from loramux_trainer.losses.reference import PrecomputedReference
+from loramux_trainer.optimizers.interface import MemberOptimizer
 from loramux_trainer.progress import StepReport
 
 State = Literal["running", "finished", "diverged", "stopped"]
@@ -62,28 +64,17 @@ class Adapter(Protocol):
         ...
 
 
-class Optimizer(Protocol):
-    """Steps over the parameter groups that it was made with."""
-
-    def step(self, rate: float) -> None:
-        """One step with the gradients as they are."""
-        ...
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Its state."""
-        ...
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over a state."""
-        ...
-
-
 class Order(Protocol):
     """Which units make which step: a pure function of the step."""
 
     def micro_batches(self, step: int) -> Sequence[Sequence[int]]:
         """Indices of the units of 0-based `step`, one list per micro-batch."""
         ...
+
+
+CHUNK_TOKENS = 2048
+"""A micro-batch of more tokens is cut between its units, also in a fleet of one: more at once is slower on a CPU, for
+want of cache, and takes memory."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ class MemberOptions:
     max_grad_norm: float | None = 1.0
     dropout: float = 0.0
     seed: int = 0
-    chunk_tokens: int = 2048  # a micro-batch of more is cut between its units
+    chunk_tokens: int = CHUNK_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +106,7 @@ class Member:
         name: str,
         adapter: Adapter,
         loss: Loss,
-        make_optimizer: Callable[[Sequence[ParameterGroup]], Optimizer],
+        make_optimizer: Callable[[Sequence[ParameterGroup]], MemberOptimizer],
         order: Order,
         train: Sequence[Unit],
         held_out: Sequence[Unit],
@@ -124,7 +115,8 @@ class Member:
         self.name, self.adapter, self.loss, self.options = name, adapter, loss, options
         self.optimizer = make_optimizer(adapter.parameters.groups)
         self.held_out = tuple(held_out)
-        self._order, self._train = order, train
+        self.reference: PrecomputedReference | None = None
+        self._order, self.train = order, train
         self.step = 0
         self.state: State = "running" if options.total_steps else "finished"
         self.failure: str | None = None
@@ -132,7 +124,7 @@ class Member:
 
     def chunks(self) -> list[UnitChunk]:
         """What the next step computes."""
-        return _cut(self._train, self._order.micro_batches(self.step), self.chunk_tokens)
+        return _cut(self.train, self._order.micro_batches(self.step), self.chunk_tokens)
 
     def eval_chunks(self) -> list[UnitChunk]:
         """The evaluation set, units of like length together."""

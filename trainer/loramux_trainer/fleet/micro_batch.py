@@ -24,6 +24,7 @@ class Chunk(Generic[Owner]):
     number: int
     sequences: tuple[Example, ...]
     units: tuple[Unit, ...] = ()  # that they are of
+    indices: tuple[int, ...] | None = None  # of the units in the owner's training data, None of held-out ones
     reference: bool = False  # whether the base's own log-probabilities of them are wanted too
     virtual_tokens: int = 0  # positions before each sequence
     dropout: Dropout | None = None

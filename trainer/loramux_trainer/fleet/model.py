@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -18,7 +18,7 @@ from loramux_adapters.apply.siblings import frozen_groups
 from loramux_adapters.base.bitsandbytes_compat import Linear4bit
 from loramux_adapters.base.frozen import Nf4Linear
 from loramux_adapters.base.load import BaseRefused, LoadedBase
-from loramux_adapters.base.weight_formats import WeightFormats
+from loramux_adapters.base.weight_formats import WeightFormats, select_weight_formats
 from loramux_adapters.guard.examine import Examined
 from loramux_adapters.guard.rope import choosing
 from loramux_adapters.kernels.select import select_kernels
@@ -27,7 +27,7 @@ from loramux_adapters.sublayers import sublayers
 from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.attention import register_attention
 from loramux_trainer.fleet.head import log_probs as head_log_probs
-from loramux_trainer.fleet.head import token_loss
+from loramux_trainer.fleet.head import sample, token_loss
 from loramux_trainer.fleet.linear import LinearGroup
 from loramux_trainer.fleet.logits import Postprocess, find_postprocess
 from loramux_trainer.fleet.parts import StepParts
@@ -82,7 +82,7 @@ class FleetModel:
         """
         self.base, self._rope = base, examined.rope
         self._model, self._cell = base.model, StepCell()
-        formats = WeightFormats(invariant=deterministic)
+        formats = _formats(base.device, base.compute_dtype, deterministic=deterministic)
         self._kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
         self._changed: list[nn.Module] = []
         self._before = base.model.config._attn_implementation
@@ -99,8 +99,9 @@ class FleetModel:
         base, spec = self.base, self.base.spec
         for frozen in frozen_groups(base, formats):
             _share_storage(frozen.names, frozen.frozen, base)
-            if products not in (None, base.compute_dtype):
-                frozen = RoundedProduct.of(frozen, products, formats)
+            if products is not None and products != base.compute_dtype:
+                narrow = _formats(base.device, products, deterministic=formats.invariant)
+                frozen = RoundedProduct.of(frozen, products, narrow)
             group = LinearGroup(frozen, self._cell)
             self.groups.append(group)
             for member, name in enumerate(group.names):
@@ -153,12 +154,13 @@ class FleetModel:
                     position_ids=positions[None],
                     attention_mask=None,
                     use_cache=False,
-                    logits_to_keep=torch.tensor(kept, device=device),
+                    logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
                 )
                 if cell.hidden is None:
                     raise RuntimeError("the model did not reach its head")
                 rows = self._rows(members, counts)
-                yield Hidden(cell.hidden, torch.tensor(targets, device=device), rows, tuple(counts))
+                labels = torch.tensor(targets, dtype=torch.long, device=device)
+                yield Hidden(cell.hidden, labels, rows, tuple(counts))
         finally:
             self._forget()
 
@@ -169,6 +171,11 @@ class FleetModel:
     def log_probs(self, hidden: Hidden) -> torch.Tensor:
         """See `head.log_probs`."""
         return head_log_probs(hidden.states, hidden.targets, hidden.rows, self._logits)
+
+    def sample(self, hidden: Hidden, generator: torch.Generator) -> Hidden:
+        """The same states with targets drawn from the model's own predictions; see `head.sample`."""
+        targets = sample(hidden.states.detach(), hidden.rows, self._logits, generator)
+        return replace(hidden, targets=targets)
 
     def close(self) -> None:
         """The model is the bare base again. Idempotent."""
@@ -222,6 +229,11 @@ class FleetModel:
             group.reset()
         for site in self._sublayers:
             site.reset()
+
+
+def _formats(device: torch.device, dtype: torch.dtype, *, deterministic: bool) -> WeightFormats:
+    """As a server's, but for the packed layout: it takes a copy of the weights, and is for fewer rows than these."""
+    return replace(select_weight_formats(device, dtype, dense=False, invariant=deterministic), packed=False)
 
 
 def _predicted(lengths: Sequence[int], sequences: Sequence[Example]) -> tuple[list[int], list[int], list[int]]:

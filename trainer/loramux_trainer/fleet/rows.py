@@ -5,7 +5,6 @@ Rows without a member (the base's own, as a reference) come first; those of one 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import torch
 from loramux_adapters.kernels.protocol import Kernels, LowRankPools, SlotSegment
 from loramux_adapters.parts.rank_rows import RankRows
 from loramux_trainer.fleet.parts import StepParts
+from loramux_trainer.fleet.random import generator
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,9 @@ class Dropout:
 
     def mask(self, site: str, like: torch.Tensor) -> torch.Tensor:
         """0 or 1 / (1 - share), as `like` [n, in]."""
-        digest = hashlib.sha256(f"{self.key}/{site}".encode()).digest()
-        generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:7], "big"))
         keep = 1.0 - self.share
-        return torch.empty_like(like).bernoulli_(keep, generator=generator).div_(keep)
+        source = generator(self.key, site, like.device)
+        return torch.empty_like(like).bernoulli_(keep, generator=source).div_(keep)
 
 
 @dataclass(frozen=True, eq=False)

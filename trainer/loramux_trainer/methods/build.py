@@ -22,7 +22,8 @@ from loramux_trainer.methods.galore import galore
 from loramux_trainer.methods.initial_pairs import Pair
 from loramux_trainer.methods.method import Method
 from loramux_trainer.methods.rules import BaseValues
-from loramux_trainer.methods.selection import ModuleShape, ranks, select
+from loramux_trainer.methods.selection import ranks, select
+from loramux_trainer.targets import ModuleShape
 
 PairOf = Callable[[str], Pair]
 """Module -> the factors that an initialization gives it."""
@@ -202,7 +203,7 @@ def _galore(job: TrainConfig, around: Surroundings) -> Method:
     keys = job.galore
     if keys.rank_budget < 2 * keys.rank:
         raise JobInvalid("galore.rank_budget", f"{keys.rank_budget} has no room for a period besides the running one")
-    shapes = {name: ModuleShape(keys.rank, keys.scale * keys.rank) for name in around.shapes}
+    shapes = {name: ModuleShape(keys.rank, keys.scale * keys.rank, keys.scale) for name in around.shapes}
     config = _selected(around, {"peft_type": "LORA", **ranks(shapes, alpha="lora_alpha")})
     gap, seed = keys.update_proj_gap, job.training.seed
     return galore(config, seed, gap=gap, rank_budget=keys.rank_budget, tell=around.tell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from loramux_trainer.fleet.statistics import InputMoments, input_moments, weight
 from loramux_trainer.methods import initial_pairs
 from loramux_trainer.methods.initial_pairs import Pair
 from loramux_trainer.methods.rules import BaseValues
-from loramux_trainer.methods.selection import ModuleShape
+from loramux_trainer.targets import ModuleShape
 
 OF_WEIGHTS = ("pissa", "olora")
 """Initializations that look at the weight alone."""
@@ -33,11 +32,8 @@ class Factors:
         values: BaseValues,
         shapes: Mapping[str, ModuleShape],
         batches: Sequence[Sequence[Example]],
-        *,
-        use_rslora: bool = False,
     ) -> None:
         self._init, self._values, self._shapes = init, values, shapes
-        self._power = 0.5 if use_rslora else 1.0
         rows = [[MemberRows(StepParts({}), tuple(batch), 0)] for batch in batches]
         self._moments: Mapping[str, InputMoments] = {}
         self._gradients: Mapping[str, torch.Tensor] = {}
@@ -51,15 +47,14 @@ class Factors:
         """A [r, in] and B [out, r]. Raises JobInvalid where the module is too small for the rank."""
         shape, weight = self._shapes[module], self._values.weight(module)
         self._check_rank(module, shape.rank, min(weight.shape))
-        scale = shape.alpha / math.pow(shape.rank, self._power)
         if self._init == "pissa":
-            return initial_pairs.pissa(weight, shape.rank, scale)
+            return initial_pairs.pissa(weight, shape.rank, shape.scale)
         if self._init == "olora":
             return initial_pairs.olora(weight, shape.rank)
         if self._init == "corda":
             moments = self._moments[module]
             covariance = (moments.scaled / moments.batches).cpu()
-            return initial_pairs.corda(weight, covariance, shape.rank, scale)
+            return initial_pairs.corda(weight, covariance, shape.rank, shape.scale)
         return initial_pairs.lora_ga(self._gradients[module], shape.rank)
 
     def components(self, module: str) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from loramux_adapters.formats.peft.extras import TokenRowsTarget
+from loramux_trainer.fleet.random import generator, kaiming
 from loramux_trainer.methods.method import Beginning, Method, Rule, Start
-from loramux_trainer.methods.random import generator, kaiming
 from loramux_trainer.methods.rules import BaseValues, constant, kaiming_uniform, of_base
 
 LoraInit = Literal["A", "B", "gaussian", "orthogonal"]

@@ -15,7 +15,7 @@ import torch
 from loramux_adapters.formats.peft.tuner import Shape, Target
 from loramux_adapters.spec import BaseModelSpec, ModuleSpec
 from loramux_trainer.fleet.parameters import FlatParameters, Role
-from loramux_trainer.methods.random import generator
+from loramux_trainer.fleet.random import generator
 
 
 @dataclass(frozen=True, eq=False)

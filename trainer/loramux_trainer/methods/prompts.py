@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from loramux_adapters.spec import BaseModelSpec
+from loramux_trainer.fleet.random import generator
 from loramux_trainer.methods.encoders import Lstm, Mlp, Network
 from loramux_trainer.methods.method import Beginning, Made, Method, Rule, Start
-from loramux_trainer.methods.random import generator
 from loramux_trainer.methods.rules import normal
 
 

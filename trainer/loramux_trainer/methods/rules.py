@@ -12,8 +12,8 @@ from loramux_adapters.base.frozen import freeze
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.base.weight_formats import WeightFormats
 from loramux_trainer.fleet.parameters import Role
+from loramux_trainer.fleet.random import kaiming
 from loramux_trainer.methods.method import Rule, Start
-from loramux_trainer.methods.random import kaiming
 
 
 def constant(value: float, role: Role | None) -> Rule:

@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer.methods.layouts import PeftLayout
-
-
-@dataclass(frozen=True)
-class ModuleShape:
-    """What a job asks for at one module."""
-
-    rank: int
-    alpha: float
+from loramux_trainer.targets import ModuleShape
 
 
 def select(config: Mapping[str, Any], names: Sequence[str], base: BaseModelSpec) -> dict[str, Any]:

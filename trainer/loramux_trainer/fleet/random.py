@@ -1,4 +1,4 @@
-"""Random first values: each tensor from the seed and its own name, so that no other tensor moves it."""
+"""Random numbers of one thing: drawn from a seed and the thing's own name, so that no other moves them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from loramux_adapters.formats.peft.tuner import Shape
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    """On the CPU: the same numbers whatever the device."""
+def generator(seed: int | str, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """On the CPU it draws the same numbers on every machine."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def kaiming(shape: Shape, source: torch.Generator) -> torch.Tensor:

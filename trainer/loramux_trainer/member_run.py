@@ -1,0 +1,211 @@
+"""One job of a run: its member in the fleet, its history, checkpoints and export.
+
+Knows how one job begins, goes on and ends; nothing of other jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from loramux_adapters.base.load import LoadedBase
+from loramux_trainer.checkpoints import (
+    CHECKPOINTS,
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    remove_checkpoint,
+    write_checkpoint,
+)
+from loramux_trainer.data import DataReport
+from loramux_trainer.errors import CheckpointInvalid, JobInvalid, OutputFailed
+from loramux_trainer.export import export
+from loramux_trainer.job import renamed_identity
+from loramux_trainer.members import BuiltMember
+from loramux_trainer.preparation import JobData
+from loramux_trainer.progress import EvalReport, Progress, StepReport
+
+_ARITHMETIC = "fleet"
+"""What steps are computed by; a checkpoint of another arithmetic does not go on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out. `output` is a directory that `adapters push` takes; `loss` is the mean of the last ten steps."""
+
+    output: Path
+    base_fingerprint: str
+    steps: int
+    loss: float
+    eval_loss: float | None
+    supervised_tokens: int
+    seconds: float
+    data: DataReport
+
+
+class MemberRun:
+    """A job's member with its bookkeeping. `seconds` are those in which it took part."""
+
+    def __init__(self, prepared: JobData, base: LoadedBase, built: BuiltMember, progress: Progress) -> None:
+        self.job, self.member, self.progress = prepared.job, built.member, progress
+        self._data, self._base, self._built = prepared.data, base, built
+        self.steps: list[StepReport] = []
+        self.evals: list[EvalReport] = []
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Takes over a checkpoint's state. Raises CheckpointInvalid when it is of another job, data or base."""
+        if checkpoint is not None:
+            self._resume(read_checkpoint(checkpoint))
+        self.progress.started(self.member.options.total_steps, self.member.step, self._data.report)
+        self._started = time.monotonic()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        identity = checkpoint.meta.get("identity")
+        if not isinstance(identity, dict):
+            raise CheckpointInvalid("cannot resume: the checkpoint was made by another version of Loramux")
+        identity = {"arithmetic": None, **renamed_identity(identity)}
+        for key, value in self._identity().items():
+            if key not in identity or identity[key] != value:
+                values = f": {identity.get(key)}, not {value}" if "." in key else ""
+                raise CheckpointInvalid(f"cannot resume: the checkpoint was made with another {key}{values}")
+        if checkpoint.meta.get("versions") != _versions():
+            made, now = _named(checkpoint.meta.get("versions") or {}), _named(_versions())
+            self.progress.warned(
+                f"the checkpoint was made with {made}, this run continues with {now}: its bits may not be those "
+                "of a run that was never stopped"
+            )
+        self.member.restore(checkpoint.step, checkpoint.tensors)
+        self.steps = [StepReport(**values) for values in checkpoint.meta["history"]]
+        self.evals = [EvalReport(**values) for values in checkpoint.meta["evals"]]
+        self._seconds_before = float(checkpoint.meta["seconds"])
+
+    def stepped(self, report: StepReport) -> None:
+        """A step was taken."""
+        self.steps.append(report)
+        self.progress.stepped(report)
+
+    def evaluated(self, report: EvalReport) -> None:
+        """It was evaluated after its last step."""
+        self.evals.append(report)
+        self.progress.evaluated(report)
+
+    @property
+    def is_eval_due(self) -> bool:
+        """After the step that was taken."""
+        step, total = self.member.step, self.member.options.total_steps
+        return bool(self._data.eval) and (step % self._built.eval_every == 0 or step == total)
+
+    @property
+    def is_save_due(self) -> bool:
+        """After the step that was taken; the end saves by itself."""
+        every = self.job.checkpoint.save_steps
+        return bool(every) and self.member.step % every == 0 and self.member.state == "running"
+
+    def save(self, *, keep: int | None = None) -> Path:
+        """Writes the whole state. Raises OutputFailed."""
+        meta = {
+            "identity": self._identity(),
+            "history": [asdict(step) for step in self.steps],
+            "evals": [asdict(report) for report in self.evals],
+            "seconds": self._seconds(),
+            "versions": _versions(),
+        }
+        checkpoint = Checkpoint(self.member.step, self.member.tensors(), meta)
+        with writing(self.job.output):
+            root = self.job.output / CHECKPOINTS
+            return write_checkpoint(root, checkpoint, keep=keep or self.job.checkpoint.save_total_limit)
+
+    def finish(self) -> TrainResult:
+        """Exports the adapter. What is about to be exported is saved before, so that a failing export loses nothing."""
+        result = self._result()
+        saved = self.save(keep=self.job.checkpoint.save_total_limit + 1)
+        with writing(self.job.output):
+            export(self.job.output, self._built.adapter, self._base.spec, json.dumps(self._report(result), indent=2))
+        remove_checkpoint(saved)
+        return result
+
+    def _result(self) -> TrainResult:
+        last = self.steps[-10:]
+        return TrainResult(
+            output=self.job.output,
+            base_fingerprint=self._base.spec.fingerprint,
+            steps=self.member.step,
+            loss=sum(step.loss for step in last) / len(last),
+            eval_loss=self.evals[-1].loss if self.evals else None,
+            supervised_tokens=sum(step.tokens for step in self.steps),
+            seconds=self._seconds(),
+            data=self._data.report,
+        )
+
+    def _report(self, result: TrainResult) -> dict[str, Any]:
+        """JSON values that say how the adapter was made."""
+        return {
+            "job": self.job.to_dict(),
+            "result": {key: value for key, value in asdict(result).items() if key not in ("output", "data")},
+            "data": asdict(self._data.report),
+            "evals": [asdict(report) for report in self.evals],
+            "history": [asdict(report) for report in self.steps],
+            "versions": _versions(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same to continue bit for bit, with what `auto` has become on this machine."""
+        return {
+            **self.job.reproducibility_key(),
+            "training.device": self._base.device.type,
+            "training.compute_dtype": str(self._base.compute_dtype).removeprefix("torch."),
+            "training data": self._data.digest,
+            "base": self._base.spec.fingerprint,
+            "arithmetic": _ARITHMETIC,
+        }
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+
+@contextmanager
+def output_directory(output: Path) -> Iterator[None]:
+    """Make it before any work, so that a long run cannot fail on it at its end; what stays empty goes."""
+    existed = output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobInvalid("output", f"{output} cannot be made: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not empty: a checkpoint is in it
+                output.rmdir()
+        raise
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turns what a full or broken disk raises into OutputFailed, with the way on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        saved = list_checkpoints(output / CHECKPOINTS)
+        remedy = f"; free some space and run again with --resume, which continues from {saved[-1]}" if saved else ""
+        raise OutputFailed(f"{output} cannot be written any more: {reason}{remedy}") from error
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+
+
+def _named(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
