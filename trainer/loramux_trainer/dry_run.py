@@ -37,7 +37,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
     from loramux_trainer.batches import StepOrder
     from loramux_trainer.data import check_context
     from loramux_trainer.data_check import check_data
-    from loramux_trainer.targets import resolve_targets
+    from loramux_trainer.targets import resolve_modules
 
     try:
         base = read_base(job, str(files))
@@ -46,7 +46,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
         check_records(job, problems)
         return
     with problems.collecting():
-        resolve_targets(job.lora.target_modules, base.outline)
+        resolve_modules(job.lora, base.outline)
     if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
         check_records(job, problems)
         return

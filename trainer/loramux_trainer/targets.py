@@ -1,17 +1,27 @@
-"""Which modules of a base a job adapts. The same sets as PEFT chooses from the same words."""
+"""Which modules of a base a job adapts, with which rank and alpha: what PEFT chooses from the same words.
+
+What PEFT would leave out in silence (a suffix, a layer or a pattern that names nothing) is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-import regex
-
-from loramux_adapters.spec import ModuleSpec
+from loramux_adapters.errors import AdapterIncompatible, AdapterInvalid
+from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.patterns import RegexBudget
+from loramux_adapters.formats.peft.config import Names
+from loramux_adapters.formats.peft.name_keys import NameKeys
+from loramux_adapters.formats.peft.selection import LINEAR, Selection, select_modules
+from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 from loramux_trainer.errors import JobInvalid, Problems
-from loramux_trainer.job import Targets
+from loramux_trainer.schema.adapter_config import LoraConfig, Targets
 
-_REGEX_SECONDS = 1.0
+T = TypeVar("T")
+
+_LIMITS = ReadLimits(regex_seconds=1.0)
 
 
 class ModuleNames(Protocol):
@@ -33,45 +43,121 @@ class ModuleNames(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ModuleShape:
+    """How one module is adapted. `scale`: what B A is multiplied by."""
+
+    rank: int
+    alpha: float
+    scale: float
+
+
 def resolve_targets(targets: Targets, base: ModuleNames) -> tuple[str, ...]:
-    """Sorted names of the linear maps that `targets` chooses.
+    """Sorted names of the linear maps that `targets` chooses; see resolve_modules."""
+    return tuple(resolve_modules(LoraConfig(target_modules=targets), base))
+
+
+def resolve_modules(
+    lora: LoraConfig, base: ModuleNames, *, kinds: Collection[ModuleKind] = LINEAR
+) -> dict[str, ModuleShape]:
+    """Name -> shape of the modules that `lora` chooses, sorted by name.
 
     `all-linear` is every linear map but the output head; a list matches whole trailing name parts; another string is
-    a regular expression for the whole name. Raises JobInvalid when nothing, or something that is not linear, matches,
-    and SeveralInvalid for several such suffixes.
+    a regular expression for the whole name. Raises JobInvalid when nothing, or something of another kind than `kinds`,
+    matches, or a key would not take effect, and SeveralInvalid for several of them.
     """
-    if targets == "all-linear":
-        return tuple(sorted(name for name in _linear(base) if name != base.head))
-    if isinstance(targets, str):
-        chosen = _matching(targets, base)
-    else:
-        chosen = {name for name in base.modules for suffix in targets if name == suffix or name.endswith("." + suffix)}
-        problems = Problems()
-        for suffix in targets:
+    problems = Problems()
+    targets = lora.target_modules
+    if targets == "all-linear" and lora.layers_to_transform is not None:
+        linear = {name for name in _linear(base) if name != base.head}
+        targets = tuple(sorted({name.rpartition(".")[2] for name in linear}))
+    for key, names in (("target_modules", targets), ("exclude_modules", lora.exclude_modules)):
+        for suffix in names if isinstance(names, tuple) else ():
             if not any(name == suffix or name.endswith("." + suffix) for name in base.modules):
-                problems.add(
-                    JobInvalid("lora.target_modules", f"{suffix} names no module of {base.model_id}; {_known(base)}")
-                )
-        problems.raise_any()
+                problems.add(JobInvalid(f"lora.{key}", f"{suffix} names no module of {base.model_id}; {_known(base)}"))
+    problems.raise_any()
+    chosen = _select(lora, targets, base, lora.layers_to_transform)
     if not chosen:
-        raise JobInvalid("lora.target_modules", f"{targets} matches no module of {base.model_id}; {_known(base)}")
-    for name in sorted(chosen - _linear(base)):
-        raise JobInvalid("lora.target_modules", f"{name} is not a linear map: the trainer adapts linear maps only")
-    return tuple(sorted(chosen))
+        what = f"{lora.target_modules} matches no module of {base.model_id}"
+        raise JobInvalid("lora.target_modules", f"{what}; {_known(base)}")
+    for name in sorted(chosen):
+        if base.modules[name].kind not in kinds:
+            raise JobInvalid("lora.target_modules", f"{name} is not a linear map: the trainer adapts linear maps only")
+    _check_layers(lora, targets, base)
+    ranks = _by_pattern("rank_pattern", lora.rank_pattern, chosen, problems)
+    alphas = _by_pattern("alpha_pattern", lora.alpha_pattern, chosen, problems)
+    problems.raise_any()
+    shapes = {}
+    for name in sorted(chosen):
+        rank, alpha = ranks.get(name, lora.rank), alphas.get(name, lora.alpha)
+        shapes[name] = ModuleShape(rank, alpha, lora.scale(rank, alpha))
+    return shapes
 
 
-def _matching(pattern: str, base: ModuleNames) -> set[str]:
+def _select(lora: LoraConfig, targets: Targets, base: ModuleNames, layers: Collection[int] | None) -> tuple[str, ...]:
+    """Names by PEFT's rules, none where nothing matches."""
+    pattern = lora.layers_pattern or ()
+    selection = Selection(
+        target_modules=_names(targets),
+        exclude_modules=_names(lora.exclude_modules or ()),
+        layers_to_transform=None if layers is None else frozenset(layers),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
+    )
+    every: tuple[ModuleKind, ...] = ("linear", "conv1d", "embedding", "norm")
     try:
-        compiled = regex.compile(pattern)
-        return {name for name in base.modules if compiled.fullmatch(name, timeout=_REGEX_SECONDS)}
-    except regex.error as error:
-        raise JobInvalid("lora.target_modules", f"{pattern!r} is not a regular expression: {error}") from error
-    except TimeoutError as error:
-        raise JobInvalid("lora.target_modules", f"{pattern!r} takes too long to match one module name") from error
+        return select_modules(selection, _spec(base), RegexBudget(_LIMITS), every).names
+    except AdapterIncompatible:  # nothing matches
+        return ()
+    except AdapterInvalid as error:
+        key, _, why = str(error).removeprefix("adapter_config.json: ").partition(": ")
+        raise JobInvalid(f"lora.{key}", why, remedy=error.remedy) from error
+
+
+def _check_layers(lora: LoraConfig, targets: Targets, base: ModuleNames) -> None:
+    """A full name is taken whatever its layer is; of the suffixes, each layer must have one."""
+    suffixes = tuple(name for name in targets if name not in base.modules)
+    for layer in lora.layers_to_transform or ():
+        if not suffixes or not _select(lora, suffixes, base, (layer,)):
+            raise JobInvalid("lora.layers_to_transform", f"layer {layer} of {base.model_id} has none of the targets")
+
+
+def _by_pattern(key: str, patterns: Mapping[str, T], names: Collection[str], problems: Problems) -> dict[str, T]:
+    """Name -> value of the first pattern that matches it. Adds a problem for a pattern that decides nothing."""
+    try:
+        keys = NameKeys(patterns, f"lora.{key}", RegexBudget(_LIMITS))
+        found = {name: pattern for name in names if (pattern := keys.find(name)) is not None}
+    except AdapterInvalid as error:
+        problems.add(JobInvalid(f"lora.{key}", str(error).partition(": ")[2], remedy=error.remedy))
+        return {}
+    for pattern in patterns.keys() - found.values():
+        problems.add(JobInvalid(f"lora.{key}", f"{pattern} is the first match of no adapted module"))
+    return {name: patterns[pattern] for name, pattern in found.items()}
+
+
+def _names(targets: Targets) -> Names:
+    return targets if isinstance(targets, str) else frozenset(targets)
+
+
+def _spec(base: ModuleNames) -> BaseModelSpec:
+    """`base` as the selection takes it, which reads names and kinds of modules only."""
+    return BaseModelSpec(
+        model_id=base.model_id,
+        architecture="",
+        fingerprint="",
+        num_layers=0,
+        hidden_size=0,
+        vocab_size=0,
+        context_length=0,
+        tied_embeddings=False,
+        embedding=None,
+        head=base.head,
+        modules=base.modules,
+        parameters={},
+    )
 
 
 def _linear(base: ModuleNames) -> set[str]:
-    return {name for name, module in base.modules.items() if module.kind in ("linear", "conv1d")}
+    return {name for name, module in base.modules.items() if module.kind in LINEAR}
 
 
 def _known(base: ModuleNames) -> str:
