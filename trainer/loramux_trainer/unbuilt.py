@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from loramux_trainer.errors import JobInvalid, Problems
 from loramux_trainer.job import TrainConfig
+from loramux_trainer.job_file import JobFile
 from loramux_trainer.schema.adapter_config import LoraConfig
+from loramux_trainer.schema.sweep_config import FleetConfig
 
 _NOT_BUILT = "is not built yet in this version"
 _LORA_KEYS = (
@@ -21,6 +23,14 @@ def check_built(job: TrainConfig) -> None:
     for key, what in _not_built(job):
         problems.add(JobInvalid(key, f"{what} {_NOT_BUILT}"))
     problems.raise_any()
+
+
+def check_file_built(file: JobFile) -> None:
+    """The same of a file of jobs, whose jobs are looked at one by one."""
+    if len(file.jobs) > 1 or file.sweep is not None:
+        raise JobInvalid("jobs" if file.sweep is None else "sweep", f"a file of several jobs {_NOT_BUILT}")
+    if file.fleet != FleetConfig():
+        raise JobInvalid("fleet", f"this {_NOT_BUILT}")
 
 
 def _not_built(job: TrainConfig) -> Iterator[tuple[str, str]]:

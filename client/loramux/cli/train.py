@@ -31,10 +31,13 @@ def command(
 
     The first SIGTERM, SIGHUP or Ctrl-C saves a checkpoint and stops; `--resume` goes on from it.
     """
-    from loramux_trainer.job import read_job
+    from loramux_trainer.job_file import read_job_file
     from loramux_trainer.preflight import check_job
+    from loramux_trainer.unbuilt import check_file_built
 
-    job = read_job(job_file)
+    file = read_job_file(job_file)
+    check_file_built(file)
+    job = file.jobs[0]
     if check:
         _check(job_file, job, resume=resume)
         return
