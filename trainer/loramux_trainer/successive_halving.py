@@ -50,8 +50,9 @@ def configuration_losses(losses: Mapping[str, float], configurations: Mapping[st
     configuration's away: what diverges with one seed in three is not the best.
     """
     runs: dict[str, list[float]] = {}
-    for name in sorted(losses):  # a mean's bits depend on the order
-        runs.setdefault(configurations[name], []).append(losses[name])
+    for name, loss in losses.items():
+        runs.setdefault(configurations[name], []).append(loss)
+    # fmean rounds once, so that a mean's bits do not depend on the order.
     return {each: fmean(values) if all(map(math.isfinite, values)) else math.nan for each, values in runs.items()}
 
 
