@@ -12,7 +12,6 @@ from loramux_trainer.errors import JobInvalid, SeveralInvalid
 from loramux_trainer.job import DataConfig, LoraConfig, OptimConfig, TrainConfig, parse_job, renamed_identity
 from loramux_trainer.schema.effect import without_effect
 from loramux_trainer.schema.keys import ALIASES, RENAMED
-from loramux_trainer.unbuilt import check_built
 
 MINIMAL: dict[str, Any] = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
 
@@ -328,29 +327,3 @@ def test_keys_that_decide_the_bytes_are_in_the_identity() -> None:
 
 
 # What is not built yet
-
-
-@pytest.mark.parametrize(
-    ("values", "field"),
-    [
-        ({"method": "dora"}, "method"),
-        ({"init": "B"}, "init"),
-        ({"loss": "kto"}, "loss"),
-        ({"training": {"optimizer": "lion"}}, "training.optimizer"),
-        ({"training": {"deterministic": True}}, "training.deterministic"),
-        ({"training": {"frozen_products": "bfloat16"}}, "training.frozen_products"),
-        ({"training": {"lr_scheduler_type": "polynomial"}}, "training.lr_scheduler_type"),
-        ({"training": {"lr_scheduler_kwargs": {"num_cycles": 1}}}, "training.lr_scheduler_kwargs"),
-        ({"lora": {"bias": "all"}}, "lora.bias"),
-        ({"lora": {"rank_pattern": {"q_proj": 4}}}, "lora.rank_pattern"),
-        ({"lora": {"exclude_modules": ["q_proj"]}}, "lora.exclude_modules"),
-    ],
-)
-def test_what_the_loop_cannot_train_yet_is_refused(values: dict[str, Any], field: str) -> None:
-    with pytest.raises(JobInvalid, match="not built yet in this version") as caught:
-        check_built(parse(**values))
-    assert caught.value.field == field
-
-
-def test_what_the_loop_trains_is_not_refused() -> None:
-    check_built(parse(method="rslora", training={"lr_scheduler_type": "constant"}, lora={"preset": "max-r256"}))

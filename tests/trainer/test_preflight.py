@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loramux_trainer.dry_run import check_whole_job
 from loramux_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.preflight import check_job
@@ -88,3 +89,12 @@ def test_looking_loads_no_torch() -> None:
     script = "import sys, loramux_trainer.preflight; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("check", [check_job, check_whole_job])
+def test_an_optimizer_that_is_not_for_the_given_device_is_refused_before_anything_is_loaded(
+    make_job: JobMaker, check: Callable[..., object]
+) -> None:
+    job = make_job(training={"optimizer": "paged_adamw_8bit", "device": "cpu"})
+    with pytest.raises((JobInvalid, SeveralInvalid), match="paged_adamw_8bit needs a CUDA device"):
+        check(job, resume=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loramux_trainer.errors import ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
-from loramux_trainer.preflight import check_paths, check_records, find_model, is_readable
+from loramux_trainer.preflight import check_given_device, check_paths, check_records, find_model, is_readable
 from loramux_trainer.schedule import warmup_length
 
 
@@ -17,6 +17,8 @@ def check_whole_job(job: TrainConfig, *, resume: bool) -> bool:
     """Whether the base is on this machine, so that targets and tokens were looked at too. Raises what a run would."""
     problems = Problems()
     files: Path | None = None
+    with problems.collecting():
+        check_given_device(job)
     with problems.collecting():
         files = find_model(job)
     check_paths(job, problems, resume=resume)

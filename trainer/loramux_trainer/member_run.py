@@ -135,6 +135,13 @@ class MemberRun:
         remove_checkpoint(saved)
         return result
 
+    def discard(self) -> None:
+        """Of a run that ends without an adapter: its checkpoints, and its output where nothing else is in it."""
+        for checkpoint in list_checkpoints(self.job.output / CHECKPOINTS):
+            remove_checkpoint(checkpoint)
+        with suppress(OSError):  # not empty
+            self.job.output.rmdir()
+
     def _result(self) -> TrainResult:
         last = self.steps[-10:]
         return TrainResult(

@@ -16,6 +16,7 @@ from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.columnar_files import is_dataset
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
+from loramux_trainer.optimizers.devices import check_device
 from loramux_trainer.records import read_records
 
 
@@ -25,10 +26,18 @@ def check_job(job: TrainConfig, *, resume: bool) -> None:
     """
     problems = Problems()
     with problems.collecting():
+        check_given_device(job)
+    with problems.collecting():
         find_model(job)
     check_paths(job, problems, resume=resume)
     check_records(job, problems)
     problems.raise_any()
+
+
+def check_given_device(job: TrainConfig) -> None:
+    """Raises DeviceInvalid for an optimizer that the job's device is not for; of `auto`, the run knows."""
+    if job.training.device != "auto":
+        check_device(job.training.optimizer, job.training.device)
 
 
 def find_model(job: TrainConfig) -> Path | None:

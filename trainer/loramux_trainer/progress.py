@@ -70,6 +70,10 @@ class FleetProgress(Protocol):
         """Of what concerns all."""
         ...
 
+    def ended(self, name: str, state: str) -> None:
+        """A job takes part no more: finished, stopped (by successive halving) or diverged."""
+        ...
+
 
 class OneJob:
     """A FleetProgress for a run of one job."""
@@ -84,3 +88,6 @@ class OneJob:
     def warned(self, message: str) -> None:
         """The job's."""
         self._progress.warned(message)
+
+    def ended(self, name: str, state: str) -> None:
+        """Its caller knows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,11 +17,13 @@ from loramux_adapters.base.load import BaseRefused, LoadedBase, refingerprint
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.errors import BaseChanged, DeviceFull, Diverged, Interrupted, JobInvalid, ModelInvalid
 from loramux_trainer.fleet.fleet import Fleet
-from loramux_trainer.fleet.member import CHUNK_TOKENS
 from loramux_trainer.fleet.model import FleetModel
+from loramux_trainer.halving import Best, Halving, best_of
 from loramux_trainer.job import TrainConfig
+from loramux_trainer.job_file import JobFile
 from loramux_trainer.member_run import MemberRun, TrainResult, output_directory
 from loramux_trainer.members import build_member
+from loramux_trainer.optimizers.devices import check_device
 from loramux_trainer.preflight import check_job
 from loramux_trainer.preparation import (
     JobData,
@@ -36,7 +38,7 @@ from loramux_trainer.preparation import (
 from loramux_trainer.progress import FleetProgress, OneJob, Progress, Silent
 from loramux_trainer.space import check_space
 
-__all__ = ["FleetOutcome", "TrainResult", "train", "train_fleet"]
+__all__ = ["FleetOutcome", "TrainResult", "train", "train_file"]
 
 _SHARED = ("device", "compute_dtype", "frozen_products", "deterministic", "gradient_checkpointing")
 """Keys of `training` that all jobs of a fleet have in common: they are of the base, not of a job."""
@@ -48,6 +50,8 @@ class FleetOutcome:
 
     results: dict[str, TrainResult]
     failures: dict[str, str]
+    stopped: dict[str, str] = field(default_factory=dict)  # by successive halving
+    best: Best | None = None  # of a sweep
 
 
 def train(
@@ -62,28 +66,27 @@ def train(
     With `resume`, continue from the newest checkpoint if there is one. `stop` is read between steps: when it is set
     the state is saved and Interrupted raised. Raises the errors of loramux_trainer.errors.
     """
-    outcome = train_fleet((job,), resume=resume, progress=OneJob(progress or Silent()), stop=stop)
+    outcome = train_file(JobFile((job,)), resume=resume, progress=OneJob(progress or Silent()), stop=stop)
     for failure in outcome.failures.values():
         raise Diverged(f"{failure}; start again in another output with a lower training.learning_rate")
     (result,) = outcome.results.values()
     return result
 
 
-def train_fleet(
-    jobs: Sequence[TrainConfig],
+def train_file(
+    file: JobFile,
     *,
-    token_budget: int = CHUNK_TOKENS,
-    max_members: int | None = None,
     resume: bool = False,
     progress: FleetProgress | None = None,
     stop: threading.Event | None = None,
 ) -> FleetOutcome:
-    """Train several adapters on one base, at most `max_members` at a time; the others wait for a place.
+    """Train the jobs of a file on one base, at most `fleet.max_members` at a time; the others wait for a place.
 
     A job that diverges is saved as it was before that step, and named among the failures; the others go on. Raises what
     `train` raises, and JobInvalid where the jobs cannot share a base.
     """
-    check_fleet(jobs)
+    jobs = file.jobs
+    check_together(jobs)
     for job in jobs:
         check_job(job, resume=resume)
     saved = {job.output: list_checkpoints(job.output / CHECKPOINTS) for job in jobs}
@@ -91,7 +94,7 @@ def train_fleet(
         for job in jobs:
             outputs.enter_context(output_directory(job.output))
         try:
-            run = _FleetRun(jobs, token_budget, max_members or len(jobs), progress or OneJob(Silent()))
+            run = _FleetRun(file, progress or OneJob(Silent()))
             return run.go({output: found[-1] for output, found in saved.items() if found}, stop or threading.Event())
         except torch.OutOfMemoryError as error:
             raise DeviceFull(
@@ -100,7 +103,7 @@ def train_fleet(
             ) from error
 
 
-def check_fleet(jobs: Sequence[TrainConfig]) -> None:
+def check_together(jobs: Sequence[TrainConfig]) -> None:
     """Raises JobInvalid where the jobs cannot share a base, or would write to one place."""
     if not jobs:
         raise JobInvalid("jobs", "has no job")
@@ -122,12 +125,19 @@ def check_fleet(jobs: Sequence[TrainConfig]) -> None:
 class _FleetRun:
     """The base, the jobs that take part, and those that wait."""
 
-    def __init__(
-        self, jobs: Sequence[TrainConfig], token_budget: int, max_members: int, progress: FleetProgress
-    ) -> None:
-        first = jobs[0]
-        self._progress, self._most = progress, max_members
+    def __init__(self, file: JobFile, progress: FleetProgress) -> None:
+        jobs, first = file.jobs, file.jobs[0]
+        self._file, self._progress = file, progress
+        self._most = file.fleet.max_members or len(jobs)
+        halving = None if file.sweep is None else file.sweep.successive_halving
+        if halving is not None and self._most < len(jobs):
+            raise JobInvalid(
+                "fleet.max_members",
+                f"{self._most} of {len(jobs)} jobs at a time cannot be compared at a rung; remove it",
+            )
         device = find_device(first)
+        for job in jobs:
+            check_device(job.training.optimizer, device.type)
         dtype, products = compute_dtype(first, device), frozen_products(first, device)
         self._waiting = [read_job_data(job) for job in jobs]
         for prepared in self._waiting:
@@ -142,21 +152,31 @@ class _FleetRun:
             )
         except BaseRefused as refusal:
             raise ModelInvalid(str(refusal)) from refusal
-        self._fleet = Fleet(self._model, token_budget=token_budget, warn=progress.warned)
+        self._fleet = Fleet(self._model, token_budget=file.fleet.token_budget, warn=progress.warned)
         self._runs: list[MemberRun] = []
         self._results: dict[str, TrainResult] = {}
         self._failures: dict[str, str] = {}
+        self._stopped: dict[str, str] = {}
+        self._last_evals: dict[str, float] = {}
+        self._halving: Halving | None = None
 
     def go(self, checkpoints: dict[Path, Path], stop: threading.Event) -> FleetOutcome:
         """Runs to the end of all jobs, or raises Interrupted after saving what there is."""
         with self._model:
             self._admit(checkpoints)
+            if self._file.sweep is not None and self._file.sweep.successive_halving is not None:
+                totals = {run.member.name: run.member.options.total_steps for run in self._runs}
+                self._halving = Halving(self._file.sweep.successive_halving, self._file.configurations, totals)
             while self._runs:
                 if stop.is_set():
                     raise Interrupted(self._save_all())
                 self._step()
                 self._admit(checkpoints)
-        return FleetOutcome(self._results, self._failures)
+        best = None
+        if self._file.sweep is not None:
+            ended = {name: loss for name, loss in self._last_evals.items() if name in self._results}
+            best = best_of(ended, self._file.configurations)
+        return FleetOutcome(self._results, self._failures, self._stopped, best)
 
     def _admit(self, checkpoints: dict[Path, Path]) -> None:
         while self._waiting and len(self._runs) < self._most:
@@ -177,14 +197,32 @@ class _FleetRun:
         stepped = [run for run in self._runs if run.member.name in reports]
         for run in stepped:
             run.stepped(reports[run.member.name])
-        due = [run for run in stepped if run.is_eval_due]
+        due = [run for run in stepped if run.is_eval_due or self._is_rung(run)]
         evals = self._fleet.evaluate([run.member for run in due]) if due else {}
         for run in due:
             run.evaluated(evals[run.member.name])
+            self._last_evals[run.member.name] = evals[run.member.name].loss
+        self._halve(stepped)
         for run in list(self._runs):
             if run.is_save_due and run in stepped:
                 run.progress.saved(run.save())
             self._end_of(run)
+
+    def _is_rung(self, run: MemberRun) -> bool:
+        return self._halving is not None and run.member.state == "running" and self._halving.is_rung(run.member.step)
+
+    def _halve(self, stepped: Sequence[MemberRun]) -> None:
+        """Those that lose at a rung end here; nothing of them is exported."""
+        at_rung = [run for run in stepped if self._is_rung(run)]
+        if self._halving is None or not at_rung:
+            return
+        step = at_rung[0].member.step
+        losses = {run.member.name: self._last_evals[run.member.name] for run in at_rung}
+        losers = set(self._halving.losers(step, losses))
+        for run in at_rung:
+            if run.member.name in losers:
+                run.member.state = "stopped"
+                self._stopped[run.member.name] = f"step {step}: eval loss {losses[run.member.name]:.4f} was not enough"
 
     def _end_of(self, run: MemberRun) -> None:
         """Exports what is finished, saves what has diverged, and makes place."""
@@ -195,10 +233,15 @@ class _FleetRun:
             if refingerprint(self._base) != self._base.spec.fingerprint:
                 raise BaseChanged("the frozen base was written to during training; nothing was exported")
             self._results[member.name] = run.finish()
+            self._progress.ended(member.name, "finished")
+        elif member.state == "stopped":
+            run.discard()
+            self._progress.ended(member.name, "stopped")
         else:
             if member.step:
                 run.save()
             self._failures[member.name] = member.failure or member.state
+            self._progress.ended(member.name, "diverged")
         self._fleet.release(member)
         self._runs.remove(run)
 

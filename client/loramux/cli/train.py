@@ -1,4 +1,4 @@
-"""`loramux train`: one adapter from a job file, with a progress bar."""
+"""`loramux train`: adapters from a job file, with a progress bar or a live table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import typer
 from loramux.terminal.output import print_json, say, step_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loramux_trainer.job import TrainConfig
+    from loramux_trainer.job_file import JobFile
+    from loramux_trainer.run import TrainResult
 
 
 def command(
@@ -27,19 +31,27 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
-    """Train a LoRA adapter on the frozen NF4 base; the output is a PEFT directory that `adapters push` takes.
+    """Train adapters on the frozen NF4 base: one, or the jobs or the sweep of a file, all in one pass over it.
 
-    The first SIGTERM, SIGHUP or Ctrl-C saves a checkpoint and stops; `--resume` goes on from it.
+    An output is a directory that `adapters push` takes. The first SIGTERM, SIGHUP or Ctrl-C saves checkpoints and
+    stops; `--resume` goes on from them.
     """
-    from loramux_trainer.job import read_job
+    from loramux_trainer.job_file import read_job_file
     from loramux_trainer.preflight import check_job
 
-    job = read_job(job_file)
+    file = read_job_file(job_file)
     if check:
-        _check(job_file, job, resume=resume)
+        _check(job_file, file.jobs, resume=resume)
         return
-    check_job(job, resume=resume)  # what can be known before torch is imported
+    for job in file.jobs:
+        check_job(job, resume=resume)  # what can be known before torch is imported
+    if len(file.jobs) == 1 and file.sweep is None:
+        _train_one(file.jobs[0], resume=resume, as_json=as_json)
+    else:
+        _train_several(file, resume=resume, as_json=as_json)
 
+
+def _train_one(job: TrainConfig, *, resume: bool, as_json: bool) -> None:
     from loramux.terminal.training_bar import COLUMN, TrainingBar
     from loramux_trainer.interrupt import stop_on_signals
     from loramux_trainer.run import train
@@ -49,19 +61,51 @@ def command(
     if as_json:
         print_json(result)
         return
-    held_out = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
-    print(f"{result.output}: {result.steps} steps in {result.seconds:.1f} s, loss {result.loss:.4f}{held_out}")
+    print(_described(result))
     print(f"publish it with: loramux adapters push {result.output}")
 
 
-def _check(job_file: Path, job: TrainConfig, *, resume: bool) -> None:
+def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from loramux.terminal.training_table import TrainingTable
+    from loramux_trainer.interrupt import stop_on_signals
+    from loramux_trainer.run import train_file
+
+    names = [job.name or job.output.name for job in file.jobs]
+    with stop_on_signals(_say_stopping) as stop, TrainingTable(Console(stderr=True), names) as table:
+        outcome = train_file(file, resume=resume, progress=table, stop=stop)
+    if as_json:
+        print_json(outcome)
+    else:
+        for result in outcome.results.values():
+            print(_described(result))
+        for name, why in outcome.stopped.items():
+            print(f"{name}: stopped at {why}")
+        if outcome.best is not None:
+            print(f"best: {outcome.best.describe()}")
+            print(f"publish it with: loramux adapters push {outcome.results[outcome.best.run].output}")
+    for name, why in outcome.failures.items():
+        say(f"{name} diverged and has no adapter: {why}")
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+def _described(result: TrainResult) -> str:
+    held_out = "" if result.eval_loss is None else f", eval loss {result.eval_loss:.4f}"
+    return f"{result.output}: {result.steps} steps in {result.seconds:.1f} s, loss {result.loss:.4f}{held_out}"
+
+
+def _check(job_file: Path, jobs: Sequence[TrainConfig], *, resume: bool) -> None:
     from loramux_trainer.dry_run import check_whole_job
 
-    if check_whole_job(job, resume=resume):
-        print(f"ok: {job_file} is a valid job")
+    complete = [check_whole_job(job, resume=resume) for job in jobs]
+    what = "a valid job" if len(jobs) == 1 else f"{len(jobs)} valid jobs"
+    if all(complete):
+        print(f"ok: {job_file} is {what}")
     else:
-        print(f"ok: {job_file} is a valid job, as far as one can tell without its base")
-        say(f"{job.model} is not on this machine yet: the run checks lora.target_modules and the tokens")
+        print(f"ok: {job_file} is {what}, as far as one can tell without its base")
+        say(f"{jobs[0].model} is not on this machine yet: the run checks lora.target_modules and the tokens")
 
 
 def _say_stopping() -> None:

@@ -14,7 +14,8 @@ from torch import nn
 
 from loramux_trainer.errors import CheckpointInvalid, DeviceInvalid, JobInvalid
 from loramux_trainer.optimizers.build import build_optimizer
-from loramux_trainer.optimizers.eight_bit import check_device, eight_bit_or_paged_adamw
+from loramux_trainer.optimizers.devices import check_device
+from loramux_trainer.optimizers.eight_bit import eight_bit_or_paged_adamw
 from loramux_trainer.optimizers.hessian import (
     gauss_newton_bartlett_estimate,
     hutchinson_estimate,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.optimizers.adamw import adamw
-from loramux_trainer.optimizers.eight_bit import check_device, eight_bit_or_paged_adamw
+from loramux_trainer.optimizers.devices import check_device
+from loramux_trainer.optimizers.eight_bit import eight_bit_or_paged_adamw
 from loramux_trainer.optimizers.interface import MemberOptimizer, ParameterGroup
 from loramux_trainer.optimizers.library import LibraryOptimizer, torch_groups
 from loramux_trainer.optimizers.lion import lion
