@@ -275,7 +275,7 @@ def test_adapters_from_push_to_rm(fake: FakeServer, adapter_dir: Path, tmp_path:
     pushed = adapters("push", str(adapter_dir), "--label", "team=a")
     assert "support-bot@dddddddddddd published" in pushed.stdout
     assert "kept here: README.md, optimizer.pt" in pushed.stdout
-    assert "unchanged" in adapters("push", str(adapter_dir), "--label", "team=a").stdout
+    assert "had its content already" in adapters("push", str(adapter_dir), "--label", "team=a").stdout
 
     listed = json.loads(adapters("ls", "--json").stdout)
     assert [entry["name"] for entry in listed] == ["support-bot"]

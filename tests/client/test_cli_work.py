@@ -37,21 +37,33 @@ def test_train_reads_and_refuses_a_job(tmp_path: Path) -> None:
     assert "lora.rank" in result.stderr
 
 
-def test_train_reads_a_file_of_several_jobs_and_refuses_what_is_not_built(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+def test_train_takes_a_file_of_several_jobs(tmp_path: Path) -> None:
+    records = "".join(f'{{"prompt": "say {i}", "completion": "it {i}"}}\n' for i in range(8))
+    (tmp_path / "train.jsonl").write_text(records)
     common = "model: loramux-tiny\noutput: out\ndata: {train: train.jsonl}\n"
     job = tmp_path / "job.yaml"
-    for more, said in (
-        ("jobs: [{name: a}, {name: b, lora: {rank: 0}}]\n", "jobs[1].lora.rank: must be at least 1, not 0"),
-        ("jobs: [{name: a}, {name: b}]\n", "jobs: a file of several jobs is not built yet in this version"),
-        ("method: dora\n", "method: dora is not built yet in this version"),
-    ):
-        job.write_text(common + more)
-        for flags in ([], ["--check"]):
-            result = invoke("train", str(job), *flags)
-            assert result.exit_code == ExitCode.REFUSED
-            assert said in result.stderr
+    job.write_text(common + "jobs: [{name: a}, {name: b, lora: {rank: 0}}]\n")
+    for flags in ([], ["--check"]):
+        result = invoke("train", str(job), *flags)
+        assert result.exit_code == ExitCode.REFUSED
+        assert "jobs[1].lora.rank: must be at least 1, not 0" in result.stderr
     assert not (tmp_path / "out").exists()
+
+    common = common.replace("train.jsonl}", "train.jsonl, eval_fraction: 0.25}")
+    steps = "training: {max_steps: 2, batch_size: 2}\n"
+    job.write_text(common + steps + "jobs: [{name: a}, {name: b, method: ia3}]\n")
+    assert invoke("train", str(job), "--check").stdout == f"ok: {job} is 2 valid jobs\n"
+    result = invoke("train", str(job))
+    assert result.exit_code == 0
+    assert "a: finished at step 2" in result.stderr
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [str(tmp_path / "out" / n) for n in "ab"]
+
+    job.write_text(
+        common.replace("output: out", "output: swept") + steps + "sweep: {parameters: {lora.rank: [2, 4]}}\n"
+    )
+    lines = invoke("train", str(job)).stdout.splitlines()
+    assert lines[2].startswith("best: rank-")
+    assert lines[3].startswith(f"publish it with: loramux adapters push {tmp_path / 'swept' / 'rank-'}")
 
 
 def test_a_job_that_is_broken_yaml_is_told_in_one_line_with_its_remedy(tmp_path: Path) -> None:

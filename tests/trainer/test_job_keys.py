@@ -44,7 +44,7 @@ def value_at(job: TrainConfig, key: str) -> Any:
             "it is read by prompt",
         ),
         ({"method": "prefix", "prompt": {"encoder_hidden_size": 4}}, "prompt.encoder_hidden_size", "prefix_projection"),
-        ({"method": "p-tuning", "prompt": {"encoder_dropout": 0.1}}, "prompt.encoder_dropout", "LSTM"),
+        ({"method": "p-tuning", "prompt": {"encoder_num_layers": 3}}, "prompt.encoder_num_layers", "LSTM"),
         ({"galore": {"rank": 4}}, "galore.rank", "read by galore"),
         ({"method": "vera", "init": "A"}, "init", "vera has no factors to initialize"),
         ({"lora": {"rank_budget": 4}}, "lora.rank_budget", "init A exports the rank it trains"),

@@ -117,7 +117,6 @@ class PromptConfig(Section):
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"  # of p-tuning
     encoder_hidden_size: Count | None = None  # of p-tuning, and of prefix with a projection; None: the base's width
     encoder_num_layers: Count = 2  # of p-tuning's LSTM
-    encoder_dropout: Share = 0.0  # of p-tuning's LSTM
     prefix_projection: YesNo = False  # prefix: keys and values by an MLP
 
 

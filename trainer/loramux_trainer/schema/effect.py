@@ -46,7 +46,7 @@ _PROMPT_KEYS: Mapping[str, tuple[str, ...]] = {
     "prompt_tuning_init_text": ("prompt",),
     "encoder_hidden_size": ("p-tuning", "prefix"),
     "prefix_projection": ("prefix",),
-    **dict.fromkeys(("encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout"), ("p-tuning",)),
+    **dict.fromkeys(("encoder_reparameterization_type", "encoder_num_layers"), ("p-tuning",)),
 }
 _OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
     "betas": ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "muon", "sophia"),
@@ -119,7 +119,7 @@ def _reason_of_prompt(name: str, prompt: Mapping[str, Any], method: str) -> str 
     if name == "encoder_hidden_size" and method == "prefix" and not prompt.get("prefix_projection"):
         return "a prefix without a projection has no encoder; remove it, or set prompt.prefix_projection"
     is_lstm = prompt.get("encoder_reparameterization_type") == "LSTM"
-    if name in ("encoder_num_layers", "encoder_dropout") and not is_lstm:
+    if name == "encoder_num_layers" and not is_lstm:
         return "an MLP does not read it; remove it, or set prompt.encoder_reparameterization_type: LSTM"
     return None
 
