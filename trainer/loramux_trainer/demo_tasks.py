@@ -80,6 +80,7 @@ def demo_job(task: DemoTask, directory: Path) -> TrainConfig:
     return parse_job(
         {
             "model": TINY_NAME,
+            "name": task.name,
             "output": "adapter",
             "data": {"train": "train.jsonl"},
             "lora": {"rank": 8, "alpha": 16},
