@@ -195,6 +195,20 @@ def test_a_fleet_that_is_stopped_goes_on_to_the_same_bytes(values: dict[str, Any
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_job_that_is_found_invalid_late_does_not_end_the_others(values: dict[str, Any]) -> None:
+    jobs = [{"name": "good", "lora": {"rank": 2}}, {"name": "bad", "init": "pissa", "lora": {"rank": 300}}]
+    watcher = Watcher(["good", "bad"])
+    outcome = train_file(_file(values, jobs=jobs, fleet={"max_members": 1}), progress=watcher)
+    assert outcome.results.keys() == {"good"}
+    assert "directions that init pissa finds" in outcome.failures["bad"]
+    assert watcher.states == {"good": "finished", "bad": "refused"}
+
+
+def test_virtual_tokens_count_against_the_context(values: dict[str, Any]) -> None:
+    with pytest.raises(JobInvalid, match=r"an example has \d+ tokens, the base's context is"):
+        train_file(_file(values, method="prompt", prompt={"num_virtual_tokens": 2040}))
+
+
 def test_what_cannot_go_together_is_refused(values: dict[str, Any]) -> None:
     parameters = {"training.learning_rate": [1e-3, 1e-2]}
     halving = {"parameters": parameters, "successive_halving": {"min_steps": 2}}

@@ -52,7 +52,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
         return
     with problems.collecting():
         lengths = check_data(job.data, base.encoder, seed=job.training.seed, loss=job.loss)
-        check_context(lengths.longest, base.outline.context_length)
+        check_context(lengths.longest + job.virtual_tokens, base.outline.context_length)
         if job.training.max_steps is None:
             order = StepOrder(
                 lengths.train,

@@ -122,6 +122,11 @@ class TrainConfig(Section):
         """What B A is multiplied by where no pattern gives a module its own rank or alpha."""
         return self.lora.scale(self.lora.rank, self.lora.alpha)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the method puts before every example."""
+        return self.prompt.num_virtual_tokens if self.method in ("prompt", "p-tuning", "prefix") else 0
+
     def reproducibility_key(self) -> dict[str, Any]:
         """Dotted key -> JSON value of everything that decides the trained bytes, data and base aside.
 

@@ -43,7 +43,7 @@ def read_job_data(job: TrainConfig) -> JobData:
     with problems.collecting():
         data = load_data(job.data, reading.encoder, loss=job.loss, seed=job.training.seed)
         longest = max(unit.longest for unit in (*data.train, *data.eval))
-        check_context(longest, reading.outline.context_length)
+        check_context(longest + job.virtual_tokens, reading.outline.context_length)
     problems.raise_any()
     return JobData(job, data, reading)
 

@@ -71,7 +71,7 @@ class FleetProgress(Protocol):
         ...
 
     def ended(self, name: str, state: str) -> None:
-        """A job takes part no more: finished, stopped (by successive halving) or diverged."""
+        """A job takes part no more: finished, stopped (by successive halving), diverged or refused."""
         ...
 
 

@@ -46,7 +46,9 @@ _SHARED = ("device", "compute_dtype", "frozen_products", "deterministic", "gradi
 
 @dataclass(frozen=True)
 class FleetOutcome:
-    """What became of each job, by name: a result, or why there is none."""
+    """What became of each job, by name: a result, or why there is none. Failures: of those that diverged, and of those
+    that were found invalid when they were to begin beside others under way.
+    """
 
     results: dict[str, TrainResult]
     failures: dict[str, str]
@@ -143,7 +145,7 @@ class _FleetRun:
         for prepared in self._waiting:
             _warn_of_lost_ends(prepared, progress.of(_name(prepared.job)))
         self._base: LoadedBase = load(first, device, dtype)
-        examined = examine_base(self._base, max(job.data.max_length for job in jobs))
+        examined = examine_base(self._base, max(job.data.max_length + job.virtual_tokens for job in jobs))
         if first.training.gradient_checkpointing:
             enable_activation_checkpointing(self._base.model)
         try:
@@ -159,6 +161,7 @@ class _FleetRun:
         self._stopped: dict[str, str] = {}
         self._last_evals: dict[str, float] = {}
         self._halving: Halving | None = None
+        self._has_stepped = False
 
     def go(self, checkpoints: dict[Path, Path], stop: threading.Event) -> FleetOutcome:
         """Runs to the end of all jobs, or raises Interrupted after saving what there is."""
@@ -182,8 +185,16 @@ class _FleetRun:
         while self._waiting and len(self._runs) < self._most:
             prepared = self._waiting.pop(0)
             progress = self._progress.of(_name(prepared.job))
-            built = build_member(prepared, self._model, progress.warned)
-            check_space(prepared.job, built.adapter.parameters.weights.numel(), built.member.options.total_steps)
+            try:
+                built = build_member(prepared, self._model, progress.warned)
+                check_space(prepared.job, built.adapter.parameters.weights.numel(), built.member.options.total_steps)
+            except JobInvalid as error:
+                if not self._has_stepped:
+                    raise
+                # The others have hours of work behind them.
+                self._failures[_name(prepared.job)] = str(error)
+                self._progress.ended(_name(prepared.job), "refused")
+                continue
             run = MemberRun(prepared, self._base, built, progress)
             run.begin(checkpoints.get(prepared.job.output))
             self._fleet.admit(built.member)
@@ -194,6 +205,7 @@ class _FleetRun:
 
     def _step(self) -> None:
         reports = self._fleet.step()
+        self._has_stepped = True
         stepped = [run for run in self._runs if run.member.name in reports]
         for run in stepped:
             run.stepped(reports[run.member.name])

@@ -86,7 +86,7 @@ def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
             print(f"best: {outcome.best.describe()}")
             print(f"publish it with: loramux adapters push {outcome.results[outcome.best.run].output}")
     for name, why in outcome.failures.items():
-        say(f"{name} diverged and has no adapter: {why}")
+        say(f"{name} has no adapter: {why}")
     if outcome.failures:
         raise typer.Exit(1)
 
