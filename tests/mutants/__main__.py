@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from catalog import MUTANTS, Mutant
+from catalog import MUTANTS
+from mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # for the tests of one fault; what takes longer shows nothing: the machine may only be slow

@@ -5,22 +5,12 @@ A mutant is one exact replacement in one file. One that changes nothing that can
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from catalog_of_training import TRAINING_MUTANTS
+from mutant import Mutant
 
 ENGINE, MODEL, API = "server/loramux_server/engine/", "server/loramux_server/model/", "server/loramux_server/api/"
 ADAPTERS = "adapters/loramux_adapters/"
 TEST_ENGINE, TEST_MODEL, TEST_ADAPTERS = "tests/server/engine/", "tests/server/model/", "tests/adapters/"
-
-
-class Mutant(NamedTuple):
-    """`old` stands exactly once in `file`; with `new` in its place one of `tests` (files or test ids) must fail."""
-
-    fault: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
 
 MUTANTS = (
     # Blocks and tables
@@ -379,4 +369,5 @@ MUTANTS = (
         "if not (value < low or (open_low and value == low) or value > high):",
         ("tests/server/api/test_validate.py",),
     ),
+    *TRAINING_MUTANTS,
 )  # fmt: skip
