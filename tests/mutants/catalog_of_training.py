@@ -9,9 +9,9 @@ FLEET, TEST_FLEET = TRAINER + "fleet/", TESTS + "fleet/"
 
 TRAINING_MUTANTS = (
     Mutant(
-        "a member that diverged takes the step", FLEET + "member.py",
-        "if not (math.isfinite(loss) and math.isfinite(norm)):", "if False:",
-        (TESTS + "test_train_file.py", TESTS + "test_run.py"),
+        "one that diverged is not saved", TRAINER + "run.py",
+        "            if member.step:\n                run.save()\n", "",
+        (TESTS + "test_train_file.py",),
     ),
     Mutant(
         "weights that are not finite stay", FLEET + "member.py",
