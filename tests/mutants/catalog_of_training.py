@@ -50,7 +50,7 @@ TRAINING_MUTANTS = (
         "positions go on from one sequence to the next", FLEET + "model.py",
         "positions = torch.cat([torch.arange(length, device=device) for length in lengths])",
         "positions = torch.arange(sum(lengths), device=device)",
-        (TEST_FLEET + "test_model.py",),
+        (TESTS + "test_architectures.py",),
     ),
     Mutant(
         "the initial pair is not taken off", TRAINER + "methods/delta.py",

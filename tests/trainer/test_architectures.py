@@ -132,3 +132,25 @@ def test_rows_of_a_longrope_base_choose_by_their_own_length(tmp_path: Path) -> N
     )
     torch.testing.assert_close(together, expected, atol=2e-5, rtol=1e-5)
     assert float((naive - each[0]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral"])
+def test_sequences_of_a_micro_batch_are_each_by_itself(family: str, tmp_path: Path) -> None:
+    """Learned positions, windows and caps: each begins at position 0 and sees itself alone."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 4  # so that where a token stands matters
+    model.save_pretrained(tmp_path)
+    sizes = (7, 60, 33)
+    rows = [tuple(range(start, start + size)) for start, size in zip((3, 40, 90), sizes, strict=True)]
+    examples = [Example(row, (IGNORE, *row[1:])) for row in rows]
+    base = load_base(tmp_path, compute_dtype=torch.float32)
+    with torch.no_grad():
+        logits = [base.model(input_ids=torch.tensor([row])).logits[0, :-1] for row in rows]
+        with FleetModel(base, examine(base, 256)) as fleet:
+            together = _log_probs(fleet, None, examples)
+    targets = torch.cat([torch.tensor(row[1:]) for row in rows])
+    alone = torch.cat(logits).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(together, alone, atol=5e-4, rtol=1e-4)
