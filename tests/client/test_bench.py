@@ -171,7 +171,7 @@ async def test_a_driver_that_cannot_be_closed_keeps_no_other_from_it() -> None:
 
 @pytest.mark.asyncio
 async def test_a_peer_that_died_does_not_hide_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramux.bench.peft_driver.sys.executable", "/bin/false")
+    monkeypatch.setattr("loramux.bench.peer.sys.executable", "/bin/false")
     driver = PeftDriver(tmp_path, [], threads=1, dtype="float32", log=tmp_path / "log")
     with pytest.raises(DriverFailed, match="peer ended"):
         await driver.start()

@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from loramux.bench import report
+from loramux.bench import report, train_report
 from loramux.bench.driver import Driver
 from loramux.bench.kinds import make_members
 from loramux.bench.session import measure
 from loramux.bench.shapes import adapters_root, get_shape, make_checkpoint
 from loramux.bench.stats import summarize
+from loramux.bench.train_bench import measure_count, measure_speed, summarize_speed, systems_of
+from loramux.bench.train_workload import CountWorkload, SpeedWorkload, find_training
 from loramux.bench.workload import Workload, WorkloadInvalid, read_workload
 from loramux.machine import describe
+from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.threads import limit_spinning
 
 if TYPE_CHECKING:
@@ -57,11 +60,14 @@ class BenchResults:
 def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
     """Measure. Raises WorkloadInvalid, ResultsUnwritable, DriverFailed and the client's errors."""
     limit_spinning()  # before torch comes: the engine in this process is to compute as a server does
+    training = find_training(options.workload)
+    if training is not None:
+        return _train(training, options, announce)
     workload = read_workload(options.workload)
     report.prepare(options.out)
     if options.rounds is not None:
         workload = dataclasses.replace(workload, rounds=options.rounds)
-    cache = options.cache or Path(platformdirs.user_cache_dir("loramux", appauthor=False)) / "bench"
+    cache = _cache(options)
     names = _fitting(options.drivers, workload, announce)
     announce(f"shape {workload.shape}: checkpoint and {len(workload.members)} adapters in {cache}")
     model = make_checkpoint(workload.shape, workload.seed, cache)
@@ -87,7 +93,54 @@ def run(options: BenchOptions, announce: Callable[[str], None]) -> BenchResults:
     if profile is not None:
         values["profile"] = dataclasses.asdict(profile)
         page += "\n" + "\n".join(report.profile_lines(profile)) + "\n"
-    return BenchResults(f"{workload.name}-{taken:%Y%m%dT%H%M%SZ}", values, page)
+    return BenchResults(_stem(workload.name, taken), values, page)
+
+
+def _cache(options: BenchOptions) -> Path:
+    return options.cache or Path(platformdirs.user_cache_dir("loramux", appauthor=False)) / "bench"
+
+
+def _train(
+    workload: SpeedWorkload | CountWorkload, options: BenchOptions, announce: Callable[[str], None]
+) -> BenchResults:
+    """The same for a workload of training, whose drivers are the trainer and PEFT. Raises WorkloadInvalid for an option
+    that would not take effect."""
+    counts = isinstance(workload, CountWorkload)
+    refused = {
+        "--address": options.address is not None,
+        "--profile-step": options.profile_step,
+        "--dtype": options.dtype != "auto",
+        "--driver grpc": "grpc" in options.drivers,
+        "--driver peft alone": options.drivers == ("peft",),
+        "--rounds": counts and options.rounds is not None,
+    }
+    for option in (option for option, is_given in refused.items() if is_given):
+        raise WorkloadInvalid(f"{option} has no effect on {workload.name}", remedy="leave it out")
+    report.prepare(options.out)
+    model = (
+        tiny_path() if workload.shape == TINY_NAME else make_checkpoint(workload.shape, workload.seed, _cache(options))
+    )
+    with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
+        if isinstance(workload, CountWorkload):
+            workload = dataclasses.replace(workload, threads=options.threads or workload.threads)
+            counted = measure_count(workload, model, Path(scratch), announce)
+            machine, taken = describe(), datetime.now(UTC)
+            values = train_report.count_document(workload, machine, counted, taken)
+            page = train_report.count_page(workload, machine, counted, taken)
+        else:
+            threads = workload.threads if options.threads is None else (options.threads,)
+            workload = dataclasses.replace(workload, threads=threads, rounds=options.rounds or workload.rounds)
+            systems = systems_of(workload, peft="peft" in options.drivers)
+            samples = measure_speed(workload, systems, model, Path(scratch), announce)
+            summaries = summarize_speed(samples, systems)
+            machine, taken = describe(), datetime.now(UTC)
+            values = train_report.speed_document(workload, machine, summaries, samples, taken)
+            page = train_report.speed_page(workload, machine, summaries, systems, taken)
+    return BenchResults(_stem(workload.name, taken), values, page)
+
+
+def _stem(name: str, taken: datetime) -> str:
+    return f"{name}-{taken:%Y%m%dT%H%M%SZ}"
 
 
 def _fitting(drivers: tuple[str, ...], workload: Workload, announce: Callable[[str], None]) -> tuple[str, ...]:

@@ -1,20 +1,19 @@
 """The peer itself: PEFT on the same NF4 checkpoint, `generate(adapter_names=[...])` over one static batch.
 
-Run as a module; JSON lines in and out. The first line sets up, each further line is one batch.
-Imports nothing of Loramux.
+Run as a module; see `peer`. Each question is one batch. Imports nothing of Loramux that computes.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, StoppingCriteria, StoppingCriteriaList
+
+from loramux.bench.peer import Answer, answer_lines
 
 BASE = "__base__"  # PEFT's own word for a row without an adapter
 
@@ -72,20 +71,12 @@ def run(model: Any, batch: dict[str, Any]) -> list[float]:
     return clock.arrivals
 
 
-def main() -> None:
-    """Answer JSON lines until the pipe closes."""
+def _make(setup: dict[str, Any]) -> Answer:
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    model: Any = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        if model is None:
-            model = load(message)
-            answer: dict[str, Any] = {"ready": True}
-        else:
-            answer = {"arrivals": run(model, message)}
-        print(json.dumps(answer), flush=True)
+    model = load(setup)
+    return lambda batch: {"arrivals": run(model, batch)}
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(_make)

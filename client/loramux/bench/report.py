@@ -95,7 +95,7 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def machine_lines(machine: Machine, settings: dict[str, Any]) -> list[str]:
+def machine_lines(machine: Machine, settings: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: where and with which settings it was measured."""
     lines = [
         "## Machine of the bench",

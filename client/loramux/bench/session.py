@@ -10,18 +10,20 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import cycle
+from typing import TypeVar
 
 from loramux.bench.driver import Call, Driver, DriverFailed, Trace
 from loramux.bench.stats import Sample, sample
 from loramux.bench.workload import Scenario, Workload
 
+T = TypeVar("T")
 Announce = Callable[[str], None]
 
 
-def round_order(scenarios: Sequence[Scenario], round_number: int) -> list[Scenario]:
-    """The scenarios, started at another one each round."""
-    first = round_number % len(scenarios)
-    return [*scenarios[first:], *scenarios[:first]]
+def round_order(things: Sequence[T], round_number: int) -> list[T]:
+    """What alternates in a round, started at another one each round."""
+    first = round_number % len(things)
+    return [*things[first:], *things[:first]]
 
 
 async def measure(workload: Workload, drivers: Sequence[Driver], vocabulary: int, announce: Announce) -> list[Sample]:

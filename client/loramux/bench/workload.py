@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, Strict, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, Strict, ValidationInfo, field_validator
 
 from loramux.bench.driver import Call
 from loramux_adapters.names import NAME
@@ -30,7 +30,18 @@ class WorkloadInvalid(Exception):
         self.remedy = remedy
 
 
+S = TypeVar("S")
+
 Count = Annotated[int, Strict(), Field(ge=1)]
+
+
+def _can_name_a_file(name: str) -> str:
+    if not NAME.allows(name):
+        raise ValueError(f"must be {NAME.words}: results are files of this name")
+    return name
+
+
+FileName = Annotated[Text, AfterValidator(_can_name_a_file)]
 CountFromZero = Annotated[int, Strict(), Field(ge=0)]
 LORA, ALORA = "lora", "alora"
 INVOCATION = (11, 12, 13)
@@ -82,7 +93,7 @@ class Workload(Section):
     scenario.
     """
 
-    name: Text
+    name: FileName
     shape: Text
     requests: Count
     prompt_tokens: Count
@@ -99,13 +110,6 @@ class Workload(Section):
     slots: CountFromZero = 0  # adapters of the plan that fit on the device; 0: what the server makes of its memory
     server: dict[Text, Text] = field(default_factory=dict)  # options of `loramux serve`
     keep_store: Annotated[bool, Strict()] = False  # in the cache, where pushing the adapters takes minutes
-
-    @field_validator("name")
-    @classmethod
-    def _can_name_a_file(cls, name: str) -> str:
-        if not NAME.allows(name):
-            raise ValueError(f"must be {NAME.words}: results are files of this name")
-        return name
 
     @field_validator("scenarios")
     @classmethod
@@ -220,31 +224,48 @@ def _activated(prompt: Sequence[int]) -> tuple[int, ...]:
 
 
 def shipped() -> tuple[str, ...]:
-    """Names of the workloads that come with Loramux."""
-    folder = resources.files("loramux.bench") / "workloads"
-    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")))
+    """Names of the workloads of serving that come with Loramux."""
+    return _names_in("workloads")
+
+
+def shipped_training() -> tuple[str, ...]:
+    """Names of those of training."""
+    return _names_in("training_workloads")
+
+
+def _names_in(folder: str) -> tuple[str, ...]:
+    files = (resources.files("loramux.bench") / folder).iterdir()
+    return tuple(sorted(entry.name.removesuffix(".toml") for entry in files if entry.name.endswith(".toml")))
+
+
+def workload_text(reference: str) -> str:
+    """The text of a shipped workload by name, or of a TOML file by path. Raises WorkloadInvalid."""
+    for folder, names in (("workloads", shipped()), ("training_workloads", shipped_training())):
+        if reference in names:
+            return (resources.files("loramux.bench") / folder / f"{reference}.toml").read_text(encoding="utf-8")
+    try:
+        return read_text(Path(reference))
+    except OSError as error:
+        known = ", ".join((*shipped(), *shipped_training()))
+        raise WorkloadInvalid(f"cannot read the workload {reference}: {error.strerror}; shipped are {known}") from error
+    except TextFileInvalid as error:
+        raise WorkloadInvalid(str(error), remedy=error.remedy) from error
 
 
 def read_workload(reference: str) -> Workload:
-    """A shipped workload by name, or a TOML file by path. Raises WorkloadInvalid."""
-    if reference in shipped():
-        text = (resources.files("loramux.bench") / "workloads" / f"{reference}.toml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = read_text(Path(reference))
-        except OSError as error:
-            raise WorkloadInvalid(
-                f"cannot read the workload {reference}: {error.strerror}; shipped are {', '.join(shipped())}"
-            ) from error
-        except TextFileInvalid as error:
-            raise WorkloadInvalid(str(error), remedy=error.remedy) from error
-    return parse_workload(text, reference)
+    """A workload of serving by name or path. Raises WorkloadInvalid."""
+    return parse_workload(workload_text(reference), reference)
 
 
 def parse_workload(text: str, name: str = "workload") -> Workload:
     """A workload from TOML text; `name` is the file's in messages. Raises WorkloadInvalid with every wrong key."""
+    return parse_section(Workload, text, name)
+
+
+def parse_section(section: type[S], text: str, name: str) -> S:
+    """Any kind of workload from TOML text. Raises WorkloadInvalid."""
     try:
-        return read(Workload, parse_toml(text, name))
+        return read(section, parse_toml(text, name))
     except TextFileInvalid as error:
         raise WorkloadInvalid(str(error), remedy=error.remedy) from error
     except ValuesInvalid as error:

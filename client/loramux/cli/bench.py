@@ -16,7 +16,8 @@ from loramux.terminal.signals import terminated_as_interrupted
 def command(
     workload: Annotated[str, typer.Option("--workload", "-w", help="Shipped workload or TOML file.")] = "mixed-125m",
     driver: Annotated[
-        list[str] | None, typer.Option(help="engine (in process), grpc or peft; repeat to alternate several.")
+        list[str] | None,
+        typer.Option(help="engine (in process; of training: the trainer), grpc or peft; repeat to alternate several."),
     ] = None,
     address: Annotated[
         str | None, typer.Option("--address", "-a", help="For grpc: a running server with the workload's shape.")
@@ -31,7 +32,10 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON on stdout too.")] = False,
 ) -> None:
-    """Measure output tokens/s and latency; write JSON and a Markdown table with the machine described."""
+    """Measure output tokens/s and latency, or tokens/s of training (-w train-125m).
+
+    Writes JSON and a Markdown table with the machine described.
+    """
     from loramux.bench.driver import DriverFailed
     from loramux.bench.main import BenchOptions, run
     from loramux.bench.report import ResultsUnwritable, write

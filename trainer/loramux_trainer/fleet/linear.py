@@ -1,17 +1,13 @@
 """Siblings of linear maps with gradients: one frozen product for the rows of all members, and each one's parts.
 
 Computes what a server computes (`loramux_adapters.apply.group`), by the same frozen product and the same kernels:
-
-    y = output_gain * (W x' + B A dropout(x')) + bias,   x' = input_gain * x
-
-One node of autograd's graph per group: x is kept once, and gradients of the parts are added where each member keeps
-its own. The frozen weight has none.
+y = output_gain * (W x' + B A dropout(x')) + bias, x' = input_gain * x. One node of autograd's graph per group: x is
+kept once, and gradients of the parts are added where each member keeps its own. The frozen weight has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,33 +22,21 @@ from loramux_adapters.parts.input_gain import InputGain
 from loramux_adapters.parts.low_rank import LowRank
 from loramux_adapters.parts.magnitude import Magnitude
 from loramux_adapters.parts.output_gain import OutputGain
+from loramux_trainer.fleet.linear_parts import (
+    Acting,
+    Gain,
+    GroupParts,
+    LinearParts,
+    dense_back,
+    dropout_masks,
+    low_rank_back,
+    masked,
+    masked_inputs,
+    scaled_inputs,
+    without_dense,
+)
 from loramux_trainer.fleet.parts import Leaf, StepParts
 from loramux_trainer.fleet.rows import Span, SpanRows, StepCell
-
-
-@dataclass(frozen=True, eq=False)
-class Gain:
-    """On the output; `own` is the base's bias where it is not scaled."""
-
-    leaf: Leaf  # [out]
-    own: torch.Tensor | None  # [out]
-
-
-@dataclass(frozen=True, eq=False)
-class LinearParts:
-    """One member's parts at one map."""
-
-    dense: Leaf | None  # [out, in], in place of the frozen weight
-    low_rank: tuple[Leaf, Leaf] | None  # A [r, in], B [out, r] with the scale
-    input_gain: Leaf | None  # [in]
-    gain: Gain | None
-    bias: Leaf | None  # [out], the difference to the base's own
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the member leaves the map as it is."""
-        leaves = (self.dense, self.low_rank, self.input_gain, self.gain, self.bias)
-        return all(leaf is None for leaf in leaves)
 
 
 class Observer(Protocol):
@@ -176,21 +160,6 @@ class LinearGroup:
         return (self._squares[member] + (b * (2 * shrunk + b @ (a @ a.T))).sum(1)).sqrt()
 
 
-@dataclass(frozen=True, eq=False)
-class GroupParts:
-    """One member's parts at siblings."""
-
-    maps: tuple[LinearParts, ...]
-
-    @property
-    def acts(self) -> bool:
-        """Whether there is one."""
-        return not all(parts.is_empty for parts in self.maps)
-
-
-Acting = Sequence[tuple[Span, GroupParts]]
-
-
 class _Adapted(torch.autograd.Function):
     """See the module. Saved: x, then dropout masks and outputs before a gain, in the order of `acting`."""
 
@@ -201,12 +170,12 @@ class _Adapted(torch.autograd.Function):
         """x [T, in] -> each map's [T, out]."""
         if group.observer is not None:
             group.observer.inputs(x)
-        inputs = _scaled_inputs(x, len(group.names), acting)
+        inputs = scaled_inputs(x, len(group.names), acting)
         y = group.product(x, inputs)
         _multiply_dense(y, inputs, group, acting)
-        masks = _masks(x, group.key, acting)
+        masks = dropout_masks(x, group.key, acting)
         if rows is not None:
-            _add_low_rank(y, _dropped(inputs, masks, acting), group, rows, acting)
+            _add_low_rank(y, masked_inputs(inputs, masks, acting), group, rows, acting)
         before = _finish(y, group, acting)
         ctx.save_for_backward(x, *(mask for mask in masks if mask is not None), *before)
         ctx.group, ctx.acting, ctx.has_mask = group, acting, [mask is not None for mask in masks]
@@ -230,29 +199,18 @@ class _Adapted(torch.autograd.Function):
             of_x = _back_through_gains(x, of_y, masks, group, acting)
         else:
             if ctx.needs_input_grad[0]:
-                of_x = torch.zeros_like(x)
-                of_frozen = _without_dense(of_y, acting)
-                of_x[ctx.first :] = group.product_back([each[ctx.first :] for each in of_frozen])
+                of_frozen = without_dense(of_y, acting)
+                of_x = group.product_back([each[ctx.first :] for each in of_frozen])
+                if ctx.first:
+                    of_x = torch.cat([torch.zeros_like(x[: ctx.first]), of_x])
             for (span, own), mask in zip(acting, masks, strict=True):
                 rows = x[span.rows].float()
-                dropped = _masked(rows, mask)
+                dropped = masked(rows, mask)
                 shared = None if of_x is None else of_x[span.rows]
                 for parts, of_one in zip(own.maps, of_y, strict=True):
-                    _dense_back(parts, rows, of_one[span.rows], shared)
-                    _low_rank_back(parts, dropped, of_one[span.rows], mask, shared)
+                    dense_back(parts, rows, of_one[span.rows], shared)
+                    low_rank_back(parts, dropped, of_one[span.rows], mask, shared)
         return of_x if ctx.needs_input_grad[0] else None, None, None, None, None
-
-
-def _scaled_inputs(x: torch.Tensor, maps: int, acting: Acting) -> list[torch.Tensor]:
-    """What each map reads: x itself where no member scales it."""
-    inputs = [x] * maps
-    for span, own in acting:
-        for index, parts in enumerate(own.maps):
-            if parts.input_gain is not None:
-                if inputs[index] is x:
-                    inputs[index] = x.clone()
-                inputs[index][span.rows] *= parts.input_gain.value.to(x.dtype)
-    return inputs
 
 
 def _multiply_dense(y: torch.Tensor, inputs: Sequence[torch.Tensor], group: LinearGroup, acting: Acting) -> None:
@@ -265,42 +223,12 @@ def _multiply_dense(y: torch.Tensor, inputs: Sequence[torch.Tensor], group: Line
                 y[span.rows, begin:end] = F.linear(inputs[index][span.rows], parts.dense.value.to(y.dtype), bias)
 
 
-def _masks(x: torch.Tensor, site: str, acting: Acting) -> list[torch.Tensor | None]:
-    """Dropout masks of the spans that have one and a low rank here; siblings share theirs."""
-    return [
-        span.dropout.mask(site, x[span.rows])
-        if span.dropout is not None and any(parts.low_rank is not None for parts in own.maps)
-        else None
-        for span, own in acting
-    ]
-
-
-def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x * mask
-
-
-def _dropped(
-    inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], acting: Acting
-) -> Sequence[torch.Tensor]:
-    """The inputs of the low ranks; siblings that read one tensor still do."""
-    if all(mask is None for mask in masks):
-        return inputs
-    made: dict[int, torch.Tensor] = {}
-    for each in inputs:
-        if id(each) not in made:
-            made[id(each)] = each.clone()
-            for (span, _), mask in zip(acting, masks, strict=True):
-                if mask is not None:
-                    made[id(each)][span.rows] *= mask
-    return [made[id(each)] for each in inputs]
-
-
 def _add_low_rank(
     y: torch.Tensor, inputs: Sequence[torch.Tensor], group: LinearGroup, rows: SpanRows, acting: Acting
 ) -> None:
     """All members' low ranks by the kernels, from pools that are made for this call."""
     members = {span.slot: own for span, own in acting}
-    ranks = {slot: [_rank(parts) for parts in own.maps] for slot, own in members.items()}
+    ranks = {slot: [parts.rank for parts in own.maps] for slot, own in members.items()}
     capacity = sum(max(each) for each in ranks.values())
     if not capacity:
         return
@@ -325,10 +253,6 @@ def _add_low_rank(
     for index, each in enumerate(inputs):
         alone = [own if other == index else None for other, own in enumerate(rank_rows)]
         rows.add_low_rank(y, each, LowRankPools(a, b, group.columns, alone))
-
-
-def _rank(parts: LinearParts) -> int:
-    return 0 if parts.low_rank is None else len(parts.low_rank[0].value)
 
 
 def _finish(y: torch.Tensor, group: LinearGroup, acting: Acting) -> list[torch.Tensor]:
@@ -369,52 +293,6 @@ def _finish_back(
     return gradients
 
 
-def _without_dense(gradients: Sequence[torch.Tensor], acting: Acting) -> list[torch.Tensor]:
-    """Gradients of y that the frozen weights have to do with: none where a member has a weight of its own."""
-    found = list(gradients)
-    for span, own in acting:
-        for index, parts in enumerate(own.maps):
-            if parts.dense is not None:
-                if found[index] is gradients[index]:
-                    found[index] = gradients[index].clone()
-                found[index][span.rows] = 0
-    return found
-
-
-def _dense_back(parts: LinearParts, x: torch.Tensor, of_y: torch.Tensor, of_x: torch.Tensor | None) -> None:
-    """x [n, in] and the gradient of y [n, out] of one span: adds to those of the member's own weight and of x."""
-    if parts.dense is None:
-        return
-    if parts.dense.grad is not None:
-        parts.dense.grad.addmm_(of_y.float().T, x)
-    if of_x is not None:
-        of_x += (of_y.float() @ parts.dense.value).to(of_x.dtype)
-
-
-def _low_rank_back(
-    parts: LinearParts,
-    z: torch.Tensor,
-    of_y: torch.Tensor,
-    mask: torch.Tensor | None,
-    of_x: torch.Tensor | None,
-) -> None:
-    """z [n, in] and the gradient of y [n, out] of one span: adds to those of A, B and x [n, in]."""
-    if parts.low_rank is None:
-        return
-    a, b = parts.low_rank
-    of_y = of_y.float()
-    of_shrunk = of_y @ b.value  # [n, r]
-    if b.grad is not None:
-        b.grad.addmm_(of_y.T, z @ a.value.T)
-    if a.grad is not None:
-        a.grad.addmm_(of_shrunk.T, z)
-    if of_x is not None:
-        if mask is None and of_x.dtype == torch.float32:
-            of_x.addmm_(of_shrunk, a.value)
-        else:
-            of_x += _masked(of_shrunk @ a.value, mask).to(of_x.dtype)
-
-
 def _back_through_gains(
     x: torch.Tensor,
     of_y: Sequence[torch.Tensor],
@@ -424,7 +302,7 @@ def _back_through_gains(
 ) -> torch.Tensor:
     """The gradient of x, map by map, where maps read inputs of their own; adds the gradients of input gains too."""
     of_x = torch.zeros_like(x)
-    of_frozen = _without_dense(of_y, acting)
+    of_frozen = without_dense(of_y, acting)
     for index, of_one in enumerate(of_y):
         others = [each if other == index else torch.zeros_like(each) for other, each in enumerate(of_frozen)]
         of_input = group.product_back(others)
@@ -433,8 +311,8 @@ def _back_through_gains(
             gain = None if parts.input_gain is None else parts.input_gain.value
             rows = x[span.rows].float()
             own_input = rows if gain is None else rows * gain
-            _dense_back(parts, own_input, of_one[span.rows], of_input[span.rows])
-            _low_rank_back(parts, _masked(own_input, mask), of_one[span.rows], mask, of_input[span.rows])
+            dense_back(parts, own_input, of_one[span.rows], of_input[span.rows])
+            low_rank_back(parts, masked(own_input, mask), of_one[span.rows], mask, of_input[span.rows])
             if parts.input_gain is not None:
                 if parts.input_gain.grad is not None:
                     parts.input_gain.grad.add_((of_input[span.rows].float() * rows).sum(0))
