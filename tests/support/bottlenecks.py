@@ -156,7 +156,7 @@ class _Layer(nn.Module):
         return y
 
 
-def attach(model: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
+def attach(model: PreTrainedModel, config: dict[str, Any], name: str = NAME) -> PreTrainedModel:
     """The model with adapters of a config, untrained, where the package puts them."""
     architecture = model.config.model_type
     is_gpt2, is_gemma = architecture == "gpt2", architecture.startswith("gemma")
@@ -169,7 +169,7 @@ def attach(model: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
                 if isinstance(reduction, dict):
                     reduction = reduction.get(str(index), reduction.get("default"))
                 width = model.config.hidden_size
-                place.adapters[NAME] = _Adapter(width, max(1, int(width // reduction)), config)
+                place.adapters[name] = _Adapter(width, max(1, int(width // reduction)), config)
         if architecture in HOOKED:
             second = layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm
             _hook(layer.input_layernorm, layer.self_attn.o_proj, layer.attention_adapters)
@@ -241,8 +241,11 @@ def is_bottleneck(directory: Path) -> bool:
 
 
 def with_bottlenecks(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """The model with the adapter of a directory, every tensor of the file in its place."""
-    attach(model, json.loads((directory / CONFIG_FILE).read_text())["config"])
+    """The model with the adapter of a directory, every tensor of the file in its place. As in the package, keys that
+    its config does not have are the defaults.
+    """
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    attach(model, _DEFAULTS | config["config"], config["name"])
     found = model.load_state_dict(load_file(directory / ADAPTERHUB_WEIGHTS_FILE), strict=False)
     assert not found.unexpected_keys
     assert not [name for name in found.missing_keys if ".adapters." in name]

@@ -48,7 +48,7 @@ def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_ru
         (["q_prj"], "q_prj names no module of loramux-tiny; its linear maps end in"),
         (r".*\.z_proj", "matches no module"),
         ("(", "not a regular expression"),
-        (["embed_tokens"], "not a linear map"),
+        (["input_layernorm"], "neither a linear map nor an embedding"),
     ],
 )
 def test_targets_are_judged(make_job: JobMaker, targets: Any, says: str) -> None:

@@ -36,7 +36,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
     from loramux_trainer.batches import StepOrder
     from loramux_trainer.data import check_context
     from loramux_trainer.data_check import check_data
-    from loramux_trainer.targets import TARGETED, resolve_modules
+    from loramux_trainer.targets import modules_of
 
     try:
         base = read_base(job, str(files))
@@ -45,8 +45,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
         check_records(job, problems)
         return
     with problems.collecting():
-        if job.method in TARGETED:
-            resolve_modules(job.lora, base.outline)
+        modules_of(job, base.outline)
     if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
         check_records(job, problems)
         return

@@ -22,7 +22,7 @@ from loramux_trainer.methods.trained import TrainedAdapter
 from loramux_trainer.optimizers.build import build_optimizer
 from loramux_trainer.preparation import JobData
 from loramux_trainer.schedule import learning_rate
-from loramux_trainer.targets import TARGETED, ModuleShape, resolve_modules
+from loramux_trainer.targets import ModuleShape, modules_of
 
 _MICRO_BATCHES_LOOKED_AT = 8
 """Of training data, by initializations that look at it."""
@@ -45,7 +45,7 @@ def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], Non
     check_batch_size(loss, training.batch_size)
     order = _order(job, data)
     total = training.max_steps if training.max_steps is not None else training.num_train_epochs * order.steps_per_epoch
-    shapes = resolve_modules(job.lora, base.spec) if job.method in TARGETED else {}
+    shapes = modules_of(job, base.spec)
     values = BaseValues(base)
     factors = _factors(job, model, values, shapes, order, data)
     around = Surroundings(
@@ -104,6 +104,12 @@ def _factors(
 ) -> Factors | None:
     if job.init not in (*OF_WEIGHTS, *OF_DATA):
         return None
+    embeddings = [name for name in shapes if model.base.spec.modules[name].kind == "embedding"]
+    if embeddings:
+        raise JobInvalid(
+            "init",
+            f"{job.init} finds no factors for {embeddings[0]}, an embedding; use A, or leave it out of the targets",
+        )
     batches: list[Sequence[Example]] = []
     step = 0
     while job.init in OF_DATA and len(batches) < _MICRO_BATCHES_LOOKED_AT and step < order.steps_per_epoch:

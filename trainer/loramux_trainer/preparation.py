@@ -16,7 +16,7 @@ from loramux_trainer.base_reading import BaseReading, loading, read_base
 from loramux_trainer.data import DataSet, check_context, load_data
 from loramux_trainer.errors import DeviceInvalid, JobInvalid, ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
-from loramux_trainer.targets import TARGETED, resolve_modules
+from loramux_trainer.targets import modules_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,7 @@ def read_job_data(job: TrainConfig) -> JobData:
     reading = read_base(job, source_of(job))
     problems = Problems()
     with problems.collecting():
-        if job.method in TARGETED:
-            resolve_modules(job.lora, reading.outline)
+        modules_of(job, reading.outline)
     with problems.collecting():
         data = load_data(job.data, reading.encoder, loss=job.loss, seed=job.training.seed)
         longest = max(unit.longest for unit in (*data.train, *data.eval))

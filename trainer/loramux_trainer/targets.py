@@ -14,14 +14,16 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.patterns import RegexBudget
 from loramux_adapters.formats.peft.config import Names
 from loramux_adapters.formats.peft.name_keys import NameKeys
-from loramux_adapters.formats.peft.selection import LINEAR, Selection, select_modules
+from loramux_adapters.formats.peft.selection import LINEAR, LINEAR_AND_EMBEDDING, Selection, select_modules
 from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
 from loramux_trainer.errors import JobInvalid, Problems
+from loramux_trainer.job import TrainConfig
 from loramux_trainer.schema.adapter_config import LoraConfig, Targets
+from loramux_trainer.schema.effect import LOW_RANK
 
 T = TypeVar("T")
 
-TARGETED = ("lora", "rslora", "dora", "adalora", "vera", "loha", "lokr", "ia3", "galore")
+_TARGETED = ("lora", "rslora", "dora", "adalora", "vera", "loha", "lokr", "ia3", "galore")
 """Methods that train what lora.target_modules selects."""
 
 _LIMITS = ReadLimits(regex_seconds=1.0)
@@ -55,6 +57,13 @@ class ModuleShape:
     scale: float
 
 
+def modules_of(job: TrainConfig, base: ModuleNames) -> dict[str, ModuleShape]:
+    """Those that the job's method adapts, see resolve_modules; none where it does not go by lora.target_modules."""
+    if job.method not in _TARGETED:
+        return {}
+    return resolve_modules(job.lora, base, kinds=LINEAR_AND_EMBEDDING if job.method in LOW_RANK else LINEAR)
+
+
 def resolve_targets(targets: Targets, base: ModuleNames) -> tuple[str, ...]:
     """Sorted names of the linear maps that `targets` chooses; see resolve_modules."""
     return tuple(resolve_modules(LoraConfig(target_modules=targets), base))
@@ -85,7 +94,8 @@ def resolve_modules(
         raise JobInvalid("lora.target_modules", f"{what}; {_known(base)}")
     for name in sorted(chosen):
         if base.modules[name].kind not in kinds:
-            raise JobInvalid("lora.target_modules", f"{name} is not a linear map: the trainer adapts linear maps only")
+            is_not = "neither a linear map nor an embedding" if "embedding" in kinds else "not a linear map"
+            raise JobInvalid("lora.target_modules", f"{name} is {is_not}, and this method adapts nothing else")
     _check_layers(lora, targets, base)
     ranks = _by_pattern("rank_pattern", lora.rank_pattern, chosen, problems)
     alphas = _by_pattern("alpha_pattern", lora.alpha_pattern, chosen, problems)

@@ -11,7 +11,7 @@ from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.methods.bottlenecks import BottleneckKind, bottleneck
 from loramux_trainer.methods.layouts import write
 from loramux_trainer.methods.trained import TrainedAdapter
-from support.bottlenecks import NAME, with_bottlenecks
+from support.bottlenecks import with_bottlenecks
 from support.fleets import dequantize, examples_of, jitter, summed_loss
 from support.tiny import load_tiny
 
@@ -23,7 +23,7 @@ def test_loss_and_gradients_equal_adapterhub(
     kind: BottleneckKind, model: FleetModel, fleet_base: LoadedBase, tokenizer: Any, tmp_path: Path
 ) -> None:
     spec = fleet_base.spec
-    method = bottleneck(spec, 0, kind=kind, reduction_factor=8, activation="silu", name=NAME)
+    method = bottleneck(spec, 0, kind=kind, reduction_factor=8, activation="silu")
     adapter = TrainedAdapter(method, spec, fleet_base.device)
     jitter(adapter, 0.05)
     examples = examples_of(tokenizer, TEXTS)
@@ -35,7 +35,6 @@ def test_loss_and_gradients_equal_adapterhub(
     gradients = {name: g for group in adapter.parameters.groups for name, g in group.gradients.items()}
 
     config, tensors = adapter.files()
-    config["config"] = {"leave_out": [], "ln_after": False, "adapter_residual_before_ln": False, **config["config"]}
     write(tmp_path, adapter.layout, config, tensors, spec)
     plain = load_tiny().model
     dequantize(plain)

@@ -21,6 +21,8 @@ from support.tiny import load_tiny
 TEXTS = (("lantern", "a light"), ("a somewhat longer question", "yes"), ("x", "a long answer to a short question"))
 LINEAR = {"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR}
 EVERYWHERE = [*ALL_LINEAR, "lm_head", "embed_tokens"]
+ENDS = ["embed_tokens", "lm_head"]
+TOKENS = list(range(3, 130, 2))
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 
 
@@ -38,6 +40,8 @@ METHODS: dict[str, Callable[[BaseValues, BaseModelSpec], Method]] = {
     "gaussian": lambda values, _: low_rank.lora(lora_config(), 0, values, init="gaussian"),
     "orthogonal": lambda values, _: low_rank.lora(lora_config(), 0, values, init="orthogonal"),
     "dora": lambda values, _: low_rank.lora(lora_config(use_dora=True), 0, values),
+    "dora-of-both-ends": lambda values, _: low_rank.lora(lora_config(use_dora=True, target_modules=ENDS), 0, values),
+    "tokens": lambda values, _: low_rank.lora(lora_config(trainable_token_indices=TOKENS), 0, values),
     "adalora": lambda values, _: adalora({**LINEAR, "lora_alpha": 8}, 0, values, Budget(6, 3, 2, 2, 1, 20)),
     "vera": lambda *_: low_rank.vera({**LINEAR, "r": 16}, 0),
     "loha": lambda *_: low_rank.loha({**LINEAR, "r": 3, "alpha": 6}, 0),

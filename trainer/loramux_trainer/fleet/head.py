@@ -6,7 +6,7 @@ that are any function of log-probabilities, costs three, and skips chunks withou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,32 +15,50 @@ from torch.autograd.function import once_differentiable
 from loramux_trainer.fleet.rows import SpanRows
 
 CHUNK = 256
-"""Rows of logits at a time."""
+"""Rows of logits at a time, at most."""
 
 Logits = Callable[[torch.Tensor, SpanRows], torch.Tensor]
 """Hidden states [n, hidden] of some rows -> logits [n, vocabulary], with gradients of whatever is trained there."""
 
 
 def token_loss(
-    hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, rows: SpanRows, logits: Logits
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    rows: SpanRows,
+    logits: Logits,
+    chunks: Sequence[slice],
+    tap: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden [N, hidden], targets [N], weights [N] -> (sum of weights * -log p, the -log p [N] without gradient)."""
-    loss, each = _TokenLoss.apply(hidden, targets, weights, rows, logits)  # type: ignore[no-untyped-call]
+    """hidden [N, hidden], targets [N], weights [N] -> (sum of weights * -log p, the -log p [N] without gradient).
+
+    `tap`: see StepCell; given where something is trained at the head, so that the loss has a gradient also where
+    nothing below it has.
+    """
+    loss, each = _TokenLoss.apply(hidden, tap, targets, weights, rows, logits, chunks)  # type: ignore[no-untyped-call]
     return loss, each
 
 
-def log_probs(hidden: torch.Tensor, targets: torch.Tensor, rows: SpanRows, logits: Logits) -> torch.Tensor:
-    """hidden [N, hidden], targets [N] -> log p of each target [N], float32."""
-    return cast(torch.Tensor, _LogProbs.apply(hidden, targets, rows, logits))  # type: ignore[no-untyped-call]
+def log_probs(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    rows: SpanRows,
+    logits: Logits,
+    chunks: Sequence[slice],
+    tap: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """hidden [N, hidden], targets [N] -> log p of each target [N], float32. `tap`: see `token_loss`."""
+    return cast(torch.Tensor, _LogProbs.apply(hidden, tap, targets, rows, logits, chunks))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def sample(hidden: torch.Tensor, rows: SpanRows, logits: Logits, generator: torch.Generator) -> torch.Tensor:
+def sample(
+    hidden: torch.Tensor, rows: SpanRows, logits: Logits, generator: torch.Generator, chunks: Sequence[slice]
+) -> torch.Tensor:
     """hidden [N, hidden] -> a token [N] drawn from each position's softmax, on the CPU by `generator`."""
     drawn = []
-    for start in range(0, len(hidden), CHUNK):
-        stop = min(start + CHUNK, len(hidden))
-        shares = torch.softmax(logits(hidden[start:stop], rows.cut(start, stop)).float(), 1).cpu()
+    for part in chunks:
+        shares = torch.softmax(logits(hidden[part], rows.cut(part.start, part.stop)).float(), 1).cpu()
         drawn.append(torch.multinomial(shares, 1, generator=generator)[:, 0])
     return torch.cat(drawn).to(hidden.device)
 
@@ -52,15 +70,16 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
+        tap: torch.Tensor | None,
         targets: torch.Tensor,
         weights: torch.Tensor,
         rows: SpanRows,
         logits: Logits,
+        chunks: Sequence[slice],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `token_loss`."""
         each, gradient = torch.empty(len(hidden), device=hidden.device), torch.zeros_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, min(start + CHUNK, len(hidden)))
+        for part in chunks:
             scores, of_hidden = _scores(hidden[part], rows.cut(part.start, part.stop), logits)
             target = targets[part, None]
             log_p = torch.log_softmax(scores.detach().float(), 1)  # one pass, where logsumexp makes five
@@ -77,20 +96,27 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient is a factor, 1 where the loss itself is run backward."""
         (of_hidden,) = ctx.saved_tensors
-        return of_hidden * gradient, None, None, None, None
+        return of_hidden * gradient if ctx.needs_input_grad[0] else None, None, None, None, None, None, None
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, rows: SpanRows, logits: Logits) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        tap: torch.Tensor | None,
+        targets: torch.Tensor,
+        rows: SpanRows,
+        logits: Logits,
+        chunks: Sequence[slice],
+    ) -> torch.Tensor:
         """See `log_probs`."""
         found = torch.empty(len(hidden), device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, min(start + CHUNK, len(hidden)))
+        for part in chunks:
             scores = logits(hidden[part], rows.cut(part.start, part.stop)).float()
             found[part] = scores.gather(1, targets[part, None]).squeeze(1) - torch.logsumexp(scores, 1)
         ctx.save_for_backward(hidden, targets)
-        ctx.rows, ctx.logits = rows, logits
+        ctx.rows, ctx.logits, ctx.chunks = rows, logits, chunks
         return found
 
     @staticmethod
@@ -99,15 +125,14 @@ class _LogProbs(torch.autograd.Function):
         """Computes the logits again, chunk by chunk."""
         hidden, targets = ctx.saved_tensors
         of_hidden = torch.zeros_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, min(start + CHUNK, len(hidden)))
+        for part in ctx.chunks:
             if not gradient[part].any():
                 continue
             scores, back = _scores(hidden[part], ctx.rows.cut(part.start, part.stop), ctx.logits)
             of_scores = torch.softmax(scores.detach().float(), 1).neg_()
             of_scores.scatter_add_(1, targets[part, None], torch.ones_like(of_scores[:, :1]))
             of_hidden[part] = back(of_scores.mul_(gradient[part, None]).to(scores.dtype))
-        return of_hidden, None, None, None
+        return of_hidden if ctx.needs_input_grad[0] else None, None, None, None, None, None
 
 
 def _scores(

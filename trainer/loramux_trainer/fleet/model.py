@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import TracebackType
 
 import torch
@@ -26,15 +27,15 @@ from loramux_adapters.spec import virtual_token_ids
 from loramux_adapters.sublayers import sublayers
 from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.attention import register_attention
+from loramux_trainer.fleet.head import CHUNK, sample, token_loss
 from loramux_trainer.fleet.head import log_probs as head_log_probs
-from loramux_trainer.fleet.head import sample, token_loss
 from loramux_trainer.fleet.linear import LinearGroup
 from loramux_trainer.fleet.logits import Postprocess, find_postprocess
 from loramux_trainer.fleet.memory import keep_freed_memory
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.rounded import RoundedProduct
 from loramux_trainer.fleet.rows import Dropout, Span, SpanRows, StepCell
-from loramux_trainer.fleet.sites import EmbeddingSite, NormSite
+from loramux_trainer.fleet.sites import EmbeddingSite, HeadRows, NormSite
 from loramux_trainer.fleet.sublayers import SublayerSite
 
 
@@ -131,6 +132,7 @@ class FleetModel:
                 self._sublayers.append(site)
         head = base.model.get_submodule(self._head.names[0])
         self._postprocess = find_postprocess(base, head)
+        self._head_rows = HeadRows(self._head.names[0], head)
         self._replace(head, self._keep_hidden)
         names = [spec.attention_name(layer) for layer in range(len(examined.layers))]
         base.model.set_attn_implementation(register_attention(self._cell, examined.layers, names))
@@ -169,15 +171,19 @@ class FleetModel:
 
     def token_loss(self, hidden: Hidden, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `head.token_loss`."""
-        return token_loss(hidden.states, hidden.targets, weights, hidden.rows, self._logits)
+        rows = hidden.rows
+        chunks, tap = self._chunks(rows), self._tap(rows)
+        return token_loss(hidden.states, hidden.targets, weights, rows, self._logits, chunks, tap)
 
     def log_probs(self, hidden: Hidden) -> torch.Tensor:
         """See `head.log_probs`."""
-        return head_log_probs(hidden.states, hidden.targets, hidden.rows, self._logits)
+        rows = hidden.rows
+        chunks, tap = self._chunks(rows), self._tap(rows)
+        return head_log_probs(hidden.states, hidden.targets, rows, self._logits, chunks, tap)
 
     def sample(self, hidden: Hidden, generator: torch.Generator) -> Hidden:
         """The same states with targets drawn from the model's own predictions; see `head.sample`."""
-        targets = sample(hidden.states.detach(), hidden.rows, self._logits, generator)
+        targets = sample(hidden.states.detach(), hidden.rows, self._logits, generator, self._chunks(hidden.rows))
         return replace(hidden, targets=targets)
 
     def close(self) -> None:
@@ -196,7 +202,25 @@ class FleetModel:
         self.close()
 
     def _logits(self, hidden: torch.Tensor, rows: SpanRows) -> torch.Tensor:
-        return self._postprocess(self._head.apply(hidden, rows)[0])
+        return self._postprocess(self._head_rows.apply(hidden, self._head.apply(hidden, rows)[0], rows))
+
+    def _chunks(self, rows: SpanRows) -> list[slice]:
+        """Rows of logits that are computed at a time. Those of a member with parts at the head are alone, so that their
+        bits and dropout masks do not depend on who trains beside it.
+        """
+        cuts = {0, rows.count}
+        for span in rows.spans:
+            if self._acts_at_head(span):
+                cuts |= {span.start, span.stop}
+        parts = [range(start, stop, CHUNK) for start, stop in pairwise(sorted(cuts))]
+        return [slice(at, min(at + CHUNK, part.stop)) for part in parts for at in part]
+
+    def _tap(self, rows: SpanRows) -> torch.Tensor | None:
+        has_gradients = self._head.observer is not None or any(self._acts_at_head(span) for span in rows.spans)
+        return self._cell.tap if has_gradients else None
+
+    def _acts_at_head(self, span: Span) -> bool:
+        return self._head.bind(span).acts or self._head_rows.acts(span)
 
     def _keep_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Stands where the head stood: logits are computed later, in chunks. Returns nothing that means something."""

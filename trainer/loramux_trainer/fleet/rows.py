@@ -29,6 +29,10 @@ class Dropout:
         source = generator(self.key, site, like.device)
         return torch.empty_like(like).bernoulli_(keep, generator=source).div_(keep)
 
+    def after(self, rows: int) -> Dropout:
+        """For those of a chunk's rows that come after so many."""
+        return Dropout(self.share, f"{self.key}/{rows}") if rows else self
+
 
 @dataclass(frozen=True, eq=False)
 class Span:
@@ -72,7 +76,13 @@ class SpanRows:
     def cut(self, start: int, stop: int) -> SpanRows:
         """Those of rows [start, stop), counted from there."""
         inside = [
-            Span(max(span.start, start) - start, min(span.stop, stop) - start, span.slot, span.parts, None)
+            Span(
+                max(span.start, start) - start,
+                min(span.stop, stop) - start,
+                span.slot,
+                span.parts,
+                None if span.dropout is None else span.dropout.after(max(start - span.start, 0)),
+            )
             for span in self.spans
             if span.start < stop and span.stop > start
         ]

@@ -1,4 +1,5 @@
-"""Embeddings and normalizations with gradients: the frozen module for all rows, then each member's parts on its own.
+"""Embeddings, normalizations and rows of the head with gradients: the frozen module for all rows, then each member's
+parts on its own.
 
 By autograd's own operations, since little of a step's time is here. The arithmetic is that of the parts' files in
 `loramux_adapters.parts`.
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 from loramux_adapters.parts.bias import Bias
 from loramux_adapters.parts.low_rank import LowRank
+from loramux_adapters.parts.magnitude import Magnitude
 from loramux_adapters.parts.norm_weight import NormWeight
 from loramux_adapters.parts.token_rows import TokenRows
 from loramux_adapters.parts.virtual_tokens import VirtualTokens
@@ -39,10 +42,10 @@ def changed(
 
 
 class EmbeddingSite:
-    """The input embedding: low rank by token, trained rows of tokens, and rows of virtual tokens."""
+    """The input embedding: low rank by token with magnitudes, trained rows of tokens, and rows of virtual tokens."""
 
     def __init__(self, name: str, module: nn.Embedding, cell: StepCell) -> None:
-        self._name, self._cell = name, cell
+        self._name, self._cell, self._weight = name, cell, module.weight.detach()
         self._frozen = type(module).forward.__get__(module)
         self._scale: Any = getattr(module, "embed_scale", None)
 
@@ -64,13 +67,22 @@ class EmbeddingSite:
         factors = None
         if low_rank is not None:
             factors = (parts.leaf(low_rank.a).as_variable(), parts.leaf(low_rank.b).as_variable())
-        table = None if rows is None else (rows.ids, parts.leaf(rows.rows).as_variable(), rows.base_share)
+        magnitude, gain = parts.get(self._name, Magnitude), None
+        if magnitude is not None:
+            gain = parts.leaf(magnitude.length / self._lengths(magnitude.low_rank)).as_variable()
+        table = (
+            None
+            if rows is None
+            else (rows.ids.to(self._weight.device), parts.leaf(rows.rows).as_variable(), rows.base_share)
+        )
         virtual_rows = None if virtual is None else parts.leaf(virtual.rows).as_variable()
 
         def change(ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             if factors is not None:
                 delta = factors[0].T[ids.clamp(min=0)] @ factors[1].T
                 y = y + (delta if scale is None else delta * scale).to(y.dtype)
+            if gain is not None:
+                y = y * gain.to(y.dtype)
             if table is not None:
                 known, own, share = table
                 places = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
@@ -81,6 +93,49 @@ class EmbeddingSite:
                 picked = virtual_rows[(-1 - ids).clamp(0, len(virtual_rows) - 1)].to(y.dtype)
                 y = torch.where((ids < 0)[:, None], picked, y)
             return y
+
+        return change
+
+    @torch.no_grad()
+    def _lengths(self, low_rank: LowRank) -> torch.Tensor:
+        """[hidden], of what all tokens have in one place: a constant to the gradient, as at linear maps."""
+        lengths: torch.Tensor = torch.linalg.vector_norm(self._weight.float() + (low_rank.b @ low_rank.a).T, dim=0)
+        return lengths
+
+
+class HeadRows:
+    """The output head, where the rows of some tokens are trained: their logits are computed anew."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name = name
+        bias = getattr(module, "bias", None)
+        self._bias: torch.Tensor | None = None if bias is None else bias.detach()
+
+    def apply(self, hidden: torch.Tensor, logits: torch.Tensor, rows: SpanRows) -> torch.Tensor:
+        """hidden [n, hidden], the head's logits [n, vocabulary] -> the same with trained rows."""
+        return changed(hidden, logits, rows, self._change)
+
+    def acts(self, span: Span) -> bool:
+        """Whether a member has some."""
+        return self._change(span) is not None
+
+    def _change(self, span: Span) -> Change | None:
+        return span.parts.bound(f"{self._name}:rows", self._bind)
+
+    def _bind(self, parts: StepParts) -> Change | None:
+        rows = parts.get(self._name, TokenRows)
+        if rows is None:
+            return None
+        table, share = parts.leaf(rows.rows).as_variable(), rows.base_share
+        ids = rows.ids.to(table.device)
+        bias = None if self._bias is None else self._bias[ids]
+        if bias is not None and share is not None:
+            bias = bias * (1 - share[:, 0])
+
+        def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            own = F.linear(x, table.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            own = own if share is None else own + share.T.to(y.dtype) * y[:, ids]
+            return y.index_copy(1, ids, own)
 
         return change
 

@@ -62,6 +62,8 @@ def _selected(around: Surroundings, config: Mapping[str, Any]) -> dict[str, Any]
 
 def _lora(job: TrainConfig, around: Surroundings) -> Method:
     lora = job.lora
+    _check_dropout(job, around)
+    _check_biases(lora.bias, around)
     options: dict[str, Any] = {
         "peft_type": "LORA",
         **ranks(around.shapes, alpha="lora_alpha"),
@@ -82,7 +84,32 @@ def _lora(job: TrainConfig, around: Surroundings) -> Method:
         return low_rank.eva(config, seed, around.values, _required(around.components))
     if job.init not in ("A", "B", "gaussian", "orthogonal"):
         raise ValueError(f"init {job.init} has no factors")
+    odd = [shape.rank for shape in around.shapes.values() if shape.rank % 2]
+    if job.init == "orthogonal" and odd:
+        raise JobInvalid("lora.rank", f"{odd[0]} is odd: init orthogonal shares its directions between A and B")
     return low_rank.lora(config, seed, around.values, init=job.init)
+
+
+def _check_dropout(job: TrainConfig, around: Surroundings) -> None:
+    modules = around.base.spec.modules
+    if job.lora.dropout and all(modules[name].kind == "embedding" for name in around.shapes):
+        raise JobInvalid("lora.dropout", "an embedding has none: its inputs are token ids")
+
+
+def _check_biases(bias: str, around: Surroundings) -> None:
+    """Of a job that asks for biases."""
+    spec = around.base.spec
+    names = spec.modules if bias == "all" else around.shapes
+    if bias != "none" and not any(spec.modules[name].has_bias for name in names):
+        which = "" if bias == "all" else " in the modules that are adapted"
+        raise JobInvalid("lora.bias", f"{spec.model_id} has no biases{which}; remove it")
+
+
+def _check_has_layers(job: TrainConfig, around: Surroundings) -> None:
+    """Where PEFT adapts plain linear maps only, what is exported for others could not be loaded."""
+    others = [name for name in around.shapes if around.base.spec.modules[name].kind != "linear"]
+    if others:
+        raise JobInvalid("method", f"PEFT has no {job.method} for {others[0]}, which is a Conv1D; use lora or dora")
 
 
 def _adalora(job: TrainConfig, around: Surroundings) -> Method:
@@ -93,6 +120,7 @@ def _adalora(job: TrainConfig, around: Surroundings) -> Method:
     warm, final = (_steps(share, around.total_steps) for share in (keys.tinit, keys.tfinal))
     if warm + final >= around.total_steps:
         raise JobInvalid("adalora.tfinal", f"with tinit no step of {around.total_steps} is left to prune in")
+    _check_biases(job.lora.bias, around)
     budget = Budget(first, target, warm, final, keys.delta_t, around.total_steps)
     config = _selected(
         around, {"peft_type": "ADALORA", "lora_alpha": job.lora.alpha, "bias": job.lora.bias, "init_r": first}
@@ -108,15 +136,19 @@ def _adalora(job: TrainConfig, around: Surroundings) -> Method:
 
 
 def _vera(job: TrainConfig, around: Surroundings) -> Method:
+    if job.lora.bias != "none":
+        raise JobInvalid("lora.bias", "method vera does not read it: PEFT saves no biases beside VeRA; remove it")
     return low_rank.vera(_selected(around, {"peft_type": "VERA", "r": job.lora.rank}), job.training.seed)
 
 
 def _loha(job: TrainConfig, around: Surroundings) -> Method:
+    _check_has_layers(job, around)
     config = _selected(around, {"peft_type": "LOHA", **ranks(around.shapes, alpha="alpha")})
     return low_rank.loha(config, job.training.seed)
 
 
 def _lokr(job: TrainConfig, around: Surroundings) -> Method:
+    _check_has_layers(job, around)
     config = _selected(around, {"peft_type": "LOKR", **ranks(around.shapes, alpha="alpha")})
     return low_rank.lokr(config, job.training.seed)
 
@@ -135,8 +167,14 @@ def _ia3(job: TrainConfig, around: Surroundings) -> Method:
         inner = [name for name in names if name.endswith(endings)]
         if not inner:
             raise JobInvalid("lora.feedforward_modules", "matches none of the selected modules")
-    config = _selected(around, {"peft_type": "IA3", "feedforward_modules": sorted(inner)})
-    return vectors.ia3(config, job.training.seed)
+    config = _selected(around, {"peft_type": "IA3", "feedforward_modules": []})
+    lasts = sorted({name.rpartition(".")[2] for name in inner})
+    found = [name for name in names if name.rpartition(".")[2] in lasts]
+    if sorted(found) == sorted(inner) and set(lasts) <= set(config["target_modules"]):
+        return vectors.ia3({**config, "feedforward_modules": lasts}, job.training.seed)
+    # PEFT wants each of them among the targets in the same words.
+    full = {"target_modules": sorted(names), "feedforward_modules": sorted(inner)}
+    return vectors.ia3({**config, **full}, job.training.seed)
 
 
 def _bitfit(job: TrainConfig, around: Surroundings) -> Method:

@@ -85,7 +85,8 @@ class PeftLayout:
             yield from ((name, role, tuple(shape)) for role, shape in target.shapes(found(target)).items())
         if self._tuner.bias != "none":
             names = self._base.modules if self._tuner.bias == "all" else self._targets.modules
-            biased = [self._base.modules[name] for name in names if name in self._base.modules]
+            whole = {name for name, each in self._targets.modules.items() if "whole_bias" in (each.own_suffixes or {})}
+            biased = [self._base.modules[name] for name in names if name in self._base.modules and name not in whole]
             yield from ((module.name, BIAS, (module.out_features,)) for module in biased if module.has_bias)
 
     def parts(self, tensors: Tensors) -> dict[str, tuple[Part, ...]]:

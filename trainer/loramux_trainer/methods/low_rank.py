@@ -15,15 +15,20 @@ import torch
 from loramux_adapters.formats.peft.extras import TokenRowsTarget
 from loramux_trainer.fleet.random import generator, kaiming
 from loramux_trainer.methods.method import Beginning, Method, Rule, Start
-from loramux_trainer.methods.rules import BaseValues, constant, kaiming_uniform, of_base
+from loramux_trainer.methods.rules import BaseValues, constant, kaiming_uniform, normal, of_base
 
 LoraInit = Literal["A", "B", "gaussian", "orthogonal"]
 
 
 def lora(config: Mapping[str, Any], seed: int, base: BaseValues, *, init: LoraInit = "A") -> Method:
-    """`init` A: A at random and B zero. B: B at random and A zero. gaussian: A of standard deviation 1 / r."""
+    """`init` A: A at random and B zero, at an embedding the other way round. B: B at random and A zero. gaussian: A of
+    standard deviation 1 / r.
+    """
     factors: dict[LoraInit, dict[str, Rule]] = {
-        "A": {"a": kaiming_uniform("a"), "b": constant(0.0, "b")},
+        "A": {
+            "a": _unless_embedding(kaiming_uniform("a"), constant(0.0, "a")),
+            "b": _unless_embedding(constant(0.0, "b"), normal(1.0, "b")),
+        },
         "B": {"a": constant(0.0, "a"), "b": _kaiming_by_outputs},
         "gaussian": {"a": _gaussian, "b": constant(0.0, "b")},
         "orthogonal": {"a": _orthogonal_a(seed), "b": _orthogonal_b(seed)},
@@ -80,6 +85,13 @@ def lokr(config: Mapping[str, Any], seed: int) -> Method:
 def whole_biases(base: BaseValues) -> dict[str, Rule]:
     """Biases that PEFT's `bias` trains, and rows of tokens, begin as the base's own."""
     return {"bias": of_base(base.bias, "vector"), "token_rows": lambda begin: _token_rows(begin, base)}
+
+
+def _unless_embedding(rule: Rule, of_embedding: Rule) -> Rule:
+    """An embedding's A is a column per token: few of them have gradients in a step, so PEFT lets B be the one at
+    random.
+    """
+    return lambda begin: (of_embedding if begin.spec and begin.spec.kind == "embedding" else rule)(begin)
 
 
 def _token_rows(begin: Beginning, base: BaseValues) -> Start:
