@@ -40,12 +40,17 @@ def register_attention(cell: StepCell, layers: Sequence[AttentionLayer], layer_n
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         key, value = _with_prefixes(cell, layer_names[layer], key, value)
-        parts = zip(*(torch.split(each, list(cell.lengths), 2) for each in (query, key, value)), strict=True)
-        out = [_attend_alone(q, k, v, layers[layer].window, scale, softcap) for q, k, v in parts]
-        return torch.cat(out, 2).transpose(1, 2), None
+        parts = zip(*(_sequences(each, cell.lengths) for each in (query, key, value)), strict=True)
+        out = [_attend_alone(q, k, v, layers[layer].window, scale, softcap).transpose(1, 2) for q, k, v in parts]
+        return torch.cat(out, 1), None
 
     AttentionInterface.register(name, attend)
     return name
+
+
+def _sequences(heads: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """[1, H, T, D] -> each sequence's [1, H, n, D]; cut where tokens are rows in memory, and so are its gradients."""
+    return [each.transpose(1, 2) for each in torch.split(heads.transpose(1, 2), list(lengths), 1)]
 
 
 def _attend_alone(

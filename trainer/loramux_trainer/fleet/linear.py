@@ -199,9 +199,10 @@ class _Adapted(torch.autograd.Function):
             of_x = _back_through_gains(x, of_y, masks, group, acting)
         else:
             if ctx.needs_input_grad[0]:
-                of_x = torch.zeros_like(x)
                 of_frozen = without_dense(of_y, acting)
-                of_x[ctx.first :] = group.product_back([each[ctx.first :] for each in of_frozen])
+                of_x = group.product_back([each[ctx.first :] for each in of_frozen])
+                if ctx.first:
+                    of_x = torch.cat([torch.zeros_like(x[: ctx.first]), of_x])
             for (span, own), mask in zip(acting, masks, strict=True):
                 rows = x[span.rows].float()
                 dropped = masked(rows, mask)
