@@ -30,6 +30,7 @@ from loramux_trainer.fleet.head import log_probs as head_log_probs
 from loramux_trainer.fleet.head import sample, token_loss
 from loramux_trainer.fleet.linear import LinearGroup
 from loramux_trainer.fleet.logits import Postprocess, find_postprocess
+from loramux_trainer.fleet.memory import keep_freed_memory
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.rounded import RoundedProduct
 from loramux_trainer.fleet.rows import Dropout, Span, SpanRows, StepCell
@@ -80,6 +81,8 @@ class FleetModel:
 
         Raises BaseRefused where the logits are computed in a way that is not known.
         """
+        if base.device.type == "cpu":
+            keep_freed_memory()
         self.base, self._rope = base, examined.rope
         self._model, self._cell = base.model, StepCell()
         formats = _formats(base.device, base.compute_dtype, deterministic=deterministic)
