@@ -82,7 +82,7 @@ class _TokenLoss(torch.autograd.Function):
         for part in chunks:
             scores, of_hidden = _scores(hidden[part], rows.cut(part.start, part.stop), logits)
             target = targets[part, None]
-            log_p = torch.log_softmax(scores.detach().float(), 1)  # one pass, where logsumexp makes five
+            log_p = torch.log_softmax(scores.detach().float(), 1)
             each[part] = log_p.gather(1, target).squeeze(1).neg_()
             of_scores = log_p.exp_()
             of_scores.scatter_add_(1, target, of_scores.new_full(target.shape, -1.0)).mul_(weights[part, None])
