@@ -21,13 +21,13 @@ from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.job import TrainConfig, parse_job
 from loramux_trainer.methods.trained import TrainedAdapter
-from loramux_trainer.run import train_fleet
 from support.against_peft import Truth
 from support.checkpoints import float_base, save_checkpoint, wide_model
 from support.kinds import KindOracle, pristine_model
 from support.method_rows import Job, jobs_of
 from support.model_engine import ModelEngine
 from support.tiny import conversation, tiny_tokenizer, write_jsonl
+from support.training import train_together
 
 STEPS = 4
 COUNT = 3
@@ -95,7 +95,7 @@ def train_rows(architecture: str, root: Path) -> Trained:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(member_run, "export", keep))
         patches.enter_context(mock.patch.object(run, "refingerprint", remember))
-        outcome = train_fleet(tuple(jobs.values()))
+        outcome = train_together(list(jobs.values()))
     assert not outcome.failures
     rows = {name: job.output for name, job in jobs.items()}
     said = {result.base_fingerprint for result in outcome.results.values()}

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.run import train_fleet
 from support.method_rows import NAMES, REFUSED, jobs_of
 from support.method_table import documented, row_names
 from support.trained_methods import Row, Trained, job_of, measure, save_base, train_rows
+from support.training import train_together
 
 BOUND = 2e-5
 """Largest logit difference over the logits' standard deviation; 3e-6 was measured."""
@@ -65,7 +65,7 @@ def test_what_has_no_meaning_is_refused_with_the_reason(what: str, tmp_path: Pat
     architecture, row, field, says = REFUSED[what]
     base = save_base(architecture, tmp_path)
     with pytest.raises(JobInvalid, match=says) as refused:
-        train_fleet([job_of(base, "refused", row, tmp_path)])
+        train_together([job_of(base, "refused", row, tmp_path)])
     assert refused.value.field == field
     assert not (tmp_path / "refused").exists()
 
