@@ -74,11 +74,11 @@ class Trained:
     """Of the base: before, after (from the NF4 bytes at each export), and as results have it."""
 
 
-def train_rows(architecture: str, root: Path) -> Trained:
-    """All rows of an architecture, in one fleet."""
+def train_rows(architecture: str, root: Path, rows: Mapping[str, Job] | None = None) -> Trained:
+    """All rows of an architecture, or some of one's own, in one fleet."""
     base = save_base(architecture, root)
     before = float_base(base).spec.fingerprint
-    jobs = {name: job_of(base, name, row, root) for name, row in jobs_of(architecture).items()}
+    jobs = {name: job_of(base, name, row, root) for name, row in (rows or jobs_of(architecture)).items()}
     adapters: dict[Path, TrainedAdapter] = {}
     after: set[str] = set()
 
@@ -97,10 +97,10 @@ def train_rows(architecture: str, root: Path) -> Trained:
         patches.enter_context(mock.patch.object(run, "refingerprint", remember))
         outcome = train_together(list(jobs.values()))
     assert not outcome.failures
-    rows = {name: job.output for name, job in jobs.items()}
+    outputs = {name: job.output for name, job in jobs.items()}
     said = {result.base_fingerprint for result in outcome.results.values()}
     prints = {"before": {before}, "after": after, "results": said, "files": {float_base(base).spec.fingerprint}}
-    return Trained(base, rows, {name: adapters[path] for name, path in rows.items()}, prints)
+    return Trained(base, outputs, {name: adapters[path] for name, path in outputs.items()}, prints)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,6 +53,15 @@ def test_no_two_rows_say_the_same(measured: Measured, architecture: str) -> None
         assert float(apart) > 10 * BOUND, (one, other)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_no_initialization_moves_the_model(architecture: str, tmp_path: Path) -> None:
+    """Of steps without a length: of maps that are stored transposed, with trained biases and at the head too."""
+    still = {"learning_rate": 1e-30}
+    rows = {name: {**row, "training": still} for name, row in jobs_of(architecture).items() if "init" in name}
+    for name, row in measure(train_rows(architecture, tmp_path, rows)).items():
+        assert row.moved < BOUND, name
+
+
 @pytest.mark.parametrize("architecture", NAMES)
 def test_the_base_stays_as_it_was(measured: Measured, architecture: str) -> None:
     prints = measured(architecture)[0].fingerprints
