@@ -44,12 +44,22 @@ def jobs_of(architecture: str) -> dict[str, Job]:
         "lora, bias: all": {"lora": {"bias": "all"}},
         "lora, bias: lora_only": {"lora": {"bias": "lora_only", "target_modules": [names.queries]}},
         "lora, trained tokens": {"lora": {"trainable_token_indices": _TOKENS}},
+        "lora of one layer": {"lora": {"target_modules": [names.queries], "layers_to_transform": [1]}},
+        "lora on head, trained tokens": {
+            "lora": {"target_modules": ["lm_head", names.queries], "trainable_token_indices": _TOKENS}
+        },
         "lora on embedding": {"lora": {"target_modules": [names.embedding]}},
         "lora on embedding and head": {"lora": {"target_modules": both_ends, "dropout": 0.1}},
         "rslora on embedding and head": {"method": "rslora", "lora": {"target_modules": both_ends}},
         "dora": {"method": "dora"},
+        "dora, bias: all": {"method": "dora", "lora": {"bias": "all"}},
         "dora on embedding and head": {"method": "dora", "lora": {"target_modules": both_ends}},
         "adalora": {"method": "adalora", "adalora": {"init_r": 6, "tinit": 1, "tfinal": 1, "delta_t": 1}},
+        "adalora, bias: all": {
+            "method": "adalora",
+            "lora": {"bias": "all"},
+            "adalora": {"init_r": 6, "tinit": 1, "tfinal": 1, "delta_t": 1},
+        },
         "vera": {"method": "vera", "lora": {"rank": 24}},
         "loha": {"method": "loha"},
         "lokr": {"method": "lokr"},
@@ -98,6 +108,10 @@ def jobs_of(architecture: str) -> dict[str, Job]:
         "lora on head, by sophia": {
             "lora": {"target_modules": ["lm_head"]},
             "training": {"optimizer": "sophia", "hessian_update_period": 2, "learning_rate": 1.0},
+        },
+        "lora, init pissa, bias: lora_only": {
+            "init": "pissa",
+            "lora": {"bias": "lora_only", "target_modules": [names.queries]},
         },
         "rslora, init pissa": {"method": "rslora", "init": "pissa"},
         "dora, init orthogonal": {"method": "dora", "init": "orthogonal"},

@@ -20,15 +20,14 @@ from loramux_trainer import member_run, run
 from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.job import TrainConfig, parse_job
-from loramux_trainer.job_file import JobFile
 from loramux_trainer.methods.trained import TrainedAdapter
-from loramux_trainer.run import train_file
 from support.against_peft import Truth
 from support.checkpoints import float_base, save_checkpoint, wide_model
 from support.kinds import KindOracle, pristine_model
 from support.method_rows import Job, jobs_of
 from support.model_engine import ModelEngine
 from support.tiny import conversation, tiny_tokenizer, write_jsonl
+from support.training import train_together
 
 STEPS = 4
 COUNT = 3
@@ -75,11 +74,11 @@ class Trained:
     """Of the base: before, after (from the NF4 bytes at each export), and as results have it."""
 
 
-def train_rows(architecture: str, root: Path) -> Trained:
-    """All rows of an architecture, in one fleet."""
+def train_rows(architecture: str, root: Path, rows: Mapping[str, Job] | None = None) -> Trained:
+    """All rows of an architecture, or some of one's own, in one fleet."""
     base = save_base(architecture, root)
     before = float_base(base).spec.fingerprint
-    jobs = {name: job_of(base, name, row, root) for name, row in jobs_of(architecture).items()}
+    jobs = {name: job_of(base, name, row, root) for name, row in (rows or jobs_of(architecture)).items()}
     adapters: dict[Path, TrainedAdapter] = {}
     after: set[str] = set()
 
@@ -96,12 +95,12 @@ def train_rows(architecture: str, root: Path) -> Trained:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(member_run, "export", keep))
         patches.enter_context(mock.patch.object(run, "refingerprint", remember))
-        outcome = train_file(JobFile(tuple(jobs.values())))
+        outcome = train_together(list(jobs.values()))
     assert not outcome.failures
-    rows = {name: job.output for name, job in jobs.items()}
+    outputs = {name: job.output for name, job in jobs.items()}
     said = {result.base_fingerprint for result in outcome.results.values()}
     prints = {"before": {before}, "after": after, "results": said, "files": {float_base(base).spec.fingerprint}}
-    return Trained(base, rows, {name: adapters[path] for name, path in rows.items()}, prints)
+    return Trained(base, outputs, {name: adapters[path] for name, path in outputs.items()}, prints)
 
 
 @dataclass(frozen=True, eq=False)

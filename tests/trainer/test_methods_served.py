@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.job_file import JobFile
-from loramux_trainer.run import train_file
 from support.method_rows import NAMES, REFUSED, jobs_of
 from support.method_table import documented, row_names
 from support.trained_methods import Row, Trained, job_of, measure, save_base, train_rows
+from support.training import train_together
 
 BOUND = 2e-5
 """Largest logit difference over the logits' standard deviation; 3e-6 was measured."""
@@ -54,6 +53,15 @@ def test_no_two_rows_say_the_same(measured: Measured, architecture: str) -> None
         assert float(apart) > 10 * BOUND, (one, other)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_no_initialization_moves_the_model(architecture: str, tmp_path: Path) -> None:
+    """Of steps without a length: of maps that are stored transposed, with trained biases and at the head too."""
+    still = {"learning_rate": 1e-30}
+    rows = {name: {**row, "training": still} for name, row in jobs_of(architecture).items() if "init" in name}
+    for name, row in measure(train_rows(architecture, tmp_path, rows)).items():
+        assert row.moved < BOUND, name
+
+
 @pytest.mark.parametrize("architecture", NAMES)
 def test_the_base_stays_as_it_was(measured: Measured, architecture: str) -> None:
     prints = measured(architecture)[0].fingerprints
@@ -66,7 +74,7 @@ def test_what_has_no_meaning_is_refused_with_the_reason(what: str, tmp_path: Pat
     architecture, row, field, says = REFUSED[what]
     base = save_base(architecture, tmp_path)
     with pytest.raises(JobInvalid, match=says) as refused:
-        train_file(JobFile((job_of(base, "refused", row, tmp_path),)))
+        train_together([job_of(base, "refused", row, tmp_path)])
     assert refused.value.field == field
     assert not (tmp_path / "refused").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def export(output: Path, adapter: TrainedAdapter, base: BaseModelSpec, report: s
     All files are complete beside their places, and read as a server reads them, before the first one takes its own, on
     the same disk: a full one leaves nothing. The config comes last, so that a torn export is not taken for an adapter.
     """
+    for leftover in output.glob(TEMPORARY + "*"):  # of an export that was killed
+        shutil.rmtree(leftover)
     config, tensors = adapter.files()
     weights_file = adapter.layout.weights_file
     with tempfile.TemporaryDirectory(dir=output, prefix=TEMPORARY) as scratch:

@@ -103,7 +103,8 @@ def _factors(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tens
         return tensors[f"{name}_a"].float(), tensors[f"{name}_b"].float()
     whole = tensors[name].float()
     out, wide = whole.shape
-    return (torch.eye(out), whole) if out <= wide else (whole, torch.eye(wide))
+    identity = torch.eye(min(out, wide), device=whole.device)
+    return (identity, whole) if out <= wide else (whole, identity)
 
 
 @dataclass(frozen=True)
