@@ -25,13 +25,18 @@ def token_loss(
     hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, rows: SpanRows, logits: Logits
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden [N, hidden], targets [N], weights [N] -> (sum of weights * -log p, the -log p [N] without gradient)."""
-    loss, each = _TokenLoss.apply(hidden, targets, weights, rows, logits)  # type: ignore[no-untyped-call]
+    loss, each = _TokenLoss.apply(hidden, targets, weights, rows, logits, _tap(rows))  # type: ignore[no-untyped-call]
     return loss, each
 
 
 def log_probs(hidden: torch.Tensor, targets: torch.Tensor, rows: SpanRows, logits: Logits) -> torch.Tensor:
     """hidden [N, hidden], targets [N] -> log p of each target [N], float32."""
-    return cast(torch.Tensor, _LogProbs.apply(hidden, targets, rows, logits))  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, _LogProbs.apply(hidden, targets, rows, logits, _tap(rows)))  # type: ignore[no-untyped-call]
+
+
+def _tap(rows: SpanRows) -> torch.Tensor | None:
+    """Enters the graph so that backward runs where members train at the head alone: their hidden states need none."""
+    return torch.zeros((), requires_grad=True) if rows.spans else None
 
 
 @torch.no_grad()
@@ -56,6 +61,7 @@ class _TokenLoss(torch.autograd.Function):
         weights: torch.Tensor,
         rows: SpanRows,
         logits: Logits,
+        tap: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `token_loss`."""
         each, gradient = torch.empty(len(hidden), device=hidden.device), torch.zeros_like(hidden)
@@ -77,12 +83,19 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient is a factor, 1 where the loss itself is run backward."""
         (of_hidden,) = ctx.saved_tensors
-        return of_hidden * gradient, None, None, None, None
+        return of_hidden * gradient, None, None, None, None, None
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, rows: SpanRows, logits: Logits) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        rows: SpanRows,
+        logits: Logits,
+        tap: torch.Tensor | None,
+    ) -> torch.Tensor:
         """See `log_probs`."""
         found = torch.empty(len(hidden), device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
@@ -107,7 +120,7 @@ class _LogProbs(torch.autograd.Function):
             of_scores = torch.softmax(scores.detach().float(), 1).neg_()
             of_scores.scatter_add_(1, targets[part, None], torch.ones_like(of_scores[:, :1]))
             of_hidden[part] = back(of_scores.mul_(gradient[part, None]).to(scores.dtype))
-        return of_hidden, None, None, None
+        return of_hidden, None, None, None, None
 
 
 def _scores(

@@ -28,6 +28,7 @@ from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.attention import register_attention
 from loramux_trainer.fleet.head import log_probs as head_log_probs
 from loramux_trainer.fleet.head import sample, token_loss
+from loramux_trainer.fleet.head_rows import HeadRowsSite
 from loramux_trainer.fleet.linear import LinearGroup
 from loramux_trainer.fleet.logits import Postprocess, find_postprocess
 from loramux_trainer.fleet.parts import StepParts
@@ -111,6 +112,7 @@ class FleetModel:
         if not heads:
             raise BaseRefused(f"{spec.model_id} has no output head that losses could be computed from")
         self._head = heads[0]
+        self._head_rows = HeadRowsSite(self._head.key, self._head.frozen.bias)
         norms: dict[str, NormSite] = {}
         for name, module_spec in spec.modules.items():
             module = base.model.get_submodule(name)
@@ -193,7 +195,8 @@ class FleetModel:
         self.close()
 
     def _logits(self, hidden: torch.Tensor, rows: SpanRows) -> torch.Tensor:
-        return self._postprocess(self._head.apply(hidden, rows)[0])
+        logits = self._head.apply(hidden, rows)[0]
+        return self._postprocess(self._head_rows.change(hidden, logits, rows))
 
     def _keep_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Stands where the head stood: logits are computed later, in chunks. Returns nothing that means something."""

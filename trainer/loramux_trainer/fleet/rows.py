@@ -6,7 +6,7 @@ Rows without a member (the base's own, as a reference) come first; those of one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,12 +22,20 @@ class Dropout:
 
     share: float
     key: str  # seed, step and chunk
+    within: tuple[int, int] | None = None  # (first row, rows of the whole) where it is of a part of the chunk's rows
 
     def mask(self, site: str, like: torch.Tensor) -> torch.Tensor:
-        """0 or 1 / (1 - share), as `like` [n, in]."""
+        """0 or 1 / (1 - share), as `like` [n, in]; of a part, the whole's own rows, wherever it was cut."""
         keep = 1.0 - self.share
         source = generator(self.key, site, like.device)
-        return torch.empty_like(like).bernoulli_(keep, generator=source).div_(keep)
+        first, count = (0, len(like)) if self.within is None else self.within
+        whole = like.new_empty(count, *like.shape[1:]).bernoulli_(keep, generator=source)
+        return whole[first : first + len(like)].div_(keep)
+
+    def cut(self, start: int, stop: int, count: int) -> Dropout:
+        """That of rows [start, stop) of the `count` that it is of."""
+        first, whole = (0, count) if self.within is None else self.within
+        return self if (start, stop) == (0, count) else replace(self, within=(first + start, whole))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +52,14 @@ class Span:
     def rows(self) -> slice:
         """They."""
         return slice(self.start, self.stop)
+
+    def cut(self, start: int, stop: int) -> Span:
+        """What of it lies in rows [start, stop), counted from there."""
+        begin, end = max(self.start, start), min(self.stop, stop)
+        dropout = self.dropout
+        if dropout is not None:
+            dropout = dropout.cut(begin - self.start, end - self.start, self.stop - self.start)
+        return Span(begin - start, end - start, self.slot, self.parts, dropout)
 
 
 class SpanRows:
@@ -71,11 +87,7 @@ class SpanRows:
 
     def cut(self, start: int, stop: int) -> SpanRows:
         """Those of rows [start, stop), counted from there."""
-        inside = [
-            Span(max(span.start, start) - start, min(span.stop, stop) - start, span.slot, span.parts, None)
-            for span in self.spans
-            if span.start < stop and span.stop > start
-        ]
+        inside = [span.cut(start, stop) for span in self.spans if span.start < stop and span.stop > start]
         return SpanRows(stop - start, inside, self._kernels, self._device)
 
 
