@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from loramux_adapters.base.load import BaseRefused, LoadedBase, refingerprint
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.errors import BaseChanged, DeviceFull, Diverged, Interrupted, JobInvalid, ModelInvalid
 from loramux_trainer.fleet.fleet import Fleet
+from loramux_trainer.fleet.memory import is_out_of_memory
 from loramux_trainer.fleet.model import FleetModel
 from loramux_trainer.halving import Best, Halving, best_of
 from loramux_trainer.job import TrainConfig
@@ -98,7 +97,9 @@ def train_file(
         try:
             run = _FleetRun(file, progress or OneJob(Silent()))
             return run.go({output: found[-1] for output, found in saved.items() if found}, stop or threading.Event())
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise DeviceFull(
                 "the device has too little memory for this job; lower data.max_length, or set "
                 "training.gradient_checkpointing"
