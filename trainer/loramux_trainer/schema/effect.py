@@ -30,7 +30,7 @@ _LORA = _MODULES | _PATTERNS | {
 _READS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(LOW_RANK, _LORA),
     "adalora": _MODULES | {"rank", "alpha", "dropout", "bias"},
-    "vera": _MODULES - {"exclude_modules"} | {"rank", "dropout", "bias"},
+    "vera": _MODULES - {"exclude_modules"} | {"rank", "dropout"},
     **dict.fromkeys(("loha", "lokr"), _MODULES | _PATTERNS | {"rank", "alpha"}),
     "ia3": frozenset({"target_modules", "exclude_modules", "feedforward_modules"}),
     "galore": _MODULES,
