@@ -8,9 +8,9 @@ import torch
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.errors import AdapterInvalid
 from loramux_trainer.fleet.fleet import Fleet
-from loramux_trainer.fleet.memory import is_out_of_memory
 from loramux_trainer.fleet.micro_batch import cut_by_tokens
 from loramux_trainer.fleet.model import FleetModel
+from loramux_trainer.fleet.torch_errors import is_out_of_memory
 from loramux_trainer.losses.kto import KtoLoss
 from loramux_trainer.methods.galore import galore
 from loramux_trainer.methods.method import Method

@@ -14,13 +14,13 @@ import torch
 from loramux_adapters.errors import AdapterError
 from loramux_trainer.errors import DeviceFull
 from loramux_trainer.fleet.member import Member, UnitChunk
-from loramux_trainer.fleet.memory import is_out_of_memory
 from loramux_trainer.fleet.micro_batch import Chunk, pack
 from loramux_trainer.fleet.model import FleetModel, Hidden, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.random import generator
 from loramux_trainer.fleet.rows import Dropout
 from loramux_trainer.fleet.statistics import weight_gradients
+from loramux_trainer.fleet.torch_errors import NoDecomposition, is_out_of_memory
 from loramux_trainer.losses.protocol import Totals
 from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.losses.sft import SftLoss
@@ -122,7 +122,7 @@ class Fleet:
                 self._shrink(error)
 
     def _step(self, reports: dict[str, StepReport]) -> None:
-        """Of those that are not in `reports` yet, and adds theirs: a step that runs out of memory is not taken twice."""
+        """Of those that are not in `reports` yet; adds theirs. None is taken twice."""
         turns, chunks = [], []
         for slot, member in enumerate(self.running):
             if member.name in reports:
@@ -131,7 +131,7 @@ class Fleet:
                 self._give_gradients(member)
                 self._give_hessian(member)
                 parts = member.adapter.parts(with_gradients=True)
-            except (AdapterError, _NotFinite, torch.linalg.LinAlgError) as error:
+            except (AdapterError, _NotFinite, NoDecomposition) as error:
                 member.diverge(f"step {member.step + 1}: {error}")
                 continue
             own = member.chunks()

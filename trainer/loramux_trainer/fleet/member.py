@@ -23,7 +23,8 @@ from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.optimizers.interface import MemberOptimizer
 from loramux_trainer.progress import StepReport
 
-State = Literal["running", "finished", "diverged", "stopped"]
+State = Literal["running", "waiting", "finished", "diverged", "stopped"]
+"""Waiting: for others, to go on with them."""
 
 
 class Adapter(Protocol):
