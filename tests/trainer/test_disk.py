@@ -92,5 +92,17 @@ def test_room_is_needed_for_the_checkpoints_that_are_kept_and_the_adapter(make_j
     assert megabytes(save_steps=3, save_total_limit=9) == 4 * 3 + 1
 
 
+def test_room_is_needed_for_all_that_train_at_once(
+    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = make_job()
+    job.output.mkdir()
+    one = space.still_needed(job, 10**6, 10)
+    monkeypatch.setattr(space, "_free_bytes", lambda _: one + one // 2)
+    space.check_space(job, 10**6, 10)
+    with pytest.raises(JobInvalid, match=r"output: .* the run and those beside it write up to"):
+        space.check_space(job, 10**6, 10, {tmp_path: one})
+
+
 def test_checkpoints_are_written_by_default(make_job: JobMaker) -> None:
     assert make_job().checkpoint.save_steps == 200

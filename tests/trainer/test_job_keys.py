@@ -46,6 +46,7 @@ def value_at(job: TrainConfig, key: str) -> Any:
         ({"method": "prefix", "prompt": {"encoder_hidden_size": 4}}, "prompt.encoder_hidden_size", "prefix_projection"),
         ({"method": "p-tuning", "prompt": {"encoder_num_layers": 3}}, "prompt.encoder_num_layers", "LSTM"),
         ({"galore": {"rank": 4}}, "galore.rank", "read by galore"),
+        ({"method": "vera", "lora": {"bias": "all"}}, "lora.bias", "method vera does not read it"),
         ({"method": "vera", "init": "A"}, "init", "vera has no factors to initialize"),
         ({"lora": {"rank_budget": 4}}, "lora.rank_budget", "init A exports the rank it trains"),
         ({"training": {"optimizer": "sgd", "betas": [0.9, 0.999]}}, "training.betas", "optimizer sgd does not read it"),

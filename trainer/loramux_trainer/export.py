@@ -10,10 +10,11 @@ from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.formats.registry import read
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer.checkpoints import TEMPORARY, move_durably
+from loramux_trainer.finished import REPORT
 from loramux_trainer.methods.layouts import LIMITS, write
 from loramux_trainer.methods.trained import TrainedAdapter
 
-REPORT = "train_report.json"
+__all__ = ["REPORT", "export"]
 
 
 def export(output: Path, adapter: TrainedAdapter, base: BaseModelSpec, report: str) -> None:

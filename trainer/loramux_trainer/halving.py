@@ -6,10 +6,11 @@ Between the pure logic of `successive_halving` and the run, which knows members.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loramux_trainer.errors import JobInvalid
+from loramux_trainer.halving_record import HalvingRecord
 from loramux_trainer.schema.sweep_config import HalvingConfig
 from loramux_trainer.successive_halving import configuration_losses, ranked, rungs, survivors
 
@@ -44,10 +45,14 @@ def best_of(losses: Mapping[str, float], configurations: Mapping[str, str]) -> B
 
 
 class Halving:
-    """Stops members at rungs. All of a sweep run at once, so that they reach a rung together."""
+    """Stops members at rungs, which they reach together: who is there first waits. What `record` has, is decided."""
 
     def __init__(
-        self, config: HalvingConfig, configurations: Mapping[str, str], total_steps: Mapping[str, int]
+        self,
+        config: HalvingConfig,
+        configurations: Mapping[str, str],
+        total_steps: Mapping[str, int],
+        record: HalvingRecord,
     ) -> None:
         """`total_steps` of each run. Raises JobInvalid where runs cannot be compared step by step."""
         totals = set(total_steps.values())
@@ -57,20 +62,25 @@ class Halving:
                 f"compares jobs after the same steps, and theirs differ in all: {min(totals)} to {max(totals)}",
                 remedy="set training.max_steps",
             )
-        (total,) = totals
         candidates = len(set(configurations.values()))
+        total = max(totals, default=1)
         self._rungs = {
             rung.step: rung.survivors for rung in rungs(candidates, total, eta=config.eta, min_steps=config.min_steps)
         }
-        self._configurations = configurations
+        self._configurations, self._record = configurations, record
 
     def is_rung(self, step: int) -> bool:
         """Whether members are compared after this step."""
-        return step in self._rungs
+        return step in self._rungs and not self._record.is_decided(step)
 
-    def losers(self, step: int, losses: Mapping[str, float]) -> Sequence[str]:
-        """Runs that stop after this step, by their eval losses; those that diverged have none and are gone already."""
+    def decide(self, step: int, losses: Mapping[str, float]) -> Mapping[str, str]:
+        """Runs that stop after this step by their eval losses, and why; those that diverged have none and are gone
+        already. Raises OSError where that cannot be kept.
+        """
         names = {run: self._configurations[run] for run in losses}
         means = configuration_losses(losses, names)
         kept = set(survivors(means, self._rungs[step]))
-        return [run for run in losses if names[run] not in kept]
+        losers = [run for run in losses if names[run] not in kept]
+        why = {run: f"step {step}: eval loss {losses[run]:.4f} was not enough" for run in losers}
+        self._record.decide(step, why)
+        return why

@@ -49,6 +49,7 @@ __all__ = [
     "parse_job",
     "read_job",
     "read_values",
+    "recorded_key",
     "renamed_identity",
 ]
 
@@ -132,9 +133,7 @@ class TrainConfig(Section):
 
         What a checkpoint is resumed by.
         """
-        facts = self.to_dict()
-        del facts["model"], facts["output"], facts["name"], facts["checkpoint"]
-        return {key: value for key, value in _flat(facts) if key not in _NOT_IN_KEY}
+        return _key_of(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The job as JSON values, as it is written beside the adapter: every key that takes effect."""
@@ -231,6 +230,16 @@ def renamed_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     if renamed.get("lora.use_rslora") is True:
         added["method"] = "rslora"
     return {**added, **renamed}
+
+
+def recorded_key(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The reproducibility key of a job as it was written beside its adapter, under the names that keys have now."""
+    return renamed_identity(_key_of(facts))
+
+
+def _key_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in facts.items() if name not in ("model", "output", "name", "checkpoint")}
+    return {key: value for key, value in _flat(kept) if key not in _NOT_IN_KEY}
 
 
 def _known_keys() -> Iterator[str]:

@@ -18,6 +18,7 @@ import transformers
 from safetensors import SafetensorError
 
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.errors import AdapterError
 from loramux_trainer.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -29,10 +30,12 @@ from loramux_trainer.checkpoints import (
 from loramux_trainer.data import DataReport
 from loramux_trainer.errors import CheckpointInvalid, JobInvalid, OutputFailed
 from loramux_trainer.export import export
+from loramux_trainer.fleet.torch_errors import NoDecomposition
 from loramux_trainer.job import renamed_identity
 from loramux_trainer.members import BuiltMember
 from loramux_trainer.preparation import JobData
 from loramux_trainer.progress import EvalReport, Progress, StepReport
+from loramux_trainer.space import still_needed
 
 _ARITHMETIC = "fleet"
 """What steps are computed by; a checkpoint of another arithmetic does not go on."""
@@ -110,7 +113,12 @@ class MemberRun:
     def is_save_due(self) -> bool:
         """After the step that was taken; the end saves by itself."""
         every = self.job.checkpoint.save_steps
-        return bool(every) and self.member.step % every == 0 and self.member.state == "running"
+        return bool(every) and self.member.step % every == 0 and self.member.state in ("running", "waiting")
+
+    @property
+    def bytes_to_write(self) -> int:
+        """What it still writes at most, besides what is on the disk already."""
+        return still_needed(self.job, self.member.adapter.parameters.weights.numel(), self.member.options.total_steps)
 
     def save(self, *, keep: int | None = None) -> Path:
         """Writes the whole state. Raises OutputFailed."""
@@ -130,17 +138,22 @@ class MemberRun:
         """Exports the adapter. What is about to be exported is saved before, so that a failing export loses nothing."""
         result = self._result()
         saved = self.save(keep=self.job.checkpoint.save_total_limit + 1)
-        with writing(self.job.output):
-            export(self.job.output, self._built.adapter, self._base.spec, json.dumps(self._report(result), indent=2))
+        try:
+            with writing(self.job.output):
+                report = json.dumps(self._report(result), indent=2)
+                export(self.job.output, self._built.adapter, self._base.spec, report)
+        except (AdapterError, NoDecomposition) as error:
+            raise OutputFailed(f"{self.job.output}: what was trained makes no adapter: {error}") from error
         remove_checkpoint(saved)
         return result
 
+    def eval_loss_at(self, step: int) -> float | None:
+        """Of the evaluation after this step; None where there was none."""
+        return next((report.loss for report in reversed(self.evals) if report.step == step), None)
+
     def discard(self) -> None:
         """Of a run that ends without an adapter: its checkpoints, and its output where nothing else is in it."""
-        for checkpoint in list_checkpoints(self.job.output / CHECKPOINTS):
-            remove_checkpoint(checkpoint)
-        with suppress(OSError):  # not empty
-            self.job.output.rmdir()
+        discard_checkpoints(self.job.output)
 
     def _result(self) -> TrainResult:
         last = self.steps[-10:]
@@ -164,6 +177,7 @@ class MemberRun:
             "evals": [asdict(report) for report in self.evals],
             "history": [asdict(report) for report in self.steps],
             "versions": _versions(),
+            "training_data": self._data.digest,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -179,6 +193,22 @@ class MemberRun:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
+
+
+def discard_checkpoints(output: Path) -> None:
+    """All of them, and the output where nothing else is in it."""
+    for checkpoint in list_checkpoints(output / CHECKPOINTS):
+        remove_checkpoint(checkpoint)
+    with suppress(OSError):  # not empty, or not there
+        output.rmdir()
+
+
+def finished_result(output: Path, report: Mapping[str, Any]) -> TrainResult:
+    """What came out of a run before this one, by its report. Raises JobInvalid where that is not one of ours."""
+    try:
+        return TrainResult(output=output, data=DataReport(**report["data"]), **report["result"])
+    except TypeError:
+        raise JobInvalid("output", f"{output} has an adapter of another version; choose another directory") from None
 
 
 @contextmanager

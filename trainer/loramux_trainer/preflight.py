@@ -9,12 +9,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.columnar_files import is_dataset
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
+from loramux_trainer.finished import has_adapter, read_finished
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.optimizers.devices import check_device
 from loramux_trainer.records import read_records
@@ -55,7 +55,7 @@ def check_paths(job: TrainConfig, problems: Problems, *, resume: bool) -> None:
             problems.add(JobInvalid(key, f"{path} is not a readable file"))
     with problems.collecting():
         try:
-            _check_output(job.output, resume=resume)
+            _check_output(job, resume=resume)
         except OSError as error:
             raise JobInvalid("output", f"{job.output} cannot be written: {error.strerror}") from error
 
@@ -74,9 +74,13 @@ def is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK) and (not path.is_dir() or is_dataset(path))
 
 
-def _check_output(output: Path, *, resume: bool) -> None:
-    if (output / CONFIG_FILE).exists():
-        raise JobInvalid("output", f"{output} already has an adapter; choose another directory")
+def _check_output(job: TrainConfig, *, resume: bool) -> None:
+    output = job.output
+    if has_adapter(output):
+        if not resume:
+            raise JobInvalid("output", f"{output} already has an adapter; choose another directory")
+        read_finished(job)
+        return
     if not resume and list_checkpoints(output / CHECKPOINTS):
         raise JobInvalid(
             "output",

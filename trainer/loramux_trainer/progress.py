@@ -71,7 +71,9 @@ class FleetProgress(Protocol):
         ...
 
     def ended(self, name: str, state: str) -> None:
-        """A job takes part no more: finished, stopped (by successive halving), diverged or refused."""
+        """A job takes part no more: finished, stopped (by successive halving), diverged, failed (to be written) or
+        refused.
+        """
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
@@ -25,17 +26,30 @@ def needed_bytes(job: TrainConfig, parameters: int, total_steps: int, existing: 
     return parameters * _FLOAT * (_STATES * checkpoints + 1) + _TEXTS
 
 
-def check_space(job: TrainConfig, parameters: int, total_steps: int) -> None:
-    """Raises JobInvalid when the output's disk has too little room for the run."""
-    existing = len(list_checkpoints(job.output / CHECKPOINTS))
-    needed, free = needed_bytes(job, parameters, total_steps, existing), _free_bytes(job.output)
+def still_needed(job: TrainConfig, parameters: int, total_steps: int) -> int:
+    """Bytes that the run still writes, besides what is on the disk already."""
+    return needed_bytes(job, parameters, total_steps, len(list_checkpoints(job.output / CHECKPOINTS)))
+
+
+def check_space(job: TrainConfig, parameters: int, total_steps: int, beside: Mapping[Path, int] | None = None) -> None:
+    """Raises JobInvalid when the output's disk has too little room for the run. `beside`: output -> bytes that other
+    runs still write.
+    """
+    disk = _disk(job.output)
+    others = sum(count for output, count in (beside or {}).items() if _disk(output) == disk)
+    needed, free = still_needed(job, parameters, total_steps) + others, _free_bytes(job.output)
     if free < needed:
+        who = "the run and those beside it write" if others else "the run writes"
         raise JobInvalid(
             "output",
-            f"{job.output} is on a disk with {free / 1e6:,.0f} MB free, and the run writes up to "
+            f"{job.output} is on a disk with {free / 1e6:,.0f} MB free, and {who} up to "
             f"{needed / 1e6:,.0f} MB (checkpoints and the adapter): free some space, choose another disk, or lower "
             "checkpoint.save_total_limit",
         )
+
+
+def _disk(directory: Path) -> int:
+    return directory.stat().st_dev
 
 
 def _free_bytes(directory: Path) -> int:

@@ -20,6 +20,7 @@ from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.random import generator
 from loramux_trainer.fleet.rows import Dropout
 from loramux_trainer.fleet.statistics import weight_gradients
+from loramux_trainer.fleet.torch_errors import NoDecomposition, is_out_of_memory
 from loramux_trainer.losses.protocol import Totals
 from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.losses.sft import SftLoss
@@ -28,6 +29,10 @@ from loramux_trainer.progress import EvalReport, StepReport
 
 _LEAST_TOKENS = 64
 """A token budget is not halved below it."""
+
+
+class _NotFinite(Exception):
+    """A member has nothing to draw labels from."""
 
 
 @dataclass(eq=False)
@@ -76,22 +81,33 @@ class Fleet:
 
         Raises DeviceFull where there is no memory for the smallest micro-batch.
         """
+        reports: dict[str, StepReport] = {}
         while True:
             try:
-                return self._step()
-            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._step(reports)
+                return reports
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 for member in self.running:
                     member.adapter.parameters.clear()
                 self._shrink(error)
 
     @torch.no_grad()
     def evaluate(self, members: Sequence[Member]) -> dict[str, EvalReport]:
-        """Mean loss over each one's evaluation set, without dropout; changes nothing. Those without a set are left."""
+        """Mean loss over each one's evaluation set, without dropout; changes nothing. Those without a set are left, and
+        those whose tensors come to numbers that are not finite: they have diverged.
+        """
         turns = []
         for slot, member in enumerate(members):
             if member.held_out:
                 totals = member.loss.totals(member.held_out)
-                turns.append(_Turn(member, slot, member.adapter.parts(with_gradients=False), totals))
+                try:
+                    parts = member.adapter.parts(with_gradients=False)
+                except AdapterError as error:
+                    member.diverge(f"step {member.step}: {error}")
+                    continue
+                turns.append(_Turn(member, slot, parts, totals))
         while True:
             try:
                 for turn in turns:
@@ -100,17 +116,22 @@ class Fleet:
                 for batch in pack(chunks, self.token_budget):
                     self._compute(batch)
                 return {turn.member.name: EvalReport(turn.member.step, turn.loss) for turn in turns}
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._shrink(error)
 
-    def _step(self) -> dict[str, StepReport]:
+    def _step(self, reports: dict[str, StepReport]) -> None:
+        """Of those that are not in `reports` yet; adds theirs. None is taken twice."""
         turns, chunks = [], []
         for slot, member in enumerate(self.running):
+            if member.name in reports:
+                continue
             try:
                 self._give_gradients(member)
                 self._give_hessian(member)
                 parts = member.adapter.parts(with_gradients=True)
-            except AdapterError as error:
+            except (AdapterError, _NotFinite, NoDecomposition) as error:
                 member.diverge(f"step {member.step + 1}: {error}")
                 continue
             own = member.chunks()
@@ -120,13 +141,12 @@ class Fleet:
             chunks += [self._chunk(turns[-1], chunk, is_training=True, with_dropout=drops) for chunk in own]
         for batch in pack(chunks, self.token_budget):
             self._compute(batch)
-        reports = {}
         for turn in turns:
             turn.loss += turn.parts.backward()
+        for turn in turns:
             report = turn.member.finish_step(turn.loss, turn.totals, turn.metrics)
             if report is not None:
                 reports[turn.member.name] = report
-        return reports
 
     def _give_gradients(self, member: Member) -> None:
         """Those of the frozen weights at this step, alone, where its method asks for them."""
@@ -157,7 +177,7 @@ class Fleet:
         source = generator(member.options.seed, f"hessian/{member.step}")
         for chunk in sequences:
             with self._model.running([MemberRows(parts, chunk, 0, member.adapter.virtual_tokens)]) as hidden:
-                drawn = self._model.sample(hidden, source)
+                drawn = self._drawn(hidden, source)
                 weights = torch.full((len(drawn.targets),), 1.0 / tokens, device=drawn.states.device)
                 loss, _ = self._model.token_loss(drawn, weights)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -167,6 +187,15 @@ class Fleet:
             [gauss_newton_bartlett_estimate(each, tokens) for each in gradients if each is not None]
         )
         member.adapter.parameters.clear()
+
+    def _drawn(self, hidden: Hidden, source: torch.Generator) -> Hidden:
+        """See FleetModel.sample. Raises _NotFinite."""
+        try:
+            return self._model.sample(hidden, source)
+        except RuntimeError as error:
+            if "probability tensor" in str(error):  # torch has no error of its own for it
+                raise _NotFinite("the predictions are not finite") from error
+            raise
 
     @torch.no_grad()
     def precompute_reference(self, member: Member) -> None:

@@ -23,7 +23,8 @@ from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.optimizers.interface import MemberOptimizer
 from loramux_trainer.progress import StepReport
 
-State = Literal["running", "finished", "diverged", "stopped"]
+State = Literal["running", "waiting", "finished", "diverged", "stopped"]
+"""Waiting: for others, to go on with them."""
 
 
 class Adapter(Protocol):
@@ -124,12 +125,22 @@ class Member:
 
     def chunks(self) -> list[UnitChunk]:
         """What the next step computes."""
-        return _cut(self.train, self._order.micro_batches(self.step), self.chunk_tokens)
+        return self._cut(self.train, self._order.micro_batches(self.step))
 
     def eval_chunks(self) -> list[UnitChunk]:
         """The evaluation set, units of like length together."""
         order = sorted(range(len(self.held_out)), key=lambda index: self.held_out[index].tokens)
-        return _cut(self.held_out, [order], self.chunk_tokens)
+        return self._cut(self.held_out, [order])
+
+    def _cut(self, units: Sequence[Unit], batches: Sequence[Sequence[int]]) -> list[UnitChunk]:
+        """By tokens, with as many units in a chunk as the loss needs to be what it is meant to be."""
+        found: list[UnitChunk] = []
+        for batch in batches:
+            lengths = [units[index].tokens for index in batch]
+            for part in cut_by_tokens(lengths, self.chunk_tokens, self.loss.least_units):
+                indices = tuple(batch[part])
+                found.append(UnitChunk(len(found), tuple(units[index] for index in indices), indices))
+        return found
 
     def dropout_key(self, chunk: int) -> str:
         """What its masks are drawn from: the same in a run that was never stopped."""
@@ -185,12 +196,3 @@ class Member:
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _cut(units: Sequence[Unit], batches: Sequence[Sequence[int]], tokens: int) -> list[UnitChunk]:
-    found: list[UnitChunk] = []
-    for batch in batches:
-        for part in cut_by_tokens([units[index].tokens for index in batch], tokens):
-            indices = tuple(batch[part])
-            found.append(UnitChunk(len(found), tuple(units[index] for index in indices), indices))
-    return found

@@ -57,11 +57,11 @@ def pack(chunks: Sequence[Chunk[Owner]], budget: int) -> list[list[Chunk[Owner]]
     return bins
 
 
-def cut_by_tokens(sequences: Sequence[int], budget: int) -> Iterator[slice]:
-    """Neighbors together as long as their tokens are within `budget`; a longer one alone."""
+def cut_by_tokens(sequences: Sequence[int], budget: int, least: int = 1) -> Iterator[slice]:
+    """Neighbors together as long as their tokens are within `budget`, but at least `least`; of fewer sequences all."""
     start, tokens = 0, 0
     for index, length in enumerate(sequences):
-        if index > start and tokens + length > budget:
+        if index >= start + least and len(sequences) - index >= least and tokens + length > budget:
             yield slice(start, index)
             start, tokens = index, 0
         tokens += length

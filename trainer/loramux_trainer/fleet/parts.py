@@ -51,7 +51,10 @@ class StepParts:
     def bound(self, site: str, bind: Callable[[StepParts], B]) -> B:
         """What a site makes of the parts, once a step."""
         if site not in self._bound:
-            self._bound[site] = bind(self)
+            with (
+                torch.enable_grad()
+            ):  # the first to ask may be a forward without, whose derived tensors all others read
+                self._bound[site] = bind(self)
         return self._bound[site]  # type: ignore[return-value]
 
     def leaf(self, tensor: torch.Tensor) -> Leaf:
