@@ -108,7 +108,7 @@ def test_examples_that_lost_their_end_are_warned_of(make_job: JobMaker) -> None:
 
 
 def test_a_full_device_is_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Fleet) -> dict[str, StepReport]:
+    def fail(*_: object) -> dict[str, StepReport]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Fleet, "_step", fail)
