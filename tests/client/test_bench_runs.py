@@ -73,7 +73,7 @@ def test_a_kept_store_is_found_again(cache: Path, tmp_path: Path, monkeypatch: p
         _shrunk(read_workload("registered-125m")), seed=3, requests=2, settle=0, scenarios=(Scenario("two", 2),)
     )
     monkeypatch.setattr(main, "read_workload", lambda _: workload)
-    options = BenchOptions("registered", ("engine",), threads=1, dtype="float32", cache=cache, out=tmp_path)
+    options = BenchOptions("registered-125m", ("engine",), threads=1, dtype="float32", cache=cache, out=tmp_path)
     main.run(options, lambda message: None)
     (store,) = cache.glob("*-seed3-*-store")
     blobs = {path: path.stat().st_mtime_ns for path in (store / "blobs").rglob("*") if path.is_file()}

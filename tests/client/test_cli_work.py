@@ -56,7 +56,9 @@ def test_train_takes_a_file_of_several_jobs(tmp_path: Path) -> None:
     result = invoke("train", str(job))
     assert result.exit_code == 0
     assert "a: finished at step 2" in result.stderr
-    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [str(tmp_path / "out" / n) for n in "ab"]
+    *described, hint = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in described] == [str(tmp_path / "out" / name) for name in "ab"]
+    assert hint == f"publish one with: loramux adapters push {tmp_path / 'out' / 'a'}"
 
     job.write_text(
         common.replace("output: out", "output: swept") + steps + "sweep: {parameters: {lora.rank: [2, 4]}}\n"

@@ -78,7 +78,10 @@ def _check_output(job: TrainConfig, *, resume: bool) -> None:
     output = job.output
     if has_adapter(output):
         if not resume:
-            raise JobInvalid("output", f"{output} already has an adapter; choose another directory")
+            raise JobInvalid(
+                "output",
+                f"{output} already has an adapter; choose another directory, or take it as it is with --resume",
+            )
         read_finished(job)
         return
     if not resume and list_checkpoints(output / CHECKPOINTS):

@@ -23,5 +23,6 @@ logging.getLogger(_ADVISER).addFilter(_is_wanted)
 
 from bitsandbytes import functional, matmul_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit
 
-__all__ = ["Linear4bit", "Params4bit", "functional", "matmul_4bit"]
+__all__ = ["AdamW8bit", "Linear4bit", "PagedAdamW", "PagedAdamW8bit", "Params4bit", "functional", "matmul_4bit"]

@@ -82,9 +82,12 @@ def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
             print(_described(result))
         for name, why in outcome.stopped.items():
             print(f"{name}: stopped at {why}")
+        published = next(iter(outcome.results.values()), None)
         if outcome.best is not None:
             print(f"best: {outcome.best.describe()}")
-            print(f"publish it with: loramux adapters push {outcome.results[outcome.best.run].output}")
+            published = outcome.results[outcome.best.run]
+        if published is not None:
+            print(f"publish {'it' if outcome.best else 'one'} with: loramux adapters push {published.output}")
     for name, why in outcome.failures.items():
         say(f"{name} has no adapter: {why}")
     if outcome.failures:

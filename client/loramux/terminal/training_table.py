@@ -55,7 +55,9 @@ class TrainingTable:
         row = self._rows[name]
         row.state = state
         self.changed()
-        if not self._console.is_terminal:
+        if not row.steps:
+            self.say(f"{name}: {state} before this run")
+        elif not self._console.is_terminal:
             self.say(f"{name}: {state} at step {row.step}, loss {row.loss or '-'}, eval loss {row.eval_loss or '-'}")
 
     def say(self, message: str) -> None:
