@@ -9,7 +9,7 @@ FLEET, TEST_FLEET = TRAINER + "fleet/", TESTS + "fleet/"
 
 TRAINING_MUTANTS = (
     Mutant(
-        "one that diverged is not saved", TRAINER + "run.py",
+        "one that diverged is not saved", TRAINER + "fleet_run.py",
         "            if member.step:\n                run.save()\n", "",
         (TESTS + "test_train_file.py",),
     ),
@@ -73,7 +73,7 @@ TRAINING_MUTANTS = (
         (TESTS + "test_train_file.py",),
     ),
     Mutant(
-        "an adapter is exported without a look at the base", TRAINER + "run.py",
+        "an adapter is exported without a look at the base", TRAINER + "fleet_run.py",
         "if refingerprint(self._base) != self._base.spec.fingerprint:", "if False:",
         (TESTS + "test_run.py",),
     ),

@@ -16,7 +16,7 @@ import torch
 from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.spec import BaseModelSpec
-from loramux_trainer import member_run, run
+from loramux_trainer import fleet_run, member_run
 from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.job import TrainConfig, parse_job
@@ -91,10 +91,10 @@ def train_rows(architecture: str, root: Path, rows: Mapping[str, Job] | None = N
         after.add(found)
         return found
 
-    export, refingerprint = member_run.export, run.refingerprint
+    export, refingerprint = member_run.export, fleet_run.refingerprint
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(member_run, "export", keep))
-        patches.enter_context(mock.patch.object(run, "refingerprint", remember))
+        patches.enter_context(mock.patch.object(fleet_run, "refingerprint", remember))
         outcome = train_together(list(jobs.values()))
     assert not outcome.failures
     outputs = {name: job.output for name, job in jobs.items()}

@@ -1,6 +1,5 @@
 """Files of several jobs that are stopped in the middle: nothing is trained twice, nothing lost, and the same bytes."""
 
-import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,11 @@ from loramux_trainer import member_run
 from loramux_trainer.errors import CheckpointInvalid, Interrupted, JobInvalid, OutputFailed
 from loramux_trainer.finished import REPORT
 from loramux_trainer.halving_record import RECORD
-from loramux_trainer.job_file import JobFile, parse_job_file
-from loramux_trainer.progress import Progress
 from loramux_trainer.run import FleetOutcome, train, train_file
-from support.tiny import conversation, write_jsonl
-from support.training import StopAt
+from support.tiny import write_jsonl
+from support.training import RECORDS, Watcher, job_file, job_values
 
 WEIGHTS = "adapter_model.safetensors"
-RECORDS = [{"messages": conversation(f"word{i * 7 % 40}", f"drow{i}{'!' * (i % 9)}")} for i in range(24)]
 JOBS = [
     {"name": "short", "lora": {"rank": 2}, "training": {"max_steps": 2}},
     {"name": "long", "lora": {"rank": 4, "dropout": 0.2}},
@@ -30,41 +26,9 @@ SWEEP = {
 }
 
 
-class Watcher:
-    """A FleetProgress that remembers, and stops the run at a job's step."""
-
-    def __init__(self, file: JobFile, stop_at: tuple[str, int] = ("", 0)) -> None:
-        name, step = stop_at
-        self.jobs = {str(job.name): StopAt(step if job.name == name else 10**9) for job in file.jobs}
-        self.event = self.jobs[name].event if name else None
-        self.states: dict[str, str] = {}
-
-    def of(self, name: str) -> Progress:
-        return self.jobs[name]
-
-    def warned(self, message: str) -> None:
-        raise AssertionError(message)
-
-    def ended(self, name: str, state: str) -> None:
-        self.states[name] = state
-
-    def steps(self, name: str) -> list[int]:
-        return [report.step for report in self.jobs[name].seen]
-
-
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    write_jsonl(tmp_path / "train.jsonl", RECORDS)
-    return {
-        "model": "loramux-tiny",
-        "output": str(tmp_path / "out"),
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval_fraction": 0.2},
-        "training": {"learning_rate": 5e-3, "max_steps": 6, "batch_size": 4, "warmup_steps": 0},
-    }
-
-
-def _file(values: dict[str, Any], **more: Any) -> JobFile:
-    return parse_job_file({**copy.deepcopy(values), **more})
+    return job_values(tmp_path)
 
 
 def _bytes(outcome: FleetOutcome) -> dict[str, bytes]:
@@ -72,8 +36,8 @@ def _bytes(outcome: FleetOutcome) -> dict[str, bytes]:
 
 
 def test_jobs_that_are_finished_are_taken_as_they_are(values: dict[str, Any], tmp_path: Path) -> None:
-    whole = train_file(_file({**values, "output": str(tmp_path / "whole")}, jobs=JOBS, fleet={"max_members": 2}))
-    file = _file(values, jobs=JOBS, fleet={"max_members": 2})
+    whole = train_file(job_file({**values, "output": str(tmp_path / "whole")}, jobs=JOBS, fleet={"max_members": 2}))
+    file = job_file(values, jobs=JOBS, fleet={"max_members": 2})
     first = Watcher(file, ("late", 2))
     with pytest.raises(Interrupted):
         train_file(file, progress=first, stop=first.event)
@@ -94,10 +58,10 @@ def test_jobs_that_are_finished_are_taken_as_they_are(values: dict[str, Any], tm
 
 
 def test_a_finished_adapter_of_another_job_or_data_is_not_taken(values: dict[str, Any], tmp_path: Path) -> None:
-    job = _file(values, lora={"rank": 2}, training={**values["training"], "max_steps": 1}).jobs[0]
+    job = job_file(values, lora={"rank": 2}, training={**values["training"], "max_steps": 1}).jobs[0]
     result = train(job)
     assert train(job, resume=True) == result
-    other = _file(values, lora={"rank": 3}, training={**values["training"], "max_steps": 1}).jobs[0]
+    other = job_file(values, lora={"rank": 3}, training={**values["training"], "max_steps": 1}).jobs[0]
     with pytest.raises(JobInvalid, match=r"output: .*the adapter of another job \(lora\.rank: 2, not 3\)"):
         train(other, resume=True)
     write_jsonl(tmp_path / "train.jsonl", RECORDS[:20])
@@ -110,8 +74,8 @@ def test_a_finished_adapter_of_another_job_or_data_is_not_taken(values: dict[str
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_sweep_goes_on_with_those_that_were_left(values: dict[str, Any], tmp_path: Path, step: int) -> None:
-    whole = train_file(_file({**values, "output": str(tmp_path / "whole")}, sweep=SWEEP))
-    file = _file(values, sweep=SWEEP)
+    whole = train_file(job_file({**values, "output": str(tmp_path / "whole")}, sweep=SWEEP))
+    file = job_file(values, sweep=SWEEP)
     best = whole.best
     assert best is not None
     first = Watcher(file, (best.run, step))
@@ -130,8 +94,8 @@ def test_a_sweep_goes_on_with_those_that_were_left(values: dict[str, Any], tmp_p
 
 def test_those_that_fell_behind_are_waited_for_at_a_rung(values: dict[str, Any], tmp_path: Path) -> None:
     """A run that is killed leaves checkpoints of different steps."""
-    whole = train_file(_file({**values, "output": str(tmp_path / "whole")}, sweep=SWEEP))
-    file = _file(values, sweep=SWEEP, checkpoint={"save_steps": 1, "save_total_limit": 9})
+    whole = train_file(job_file({**values, "output": str(tmp_path / "whole")}, sweep=SWEEP))
+    file = job_file(values, sweep=SWEEP, checkpoint={"save_steps": 1, "save_total_limit": 9})
     best = whole.best
     assert best is not None
     first = Watcher(file, (best.run, 2))
@@ -150,15 +114,15 @@ def test_those_that_fell_behind_are_waited_for_at_a_rung(values: dict[str, Any],
 
 
 def test_a_sweep_is_not_begun_over_nor_resumed_as_another(values: dict[str, Any], tmp_path: Path) -> None:
-    file = _file(values, sweep=SWEEP)
-    first = Watcher(file, (str(file.jobs[-1].name), 2))
+    file = job_file(values, sweep=SWEEP)
+    first = Watcher(file, (file.jobs[-1].run_name, 2))
     with pytest.raises(Interrupted):
         train_file(file, progress=first, stop=first.event)
     for job in file.jobs:
         shutil.rmtree(job.output, ignore_errors=True)
     with pytest.raises(JobInvalid, match=rf"output: .* has the {RECORD} of another run; continue with --resume"):
         train_file(file)
-    other = _file(values, sweep={**SWEEP, "successive_halving": {"min_steps": 3, "eta": 2}})
+    other = job_file(values, sweep={**SWEEP, "successive_halving": {"min_steps": 3, "eta": 2}})
     with pytest.raises(CheckpointInvalid, match=f"{RECORD} is of another sweep"):
         train_file(other, resume=True)
     (tmp_path / "out" / RECORD).write_text("{")
@@ -178,7 +142,7 @@ def test_an_output_that_fails_does_not_end_the_others(
         return real(place, *given, **more)
 
     monkeypatch.setattr(member_run, what, fail)
-    file = _file(values, jobs=JOBS, checkpoint={"save_steps": 4})
+    file = job_file(values, jobs=JOBS, checkpoint={"save_steps": 4})
     watcher = Watcher(file)
     outcome = train_file(file, progress=watcher)
     assert outcome.results.keys() == {"short", "late"}
@@ -197,7 +161,7 @@ def test_a_stop_saves_the_others_where_one_cannot_be(values: dict[str, Any], mon
         return real(root, *given, **more)
 
     monkeypatch.setattr(member_run, "write_checkpoint", fail)
-    file = _file(values, jobs=JOBS)
+    file = job_file(values, jobs=JOBS)
     watcher = Watcher(file, ("late", 4))
     with pytest.raises(OutputFailed, match="No space left"):
         train_file(file, progress=watcher, stop=watcher.event)
@@ -205,13 +169,13 @@ def test_a_stop_saves_the_others_where_one_cannot_be(values: dict[str, Any], mon
 
 
 def test_a_checkpoint_of_another_job_that_is_found_late_ends_that_job_only(values: dict[str, Any]) -> None:
-    file = _file(values, jobs=JOBS[:2], fleet={"max_members": 1})
+    file = job_file(values, jobs=JOBS[:2], fleet={"max_members": 1})
     watcher = Watcher(file, ("long", 2))
     with pytest.raises(Interrupted):
         train_file(file, progress=watcher, stop=watcher.event)
     shutil.rmtree(file.jobs[0].output)
     jobs = [JOBS[0], {**JOBS[1], "lora": {"rank": 5}}]
-    other = _file(values, jobs=jobs, fleet={"max_members": 1})
+    other = job_file(values, jobs=jobs, fleet={"max_members": 1})
     outcome = train_file(other, resume=True)
     assert outcome.results.keys() == {"short"}
     assert "lora.rank: 4, not 5" in outcome.failures["long"]
@@ -220,4 +184,4 @@ def test_a_checkpoint_of_another_job_that_is_found_late_ends_that_job_only(value
 def test_a_late_mistake_names_its_job(values: dict[str, Any]) -> None:
     jobs = [{"name": "good"}, {"name": "bad", "lora": {"target_modules": ["nothing"]}}]
     with pytest.raises(JobInvalid, match=r"job bad: lora\.target_modules: nothing names no module"):
-        train_file(_file(values, jobs=jobs))
+        train_file(job_file(values, jobs=jobs))

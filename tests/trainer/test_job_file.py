@@ -147,12 +147,30 @@ def test_a_common_key_that_no_job_reads_is_refused_and_so_is_an_own_one() -> Non
             "sweep.successive_halving",
             "different losses",
         ),
+        (
+            {
+                "sweep": {"parameters": {"lora.rank": [1, 2]}, "successive_halving": {"min_steps": 4}},
+                "fleet": {"max_members": 1},
+            },
+            "fleet.max_members",
+            "1 of 2 jobs at a time cannot be compared",
+        ),
     ],
 )
 def test_mistakes_are_named_where_they_stand(values: dict[str, Any], field: str, says: str) -> None:
     [(found, message)] = refusals(**values)
     assert found == field
     assert says in message
+
+
+def test_jobs_made_in_python_are_checked_too() -> None:
+    first = parse_job(COMMON)
+    with pytest.raises(JobInvalid, match="jobs: has no job"):
+        JobFile(())
+    with pytest.raises(SeveralInvalid, match="two jobs have out"):
+        JobFile((first, first))
+    with pytest.raises(JobInvalid, match="model: must be the same in all jobs"):
+        JobFile((first, parse_job({**COMMON, "model": "org/other", "output": "other"})))
 
 
 def test_a_mistake_in_a_common_key_is_named_once() -> None:

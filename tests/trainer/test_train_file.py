@@ -1,7 +1,5 @@
 """Files of several jobs and sweeps through the one entry point: each with its own output, and the best one named."""
 
-import copy
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +13,21 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from loramux_trainer.errors import Interrupted, JobInvalid
 from loramux_trainer.fleet.parameters import FlatParameters
-from loramux_trainer.job_file import JobFile, parse_job_file
-from loramux_trainer.progress import Progress
 from loramux_trainer.run import train, train_file
 from support.adapters import files_of
-from support.tiny import conversation, write_jsonl
-from support.training import StopAt
+from support.tiny import write_jsonl
+from support.training import Watcher, job_file, job_values
 
 WEIGHTS = "adapter_model.safetensors"
-RECORDS = [{"messages": conversation(f"word{i * 7 % 40}", f"drow{i}{'!' * (i % 9)}")} for i in range(24)]
 PAIRS = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
 LABELS = [{"prompt": f"say {i}", "completion": f"it {i}", "label": bool(i % 2)} for i in range(12)]
 
 
-class Watcher:
-    """A FleetProgress that remembers."""
-
-    def __init__(self, names: list[str], stop_at: int = 10**9) -> None:
-        self.jobs = {name: StopAt(stop_at) for name in names}
-        self.states: dict[str, str] = {}
-        self.warnings: list[str] = []
-
-    def of(self, name: str) -> Progress:
-        return self.jobs[name]
-
-    def warned(self, message: str) -> None:
-        self.warnings.append(message)
-
-    def ended(self, name: str, state: str) -> None:
-        self.states[name] = state
-
-
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    write_jsonl(tmp_path / "train.jsonl", RECORDS)
     write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
     write_jsonl(tmp_path / "labels.jsonl", LABELS)
-    return {
-        "model": "loramux-tiny",
-        "output": str(tmp_path / "out"),
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval_fraction": 0.2},
-        "training": {"learning_rate": 5e-3, "max_steps": 6, "batch_size": 4, "warmup_steps": 0},
-    }
-
-
-def _file(values: dict[str, Any], **more: Any) -> JobFile:
-    return parse_job_file({**copy.deepcopy(values), **more})
+    return job_values(tmp_path)
 
 
 def test_jobs_of_many_methods_losses_and_optimizers_train_in_one_fleet(
@@ -94,8 +61,9 @@ def test_jobs_of_many_methods_losses_and_optimizers_train_in_one_fleet(
         {"name": "lion", "training": {"optimizer": "lion"}, "lora": {"rank": 4}},
         {"name": "sophia", "training": {"optimizer": "sophia", "hessian_update_period": 2}, "lora": {"rank": 4}},
     ]
-    watcher = Watcher([str(job["name"]) for job in jobs])
-    outcome = train_file(_file(values, jobs=jobs), progress=watcher)
+    file = job_file(values, jobs=jobs)
+    watcher = Watcher(file)
+    outcome = train_file(file, progress=watcher)
     assert not outcome.failures
     assert watcher.states == {str(job["name"]): "finished" for job in jobs}
     kinds = {}
@@ -124,11 +92,11 @@ def test_a_job_in_a_fleet_is_the_job_alone(values: dict[str, Any], tmp_path: Pat
     try:
         values["training"]["deterministic"] = True
         jobs = [{"name": f"r{rank}", "lora": {"rank": rank}, "training": {"seed": rank}} for rank in (2, 5, 9)]
-        outcome = train_file(_file(values, jobs=jobs, fleet={"max_members": 2, "token_budget": 64}))
-        alone = _file({**values, "output": str(tmp_path / "alone")}, jobs=jobs).jobs
+        outcome = train_file(job_file(values, jobs=jobs, fleet={"max_members": 2, "token_budget": 64}))
+        alone = job_file({**values, "output": str(tmp_path / "alone")}, jobs=jobs).jobs
         for job in alone:
             train(job)
-            ours = (outcome.results[str(job.name)].output / WEIGHTS).read_bytes()
+            ours = (outcome.results[job.run_name].output / WEIGHTS).read_bytes()
             assert ours == (job.output / WEIGHTS).read_bytes()
     finally:
         torch.set_num_threads(threads)
@@ -140,8 +108,8 @@ def test_a_sweep_ends_losers_early_and_names_the_best(values: dict[str, Any]) ->
         "repeat": 2,
         "successive_halving": {"min_steps": 2, "eta": 2},
     }
-    file = _file(values, sweep=sweep)
-    watcher = Watcher([str(job.name) for job in file.jobs])
+    file = job_file(values, sweep=sweep)
+    watcher = Watcher(file)
     outcome = train_file(file, progress=watcher)
     assert len(file.jobs) == 8
     assert len(outcome.stopped) == 6
@@ -168,8 +136,8 @@ def test_a_job_that_diverges_leaves_the_others_alone(values: dict[str, Any], mon
         return real(parameters, most)
 
     monkeypatch.setattr(FlatParameters, "clip", poisoned)
-    watcher = Watcher(["good", "bad"])
-    file = _file(values, jobs=[{"name": "good", "lora": {"rank": 2}}, {"name": "bad", "lora": {"rank": 4}}])
+    file = job_file(values, jobs=[{"name": "good", "lora": {"rank": 2}}, {"name": "bad", "lora": {"rank": 4}}])
+    watcher = Watcher(file)
     outcome = train_file(file, progress=watcher)
     assert outcome.results.keys() == {"good"}
     assert "step 3" in outcome.failures["bad"]
@@ -182,14 +150,14 @@ def test_a_fleet_that_is_stopped_goes_on_to_the_same_bytes(values: dict[str, Any
         {"name": "a", "lora": {"rank": 4, "dropout": 0.2}},
         {"name": "b", "method": "ia3", "training": {"optimizer": "lion"}},
     ]
-    whole = train_file(_file({**values, "output": str(tmp_path / "whole")}, jobs=jobs))
-    file = _file(values, jobs=jobs)
-    watcher = Watcher(["a", "b"], stop_at=3)
+    whole = train_file(job_file({**values, "output": str(tmp_path / "whole")}, jobs=jobs))
+    file = job_file(values, jobs=jobs)
+    watcher = Watcher(file, ("a", 3))
     with pytest.raises(Interrupted):
-        train_file(file, progress=watcher, stop=watcher.jobs["a"].event)
-    rest = Watcher(["a", "b"])
+        train_file(file, progress=watcher, stop=watcher.event)
+    rest = Watcher(file)
     outcome = train_file(file, resume=True, progress=rest)
-    assert [report.step for report in rest.jobs["b"].seen] == [4, 5, 6]
+    assert rest.steps("b") == [4, 5, 6]
     for name in ("a", "b"):
         ours, theirs = (result.results[name].output / WEIGHTS for result in (outcome, whole))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -197,8 +165,9 @@ def test_a_fleet_that_is_stopped_goes_on_to_the_same_bytes(values: dict[str, Any
 
 def test_a_job_that_is_found_invalid_late_does_not_end_the_others(values: dict[str, Any]) -> None:
     jobs = [{"name": "good", "lora": {"rank": 2}}, {"name": "bad", "init": "pissa", "lora": {"rank": 300}}]
-    watcher = Watcher(["good", "bad"])
-    outcome = train_file(_file(values, jobs=jobs, fleet={"max_members": 1}), progress=watcher)
+    file = job_file(values, jobs=jobs, fleet={"max_members": 1})
+    watcher = Watcher(file)
+    outcome = train_file(file, progress=watcher)
     assert outcome.results.keys() == {"good"}
     assert "directions that init pissa finds" in outcome.failures["bad"]
     assert watcher.states == {"good": "finished", "bad": "refused"}
@@ -206,15 +175,11 @@ def test_a_job_that_is_found_invalid_late_does_not_end_the_others(values: dict[s
 
 def test_virtual_tokens_count_against_the_context(values: dict[str, Any]) -> None:
     with pytest.raises(JobInvalid, match=r"an example has \d+ tokens, the base's context is"):
-        train_file(_file(values, method="prompt", prompt={"num_virtual_tokens": 2040}))
+        train_file(job_file(values, method="prompt", prompt={"num_virtual_tokens": 2040}))
 
 
 def test_what_cannot_go_together_is_refused(values: dict[str, Any]) -> None:
-    parameters = {"training.learning_rate": [1e-3, 1e-2]}
-    halving = {"parameters": parameters, "successive_halving": {"min_steps": 2}}
-    with pytest.raises(JobInvalid, match=r"fleet\.max_members"):
-        train_file(_file(values, sweep=halving, fleet={"max_members": 1}), stop=threading.Event())
     with pytest.raises(JobInvalid, match=r"bitfit\.biases: .* has no biases"):
-        train_file(_file(values, method="bitfit"))
+        train_file(job_file(values, method="bitfit"))
     with pytest.raises(JobInvalid, match=r"lora\.rank: 300 is more than the \d+ directions"):
-        train_file(_file(values, init="pissa", lora={"rank": 300}))
+        train_file(job_file(values, init="pissa", lora={"rank": 300}))

@@ -65,6 +65,12 @@ class OutputFailed(TrainerError):
 class DeviceFull(TrainerError):
     """The job needs more memory than the device has."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "the device has too little memory for this job; lower data.max_length, or set "
+            "training.gradient_checkpointing"
+        )
+
 
 class BaseChanged(TrainerError):
     """The frozen base is not what it was before training. Nothing was exported."""

@@ -69,7 +69,7 @@ def record_of(file: JobFile) -> HalvingRecord:
     halving = None if file.sweep is None else file.sweep.successive_halving
     if halving is None:
         return HalvingRecord(None, {})
-    jobs = {str(job.name): job.reproducibility_key() for job in file.jobs}
+    jobs = {job.run_name: job.reproducibility_key() for job in file.jobs}
     return HalvingRecord(_directory(file) / RECORD, {"successive_halving": asdict(halving), "jobs": jobs})
 
 

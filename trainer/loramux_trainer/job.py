@@ -119,6 +119,11 @@ class TrainConfig(Section):
         return name
 
     @property
+    def run_name(self) -> str:
+        """`name`, which every job has once it is made."""
+        return cast("str", self.name)
+
+    @property
     def scale(self) -> float:
         """What B A is multiplied by where no pattern gives a module its own rank or alpha."""
         return self.lora.scale(self.lora.rank, self.lora.alpha)

@@ -6,7 +6,7 @@ that job does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,15 +30,21 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class JobFile:
-    """Jobs that train together; names and outputs are distinct.
+    """Jobs that train together: on one base in one form, with names and outputs of their own.
 
-    `configurations`: job's name -> what it has in common with the jobs that differ from it in the seed only.
+    `configurations`: job's name -> what it has in common with the jobs that differ from it in the seed only. Raises
+    JobInvalid and SeveralInvalid for other jobs.
     """
 
     jobs: tuple[TrainConfig, ...]
     fleet: FleetConfig = field(default_factory=FleetConfig)
     sweep: SweepConfig | None = None
     configurations: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_together(self.jobs)
+        if self.sweep is not None and self.sweep.successive_halving is not None:
+            _check_halving(self.jobs, self.fleet)
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,7 @@ def parse_job_file(values: Mapping[str, Any], *, root: Path = Path()) -> JobFile
         return JobFile((parse_job(common, root=root),), fleet)
     config = _section(SweepConfig, sweep, "sweep")
     members, configurations = _swept(config, common)
-    found = _several(common, members, root)
-    _check_halving(config, found)
-    return JobFile(found, fleet, config, configurations)
+    return JobFile(_several(common, members, root), fleet, config, configurations)
 
 
 def _section(section: type[T], values: object, at: str) -> T:
@@ -159,12 +163,13 @@ def _several(common: Mapping[str, Any], members: list[_Member], root: Path) -> t
         if all(key in dropped for dropped in without):
             problems.add(JobInvalid(spelled.get(key, key), without[0][key]))
     problems.raise_any()
-    _check_together(jobs, problems)
-    problems.raise_any()
     return tuple(jobs)
 
 
-def _check_together(jobs: list[TrainConfig], problems: Problems) -> None:
+def _check_together(jobs: Sequence[TrainConfig]) -> None:
+    if not jobs:
+        raise JobInvalid("jobs", "has no job")
+    problems = Problems()
     for key in _SHARED:
         section, _, name = key.rpartition(".")
         values = {str(getattr(getattr(job, section) if section else job, name)) for job in jobs}
@@ -177,15 +182,17 @@ def _check_together(jobs: list[TrainConfig], problems: Problems) -> None:
             if value in seen:
                 problems.add(JobInvalid(key, f"two jobs have {value}; give each its own"))
             seen.add(value)
+    problems.raise_any()
 
 
-def _check_halving(sweep: SweepConfig, jobs: tuple[TrainConfig, ...]) -> None:
-    if sweep.successive_halving is None:
-        return
+def _check_halving(jobs: Sequence[TrainConfig], fleet: FleetConfig) -> None:
     if any(job.data.eval is None and not job.data.eval_fraction for job in jobs):
         raise JobInvalid("sweep.successive_halving", "needs data.eval or data.eval_fraction to compare jobs by")
     if len({job.loss.name for job in jobs}) > 1:
         raise JobInvalid("sweep.successive_halving", "cannot compare jobs with different losses")
+    if fleet.max_members is not None and fleet.max_members < len(jobs):
+        why = f"{fleet.max_members} of {len(jobs)} jobs at a time cannot be compared at a rung; remove it"
+        raise JobInvalid("fleet.max_members", why)
 
 
 def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

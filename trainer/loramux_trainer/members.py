@@ -73,7 +73,7 @@ def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], Non
     )
     learning_rate(training, 0, total)  # refuses a warm-up that leaves no step
     member = Member(
-        job.name or job.output.name,
+        job.run_name,
         adapter,
         loss,
         partial(build_optimizer, training, loraplus_lr_ratio=job.lora.loraplus_lr_ratio),

@@ -72,7 +72,7 @@ def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
     from loramux_trainer.interrupt import stop_on_signals
     from loramux_trainer.run import train_file
 
-    names = [job.name or job.output.name for job in file.jobs]
+    names = [job.run_name for job in file.jobs]
     with stop_on_signals(_say_stopping) as stop, TrainingTable(Console(stderr=True), names) as table:
         outcome = train_file(file, resume=resume, progress=table, stop=stop)
     if as_json:

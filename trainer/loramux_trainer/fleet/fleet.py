@@ -282,10 +282,7 @@ class Fleet:
     def _shrink(self, error: Exception) -> None:
         """Half the budget for all, and for each member's own chunks where they are as large."""
         if self.token_budget <= _LEAST_TOKENS:
-            raise DeviceFull(
-                "the device has too little memory for this job; lower data.max_length, or set "
-                "training.gradient_checkpointing"
-            ) from error
+            raise DeviceFull from error
         self.token_budget //= 2
         for member in self.members:
             member.chunk_tokens = min(member.chunk_tokens, self.token_budget)
