@@ -135,8 +135,7 @@ class Fleet:
                 member.diverge(f"step {member.step + 1}: {error}")
                 continue
             own = member.chunks()
-            totals = sum((member.loss.totals(chunk.units) for chunk in own), Totals())
-            turns.append(_Turn(member, slot, parts, totals))
+            turns.append(_Turn(member, slot, parts, _totals(member, own)))
             drops = member.options.dropout > 0
             chunks += [self._chunk(turns[-1], chunk, is_training=True, with_dropout=drops) for chunk in own]
         for batch in pack(chunks, self.token_budget):
@@ -153,15 +152,11 @@ class Fleet:
         modules = member.adapter.wants_gradients(member.step)
         if not modules:
             return
-        own = member.chunks()
-        totals = sum((member.loss.totals(chunk.units) for chunk in own), Totals())
 
         def run(chunk: Chunk[_Turn]) -> None:
             self._compute([chunk])
 
-        member.adapter.take_gradients(
-            weight_gradients(self._model, modules, lambda: self._alone(member, own, totals), run)
-        )
+        member.adapter.take_gradients(weight_gradients(self._model, modules, lambda: self._alone(member), run))
         member.adapter.parameters.clear()
 
     def _give_hessian(self, member: Member) -> None:
@@ -212,21 +207,22 @@ class Fleet:
                     at += len(chunk.sequences)
         member.reference = reference
 
-    def _alone(self, member: Member, chunks: Sequence[UnitChunk], totals: Totals) -> list[Chunk[_Turn]]:
-        turn = _Turn(member, 0, member.adapter.parts(with_gradients=True), totals)
-        return [self._chunk(turn, chunk, is_training=True) for chunk in chunks]
+    def _alone(self, member: Member) -> list[Chunk[_Turn]]:
+        own = member.chunks()
+        turn = _Turn(member, 0, member.adapter.parts(with_gradients=True), _totals(member, own))
+        return [self._chunk(turn, chunk, is_training=True) for chunk in own]
 
     def _chunk(self, turn: _Turn, chunk: UnitChunk, *, is_training: bool, with_dropout: bool = False) -> Chunk[_Turn]:
         member = turn.member
         return Chunk(
-            turn,
-            chunk.number,
-            member.loss.rows(chunk.units),
-            chunk.units,
-            chunk.indices if is_training else None,
-            member.loss.needs_reference and not (is_training and member.reference is not None),
-            member.adapter.virtual_tokens,
-            Dropout(member.options.dropout, member.dropout_key(chunk.number)) if with_dropout else None,
+            owner=turn,
+            number=chunk.number,
+            sequences=member.loss.rows(chunk.units),
+            units=chunk.units,
+            indices=chunk.indices if is_training else None,
+            reference=member.loss.needs_reference and not (is_training and member.reference is not None),
+            virtual_tokens=member.adapter.virtual_tokens,
+            dropout=Dropout(member.options.dropout, member.dropout_key(chunk.number)) if with_dropout else None,
         )
 
     def _compute(self, chunks: Sequence[Chunk[_Turn]]) -> None:
@@ -287,6 +283,10 @@ class Fleet:
         for member in self.members:
             member.chunk_tokens = min(member.chunk_tokens, self.token_budget)
         self._warn(f"out of memory: micro-batches have {self.token_budget} tokens from now on")
+
+
+def _totals(member: Member, chunks: Sequence[UnitChunk]) -> Totals:
+    return sum((member.loss.totals(chunk.units) for chunk in chunks), Totals())
 
 
 def _is_token_mean(turn: _Turn) -> bool:
