@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from transformers import AttentionInterface
 
 from loramux_adapters.guard.layers import AttentionLayer
 from loramux_adapters.parts.kv_prefix import KvPrefix
+from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.rows import StepCell
+from loramux_trainer.fleet.sites import Change, changed, with_virtual_rows
 
 _COUNTER = itertools.count()
 
@@ -84,26 +87,18 @@ def _with_prefixes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Trained keys and values in place of those of virtual tokens, as a server writes them to its cache."""
     tokens, ids = cell.tokens, cell.ids
-    found = [] if tokens is None else [span for span in tokens.spans if span.parts.get(layer_name, KvPrefix)]
-    if not found or ids is None:
+    if tokens is None or ids is None or not any(span.parts.get(layer_name, KvPrefix) for span in tokens.spans):
         return key, value
     heads, count, width = key.shape[1:]
     split = heads * width
     both = torch.cat([each[0].transpose(0, 1).reshape(count, -1) for each in (key, value)], dim=1)  # [T, ...]
-    pieces, at = [], 0
-    for span in found:
-        table = span.parts.bound(layer_name, lambda parts: _variable(parts.get(layer_name, KvPrefix), parts))
-        numbers = -1 - ids[span.rows]
-        picked = table[numbers.clamp(0, len(table) - 1)].to(both.dtype)
-        pieces += [both[at : span.start], torch.where((numbers >= 0)[:, None], picked, both[span.rows])]
-        at = span.stop
-    both = torch.cat([*pieces, both[at:]])
+    both = changed(ids, both, tokens, lambda span: span.parts.bound(layer_name, partial(_bind, layer_name)))
     return (
         both[:, :split].view(count, heads, width).transpose(0, 1)[None],
         both[:, split:].view(count, heads, value.shape[3]).transpose(0, 1)[None],
     )
 
 
-def _variable(prefix: Any, parts: Any) -> torch.Tensor:
-    variable: torch.Tensor = parts.leaf(prefix.rows).as_variable()
-    return variable
+def _bind(layer_name: str, parts: StepParts) -> Change | None:
+    prefix = parts.get(layer_name, KvPrefix)
+    return None if prefix is None else partial(with_virtual_rows, parts.leaf(prefix.rows).as_variable())

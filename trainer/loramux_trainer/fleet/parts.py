@@ -51,9 +51,8 @@ class StepParts:
     def bound(self, site: str, bind: Callable[[StepParts], B]) -> B:
         """What a site makes of the parts, once a step."""
         if site not in self._bound:
-            with (
-                torch.enable_grad()
-            ):  # the first to ask may be a forward without, whose derived tensors all others read
+            # The first to ask may be a forward without gradients, whose derived tensors all others read.
+            with torch.enable_grad():
                 self._bound[site] = bind(self)
         return self._bound[site]  # type: ignore[return-value]
 

@@ -41,6 +41,12 @@ def changed(
     return y if not pieces else torch.cat([*pieces, y[at:]])
 
 
+def with_virtual_rows(table: torch.Tensor, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """y [n, width], where ids [n] say so a row of `table` [V, width]: id -1 is the first virtual token."""
+    picked = table[(-1 - ids).clamp(0, len(table) - 1)].to(y.dtype)
+    return torch.where((ids < 0)[:, None], picked, y)
+
+
 class EmbeddingSite:
     """The input embedding: low rank by token with magnitudes, trained rows of tokens, and rows of virtual tokens."""
 
@@ -70,11 +76,9 @@ class EmbeddingSite:
         magnitude, gain = parts.get(self._name, Magnitude), None
         if magnitude is not None:
             gain = parts.leaf(magnitude.length / self._lengths(magnitude.low_rank)).as_variable()
-        table = (
-            None
-            if rows is None
-            else (rows.ids.to(self._weight.device), parts.leaf(rows.rows).as_variable(), rows.base_share)
-        )
+        table = None
+        if rows is not None:
+            table = (rows.ids.to(self._weight.device), parts.leaf(rows.rows).as_variable(), rows.base_share)
         virtual_rows = None if virtual is None else parts.leaf(virtual.rows).as_variable()
 
         def change(ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -90,8 +94,7 @@ class EmbeddingSite:
                 found = found if share is None else found + share[places].to(y.dtype) * y
                 y = torch.where((known[places] == ids)[:, None], found, y)
             if virtual_rows is not None:
-                picked = virtual_rows[(-1 - ids).clamp(0, len(virtual_rows) - 1)].to(y.dtype)
-                y = torch.where((ids < 0)[:, None], picked, y)
+                y = with_virtual_rows(virtual_rows, ids, y)
             return y
 
         return change
