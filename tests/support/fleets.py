@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +24,18 @@ from loramux_trainer.methods import low_rank
 from loramux_trainer.methods.method import Method
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.trained import TrainedAdapter
+from loramux_trainer.optimizers.library import LibraryOptimizer, torch_groups
 from loramux_trainer.records import parse_record
 from support.tiny import conversation, tiny_encoder
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class TorchOptimizer:
-    """A plain one of torch over the flat buffers of a member."""
-
-    def __init__(self, make: type[torch.optim.Optimizer], groups: Sequence[ParameterGroup], **options: Any) -> None:
-        self._groups = groups
-        self._optimizer = make([group.flat for group in groups], lr=1e-3, **options)
-
-    def step(self, rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        states = {group.role: self._optimizer.state[group.flat] for group in self._groups}
-        return {f"{role}.{key}": value for role, state in states.items() for key, value in state.items()}
-
-    needs_hessian = False
-
-    def give_hessian(self, estimates: Sequence[torch.Tensor]) -> None:
-        raise NotImplementedError
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for group in self._groups:
-            own = {key.removeprefix(f"{group.role}."): t for key, t in tensors.items() if key.startswith(group.role)}
-            self._optimizer.state[group.flat] = {key: value.clone() for key, value in own.items()}
+def torch_optimizer(
+    make: type[torch.optim.Optimizer], groups: Sequence[ParameterGroup], **options: Any
+) -> LibraryOptimizer:
+    """A plain one of torch over a member's buffers."""
+    return LibraryOptimizer(make(torch_groups(groups, 0.0, None), lr=1e-3, **options))
 
 
 def examples_of(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[Example]:
@@ -102,7 +83,7 @@ def make_member(
         name,
         TrainedAdapter(method, base.spec, base.device),
         loss or SftLoss(),
-        lambda groups: TorchOptimizer(optimizer, groups),
+        lambda groups: torch_optimizer(optimizer, groups),
         order,
         units,
         held_out,

@@ -20,13 +20,13 @@ from loramux_trainer.methods.layouts import write
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.trained import TrainedAdapter
 from support.fleets import (
-    TorchOptimizer,
     dequantize,
     examples_of,
     lora_config,
     make_member,
     peft_in_float64,
     summed_loss,
+    torch_optimizer,
     various_units,
 )
 from support.tiny import load_tiny
@@ -95,7 +95,7 @@ def test_galore_is_the_algorithm_on_plain_weights(
     method = galore(config, 0, gap=gap, rank_budget=64, tell=said.append)
     member = make_member(fleet_base, units, method=method, steps=steps, batch_size=6, rate=rate)
     member.options = replace(member.options, max_grad_norm=None)
-    member.optimizer = TorchOptimizer(torch.optim.SGD, member.adapter.parameters.groups, momentum=0.9)
+    member.optimizer = torch_optimizer(torch.optim.SGD, member.adapter.parameters.groups, momentum=0.9)
     fleet = Fleet(model, token_budget=4096)
     fleet.admit(member)
     for _ in range(steps):
