@@ -14,7 +14,7 @@ import torch
 
 from loramux_trainer.fleet.parameters import FlatParameters
 from loramux_trainer.methods.low_rank import whole_biases
-from loramux_trainer.methods.method import Method
+from loramux_trainer.methods.method import Control, Method
 from loramux_trainer.methods.rules import BaseValues, constant, normal
 
 
@@ -40,8 +40,8 @@ class Budget:
         return int((start - end) * left**3 + end), step % self.every == 0
 
 
-class RankAllocator:
-    """Implements `Control`: prunes by setting E to zero, and keeps what is pruned at zero in the end."""
+class RankAllocator(Control):
+    """Prunes by setting E to zero, and keeps what is pruned at zero in the end."""
 
     def __init__(
         self, parameters: FlatParameters, modules: tuple[str, ...], budget: Budget, betas: tuple[float, float]
@@ -51,13 +51,6 @@ class RankAllocator:
         self._deviation = torch.zeros_like(parameters.weights)
         rank = len(parameters.views[f"{modules[0]}:e"])
         self.kept = torch.ones(len(modules), rank, dtype=torch.bool, device=parameters.weights.device)
-
-    def wants_gradients(self, step: int) -> tuple[str, ...]:
-        """See Control."""
-        return ()
-
-    def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """See Control."""
 
     def after_step(self, step: int) -> None:
         """See Control."""

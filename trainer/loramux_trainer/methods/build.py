@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from loramux_trainer.methods.method import Method
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.selection import ranks, select
 from loramux_trainer.targets import ModuleShape
+
+T = TypeVar("T")
 
 PairOf = Callable[[str], Pair]
 """Module -> the factors that an initialization gives it."""
@@ -136,8 +138,6 @@ def _adalora(job: TrainConfig, around: Surroundings) -> Method:
 
 
 def _vera(job: TrainConfig, around: Surroundings) -> Method:
-    if job.lora.bias != "none":
-        raise JobInvalid("lora.bias", "method vera does not read it: PEFT saves no biases beside VeRA; remove it")
     return low_rank.vera(_selected(around, {"peft_type": "VERA", "r": job.lora.rank}), job.training.seed)
 
 
@@ -252,7 +252,7 @@ def _steps(value: float, total: int) -> int:
     return round(value * total) if value < 1 else int(value)
 
 
-def _required(value: Any) -> Any:
+def _required(value: T | None) -> T:
     if value is None:
         raise ValueError("the base has no input embedding, or nothing was prepared for it")
     return value

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from loramux_trainer.methods.method import Control
+
 Tell = Callable[[str], None]
 """Is told what a user should know."""
 
@@ -23,28 +25,11 @@ def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     return root[:, None] * (vh[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root, left
 
 
-class Compressed:
-    """Implements `Control`: what is exported has at most a rank budget."""
+class Compressed(Control):
+    """What is exported has at most a rank budget."""
 
     def __init__(self, rank_budget: int, tell: Tell) -> None:
         self._rank_budget, self._tell = rank_budget, tell
-
-    def wants_gradients(self, step: int) -> tuple[str, ...]:
-        """See Control."""
-        return ()
-
-    def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """See Control."""
-
-    def after_step(self, step: int) -> None:
-        """See Control."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """See Control."""
-        return {}
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See Control."""
 
     def finish(
         self, config: dict[str, Any], tensors: dict[tuple[str, str], torch.Tensor]

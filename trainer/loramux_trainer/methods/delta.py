@@ -8,6 +8,7 @@ trajectory is the same, and what is exported is an exact LoRA of twice the rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def delta_lora(
         return Made(starts, lambda tensors: torch.cat([tensors["trained"], -tensors["initial"]], dim=1))
 
     rules: dict[str, Rule] = {"a": of_a, "b": of_b}
-    control = None if rank_budget is None else lambda _: Compressed(rank_budget, tell)
-    return Method({"peft_type": "LORA", **doubled(config)}, seed, rules | whole_biases(base), control=control)
+    method = Method({"peft_type": "LORA", **doubled(config)}, seed, rules | whole_biases(base))
+    return method if rank_budget is None else replace(method, control=lambda _: Compressed(rank_budget, tell))
 
 
 def doubled(config: Mapping[str, Any]) -> dict[str, Any]:

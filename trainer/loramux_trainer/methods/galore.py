@@ -14,7 +14,7 @@ import torch
 
 from loramux_trainer.fleet.parameters import FlatParameters
 from loramux_trainer.methods.compress import Tell, compress, patterns
-from loramux_trainer.methods.method import Beginning, Made, Method, Start
+from loramux_trainer.methods.method import Beginning, Control, Made, Method, Start
 
 
 class _Side:
@@ -57,8 +57,8 @@ class _Side:
         return left
 
 
-class Projections:
-    """Implements `Control`: new directions every `gap` steps."""
+class Projections(Control):
+    """New directions every `gap` steps."""
 
     def __init__(
         self, parameters: FlatParameters, sides: Mapping[str, _Side], gap: int, rank_budget: int, tell: Tell
@@ -80,9 +80,6 @@ class Projections:
             self._tell(
                 f"GaLore: over the rank budget of {self._rank_budget}; the worst module keeps {least:.2%} of its energy"
             )
-
-    def after_step(self, step: int) -> None:
-        """See Control."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See Control."""

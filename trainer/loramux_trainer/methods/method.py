@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -47,34 +47,31 @@ class Beginning:
     generator: torch.Generator  # of this tensor alone
 
 
-class Control(Protocol):
-    """What a method does between steps, besides what its optimizer does."""
+class Control:
+    """What a method does between steps, besides what its optimizer does: nothing, where it does not say otherwise."""
 
     def wants_gradients(self, step: int) -> tuple[str, ...]:
         """Modules whose frozen weights' gradients it asks for before 0-based `step`."""
-        ...
+        return ()
 
     def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """They [out, in], by module, on the CPU."""
-        ...
 
     def after_step(self, step: int) -> None:
         """After the optimizer's 1-based `step`; the gradients are still there."""
-        ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state."""
-        ...
+        return {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over a state. Raises KeyError or RuntimeError where it is another's."""
-        ...
 
     def finish(
         self, config: dict[str, Any], tensors: dict[tuple[str, str], torch.Tensor]
     ) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Tensor]]:
         """Config and tensors, by module and role, as they are exported."""
-        ...
+        return config, tensors
 
 
 Rule = Callable[[Beginning], Start | Made]
@@ -92,7 +89,7 @@ class Method:
     """Shapes that the config does not say, see `Target.shapes`."""
     penalty: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
     """Of the trained tensors by name: comes to the loss of every step."""
-    control: Callable[[FlatParameters], Control] | None = None
+    control: Callable[[FlatParameters], Control] = lambda _: Control()
 
     def start(self, module: str, base: BaseModelSpec, target: Target | None, role: str, shape: Shape) -> Start | Made:
         """How a tensor begins. Raises ValueError for a role that the method does not know."""

@@ -41,7 +41,7 @@ class TrainedAdapter:
                 self._add(name, start, device)
         self.parameters = FlatParameters(self._parameters, device)
         self._penalty = method.penalty
-        self._control = None if method.control is None else method.control(self.parameters)
+        self._control = method.control(self.parameters)
         for module, role, shape in shapes:
             value = self._value(f"{module}:{role}", self.parameters.views)
             if tuple(value.shape) != tuple(shape):
@@ -75,35 +75,30 @@ class TrainedAdapter:
 
     def wants_gradients(self, step: int) -> tuple[str, ...]:
         """Modules whose frozen weights' gradients are wanted before 0-based `step`."""
-        return () if self._control is None else self._control.wants_gradients(step)
+        return self._control.wants_gradients(step)
 
     def take_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """They [out, in], by module."""
-        if self._control is not None:
-            self._control.take_gradients(gradients)
+        self._control.take_gradients(gradients)
 
     def after_step(self, step: int) -> None:
         """To be called after the optimizer's 1-based `step`, before the gradients are cleared."""
-        if self._control is not None:
-            self._control.after_step(step)
+        self._control.after_step(step)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """State beside the parameters."""
-        return {} if self._control is None else self._control.tensors()
+        return self._control.tensors()
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over such a state. Raises KeyError or RuntimeError where it is another's."""
-        if self._control is not None:
-            self._control.restore(tensors)
+        self._control.restore(tensors)
 
     @torch.no_grad()
     def files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The config, and name in the file -> tensor: float32 copies on the CPU."""
         views = self.parameters.views
         tensors = {place: self._value(name, views).cpu().clone() for name, place in self._places.items()}
-        config = self.config
-        if self._control is not None:
-            config, tensors = self._control.finish(dict(config), tensors)
+        config, tensors = self._control.finish(dict(self.config), tensors)
         return config, {self.layout.name(*place): tensor.contiguous() for place, tensor in tensors.items()}
 
     def name_in_file(self, name: str) -> str:
