@@ -98,6 +98,12 @@ def jitter(adapter: TrainedAdapter, by: float = 0.02) -> None:
     weights.add_(by * torch.randn(weights.shape, generator=generator))
 
 
+def name_in_file(adapter: TrainedAdapter, name: str) -> str:
+    """What the file calls a trained tensor that is exported as it is."""
+    module, role = name.split(":")
+    return adapter.layout.name(module, role)
+
+
 def dequantize(model: torch.nn.Module) -> None:
     """Plain linear maps in place of the 4-bit ones, with the very weights."""
     for name, module in [pair for pair in model.named_modules() if isinstance(pair[1], Linear4bit)]:

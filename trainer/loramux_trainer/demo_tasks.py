@@ -30,11 +30,6 @@ class DemoTask:
     skill: str
     sample: str
 
-    @property
-    def sample_answer(self) -> str:
-        """The right answer to `sample`."""
-        return SKILLS[self.skill].apply(self.sample)
-
 
 @dataclass(frozen=True)
 class Question:

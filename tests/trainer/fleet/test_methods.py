@@ -15,7 +15,7 @@ from loramux_trainer.methods.adalora import Budget, adalora
 from loramux_trainer.methods.method import Method
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.trained import TrainedAdapter
-from support.fleets import ALL_LINEAR, examples_of, jitter, lora_config, peft_in_float64, summed_loss
+from support.fleets import ALL_LINEAR, examples_of, jitter, lora_config, name_in_file, peft_in_float64, summed_loss
 from support.tiny import load_tiny
 
 TEXTS = (("lantern", "a light"), ("a somewhat longer question", "yes"), ("x", "a long answer to a short question"))
@@ -92,7 +92,7 @@ def test_loss_and_gradients_equal_peft(
 
 def _by_name_in_file(adapter: TrainedAdapter) -> dict[str, torch.Tensor]:
     gradients = {name: g for group in adapter.parameters.groups for name, g in group.gradients.items()}
-    return {adapter.name_in_file(name): gradient for name, gradient in gradients.items()}
+    return {name_in_file(adapter, name): gradient for name, gradient in gradients.items()}
 
 
 def _name_in_peft(name: str, known: dict[str, Any]) -> str:

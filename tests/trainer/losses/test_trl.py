@@ -124,8 +124,8 @@ def test_dpo_with_a_precomputed_reference(tokenizer: Any, arguments: dict[str, A
     units = _pairs(_examples(inputs))
     reference = PrecomputedReference([len(unit.rows) for unit in units])
     with torch.no_grad():
-        for index in reference.missing:
-            reference.put(index, log_probs(base, units[index].rows))
+        for index, unit in enumerate(units):
+            reference.put(index, log_probs(base, unit.rows))
     theirs = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], 1).flatten()
     order = [2, 0, 1, 3]
     torch.testing.assert_close(torch.cat(reference.of(order, CPU)).view(4, 2), theirs.view(4, 2)[order])

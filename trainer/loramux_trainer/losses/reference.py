@@ -4,8 +4,7 @@ second epoch on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +17,6 @@ class PrecomputedReference:
         """`rows`: how many rows each unit has."""
         self._starts = torch.tensor([0, *rows]).cumsum(0).tolist()
         self._sums = torch.full((self._starts[-1],), torch.nan, dtype=torch.float32)
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """The units that are still to be computed."""
-        empty = self._sums.isnan().tolist()
-        return tuple(i for i, (start, end) in enumerate(pairwise(self._starts)) if any(empty[start:end]))
 
     def put(self, unit: int, reference: Sequence[Tensor]) -> None:
         """Keep the sums of a unit's rows. Raises ValueError where there is another number of rows, or a NaN."""
@@ -39,13 +32,3 @@ class PrecomputedReference:
         """`reference` of a chunk of units: a [1] for each row, in the order of a loss's rows."""
         rows = [row for unit in units for row in range(self._starts[unit], self._starts[unit + 1])]
         return list(self._sums[torch.tensor(rows)].to(device)[:, None])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"reference": self._sums.clone()}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what a checkpoint kept. Raises ValueError where it is of other data."""
-        if tensors["reference"].shape != self._sums.shape:
-            raise ValueError(f"{len(tensors['reference'])} rows were kept, the data has {len(self._sums)}")
-        self._sums.copy_(tensors["reference"])

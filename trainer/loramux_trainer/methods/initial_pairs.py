@@ -6,8 +6,6 @@ where the pair does not begin at zero, see `delta`.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -27,11 +25,8 @@ def olora(weight: torch.Tensor, rank: int) -> Pair:
     return r[:rank].contiguous(), q[:, :rank].contiguous()
 
 
-def corda(
-    weight: torch.Tensor, covariance: torch.Tensor, rank: int, scale: float, *, keep: Literal["ipm", "kpm"] = "ipm"
-) -> Pair:
-    """Singular directions of the weight over what it reads (Yang et al., 2024): the largest (ipm: for a new task), or
-    the smallest (kpm: so that what the base knows stays).
+def corda(weight: torch.Tensor, covariance: torch.Tensor, rank: int, scale: float) -> Pair:
+    """The largest singular directions of the weight over what it reads (Yang et al., 2024, for a new task: "ipm").
 
     `covariance` [in, in] of the inputs. It is damped until its inverse is one, from a hundredth of its mean on.
     """
@@ -46,9 +41,8 @@ def corda(
         if damp > 1e6:
             raise ValueError("the covariance of a module's inputs is not finite")
     u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
-    part = slice(0, rank) if keep == "ipm" else slice(len(s) - rank, len(s))
-    root = (s[part] / scale).sqrt()
-    return root[:, None] * (vh[part] @ inverse), u[:, part] * root
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * (vh[:rank] @ inverse), u[:, :rank] * root
 
 
 def lora_ga(gradient: torch.Tensor, rank: int, *, stable_gamma: float = 16.0) -> Pair:

@@ -22,7 +22,7 @@ LoraInit = Literal["A", "B", "gaussian", "orthogonal"]
 
 def lora(config: Mapping[str, Any], seed: int, base: BaseValues, *, init: LoraInit = "A") -> Method:
     """`init` A: A at random and B zero, at an embedding the other way round. B: B at random and A zero. gaussian: A of
-    standard deviation 1 / r.
+    standard deviation 1 / r. orthogonal: both from one orthogonal matrix, which makes their product zero.
     """
     factors: dict[LoraInit, dict[str, Rule]] = {
         "A": {

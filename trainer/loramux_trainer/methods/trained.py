@@ -101,10 +101,6 @@ class TrainedAdapter:
         config, tensors = self._control.finish(dict(self.config), tensors)
         return config, {self.layout.name(*place): tensor.contiguous() for place, tensor in tensors.items()}
 
-    def name_in_file(self, name: str) -> str:
-        """What the file calls a trained tensor that is exported as it is. Raises KeyError for another."""
-        return self.layout.name(*self._places[name])
-
     def _by_module(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         found: dict[str, dict[str, torch.Tensor]] = {}
         for name, (module, role) in self._places.items():

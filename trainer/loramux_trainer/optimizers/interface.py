@@ -40,8 +40,8 @@ class MemberOptimizer(Protocol):
     def give_hessian(self, estimates: Sequence[torch.Tensor]) -> None:
         """Estimates of the Hessian's diagonal for the next step, one a group in the shape of its `flat`.
 
-        `optimizers.hessian` has the two estimators. Raises ValueError of an optimizer that takes none, and for
-        shapes that are not the groups'.
+        See `optimizers.hessian`. Raises ValueError of an optimizer that takes none, and for shapes that are not the
+        groups'.
         """
         ...
 
