@@ -1,11 +1,12 @@
 """The embedded base once per worker, and small jobs on it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loramux_adapters.base.load import LoadedBase
 from loramux_trainer.job import TrainConfig, parse_job
@@ -22,6 +23,15 @@ def base() -> LoadedBase:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For deterministic mode: many small products on two wait for each other where the machine has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from loramux_adapters.adapter_files import ADAPTERHUB_WEIGHTS_FILE
@@ -85,21 +84,17 @@ def test_jobs_of_many_methods_losses_and_optimizers_train_in_one_fleet(
     assert outcome.best is None
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_job_in_a_fleet_is_the_job_alone(values: dict[str, Any], tmp_path: Path) -> None:
     """In deterministic mode to the byte, also where others take turns in one place."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        values["training"]["deterministic"] = True
-        jobs = [{"name": f"r{rank}", "lora": {"rank": rank}, "training": {"seed": rank}} for rank in (2, 5, 9)]
-        outcome = train_file(job_file(values, jobs=jobs, fleet={"max_members": 2, "token_budget": 64}))
-        alone = job_file({**values, "output": str(tmp_path / "alone")}, jobs=jobs).jobs
-        for job in alone:
-            train(job)
-            ours = (outcome.results[job.run_name].output / WEIGHTS).read_bytes()
-            assert ours == (job.output / WEIGHTS).read_bytes()
-    finally:
-        torch.set_num_threads(threads)
+    values["training"]["deterministic"] = True
+    jobs = [{"name": f"r{rank}", "lora": {"rank": rank}, "training": {"seed": rank}} for rank in (2, 5, 9)]
+    outcome = train_file(job_file(values, jobs=jobs, fleet={"max_members": 2, "token_budget": 64}))
+    alone = job_file({**values, "output": str(tmp_path / "alone")}, jobs=jobs).jobs
+    for job in alone:
+        train(job)
+        ours = (outcome.results[job.run_name].output / WEIGHTS).read_bytes()
+        assert ours == (job.output / WEIGHTS).read_bytes()
 
 
 def test_a_sweep_ends_losers_early_and_names_the_best(values: dict[str, Any]) -> None:

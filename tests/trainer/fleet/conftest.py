@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.guard.examine import Examined, examine
@@ -28,12 +27,6 @@ def model(fleet_base: LoadedBase, examined: Examined) -> Iterator[FleetModel]:
 
 
 @pytest.fixture
-def deterministic(fleet_base: LoadedBase, examined: Examined) -> Iterator[FleetModel]:
-    """On one thread: many small products on two wait for each other where the machine has other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with FleetModel(fleet_base, examined, deterministic=True) as model:
-            yield model
-    finally:
-        torch.set_num_threads(threads)
+def deterministic(one_thread: None, fleet_base: LoadedBase, examined: Examined) -> Iterator[FleetModel]:
+    with FleetModel(fleet_base, examined, deterministic=True) as model:
+        yield model
