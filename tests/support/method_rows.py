@@ -32,9 +32,16 @@ NAMES = {
 def jobs_of(architecture: str) -> dict[str, Job]:
     """Row -> the sections of its job. A row is left out where the method has no meaning: see REFUSED."""
     names = NAMES[architecture]
+    rows = {**_low_rank(names), **_others(names), **_initialized_and_on_the_head(names)}
+    if architecture == "llama":
+        return {name: rows[name] for name in ("lora", "loha", "lokr")}
+    return {name: row for name, row in rows.items() if architecture != "gpt2" or name not in ("loha", "lokr")}
+
+
+def _low_rank(names: Names) -> dict[str, Job]:
     both_ends = [names.embedding, "lm_head", names.queries]
-    inits = ("B", "gaussian", "orthogonal", "eva", "pissa", "olora", "corda", "lora-ga")
-    rows: dict[str, Job] = {
+    pruned = {"init_r": 6, "tinit": 1, "tfinal": 1, "delta_t": 1}
+    return {
         "lora": {},
         "rslora": {"method": "rslora"},
         "lora+": {"lora": {"loraplus_lr_ratio": 8}},
@@ -54,15 +61,16 @@ def jobs_of(architecture: str) -> dict[str, Job]:
         "dora": {"method": "dora"},
         "dora, bias: all": {"method": "dora", "lora": {"bias": "all"}},
         "dora on embedding and head": {"method": "dora", "lora": {"target_modules": both_ends}},
-        "adalora": {"method": "adalora", "adalora": {"init_r": 6, "tinit": 1, "tfinal": 1, "delta_t": 1}},
-        "adalora, bias: all": {
-            "method": "adalora",
-            "lora": {"bias": "all"},
-            "adalora": {"init_r": 6, "tinit": 1, "tfinal": 1, "delta_t": 1},
-        },
+        "adalora": {"method": "adalora", "adalora": pruned},
+        "adalora, bias: all": {"method": "adalora", "lora": {"bias": "all"}, "adalora": pruned},
         "vera": {"method": "vera", "lora": {"rank": 24}},
         "loha": {"method": "loha"},
         "lokr": {"method": "lokr"},
+    }
+
+
+def _others(names: Names) -> dict[str, Job]:
+    return {
         "ia3": {"method": "ia3"},
         "ia3 on keys, values and the MLP": {
             "method": "ia3",
@@ -98,6 +106,12 @@ def jobs_of(architecture: str) -> dict[str, Job]:
             for kind in ("houlsby", "pfeiffer", "parallel")
         },
         "galore": {"method": "galore", "galore": {"rank": 4, "update_proj_gap": 2}},
+    }
+
+
+def _initialized_and_on_the_head(names: Names) -> dict[str, Job]:
+    inits = ("B", "gaussian", "orthogonal", "eva", "pissa", "olora", "corda", "lora-ga")
+    return {
         **{f"lora, init {init}": {"init": init} for init in inits},
         "lora on head, init lora-ga": {"init": "lora-ga", "lora": {"target_modules": ["lm_head"]}},
         "galore on head": {
@@ -116,9 +130,6 @@ def jobs_of(architecture: str) -> dict[str, Job]:
         "rslora, init pissa": {"method": "rslora", "init": "pissa"},
         "dora, init orthogonal": {"method": "dora", "init": "orthogonal"},
     }
-    if architecture == "llama":
-        return {name: rows[name] for name in ("lora", "loha", "lokr")}
-    return {name: row for name, row in rows.items() if architecture != "gpt2" or name not in ("loha", "lokr")}
 
 
 REFUSED: dict[str, tuple[str, Job, str, str]] = {

@@ -183,11 +183,10 @@ def test_divergence_ends_the_run_before_the_weights_are_touched(
         ({"training": {"device": "cuda"}}, "built without CUDA|no CUDA device"),
     ],
 )
-def test_what_only_the_base_can_tell_is_refused(make_job: JobMaker, sections: dict[str, Any], says: str) -> None:
-    if "training" in sections and torch.cuda.is_available():
-        pytest.skip(
-            "the refusal of training.device: cuda is for machines without a GPU, and this one has a CUDA device"
-        )
+def test_what_only_the_base_can_tell_is_refused(
+    make_job: JobMaker, sections: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as on a machine without a GPU
     job = make_job(**sections)
     text = json.dumps({"prompt": "x" * 3000, "completion": "y"})
     if job.data.eval is None:
