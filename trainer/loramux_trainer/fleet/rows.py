@@ -46,7 +46,7 @@ class Span:
 
     @property
     def rows(self) -> slice:
-        """They."""
+        """As a slice."""
         return slice(self.start, self.stop)
 
 
