@@ -14,7 +14,7 @@ from rich.text import Text
 from loramux.terminal import output
 from loramux.terminal.failures import ExitCode, Failure
 from loramux.terminal.training_bar import COLUMN, TrainingBar
-from loramux_trainer.data import DataReport
+from loramux_trainer.data.dataset import DataReport
 
 
 def _shown(bar: Progress) -> str:

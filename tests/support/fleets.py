@@ -15,7 +15,8 @@ from loramux_adapters.base.frozen import Nf4Linear, logical_nf4
 from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.formats.peft.writer import write_files
 from loramux_trainer.batches import StepOrder
-from loramux_trainer.examples import IGNORE, Example, Unit
+from loramux_trainer.data.examples import IGNORE, Example, Unit
+from loramux_trainer.data.records import parse_record
 from loramux_trainer.fleet.member import Member, MemberOptions
 from loramux_trainer.fleet.parameters import ParameterGroup
 from loramux_trainer.losses.protocol import Loss
@@ -25,7 +26,6 @@ from loramux_trainer.methods.method import Method
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.trained import TrainedAdapter
 from loramux_trainer.optimizers.library import LibraryOptimizer, torch_groups
-from loramux_trainer.records import parse_record
 from support.tiny import conversation, tiny_encoder
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

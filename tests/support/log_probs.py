@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.data.examples import IGNORE, Example
 
 
 def log_probs(model: Any, rows: Sequence[Example]) -> list[Tensor]:

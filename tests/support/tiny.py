@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_trainer.examples import ExampleEncoder
+from loramux_trainer.data.examples import ExampleEncoder
 
 
 def load_tiny() -> LoadedBase:

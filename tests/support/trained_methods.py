@@ -17,7 +17,7 @@ from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.guard.examine import examine
 from loramux_adapters.spec import BaseModelSpec
 from loramux_trainer import fleet_run, member_run
-from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.data.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.job import TrainConfig, parse_job
 from loramux_trainer.methods.trained import TrainedAdapter

@@ -22,8 +22,8 @@ from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from loramux_adapters.guard.examine import examine
+from loramux_trainer.data.examples import IGNORE, Example
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.job import TrainConfig

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loramux_adapters.validation import ValuesInvalid, read
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.schema.data_config import DataConfig
 
 
 def test_columns_and_masks_are_read() -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_trainer.data import load_data
-from loramux_trainer.data_check import check_data
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data.check import check_data
+from loramux_trainer.data.dataset import load_data
+from loramux_trainer.data.examples import ExampleEncoder
 from loramux_trainer.dry_run import check_whole_job
 from loramux_trainer.errors import DataInvalid, JobInvalid, ModelInvalid, SeveralInvalid, TrainerError
-from loramux_trainer.examples import ExampleEncoder
 from loramux_trainer.job import TrainConfig
-from loramux_trainer.loss_config import LossConfig
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import LossConfig
 from support.hub_cache import cache_tiny
 from support.tiny import tiny_encoder, write_jsonl
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loramux_adapters.validation import Section, ValuesInvalid, read
-from loramux_trainer.loss_config import LossChoice, LossConfig
+from loramux_trainer.schema.loss_config import LossChoice, LossConfig
 
 SFT = LossConfig("sft")
 

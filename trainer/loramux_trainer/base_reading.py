@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from loramux_adapters.base.load import BaseRefused
 from loramux_adapters.base.outline import BaseOutline, read_outline
 from loramux_adapters.base.source import explain_load
+from loramux_trainer.data.examples import ExampleEncoder
 from loramux_trainer.errors import ModelInvalid
-from loramux_trainer.examples import ExampleEncoder
 from loramux_trainer.job import TrainConfig
 
 

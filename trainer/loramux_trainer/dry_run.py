@@ -34,8 +34,8 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
     # Seconds of imports, which a job with a broken base need not wait for.
     from loramux_trainer.base_reading import read_base
     from loramux_trainer.batches import StepOrder
-    from loramux_trainer.data import check_context
-    from loramux_trainer.data_check import check_data
+    from loramux_trainer.data.check import check_data
+    from loramux_trainer.data.dataset import check_context
     from loramux_trainer.targets import modules_of
 
     try:

@@ -18,9 +18,7 @@ from pydantic import Field, field_validator
 from loramux_adapters.names import NAME
 from loramux_adapters.text_files import TextFileInvalid, read_yaml
 from loramux_adapters.validation import FilePath, Section, Text, ValuesInvalid, Whole, read
-from loramux_trainer.data_config import DataConfig
 from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems, SeveralInvalid
-from loramux_trainer.loss_config import LossChoice, LossConfig
 from loramux_trainer.schema.adapter_config import (
     SHAPES,
     AdaloraConfig,
@@ -31,9 +29,11 @@ from loramux_trainer.schema.adapter_config import (
     PromptConfig,
     Targets,
 )
+from loramux_trainer.schema.data_config import DataConfig
 from loramux_trainer.schema.effect import Init, Method, without_effect
 from loramux_trainer.schema.fields import Count
 from loramux_trainer.schema.keys import CALLED, RENAMED, RENAMED_VALUES, canonical, hints
+from loramux_trainer.schema.loss_config import LossChoice, LossConfig
 from loramux_trainer.schema.optim_config import OptimConfig
 
 __all__ = [

@@ -27,7 +27,7 @@ from loramux_trainer.checkpoints import (
     remove_checkpoint,
     write_checkpoint,
 )
-from loramux_trainer.data import DataReport
+from loramux_trainer.data.dataset import DataReport
 from loramux_trainer.errors import CheckpointInvalid, JobInvalid, OutputFailed
 from loramux_trainer.export import export
 from loramux_trainer.fleet.torch_errors import NoDecomposition

@@ -8,9 +8,9 @@ from functools import partial
 
 from loramux_adapters.errors import AdapterError
 from loramux_trainer.batches import StepOrder
-from loramux_trainer.data import DataSet
+from loramux_trainer.data.dataset import DataSet
+from loramux_trainer.data.examples import Example
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.examples import Example
 from loramux_trainer.fleet.member import Member, MemberOptions
 from loramux_trainer.fleet.model import FleetModel
 from loramux_trainer.job import TrainConfig

@@ -12,12 +12,12 @@ from pathlib import Path
 from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
-from loramux_trainer.columnar_files import is_dataset
+from loramux_trainer.data.columnar_files import is_dataset
+from loramux_trainer.data.records import read_records
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
 from loramux_trainer.finished import has_adapter, read_finished
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.optimizers.devices import check_device
-from loramux_trainer.records import read_records
 
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:

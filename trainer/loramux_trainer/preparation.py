@@ -13,7 +13,7 @@ from loramux_adapters.device import DeviceRefused, best_dtype, check_dtype, sele
 from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.guard.examine import Examined, examine
 from loramux_trainer.base_reading import BaseReading, loading, read_base
-from loramux_trainer.data import DataSet, check_context, load_data
+from loramux_trainer.data.dataset import DataSet, check_context, load_data
 from loramux_trainer.errors import DeviceInvalid, JobInvalid, ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.targets import modules_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from loramux_trainer.data import DataReport
+from loramux_trainer.data.dataset import DataReport
 
 
 @dataclass(frozen=True)

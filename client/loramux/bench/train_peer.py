@@ -21,7 +21,7 @@ from loramux.bench.peer import Answer, answer_lines  # noqa: E402
 from loramux_adapters.base.load import load_base  # noqa: E402
 from loramux_adapters.guard.examine import examine  # noqa: E402
 from loramux_trainer.batches import StepOrder  # noqa: E402
-from loramux_trainer.examples import Example, Unit  # noqa: E402
+from loramux_trainer.data.examples import Example, Unit  # noqa: E402
 from loramux_trainer.fleet.fleet import Fleet  # noqa: E402
 from loramux_trainer.fleet.member import Member, MemberOptions  # noqa: E402
 from loramux_trainer.fleet.model import FleetModel  # noqa: E402

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from loramux_trainer.data import DataReport
+    from loramux_trainer.data.dataset import DataReport
     from loramux_trainer.progress import EvalReport, StepReport
 
 

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from loramux_trainer.data import DataReport
+    from loramux_trainer.data.dataset import DataReport
     from loramux_trainer.progress import EvalReport, StepReport
 
 _MOST_SHOWN = 40

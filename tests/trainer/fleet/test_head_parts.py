@@ -10,7 +10,7 @@ import torch
 
 from loramux_adapters.base.load import LoadedBase, load_base
 from loramux_adapters.guard.examine import examine
-from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.data.examples import IGNORE, Example
 from loramux_trainer.fleet.fleet import Fleet
 from loramux_trainer.fleet.head import CHUNK
 from loramux_trainer.fleet.member import Member

@@ -11,7 +11,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 from loramux_adapters.base.load import LoadedBase, refingerprint
-from loramux_trainer.examples import Example
+from loramux_trainer.data.examples import Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.statistics import input_moments, weight_gradients

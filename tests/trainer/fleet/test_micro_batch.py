@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_trainer.examples import Example
+from loramux_trainer.data.examples import Example
 from loramux_trainer.fleet.micro_batch import Chunk, cut_by_tokens, pack
 
 

@@ -16,7 +16,7 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
 from loramux_adapters.guard.examine import Examined, examine
 from loramux_adapters.kernels.select import select_kernels
-from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.data.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.rows import Dropout
 from loramux_trainer.methods import low_rank

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from loramux_adapters.base.load import LoadedBase
-from loramux_trainer.examples import Example
+from loramux_trainer.data.examples import Example
 from loramux_trainer.fleet.fleet import Fleet
 from loramux_trainer.fleet.member import Member
 from loramux_trainer.fleet.model import FleetModel, MemberRows

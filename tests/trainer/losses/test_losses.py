@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from loramux_trainer.data.examples import IGNORE, Example, Unit
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.examples import IGNORE, Example, Unit
-from loramux_trainer.loss_config import LOSS_TYPES, LossConfig
 from loramux_trainer.losses.dpo import DPO_TYPES
 from loramux_trainer.losses.kto import KtoLoss
 from loramux_trainer.losses.protocol import Loss, Totals
 from loramux_trainer.losses.select import build_loss, check_batch_size
+from loramux_trainer.schema.loss_config import LOSS_TYPES, LossConfig
 
 VOCABULARY = 50
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.001}

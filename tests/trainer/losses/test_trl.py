@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from loramux_adapters.validation import ValuesInvalid, read
-from loramux_trainer.examples import IGNORE, Example, Unit
-from loramux_trainer.loss_config import LOSS_TYPES, LossConfig
+from loramux_trainer.data.examples import IGNORE, Example, Unit
 from loramux_trainer.losses.protocol import Totals
 from loramux_trainer.losses.reference import PrecomputedReference
 from loramux_trainer.losses.select import build_loss
+from loramux_trainer.schema.loss_config import LOSS_TYPES, LossConfig
 from support.log_probs import log_probs, small_llama
 
 pytestmark = [

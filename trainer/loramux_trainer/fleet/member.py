@@ -13,8 +13,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from loramux_trainer.data.examples import Unit
 from loramux_trainer.errors import CheckpointInvalid
-from loramux_trainer.examples import Unit
 from loramux_trainer.fleet.micro_batch import cut_by_tokens
 from loramux_trainer.fleet.parameters import FlatParameters, ParameterGroup
 from loramux_trainer.fleet.parts import StepParts

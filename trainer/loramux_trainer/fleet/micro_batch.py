@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from loramux_trainer.examples import Example, Unit
+from loramux_trainer.data.examples import Example, Unit
 from loramux_trainer.fleet.rows import Dropout
 
 Owner = TypeVar("Owner")

@@ -25,7 +25,7 @@ from loramux_adapters.guard.rope import choosing
 from loramux_adapters.kernels.select import select_kernels
 from loramux_adapters.spec import virtual_token_ids
 from loramux_adapters.sublayers import sublayers
-from loramux_trainer.examples import IGNORE, Example
+from loramux_trainer.data.examples import IGNORE, Example
 from loramux_trainer.fleet.attention import register_attention
 from loramux_trainer.fleet.head import CHUNK, sample, token_loss
 from loramux_trainer.fleet.head import log_probs as head_log_probs

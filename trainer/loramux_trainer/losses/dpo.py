@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loramux_trainer.examples import Example, Unit
+from loramux_trainer.data.examples import Example, Unit
 from loramux_trainer.losses.log_probs import answer_sums, numbers
 from loramux_trainer.losses.protocol import Totals
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loramux_trainer.examples import IGNORE, Example, Unit
+from loramux_trainer.data.examples import IGNORE, Example, Unit
 from loramux_trainer.losses.log_probs import answer_sums, numbers
 from loramux_trainer.losses.protocol import Totals
 

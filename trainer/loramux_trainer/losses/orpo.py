@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loramux_trainer.examples import IGNORE, Example, Unit
+from loramux_trainer.data.examples import IGNORE, Example, Unit
 from loramux_trainer.losses.log_probs import check_rows, log1mexp, numbers
 from loramux_trainer.losses.protocol import Totals
 

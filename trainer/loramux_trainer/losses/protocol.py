@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from loramux_trainer.examples import Example, Unit
+from loramux_trainer.data.examples import Example, Unit
 
 
 @dataclass(frozen=True)

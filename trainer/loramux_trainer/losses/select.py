@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.loss_config import LossConfig
 from loramux_trainer.losses.dpo import DpoLoss
 from loramux_trainer.losses.kto import KtoLoss
 from loramux_trainer.losses.orpo import OrpoLoss
 from loramux_trainer.losses.protocol import Loss
 from loramux_trainer.losses.sft import SftLoss
+from loramux_trainer.schema.loss_config import LossConfig
 
 
 def _sft(config: LossConfig, max_length: int) -> Loss:

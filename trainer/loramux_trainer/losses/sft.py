@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loramux_trainer.examples import Example, Unit
+from loramux_trainer.data.examples import Example, Unit
 from loramux_trainer.losses.log_probs import check_rows
 from loramux_trainer.losses.protocol import Totals
 

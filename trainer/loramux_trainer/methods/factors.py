@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from loramux_trainer.data.examples import Example
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.examples import Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.statistics import InputMoments, input_moments, weight_gradients

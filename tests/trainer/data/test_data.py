@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data import load_data
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data.dataset import load_data
+from loramux_trainer.data.examples import IGNORE, Example, ExampleEncoder
+from loramux_trainer.data.record_types import RecordInvalid
+from loramux_trainer.data.records import parse_record
 from loramux_trainer.errors import DataInvalid, JobInvalid, SeveralInvalid
-from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.loss_config import LossConfig
-from loramux_trainer.record_types import RecordInvalid
-from loramux_trainer.records import parse_record
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import LossConfig
 from support.tiny import conversation, tiny_encoder, write_jsonl
 
 

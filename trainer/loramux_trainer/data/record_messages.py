@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loramux_trainer.record_types import Conversation, RecordInvalid
+from loramux_trainer.data.record_types import Conversation, RecordInvalid
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")

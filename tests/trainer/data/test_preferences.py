@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data_config import DataConfig
-from loramux_trainer.record_types import Completion, Conversation, Pair, RecordInvalid
-from loramux_trainer.records import parse_record
+from loramux_trainer.data.record_types import Completion, Conversation, Pair, RecordInvalid
+from loramux_trainer.data.records import parse_record
+from loramux_trainer.schema.data_config import DataConfig
 
 ASK = {"role": "user", "content": "q"}
 YES, NO = ({"role": "assistant", "content": text} for text in "yn")

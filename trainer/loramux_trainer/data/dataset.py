@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data.examples import ExampleEncoder, Unit
+from loramux_trainer.data.record_types import RecordInvalid
+from loramux_trainer.data.records import read_records
+from loramux_trainer.data.units import check_options, encode_units, fit, is_endless, packed
 from loramux_trainer.errors import DataInvalid, JobInvalid, Problems
-from loramux_trainer.examples import ExampleEncoder, Unit
-from loramux_trainer.loss_config import SFT, LossConfig
-from loramux_trainer.record_types import RecordInvalid
-from loramux_trainer.records import read_records
-from loramux_trainer.units import check_options, encode_units, fit, is_endless, packed
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import SFT, LossConfig
 
 Units = tuple[Unit, ...]
 E = TypeVar("E", bound=Hashable)

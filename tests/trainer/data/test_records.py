@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data_config import RECORD_KEYS, DataConfig
+from loramux_trainer.data.record_types import Completion, Conversation, Judged, RecordInvalid, Tokens
+from loramux_trainer.data.records import _COMPLETION, _FORMATS, parse_record, read_records
 from loramux_trainer.errors import DataInvalid, Problems, SeveralInvalid
-from loramux_trainer.loss_config import LossConfig
-from loramux_trainer.record_types import Completion, Conversation, Judged, RecordInvalid, Tokens
-from loramux_trainer.records import _COMPLETION, _FORMATS, parse_record, read_records
+from loramux_trainer.schema.data_config import RECORD_KEYS, DataConfig
+from loramux_trainer.schema.loss_config import LossConfig
 from support.tiny import write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}

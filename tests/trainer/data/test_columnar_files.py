@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from loramux_trainer.data.record_types import Conversation
+from loramux_trainer.data.records import read_records
 from loramux_trainer.errors import DataInvalid, JobInvalid
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.preflight import check_job
-from loramux_trainer.record_types import Conversation
-from loramux_trainer.records import read_records
 
 needs_pyarrow = pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")
 needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")

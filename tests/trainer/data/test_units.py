@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data.examples import IGNORE, Example, ExampleEncoder, Unit
+from loramux_trainer.data.record_types import RecordInvalid
+from loramux_trainer.data.records import parse_record
+from loramux_trainer.data.units import check_options, encode_units, fit, is_endless, pack, packed
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.examples import IGNORE, Example, ExampleEncoder, Unit
-from loramux_trainer.loss_config import SFT, LossConfig
-from loramux_trainer.record_types import RecordInvalid
-from loramux_trainer.records import parse_record
-from loramux_trainer.units import check_options, encode_units, fit, is_endless, pack, packed
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import SFT, LossConfig
 from support.tiny import conversation, tiny_encoder
 from support.tokenizers import make_family
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data_files import read_values
+from loramux_trainer.data.files import read_values
 from loramux_trainer.errors import DataInvalid, Problems
 
 ONE, TWO = {"prompt": "ä", "completion": "b"}, {"messages": [{"role": "user", "content": "x\ny"}]}

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_trainer.data import Left, encode_records, part, refuse_empty
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data.dataset import Left, encode_records, part, refuse_empty
+from loramux_trainer.data.examples import ExampleEncoder, Unit
+from loramux_trainer.data.units import check_options, fit, is_endless, pack
 from loramux_trainer.errors import Problems
-from loramux_trainer.examples import ExampleEncoder, Unit
-from loramux_trainer.loss_config import SFT, LossConfig
-from loramux_trainer.units import check_options, fit, is_endless, pack
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import SFT, LossConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from loramux_trainer.record_messages import REASONING_KEYS
-from loramux_trainer.record_types import Conversation, RecordInvalid
+from loramux_trainer.data.record_messages import REASONING_KEYS
+from loramux_trainer.data.record_types import Conversation, RecordInvalid
 
 Spans = tuple[tuple[int, int], ...]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data_config import DataConfig
-from loramux_trainer.examples import IGNORE, Example, Unit
-from loramux_trainer.loss_config import LossConfig
-from loramux_trainer.records import parse_record
-from loramux_trainer.units import encode_units
+from loramux_trainer.data.examples import IGNORE, Example, Unit
+from loramux_trainer.data.records import parse_record
+from loramux_trainer.data.units import encode_units
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import LossConfig
 from support.log_probs import small_llama
 from support.tiny import conversation, tiny_encoder
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loramux_trainer.data_config import DataConfig
-from loramux_trainer.record_types import Completion, Conversation, Judged, RecordInvalid
-from loramux_trainer.records import parse_record
+from loramux_trainer.data.record_types import Completion, Conversation, Judged, RecordInvalid
+from loramux_trainer.data.records import parse_record
+from loramux_trainer.schema.data_config import DataConfig
 
 ALPACA = DataConfig(Path("t"), instruction_format="alpaca")
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from loramux_trainer.columnar_files import is_columnar, read_columnar
+from loramux_trainer.data.columnar_files import is_columnar, read_columnar
+from loramux_trainer.data.foreign_formats import name_file_format, name_line_format
+from loramux_trainer.data.record_types import RecordInvalid
 from loramux_trainer.errors import DataInvalid, Problems
-from loramux_trainer.foreign_formats import name_file_format, name_line_format
-from loramux_trainer.record_types import RecordInvalid
 
 _TABLES: Final = {".csv": ",", ".tsv": "\t"}
 _BLANK: Final = " \t\r\n"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from loramux_adapters.tokenization import PromptTokenizer
-from loramux_trainer.examples import IGNORE, Example, ExampleEncoder
-from loramux_trainer.record_types import RecordInvalid
-from loramux_trainer.records import parse_record
+from loramux_trainer.data.examples import IGNORE, Example, ExampleEncoder
+from loramux_trainer.data.record_types import RecordInvalid
+from loramux_trainer.data.records import parse_record
 from support.tiny import conversation
 from support.tokenizers import FAMILIES, make_family
 

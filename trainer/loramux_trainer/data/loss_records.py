@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from loramux_trainer.loss_config import LossConfig
-from loramux_trainer.record_types import Completion, Conversation, Judged, Pair, Record, Tokens
+from loramux_trainer.data.record_types import Completion, Conversation, Judged, Pair, Record, Tokens
+from loramux_trainer.schema.loss_config import LossConfig
 
 _READ: Final[Mapping[str, tuple[type, ...]]] = {
     "sft": (Completion, Conversation, Tokens),

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loramux_trainer.data_config import DataConfig
-from loramux_trainer.data_files import read_values
+from loramux_trainer.data.examples import IGNORE
+from loramux_trainer.data.files import read_values
+from loramux_trainer.data.loss_records import explain_unread, reads
+from loramux_trainer.data.preferences import PAIR_KEYS, parse_pair
+from loramux_trainer.data.record_formats import INSTRUCTION_KEYS, as_messages, instruction_prompt
+from loramux_trainer.data.record_messages import conversation, refuse_half_characters, refuse_unread
+from loramux_trainer.data.record_types import Answer, Completion, Judged, Record, RecordInvalid, Tokens
 from loramux_trainer.errors import DataInvalid, Problems
-from loramux_trainer.examples import IGNORE
-from loramux_trainer.loss_config import SFT, LossConfig
-from loramux_trainer.loss_records import explain_unread, reads
-from loramux_trainer.preferences import PAIR_KEYS, parse_pair
-from loramux_trainer.record_formats import INSTRUCTION_KEYS, as_messages, instruction_prompt
-from loramux_trainer.record_messages import conversation, refuse_half_characters, refuse_unread
-from loramux_trainer.record_types import Answer, Completion, Judged, Record, RecordInvalid, Tokens
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import SFT, LossConfig
 
 _MASKS: Final = ("completion_mask", "assistant_masks")
 # Keys whose values may be JSON in a text: of a table, or as trl has tools.

@@ -10,11 +10,20 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loramux_trainer.data_config import DataConfig
+from loramux_trainer.data.examples import IGNORE, Example, ExampleEncoder, Unit
+from loramux_trainer.data.record_types import (
+    Answer,
+    Completion,
+    Conversation,
+    Judged,
+    Pair,
+    Record,
+    RecordInvalid,
+    Tokens,
+)
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.examples import IGNORE, Example, ExampleEncoder, Unit
-from loramux_trainer.loss_config import LossConfig
-from loramux_trainer.record_types import Answer, Completion, Conversation, Judged, Pair, Record, RecordInvalid, Tokens
+from loramux_trainer.schema.data_config import DataConfig
+from loramux_trainer.schema.loss_config import LossConfig
 
 
 def check_options(data: DataConfig, loss: LossConfig, encoder: ExampleEncoder) -> None:

@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Final
 
-from loramux_trainer.data_config import DataConfig
-from loramux_trainer.record_formats import INSTRUCTION_KEYS, as_messages, instruction_prompt
-from loramux_trainer.record_messages import conversation, refuse_unread
-from loramux_trainer.record_types import Answer, Completion, Pair, RecordInvalid
+from loramux_trainer.data.record_formats import INSTRUCTION_KEYS, as_messages, instruction_prompt
+from loramux_trainer.data.record_messages import conversation, refuse_unread
+from loramux_trainer.data.record_types import Answer, Completion, Pair, RecordInvalid
+from loramux_trainer.schema.data_config import DataConfig
 
 PAIR_KEYS: Final = ("prompt", "chosen", "rejected", "tools", "conversations", *INSTRUCTION_KEYS)
 _SIDES: Final = ("chosen", "rejected")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from loramux_trainer.record_types import RecordInvalid
+from loramux_trainer.data.record_types import RecordInvalid
 
 INSTRUCTION_KEYS: Final = ("instruction", "input", "system")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramux_adapters.tokenization import ContinuationRefused, PromptTokenizer, find_chat_template
-from loramux_trainer.chats import ChatRenderer, Turn
-from loramux_trainer.record_types import Answer, Completion, Conversation, RecordInvalid, Tokens
+from loramux_trainer.data.chats import ChatRenderer, Turn
+from loramux_trainer.data.record_types import Answer, Completion, Conversation, RecordInvalid, Tokens
 
 IGNORE = -100
 
