@@ -1,21 +1,22 @@
 """Initializations that move the base in PEFT, beside it here: first values, first logits, and whole trajectories."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 
 from loramux_adapters.base.load import LoadedBase, refingerprint
 from loramux_trainer.data.examples import Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 from loramux_trainer.fleet.statistics import input_moments, weight_gradients
-from loramux_trainer.methods import initial_pairs
+from loramux_trainer.methods import initial_pairs, low_rank
 from loramux_trainer.methods.delta import delta_lora
 from loramux_trainer.methods.initial_pairs import Pair
 from loramux_trainer.methods.rules import BaseValues
@@ -88,7 +89,7 @@ def test_the_trajectory_is_peft_s(
 
     adapter = _adapter(fleet_base, pair_of)
     peft = _peft(init_lora_weights=init)
-    names = [name for name in fleet_base.spec.modules if name.rpartition(".")[2] in ALL_LINEAR]
+    names = _all_linear(fleet_base)
     for name in names:
         for ours, theirs in zip(pair_of(name), _factors(peft, name), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -107,6 +108,111 @@ def test_the_trajectory_is_peft_s(
             moved = max(moved, float((ours - pair_of(name)[role == "b"]).abs().max()))
     assert moved > 1e-3
     assert refingerprint(fleet_base) == fleet_base.spec.fingerprint
+
+
+def _all_linear(base: LoadedBase) -> list[str]:
+    return [name for name in base.spec.modules if name.rpartition(".")[2] in ALL_LINEAR]
+
+
+def _exact_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the random approximation that PEFT takes: a trajectory is then a function of the data."""
+
+    def svd(matrix: torch.Tensor, q: int = 6, **_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return u[:, :q].float(), s[:q].float(), vh[:q].T.float()
+
+    monkeypatch.setattr(torch, "svd_lowrank", svd)
+
+
+def _aligned(ours: torch.Tensor, theirs: torch.Tensor, *, off: float) -> torch.Tensor:
+    """Rows with the signs of theirs, which singular vectors leave open; they are the same but for that."""
+    signed = ours * (ours * theirs).sum(1, keepdim=True).sign()
+    assert float(torch.dist(signed, theirs) / theirs.norm()) < off
+    return signed
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT counts backward passes by such hooks
+def test_the_trajectory_of_lora_ga_is_peft_s(
+    model: FleetModel, fleet_base: LoadedBase, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of NF4 weights here, of their values in float32 there; then nine steps on the base as it is."""
+    _exact_svd(monkeypatch)
+    plain = load_tiny().model
+    dequantize(plain)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=ALL_LINEAR,
+        task_type="CAUSAL_LM",
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    tokens = sum(example.supervised for example in examples)
+    preprocess_loraga(plain, config, lambda: (summed_loss(plain, examples) / tokens).backward())
+    peft = get_peft_model(plain, config)
+    names = _all_linear(fleet_base)
+
+    def backward(members: list[MemberRows]) -> None:
+        with model.running(members) as hidden:
+            # PEFT's are means over the backward passes of a module.
+            loss, _ = model.token_loss(hidden, torch.full((len(hidden.targets),), 1 / tokens / len(examples)))
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    rows = [[MemberRows(StepParts({}), (example,), 0)] for example in examples]
+    gradients = weight_gradients(model, names, lambda: rows, backward)
+
+    def pair_of(name: str) -> Pair:
+        a, b = initial_pairs.lora_ga(gradients[name], RANK)
+        theirs_a, theirs_b = _factors(peft, name)
+        return _aligned(a, theirs_a, off=1e-3), _aligned(b.T, theirs_b.T, off=1e-3).T.contiguous()
+
+    begun = {name: pair_of(name) for name in names}
+    adapter = _adapter(fleet_base, begun.__getitem__)
+    _steps(model, adapter, examples, 9)
+    _peft_steps(peft, examples, 9)
+    _assert_same_pairs(adapter, peft, begun, suffix=":trained", off=1e-3)
+    assert refingerprint(fleet_base) == fleet_base.spec.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization")  # it says what is to be called next
+def test_the_trajectory_of_eva_is_peft_s(
+    model: FleetModel, fleet_base: LoadedBase, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks are not spread anew between modules (rho 1), which Loramux does not do."""
+    _exact_svd(monkeypatch)
+    peft = _peft(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, use_label_mask=False))
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.tensor([[*example.ids, *[0] * (longest - len(example.ids))] for example in examples])
+    mask = torch.tensor([[int(i < len(example.ids)) for i in range(longest)] for example in examples])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    initialize_lora_eva_weights(peft, [batch], show_progress_bar=False)
+    names = _all_linear(fleet_base)
+    moments = input_moments(model, names, lambda: [[MemberRows(None, tuple(examples), 0)]])
+
+    def components(name: str) -> torch.Tensor:
+        own = moments[name]
+        found = initial_pairs.eva((own.squares / own.count).cpu(), (own.total / own.count).cpu(), RANK)
+        return _aligned(found, _factors(peft, name)[0], off=1e-2)
+
+    begun = {name: (components(name), torch.zeros_like(_factors(peft, name)[1])) for name in names}
+    method = low_rank.eva(CONFIG, 0, BaseValues(fleet_base), lambda name: begun[name][0])
+    adapter = TrainedAdapter(method, fleet_base.spec, fleet_base.device)
+    _steps(model, adapter, examples, 9)
+    _peft_steps(peft, examples, 9)
+    _assert_same_pairs(adapter, peft, begun, suffix="", off=1e-2)
+
+
+def _assert_same_pairs(
+    adapter: TrainedAdapter, peft: Any, begun: Mapping[str, Pair], *, suffix: str, off: float
+) -> None:
+    """By the distance that each factor is off, over what it moved."""
+    moved = 0.0
+    for name, pair in begun.items():
+        for role, theirs, first in zip("ab", _factors(peft, name), pair, strict=True):
+            ours = adapter.parameters.views[f"{name}:{role}{suffix}"]
+            assert float(torch.dist(ours, theirs) / theirs.norm()) < off, f"{name} {role}"
+            moved = max(moved, float(torch.dist(ours, first) / ours.norm()))
+    assert moved > 10 * off
 
 
 def test_the_export_is_a_lora_of_twice_the_rank(
@@ -140,7 +246,7 @@ def test_corda_is_peft_s(model: FleetModel, fleet_base: LoadedBase, examples: li
 
     preprocess_corda(plain, config, run_model=run)
     peft = get_peft_model(plain, config)
-    names = [name for name in fleet_base.spec.modules if name.rpartition(".")[2] in ALL_LINEAR]
+    names = _all_linear(fleet_base)
     batches = [[MemberRows(None, (example,), 0)] for example in examples]
     moments = input_moments(model, names, lambda: batches)
     values = BaseValues(fleet_base)
