@@ -140,9 +140,7 @@ def test_galore_is_the_algorithm_on_plain_weights(
 
 
 class _Projected:
-    """GaLore's projector on one weight, as in its authors' code, and a momentum; the scale is on the projected gradient
-    too, since an adapter's factor sees it so.
-    """
+    """GaLore's projector on one weight, as in its authors' code, and a momentum."""
 
     def __init__(self, rank: int, scale: float) -> None:
         self._rank, self._scale = rank, scale
@@ -156,7 +154,7 @@ class _Projected:
             signs = [1.0 if row[row.abs().argmax()] > 0 else -1.0 for row in basis]
             basis = basis * torch.tensor(signs)[:, None]
             self._basis = basis if self._right else basis.T
-        low = self._scale * (gradient @ self._basis.T if self._right else self._basis.T @ gradient)
+        low = gradient @ self._basis.T if self._right else self._basis.T @ gradient
         self._momentum = low if self._momentum is None else 0.9 * self._momentum + low
         return self._scale * (self._momentum @ self._basis if self._right else self._basis @ self._momentum)
 

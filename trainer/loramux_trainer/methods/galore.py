@@ -1,20 +1,39 @@
 """GaLore: the gradient of the frozen weight in a low-rank subspace (Zhao et al., 2024), as an exact low-rank adapter.
 
 A step with a projected gradient is a step of one factor beside a fixed one: with y = W x + s B A x and B = U fixed, the
-gradient of A is s U^T dW. At the end of a period both are kept as they are, and the next begins at zero with new
+gradient of A over s is U^T dW. At the end of a period both are kept as they are, and the next begins at zero with new
 directions. So no weight of the base is written, and what is exported is a LoRA of rank periods times r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from loramux_trainer.fleet.parameters import FlatParameters
 from loramux_trainer.methods.compress import Tell, compress, patterns
 from loramux_trainer.methods.method import Beginning, Control, Made, Method, Start
+
+
+class _Unscaled(torch.autograd.Function):
+    """The factor as it is, and its gradient over the scale: s belongs to the step alone, so that an optimizer that does
+    not normalize (SGD) makes the paper's step, and clipping sees the projected gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient / ctx.scale, None
+
+
+def _unscaled(factor: torch.Tensor, scale: float) -> torch.Tensor:
+    return cast("torch.Tensor", _Unscaled.apply(factor, scale))  # type: ignore[no-untyped-call]
 
 
 class _Side:
@@ -106,7 +125,7 @@ class Projections(Control):
 
 def galore(config: Mapping[str, Any], seed: int, *, gap: int, rank_budget: int, tell: Tell) -> Method:
     """`config`: r directions a module, and lora_alpha / r the paper's scale."""
-    rank = int(config["r"])
+    rank, scale = int(config["r"]), config["lora_alpha"] / config["r"]
     sides: dict[str, _Side] = {}
 
     def side(begin: Beginning, out: int, wide: int) -> _Side:
@@ -122,7 +141,7 @@ def galore(config: Mapping[str, Any], seed: int, *, gap: int, rank_budget: int, 
             if own.fixes_a == (role == "a"):
                 return Made({}, lambda _: whole(None))
             start = Start(torch.zeros(own.factor_shape), "b" if role == "b" else "a")
-            return Made({"factor": start}, lambda tensors: whole(tensors["factor"]))
+            return Made({"factor": start}, lambda tensors: whole(_unscaled(tensors["factor"], scale)))
 
         return rule
 
