@@ -58,6 +58,9 @@ def value_at(job: TrainConfig, key: str) -> Any:
             "linear does not read it",
         ),
         ({"training": {"lr_scheduler_type": "constant", "warmup_steps": 5}}, "training.warmup_steps", "no warm-up"),
+        ({"method": "ia3", "training": {"weight_decay": 0.1}}, "training.weight_decay", "trains vectors"),
+        ({"method": "vera", "training": {"weight_decay": 0.1}}, "training.weight_decay", "trains vectors"),
+        ({"method": "bitfit", "training": {"weight_decay": 0.1}}, "training.weight_decay", "trains vectors"),
     ],
 )  # fmt: skip
 def test_a_key_that_would_not_take_effect_is_refused(values: dict[str, Any], field: str, says: str) -> None:

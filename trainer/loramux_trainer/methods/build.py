@@ -165,8 +165,9 @@ def _ia3(job: TrainConfig, around: Surroundings) -> Method:
     else:
         endings = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         inner = [name for name in names if name.endswith(endings)]
-        if not inner:
-            raise JobInvalid("lora.feedforward_modules", "matches none of the selected modules")
+        for ending in endings:
+            if not any(name.endswith(ending) for name in names):
+                raise JobInvalid("lora.feedforward_modules", f"{ending!r} matches none of the selected modules")
     config = _selected(around, {"peft_type": "IA3", "feedforward_modules": []})
     lasts = sorted({name.rpartition(".")[2] for name in inner})
     found = [name for name in names if name.rpartition(".")[2] in lasts]

@@ -53,6 +53,8 @@ _OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
     "momentum": ("sgd", "muon"),
     "hessian_update_period": ("sophia",),
 }
+_WITHOUT_DECAY = ("vera", "ia3", "bitfit")
+"""Methods that train vectors only: gains, biases and norms."""
 
 
 def without_effect(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -96,6 +98,8 @@ def _reason(section: str, name: str, value: Any, job: Mapping[str, Any], method:
         return None if schedule not in OPTIONS or schedule in readers or not readers else _not_read(schedule, readers)
     if name == "warmup_steps" and value != 0 and schedule == "constant":
         return "constant has no warm-up; remove it, or use constant_with_warmup"
+    if name == "weight_decay" and value != 0 and method in _WITHOUT_DECAY:
+        return f"method {method} trains vectors, which no weight decay acts on; remove it"
     optimizer = str(training.get("optimizer") or "adamw")
     if optimizer in get_args(OptimizerName) and optimizer not in _OPTIMIZERS.get(name, (optimizer,)):
         return _not_read(f"optimizer {optimizer}", _OPTIMIZERS[name])
