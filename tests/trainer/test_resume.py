@@ -52,7 +52,7 @@ def test_a_checkpoint_of_another_job_or_data_is_refused(make_job: JobMaker) -> N
     watcher = StopAt(2)
     with pytest.raises(Interrupted) as stopped:
         train(job, progress=watcher, stop=watcher.event)
-    assert read_checkpoint(stopped.value.checkpoint).step == 2
+    assert read_checkpoint(stopped.value.checkpoints[0]).step == 2
     with pytest.raises(JobInvalid, match="unfinished run"):
         train(job)
     with pytest.raises(CheckpointInvalid, match=r"another lora\.alpha: 8\.0, not 9\.0"):
@@ -70,8 +70,7 @@ def test_a_checkpoint_with_the_former_names_of_keys_resumes_and_is_held_to_them(
     job, watcher = make_job(training={"lr_scheduler_type": "constant_with_warmup"}), StopAt(2)
     with pytest.raises(Interrupted) as stopped:
         train(job, progress=watcher, stop=watcher.event)
-    assert stopped.value.checkpoint is not None
-    file = stopped.value.checkpoint / "checkpoint.json"
+    file = stopped.value.checkpoints[0] / "checkpoint.json"
     meta = json.loads(file.read_text())
     meta["identity"] = {former.get(key, key): value for key, value in meta["identity"].items()}
     meta["identity"]["training.schedule"] = "constant"
@@ -100,15 +99,15 @@ def test_stopping_before_the_first_step_keeps_the_checkpoint_there_is(make_job: 
     watcher.event.set()
     with pytest.raises(Interrupted, match="nothing is saved") as fresh:
         train(job, stop=watcher.event)
-    assert fresh.value.checkpoint is None
+    assert fresh.value.checkpoints == ()
     assert not job.output.exists()
     watcher.event.clear()
     with pytest.raises(Interrupted) as first:
         train(job, progress=watcher, stop=watcher.event)
     with pytest.raises(Interrupted) as second:
         train(job, resume=True, stop=watcher.event)
-    assert first.value.checkpoint == second.value.checkpoint
-    assert read_checkpoint(second.value.checkpoint).step == 2
+    assert first.value.checkpoints == second.value.checkpoints
+    assert read_checkpoint(second.value.checkpoints[0]).step == 2
 
 
 SCRIPT = """
@@ -128,7 +127,7 @@ with stop_on_signals() as stop:
     try:
         train(read_job(Path(sys.argv[1])), progress=Loud(), stop=stop)
     except Interrupted as error:
-        print("saved", error.checkpoint, flush=True)
+        print("saved", *error.checkpoints, flush=True)
 """
 
 

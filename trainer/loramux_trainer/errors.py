@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,12 +77,15 @@ class BaseChanged(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """The run was stopped on request; resume continues from `checkpoint`, None where no step had been taken."""
+    """The run was stopped on request; resume continues from `checkpoints`, none where no step had been taken."""
 
-    def __init__(self, checkpoint: Path | None) -> None:
-        saved = f"after saving {checkpoint}; run again with --resume to continue"
-        super().__init__(f"stopped {saved}" if checkpoint else "stopped before the first step; nothing is saved")
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoints: Sequence[Path]) -> None:
+        several = f" and {len(checkpoints) - 1} more" if len(checkpoints) > 1 else ""
+        if checkpoints:
+            super().__init__(f"stopped after saving {checkpoints[0]}{several}; run again with --resume to continue")
+        else:
+            super().__init__("stopped before the first step; nothing is saved")
+        self.checkpoints = tuple(checkpoints)
 
 
 class SeveralInvalid(TrainerError):

@@ -274,7 +274,7 @@ class FleetRun:
         self._fleet.release(run.member)
         self._runs.remove(run)
 
-    def _save_all(self) -> Path | None:
+    def _save_all(self) -> list[Path]:
         """All that can be saved, then raises OutputFailed for the first that could not."""
         saved: list[Path] = []
         failed: list[OutputFailed] = []
@@ -286,7 +286,7 @@ class FleetRun:
                     failed.append(error)
         if failed:
             raise failed[0]
-        return saved[0] if saved else None
+        return saved
 
 
 def _name_job(error: Exception, job: TrainConfig, file: JobFile) -> None:
