@@ -1,5 +1,6 @@
 """What goes wrong in one member stays with it: the others take their step, once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.errors import AdapterInvalid
 from loramux_trainer.fleet.fleet import Fleet
 from loramux_trainer.fleet.micro_batch import cut_by_tokens
-from loramux_trainer.fleet.model import FleetModel
+from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.torch_errors import is_out_of_memory
 from loramux_trainer.losses.kto import KtoLoss
+from loramux_trainer.losses.select import build_loss
 from loramux_trainer.methods.galore import galore
 from loramux_trainer.methods.method import Method
 from loramux_trainer.optimizers.build import build_optimizer
+from loramux_trainer.schema.loss_config import LossConfig
 from loramux_trainer.schema.optim_config import OptimConfig
 from support.fleets import lora_config, make_member, various_units
 
@@ -105,6 +108,33 @@ def test_a_step_that_runs_out_of_memory_at_its_end_is_taken_once(
     assert fleet.step().keys() == {"first", "second"}
     assert failed
     assert (first.step, second.step) == (1, 1)
+
+
+def test_a_reference_that_is_computed_before_takes_smaller_micro_batches_where_memory_is_short(
+    model: FleetModel, fleet_base: LoadedBase, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And comes to the same numbers."""
+    units = various_units(tokenizer, 6, pairs=True)
+    loss = build_loss(LossConfig("dpo", precompute_ref_log_probs=True), max_length=512)
+    roomy, tight = (make_member(fleet_base, units, name=name, loss=loss) for name in ("roomy", "tight"))
+    Fleet(model, token_budget=4096).precompute_reference(roomy)
+    computed = FleetModel.running
+
+    def running(model: FleetModel, members: Sequence[MemberRows]) -> Any:
+        if sum(len(each.ids) for rows in members for each in rows.sequences) > 200:
+            raise torch.OutOfMemoryError("too much at once")
+        return computed(model, members)
+
+    monkeypatch.setattr(FleetModel, "running", running)
+    said: list[str] = []
+    Fleet(model, token_budget=4096, warn=said.append).precompute_reference(tight)
+    assert said
+    assert roomy.reference is not None
+    assert tight.reference is not None
+    cpu = torch.device("cpu")
+    for index in range(len(units)):
+        for one, other in zip(roomy.reference.of((index,), cpu), tight.reference.of((index,), cpu), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_want_of_memory_is_known_on_a_cpu() -> None:

@@ -198,14 +198,24 @@ class Fleet:
         rows = [member.loss.rows((unit,)) for unit in member.train]
         reference = PrecomputedReference([len(each) for each in rows])
         chunks = [Chunk(index, 0, sequences) for index, sequences in enumerate(rows)]
-        for batch in pack(chunks, self.token_budget):
-            with self._model.running([MemberRows(None, chunk.sequences, -1) for chunk in batch]) as hidden:
-                at = 0
-                for chunk in batch:
-                    part = hidden.part(at, at + len(chunk.sequences))
-                    reference.put(chunk.owner, self._reference(part))
-                    at += len(chunk.sequences)
-        member.reference = reference
+        while True:
+            try:
+                for batch in pack(chunks, self.token_budget):
+                    self._put_reference(reference, batch)
+                member.reference = reference
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._shrink(error)
+
+    def _put_reference(self, reference: PrecomputedReference, batch: Sequence[Chunk[int]]) -> None:
+        with self._model.running([MemberRows(None, chunk.sequences, -1) for chunk in batch]) as hidden:
+            at = 0
+            for chunk in batch:
+                part = hidden.part(at, at + len(chunk.sequences))
+                reference.put(chunk.owner, self._reference(part))
+                at += len(chunk.sequences)
 
     def _alone(self, member: Member) -> list[Chunk[_Turn]]:
         own = member.chunks()
