@@ -140,6 +140,34 @@ def test_a_job_that_diverges_leaves_the_others_alone(values: dict[str, Any], mon
     assert [path.name for path in (file.jobs[1].output / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_what_an_optimizer_left_between_two_steps_is_not_saved(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its moments are of a step that was not taken."""
+    real = FlatParameters.is_finite.fget
+    assert real is not None
+    sizes: list[int] = []
+
+    def broken(parameters: FlatParameters) -> bool:
+        sizes.append(len(parameters.weights))
+        is_third_of_largest = sizes[-1] == max(sizes) and sizes.count(max(sizes)) == 3
+        return bool(real(parameters)) and not is_third_of_largest
+
+    monkeypatch.setattr(FlatParameters, "is_finite", property(broken))
+    jobs = [{"name": "good", "lora": {"rank": 2}}, {"name": "bad", "lora": {"rank": 4}}]
+    file = job_file(values, jobs=jobs)
+    outcome = train_file(file, progress=Watcher(file))
+    assert outcome.results.keys() == {"good"}
+    assert outcome.failures["bad"] == "step 3: the optimizer made weights that are not finite"
+    assert not (file.jobs[1].output / "checkpoints").exists()
+
+
+def test_ia3_s_feedforward_modules_are_each_among_the_selected(values: dict[str, Any]) -> None:
+    lora = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj", "up_proj"]}
+    with pytest.raises(JobInvalid, match=r"^lora.feedforward_modules: 'up_proj' matches none of the selected"):
+        train_file(job_file(values, method="ia3", lora=lora))
+
+
 def test_a_fleet_that_is_stopped_goes_on_to_the_same_bytes(values: dict[str, Any], tmp_path: Path) -> None:
     jobs = [
         {"name": "a", "lora": {"rank": 4, "dropout": 0.2}},
@@ -148,8 +176,9 @@ def test_a_fleet_that_is_stopped_goes_on_to_the_same_bytes(values: dict[str, Any
     whole = train_file(job_file({**values, "output": str(tmp_path / "whole")}, jobs=jobs))
     file = job_file(values, jobs=jobs)
     watcher = Watcher(file, ("a", 3))
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=r"stopped after saving .*/a/checkpoints/step-\d+ and 1 more; ") as stopped:
         train_file(file, progress=watcher, stop=watcher.event)
+    assert [path.parent.parent.name for path in stopped.value.checkpoints] == ["a", "b"]
     rest = Watcher(file)
     outcome = train_file(file, resume=True, progress=rest)
     assert rest.steps("b") == [4, 5, 6]

@@ -262,7 +262,7 @@ class FleetRun:
             run.discard()
         else:
             self._failures[member.name] = member.failure or member.state
-            if member.step:
+            if member.step and not member.is_torn:
                 run.save()
 
     def _set_aside(self, run: MemberRun, error: OutputFailed) -> None:

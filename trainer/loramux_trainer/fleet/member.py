@@ -121,6 +121,7 @@ class Member:
         self.step = 0
         self.state: State = "running" if options.total_steps else "finished"
         self.failure: str | None = None
+        self.is_torn = False  # a failed step left the optimizer's state between two steps
         self.chunk_tokens = options.chunk_tokens
 
     def chunks(self) -> list[UnitChunk]:
@@ -160,6 +161,7 @@ class Member:
         parameters.clear()
         if not parameters.is_finite:
             parameters.weights.copy_(before)
+            self.is_torn = True
             self.diverge(f"step {self.step + 1}: the optimizer made weights that are not finite")
             return None
         self.step += 1
