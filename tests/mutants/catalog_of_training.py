@@ -10,7 +10,7 @@ FLEET, TEST_FLEET = TRAINER + "fleet/", TESTS + "fleet/"
 TRAINING_MUTANTS = (
     Mutant(
         "one that diverged is not saved", TRAINER + "fleet_run.py",
-        "            if member.step:\n                run.save()\n", "",
+        "            if member.step and not member.is_torn:\n                run.save()\n", "",
         (TESTS + "test_train_file.py",),
     ),
     Mutant(
