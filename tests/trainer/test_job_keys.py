@@ -178,6 +178,7 @@ def test_rslora_has_two_names_and_is_one_method() -> None:
 
 VALUES = {
     "training.lr_scheduler_type": "linear", "training.optimizer": "sgd", "training.gradient_checkpointing": True,
+    "training.double_quant": True,
     "lora.target_modules": ["q_proj"], "lora.use_rslora": True, "lora.dropout": 0.1, "training.weight_decay": 0.1,
     "training.warmup_steps": 0.1, "training.lr_scheduler_kwargs": {"num_cycles": 0.25}, "model": "org/other",
     "output": "elsewhere", "name": "n1", "training.learning_rate": 1e-3, "training.max_grad_norm": 0.5,

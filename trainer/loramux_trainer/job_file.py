@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 # One base in one form, on one device.
 _SHARED = (
-    "model", "training.device", "training.compute_dtype", "training.frozen_products", "training.deterministic",
-    "training.gradient_checkpointing",
+    "model", "training.device", "training.compute_dtype", "training.frozen_products", "training.double_quant",
+    "training.deterministic", "training.gradient_checkpointing",
 )  # fmt: skip
 
 

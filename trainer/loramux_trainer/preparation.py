@@ -72,7 +72,7 @@ def frozen_products(job: TrainConfig, device: torch.device) -> torch.dtype | Non
 def load(job: TrainConfig, device: torch.device, dtype: torch.dtype) -> LoadedBase:
     """The job's base. Raises ModelInvalid."""
     with loading(job):
-        base = load_base(source_of(job), compute_dtype=dtype, device=device)
+        base = load_base(source_of(job), compute_dtype=dtype, device=device, double_quant=job.training.double_quant)
     _refuse_split_blocks(job, base)
     return base
 

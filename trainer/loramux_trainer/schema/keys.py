@@ -72,6 +72,8 @@ ALIASES: Mapping[str, str] = {
     **{name: _OWN.get(name, f"training.{name}") for name in _TRAINING},
     **{f"training.{name}": key for name, key in _OWN.items()},
     "training.lr": "training.learning_rate",
+    "bnb_4bit_use_double_quant": "training.double_quant",
+    "use_bnb_nested_quant": "training.double_quant",
     "save_steps": "checkpoint.save_steps",
     "save_total_limit": "checkpoint.save_total_limit",
 }

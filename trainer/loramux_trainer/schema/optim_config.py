@@ -52,6 +52,7 @@ class OptimConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
     frozen_products: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as compute_dtype
+    double_quant: YesNo = False  # of the base, see `loramux serve --double-quant`
     deterministic: YesNo = False
     gradient_checkpointing: YesNo = False
     eval_steps: Count | None = None  # None: each epoch
