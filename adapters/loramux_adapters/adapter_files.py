@@ -25,6 +25,9 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE = TEXT_FILES = (
 )
 """How the adapter's texts become token ids, where it was trained with another tokenizer or template than the base's."""
 
+CERTIFICATE_FILE = "loramux_certificate.json"
+"""What the training computed on a few probes, for a server to compute again; see `loramux_adapters.certificate`."""
+
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 MAX_FILE_BYTES: Mapping[str, int | None] = {
@@ -34,7 +37,7 @@ MAX_FILE_BYTES: Mapping[str, int | None] = {
     ADAPTERHUB_WEIGHTS_FILE: None,
     **dict.fromkeys((*DECLARATION_FILES, INTERFACE_FILE), 1 << 20),
     TOKENIZER_FILE: 64 << 20,
-    **dict.fromkeys((TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE), 1 << 20),
+    **dict.fromkeys((TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, CERTIFICATE_FILE), 1 << 20),
 }
 """Every allowed file and how large it may be; None: bounded by the upload quota alone."""
 

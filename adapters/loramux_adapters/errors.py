@@ -28,6 +28,10 @@ class AdapterIncompatible(AdapterError):
     """The uploader must act: well-formed, but made for another base or over this server's limits."""
 
 
+class CertificateRefused(AdapterError):
+    """The uploader must act: what would be served is not what was trained, or the certificate is of something else."""
+
+
 class AdapterNotFound(AdapterError):
     """The caller must act: no such adapter, name, alias, version or upload."""
 

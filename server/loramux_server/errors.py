@@ -207,6 +207,7 @@ _CLASSES: dict[type[Exception], StatusMapping] = {
     ClientStalled: StatusMapping(Code.ABORTED, 408, "CLIENT_STALLED"),
     adapters.AdapterInvalid: StatusMapping(Code.INVALID_ARGUMENT, 400, "ADAPTER_INVALID"),
     adapters.AdapterIncompatible: StatusMapping(Code.INVALID_ARGUMENT, 400, "ADAPTER_INCOMPATIBLE"),
+    adapters.CertificateRefused: StatusMapping(Code.FAILED_PRECONDITION, 409, "CERTIFICATE_REFUSED"),
     adapters.AdapterNotFound: StatusMapping(Code.NOT_FOUND, 404, "ADAPTER_NOT_FOUND"),
     adapters.AdapterConflict: StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_CONFLICT"),
     adapters.AdapterCorrupt: StatusMapping(Code.FAILED_PRECONDITION, 409, "ADAPTER_CORRUPT"),
