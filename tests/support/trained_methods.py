@@ -82,9 +82,9 @@ def train_rows(architecture: str, root: Path, rows: Mapping[str, Job] | None = N
     adapters: dict[Path, TrainedAdapter] = {}
     after: set[str] = set()
 
-    def keep(output: Path, adapter: TrainedAdapter, spec: BaseModelSpec, report: str) -> None:
+    def keep(output: Path, adapter: TrainedAdapter, spec: BaseModelSpec, *more: Any) -> None:
         adapters[output] = adapter
-        export(output, adapter, spec, report)
+        export(output, adapter, spec, *more)
 
     def remember(loaded: LoadedBase) -> str:
         found = refingerprint(loaded)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_trainer import checkpoints, export, member_run, space
 from loramux_trainer.errors import JobInvalid, OutputFailed
 from loramux_trainer.export import REPORT
@@ -48,7 +49,12 @@ def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, mo
     train(failed, resume=True, progress=watcher)
     assert watcher.seen == []
     assert (failed.output / WEIGHTS).read_bytes() == (whole.output / WEIGHTS).read_bytes()
-    assert sorted(path.name for path in failed.output.iterdir()) == ["adapter_config.json", WEIGHTS, REPORT]
+    assert sorted(path.name for path in failed.output.iterdir()) == [
+        "adapter_config.json",
+        WEIGHTS,
+        CERTIFICATE_FILE,
+        REPORT,
+    ]
 
 
 def test_a_disk_that_fills_up_at_a_checkpoint_leaves_no_part_of_it(

@@ -177,7 +177,7 @@ class FleetRun:
         parameters = built.adapter.parameters.weights.numel()
         beside = {run.job.output: run.bytes_to_write for run in self._runs}
         check_space(job, parameters, built.member.options.total_steps, beside)
-        run = MemberRun(prepared, self._base, built, progress)
+        run = MemberRun(prepared, self._model, built, progress)
         run.begin(checkpoint)
         if built.member.loss.needs_reference and job.loss.precompute_ref_log_probs:
             self._fleet.precompute_reference(built.member)

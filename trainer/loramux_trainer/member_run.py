@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from loramux_adapters.base.load import LoadedBase
 from loramux_adapters.errors import AdapterError
+from loramux_adapters.weights import AdapterWeights
+from loramux_trainer.certify import Certified, certify
 from loramux_trainer.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -30,6 +32,7 @@ from loramux_trainer.checkpoints import (
 from loramux_trainer.data.dataset import DataReport
 from loramux_trainer.errors import CheckpointInvalid, JobInvalid, OutputFailed
 from loramux_trainer.export import export
+from loramux_trainer.fleet.model import FleetModel
 from loramux_trainer.fleet.torch_errors import NoDecomposition
 from loramux_trainer.job import renamed_identity
 from loramux_trainer.members import BuiltMember
@@ -58,9 +61,10 @@ class TrainResult:
 class MemberRun:
     """A job's member with its bookkeeping. `seconds` are those in which it took part."""
 
-    def __init__(self, prepared: JobData, base: LoadedBase, built: BuiltMember, progress: Progress) -> None:
+    def __init__(self, prepared: JobData, model: FleetModel, built: BuiltMember, progress: Progress) -> None:
         self.job, self.member, self.progress = prepared.job, built.member, progress
-        self._data, self._base, self._built = prepared.data, base, built
+        self._data, self._base, self._built = prepared.data, model.base, built
+        self._model, self._reading = model, prepared.reading
         self.steps: list[StepReport] = []
         self.evals: list[EvalReport] = []
         self._seconds_before = 0.0
@@ -140,8 +144,8 @@ class MemberRun:
         saved = self.save(keep=self.job.checkpoint.save_total_limit + 1)
         try:
             with writing(self.job.output):
-                report = json.dumps(self._report(result), indent=2)
-                export(self.job.output, self._built.adapter, self._base.spec, report)
+                adapter = self._built.adapter
+                export(self.job.output, adapter, self._base.spec, self._certify, partial(self._report, result))
         except (AdapterError, NoDecomposition) as error:
             raise OutputFailed(f"{self.job.output}: what was trained makes no adapter: {error}") from error
         remove_checkpoint(saved)
@@ -168,9 +172,25 @@ class MemberRun:
             data=self._data.report,
         )
 
-    def _report(self, result: TrainResult) -> dict[str, Any]:
-        """JSON values that say how the adapter was made."""
+    def _certify(self, exported: AdapterWeights) -> Certified:
+        adapter = self._built.adapter
+        certified = certify(self._model, adapter.parts(with_gradients=False), exported, self._reading)
+        allowed = certified.certificate.tolerance_on(certified.certificate.computed.compute_dtype)
+        if adapter.exports_exactly and not certified.difference <= allowed:
+            raise OutputFailed(
+                f"{self.job.output}: the export computes other logits than what was trained, "
+                f"{certified.difference:.2g} of their deviation; nothing was exported, the checkpoint stays"
+            )
+        return certified
+
+    def _report(self, result: TrainResult, certified: Certified) -> str:
+        """JSON that says how the adapter was made."""
+        return json.dumps(self._values(result, certified), indent=2)
+
+    def _values(self, result: TrainResult, certified: Certified) -> dict[str, Any]:
         return {
+            "adapter": certified.certificate.adapter,
+            "export_difference": certified.difference,
             "job": self.job.to_dict(),
             "result": {key: value for key, value in asdict(result).items() if key not in ("output", "data")},
             "data": asdict(self._data.report),

@@ -47,6 +47,10 @@ class ChatRenderer:
         for index in conversation.trained:
             yield self._turn(conversation, index)
 
+    def question(self, conversation: Conversation) -> str:
+        """All its messages and what begins an answer. Raises RecordInvalid."""
+        return self._render(conversation, len(conversation.messages), prompt=True)[0]
+
     def _turn(self, conversation: Conversation, index: int) -> Turn:
         where = f"messages[{index}]"
         rendered, marks = self._render(conversation, index + 1)

@@ -101,6 +101,12 @@ class ExampleEncoder:
                 )
         return tuple(examples)
 
+    def encode_question(self, conversation: Conversation) -> list[int]:
+        """A conversation up to its answer, as the server renders and encodes it. Raises RecordInvalid."""
+        if self._renderer is None:
+            raise RecordInvalid("the base has no chat template")
+        return self._prompts.encode_rendered(self._renderer.question(conversation))
+
     def _encode_completion(self, record: Completion) -> Example:
         if self._eos is None:
             raise RecordInvalid("the base's tokenizer has no end-of-sequence token to end a completion with")

@@ -85,6 +85,7 @@ class FleetModel:
         if base.device.type == "cpu":
             keep_freed_memory()
         self.base, self._rope = base, examined.rope
+        self.products = frozen_products or base.compute_dtype
         self._model, self._cell = base.model, StepCell()
         formats = _formats(base.device, base.compute_dtype, deterministic=deterministic)
         self._kernels = select_kernels(deterministic=deterministic, device=base.device, dtype=base.compute_dtype)
@@ -180,6 +181,12 @@ class FleetModel:
         rows = hidden.rows
         chunks, tap = self._chunks(rows), self._tap(rows)
         return head_log_probs(hidden.states, hidden.targets, rows, self._logits, chunks, tap)
+
+    @torch.no_grad()
+    def logits(self, hidden: Hidden) -> torch.Tensor:
+        """[N, vocabulary] in float32, all at once: for few rows."""
+        found = [self._logits(hidden.states[p], hidden.rows.cut(p.start, p.stop)) for p in self._chunks(hidden.rows)]
+        return torch.cat(found).float()
 
     def sample(self, hidden: Hidden, generator: torch.Generator) -> Hidden:
         """The same states with targets drawn from the model's own predictions; see `head.sample`."""

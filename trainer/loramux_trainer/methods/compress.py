@@ -28,6 +28,8 @@ def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 class Compressed(Control):
     """What is exported has at most a rank budget."""
 
+    is_exact = False
+
     def __init__(self, rank_budget: int, tell: Tell) -> None:
         self._rank_budget, self._tell = rank_budget, tell
 

@@ -50,6 +50,9 @@ class Beginning:
 class Control:
     """What a method does between steps, besides what its optimizer does: nothing, where it does not say otherwise."""
 
+    is_exact = True
+    """Whether what is exported is what is trained, and not an approximation that was asked for."""
+
     def wants_gradients(self, step: int) -> tuple[str, ...]:
         """Modules whose frozen weights' gradients it asks for before 0-based `step`."""
         return ()

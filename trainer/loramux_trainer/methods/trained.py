@@ -61,6 +61,11 @@ class TrainedAdapter:
         return self._constants[name] if name in self._constants else trained[name]
 
     @property
+    def exports_exactly(self) -> bool:
+        """See Control."""
+        return self._control.is_exact
+
+    @property
     def virtual_tokens(self) -> int:
         """Positions before every prompt."""
         return self.layout.virtual_tokens
