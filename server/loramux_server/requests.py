@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
+
+Route = Literal["any", "gathered", "merged"]
+"""By which weights an adapter's request is computed: as the scheduler chooses, never merged ones, or no others."""
 
 
 class FinishReason(Enum):
@@ -71,6 +75,7 @@ class Submission:
 
     `digest` is None for the base. The adapter's `virtual_tokens` come before the prompt; it acts from the prompt's
     token `active_from` on, and what is before that is the base's. `deadline` is on the monotonic clock, in seconds.
+    `route` merged is for one request at a time: a step uses the merged weights of one adapter.
     """
 
     request_id: str
@@ -86,6 +91,7 @@ class Submission:
     deadline: float | None = None
     virtual_tokens: int = 0
     active_from: int = 0
+    route: Route = "any"
 
     @property
     def prompt_positions(self) -> int:

@@ -45,12 +45,16 @@ def limits(**changes: Any) -> EngineLimits:
 class Merged(NothingMerged):
     """Says what is ready, and has nothing to build."""
 
-    def __init__(self, ready: Callable[[], frozenset[str]]) -> None:
-        self._ready = ready
+    def __init__(self, ready: Callable[[], frozenset[str]], on_trial: Callable[[], frozenset[str]]) -> None:
+        self._ready, self._on_trial = ready, on_trial
 
     def ready(self) -> frozenset[str]:
         """What the test says."""
         return self._ready()
+
+    def on_trial(self) -> frozenset[str]:
+        """What the test says."""
+        return self._on_trial()
 
 
 class SchedulerHarness:
@@ -62,10 +66,11 @@ class SchedulerHarness:
         pool: FakePool | None = None,
         *,
         ready: Callable[[], frozenset[str]] = frozenset,
+        on_trial: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.limits = bounds or limits()
         self.pool = pool or FakePool(4, at_once=True)
-        self.scheduler = Scheduler(self.limits, self.pool, Merged(ready))
+        self.scheduler = Scheduler(self.limits, self.pool, Merged(ready, on_trial))
         self.runner = FakeRunner(self.limits.block_tokens, self.pool.digest_of)
         self.now = 0.0
         self.submitted: dict[int, Submission] = {}

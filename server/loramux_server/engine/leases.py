@@ -63,6 +63,10 @@ class MergedAdapters(Protocol):
         """Digests a step may use."""
         ...
 
+    def on_trial(self) -> frozenset[str]:
+        """Digests that only requests with the route merged may use, to find out whether others may."""
+        ...
+
     def take_merges(self) -> tuple[tuple[int, ...], tuple[Merge, ...]]:
         """(numbers to drop, then merges to begin) since the last call."""
         ...
@@ -72,6 +76,10 @@ class NothingMerged:
     """Implements `MergedAdapters` where no adapter is ever merged."""
 
     def ready(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def on_trial(self) -> frozenset[str]:
         """None."""
         return frozenset()
 

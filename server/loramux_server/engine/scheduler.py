@@ -101,7 +101,7 @@ class Scheduler:
     def _make_plan(self, builder: StepBuilder) -> StepPlan:
         unbind, bind = self._adapters.take_bindings()
         unmerge, merge = self._merged.take_merges()  # before `ready`: what is dropped here is not used any more
-        merged = builder.choose_merged(self._merged.ready())
+        merged = builder.choose_merged(self._merged.ready(), self._merged.on_trial())
         self._step += 1
         retired: tuple[str, ...] = ()
         if builder.chunks:

@@ -12,6 +12,7 @@ from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.plan import BASE_SLOT, Chunk
 from loramux_server.engine.request import Request
 from loramux_server.engine.tables import BlockTables
+from loramux_server.requests import Route
 
 
 class StepBuilder:
@@ -21,6 +22,7 @@ class StepBuilder:
         self.chunks: list[Chunk] = []
         self._left = limits.max_batch_tokens
         self._digests: list[str | None] = []  # of the chunks: None where some row uses the base's weights alone
+        self._routes: list[Route] = []  # of the chunks
         self._merged_rows = limits.merged_rows
         self._tables = tables
         self._exact_chunk = limits.prefill_chunk if limits.deterministic else None
@@ -75,28 +77,33 @@ class StepBuilder:
         )
         self._left -= end - start
         self._digests.append(None if is_base or is_mixed else request.submission.digest)
+        self._routes.append(request.submission.route)
 
-    def choose_merged(self, ready: frozenset[str]) -> str | None:
+    def choose_merged(self, ready: frozenset[str], on_trial: frozenset[str] = frozenset()) -> str | None:
         """The digest of the adapter that uses its merged weights in this step; marks its chunks.
 
         It has all rows, or more than any other that is ready, and enough that a product of its own costs less than
-        sharing the frozen one. Never in exact mode: paths must not vary.
+        sharing the frozen one; or a request insists, which alone may use those that are `on_trial`. Never in exact
+        mode: paths must not vary.
         """
         if self._exact_chunk is not None:
             return None
         rows: dict[str, int] = {}
-        for digest, chunk in zip(self._digests, self.chunks, strict=True):
-            if digest is not None and digest in ready:
+        insists: str | None = None
+        for digest, route, chunk in zip(self._digests, self._routes, self.chunks, strict=True):
+            if digest is not None and route == "merged" and digest in ready | on_trial:
+                insists = digest
+            elif digest is not None and route == "any" and digest in ready:
                 rows[digest] = rows.get(digest, 0) + len(chunk.tokens)
-        if not rows:
+        if insists is None and not rows:
             return None
-        chosen = max(rows, key=lambda digest: (rows[digest], digest))
-        is_alone = all(digest == chosen for digest in self._digests)
-        if not is_alone and (self._merged_rows is None or rows[chosen] < self._merged_rows):
+        chosen = insists or max(rows, key=lambda digest: (rows[digest], digest))
+        routes = ("merged", "any") if chosen in ready else ("merged",)
+        uses = [digest == chosen and route in routes for digest, route in zip(self._digests, self._routes, strict=True)]
+        if insists is None and not all(uses) and (self._merged_rows is None or rows[chosen] < self._merged_rows):
             return None
         self.chunks = [
-            replace(chunk, is_merged=True) if digest == chosen else chunk
-            for digest, chunk in zip(self._digests, self.chunks, strict=True)
+            replace(chunk, is_merged=True) if own else chunk for own, chunk in zip(uses, self.chunks, strict=True)
         ]
         return chosen
 
