@@ -19,9 +19,18 @@ from typing import Any
 from loramux_adapters.errors import AdapterInvalid, AdapterNotFound
 from loramux_adapters.spec import AdapterId, AdapterSpec
 from loramux_adapters.store import lifetimes, schema, tallies
+from loramux_adapters.store.changes import CORRUPT
 from loramux_adapters.store.journal import Publication
 from loramux_adapters.store.nearby import suggest
-from loramux_adapters.store.records import AdapterNames, AdapterRecord, DesiredState, FileEntry, Health, Lifetime
+from loramux_adapters.store.records import (
+    AdapterNames,
+    AdapterRecord,
+    DesiredState,
+    FileEntry,
+    Health,
+    Lifetime,
+    ReplayRecord,
+)
 from loramux_adapters.store.spec_json import decode_spec
 
 Connect = Callable[[Path, float], sqlite3.Connection]
@@ -32,9 +41,6 @@ _WRITER_BUSY_SECONDS = 5.0
 _READER_BUSY_SECONDS = 0.1
 _SPEC_CACHE = 4096
 
-_CORRUPT = """EXISTS (
-    SELECT 1 FROM version_files f JOIN blobs b ON b.sha256 = f.sha256 WHERE f.version = v.id AND b.corrupt
-)"""
 _CANONICAL = "coalesce((SELECT name FROM aliases WHERE tenant = :tenant AND alias = :name), :name)"
 _LIFETIME = "LEFT JOIN lifetimes l ON l.tenant = n.tenant AND l.name = n.name"
 _ALIVE = "(l.expires IS NULL OR l.expires > :now)"  # whether or not it was removed yet
@@ -43,9 +49,12 @@ _CURRENT = f"""FROM names n JOIN versions v ON v.id = n.version {_LIFETIME}
 _KEPT = f"""FROM names n JOIN history h ON h.tenant = n.tenant AND h.name = n.name JOIN versions v ON v.id = h.version
     {_LIFETIME} WHERE n.tenant = :tenant AND n.name = {_CANONICAL} AND {_ALIVE}
     AND substr(v.digest, 1, length(:prefix)) = :prefix"""
-_RECORD = f"""n.name, v.digest, v.spec, {_CORRUPT}, n.labels, n.pinned, n.materialised, n.created, n.updated,
+_RECORD = f"""n.name, v.digest, v.spec, {CORRUPT}, n.labels, n.pinned, n.materialised, n.created, n.updated,
     (SELECT group_concat(alias, ',') FROM aliases a WHERE a.tenant = n.tenant AND a.name = n.name),
-    (SELECT group_concat(bases, ',') FROM versions w WHERE w.digest = v.digest), l.id, l.expires, l.max_uses, l.uses"""
+    (SELECT group_concat(bases, ',') FROM versions w WHERE w.digest = v.digest), v.replays,
+    (SELECT group_concat(digest, ',') FROM (SELECT w.digest FROM history h JOIN versions w ON w.id = h.version
+        WHERE h.tenant = n.tenant AND h.name = n.name ORDER BY h.seq DESC)), l.id, l.expires, l.max_uses,
+    l.uses"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Catalog:
 
         Raises AdapterNotFound, AdapterInvalid (ambiguous prefix).
         """
-        columns = f"v.digest, n.name, v.spec, {_CORRUPT}, l.id, l.max_uses, coalesce(l.max_uses - l.uses, 0)"
+        columns = f"v.digest, n.name, v.spec, {CORRUPT}, l.id, l.max_uses, coalesce(l.max_uses - l.uses, 0)"
         _, found, spec, corrupt, *lifetime = self._one(columns, tenant, name, prefix, self._clock())
         return Found(found, self._spec(spec), _health(corrupt), *lifetime)
 
@@ -242,6 +251,15 @@ class Catalog:
         )
         return tuple(FileEntry(*row) for row in rows)
 
+    def find_file(self, digest: str, file: str) -> FileEntry | None:
+        """A file of a digest's first version that has one."""
+        rows = self._read(
+            """SELECT f.file, b.size, b.sha256 FROM versions v JOIN version_files f ON f.version = v.id
+            JOIN blobs b ON b.sha256 = f.sha256 WHERE v.digest = ? AND f.file = ? ORDER BY v.id LIMIT 1""",
+            (digest, file),
+        )
+        return FileEntry(*rows[0]) if rows else None
+
     def specs(self, digest: str) -> tuple[AdapterSpec, ...]:
         """The spec of each tenant's version of a digest: alike but for the consent to another base."""
         rows = self._read("SELECT spec FROM versions WHERE digest = ? ORDER BY id", (digest,))
@@ -250,7 +268,7 @@ class Catalog:
     def copies(self, digest: str) -> tuple[tuple[Health, Mapping[str, str]], ...]:
         """Each tenant's files of a digest, file -> sha256, and whether any of them is quarantined."""
         rows = self._read(
-            f"""SELECT v.id, {_CORRUPT}, f.file, f.sha256 FROM versions v JOIN version_files f ON f.version = v.id
+            f"""SELECT v.id, {CORRUPT}, f.file, f.sha256 FROM versions v JOIN version_files f ON f.version = v.id
             WHERE v.digest = ? ORDER BY v.id""",
             (digest,),
         )
@@ -289,7 +307,22 @@ class Catalog:
             return self._reader.execute(sql, values).fetchall()
 
     def _record(self, tenant: str, row: Row) -> AdapterRecord:
-        name, digest, spec, corrupt, labels, pinned, merge, created, updated, aliases, bases, *lifetime = row
+        (
+            name,
+            digest,
+            spec,
+            corrupt,
+            labels,
+            pinned,
+            merge,
+            created,
+            updated,
+            aliases,
+            bases,
+            replays,
+            kept,
+            *lifetime,
+        ) = row
         return AdapterRecord(
             id=AdapterId(tenant, name),
             digest=digest,
@@ -303,6 +336,8 @@ class Catalog:
             updated=updated,
             health=_health(corrupt),
             lifetime=_lifetime(*lifetime),
+            replays={base: ReplayRecord(**values) for base, values in json.loads(replays).items()},
+            versions=tuple(kept.split(",")),
         )
 
 

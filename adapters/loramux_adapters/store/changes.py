@@ -6,18 +6,32 @@ Knows no file on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 
-from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded
+from loramux_adapters.adapter_files import CERTIFICATE_FILE
+from loramux_adapters.errors import AdapterConflict, AdapterCorrupt, AdapterInvalid, AdapterNotFound, QuotaExceeded
 from loramux_adapters.names import MAX_ALIASES
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store import lifetimes, tallies
 from loramux_adapters.store.checks import check_labels
 from loramux_adapters.store.nearby import suggest
-from loramux_adapters.store.records import UNKNOWN_BASE, AdapterUpdate, FileEntry, Quotas, UploadManifest
+from loramux_adapters.store.records import (
+    UNKNOWN_BASE,
+    AdapterUpdate,
+    FileEntry,
+    Quotas,
+    ReplayRecord,
+    UploadManifest,
+)
 from loramux_adapters.store.spec_json import encode_spec
+
+CORRUPT = """EXISTS (
+    SELECT 1 FROM version_files f JOIN blobs b ON b.sha256 = f.sha256 WHERE f.version = v.id AND b.corrupt
+)"""
+"""Of the version `v`: whether a file of it is damaged."""
 
 
 def publish(
@@ -28,8 +42,9 @@ def publish(
     base: str,
     quotas: Quotas,
     now: float,
-) -> tuple[bool, bool]:
-    """Point a name at a version, making both as needed: (the name changed, its files must be installed).
+    replay: ReplayRecord | None = None,
+) -> tuple[bool, Sequence[FileEntry]]:
+    """Point a name at a version, making both as needed: (the name changed, the files that must be installed).
 
     The count and the bytes are held against the quotas here, in the transaction: of two uploads that
     race for the last place exactly one gets it. Raises AdapterConflict, QuotaExceeded.
@@ -39,7 +54,20 @@ def publish(
     if tx.execute("SELECT 1 FROM aliases WHERE tenant = ? AND alias = ?", (tenant, name)).fetchall():
         raise AdapterConflict(f"{name!r} is an alias", subject=name, remedy="choose another name or remove the alias")
     version, is_new, install = _put_version(tx, tenant, spec, base, manifest.files)
+    if replay is not None:
+        tx.execute(
+            "UPDATE versions SET replays = json_set(replays, '$.' || ?, json(?)) WHERE id = ?",
+            (base, json.dumps(dataclasses.asdict(replay)), version),
+        )
     changed = _point(tx, tenant, manifest, version, quotas, now)
+    _remember(tx, tenant, name, version, quotas)
+    if is_new:
+        _make_room(tx, tenant, quotas)
+    return changed, install
+
+
+def _remember(tx: sqlite3.Connection, tenant: str, name: str, version: int, quotas: Quotas) -> None:
+    """The version is the newest of its name; what is too many of the oldest goes."""
     tx.execute("DELETE FROM history WHERE tenant = ? AND name = ? AND version = ?", (tenant, name, version))
     tx.execute("INSERT INTO history (tenant, name, version) VALUES (?, ?, ?)", (tenant, name, version))
     tx.execute(
@@ -47,15 +75,57 @@ def publish(
         (SELECT seq FROM history WHERE tenant = ?1 AND name = ?2 ORDER BY seq DESC LIMIT ?3)""",
         (tenant, name, max(1, quotas.keep_versions)),
     )
-    if is_new:
-        _make_room(tx, tenant, quotas)
-    return changed, install
+
+
+def switch(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate, quotas: Quotas, now: float) -> None:
+    """Point a name at `change.version`, which one of the tenant's names keeps, if it points at `change.if_version` now.
+
+    Either may be empty. Raises AdapterNotFound, AdapterConflict, AdapterInvalid (ambiguous), AdapterCorrupt.
+    """
+    key = (tenant, name)
+    rows = tx.execute(
+        "SELECT v.digest FROM names n JOIN versions v ON v.id = n.version WHERE n.tenant = ? AND n.name = ?", key
+    ).fetchall()
+    if not rows:
+        raise _absent(tx, tenant, name)
+    current = rows[0][0]
+    if not current.startswith(change.if_version):
+        raise AdapterConflict(
+            f"{name!r} points at {current[:12]}, not at {change.if_version[:12]}",
+            subject=name,
+            remedy="look at what was published meanwhile, and decide anew",
+        )
+    if not change.version:
+        return
+    version = _find_kept(tx, tenant, change.version)
+    tx.execute("UPDATE names SET version = ?, updated = ? WHERE tenant = ? AND name = ?", (version, now, *key))
+    _remember(tx, tenant, name, version, quotas)
+
+
+def _find_kept(tx: sqlite3.Connection, tenant: str, prefix: str) -> int:
+    found = tx.execute(
+        f"""SELECT DISTINCT v.id, v.digest, {CORRUPT} FROM versions v JOIN history h ON h.version = v.id
+        WHERE h.tenant = ? AND substr(v.digest, 1, ?) = ?""",
+        (tenant, len(prefix), prefix),
+    ).fetchall()
+    if not found:
+        raise AdapterNotFound(
+            f"no name keeps a version that starts with {prefix}", subject="version", remedy="push it again"
+        )
+    if len(found) > 1:
+        raise AdapterInvalid(f"{len(found)} versions start with {prefix}", subject="version", remedy="give more digits")
+    version, digest, corrupt = found[0]
+    if corrupt:
+        raise AdapterCorrupt(
+            f"stored bytes of {digest[:12]} are damaged", subject=digest, remedy="upload the same content again"
+        )
+    return int(version)
 
 
 def _put_version(
     tx: sqlite3.Connection, tenant: str, spec: AdapterSpec, base: str, files: Sequence[FileEntry]
-) -> tuple[int, bool, bool]:
-    """The version's row id, whether no name kept it before, whether its files are to be installed."""
+) -> tuple[int, bool, Sequence[FileEntry]]:
+    """The version's row id, whether no name kept it before, which of its files are to be installed."""
     wanted = {(entry.file, entry.sha256) for entry in files}
     rows = tx.execute(
         "SELECT id, bases FROM versions WHERE digest = ? AND tenant = ?", (spec.digest, tenant)
@@ -71,8 +141,13 @@ def _put_version(
             WHERE f.version = ?""",
             (version,),
         ).fetchall()
+        known_files = {file for file, _, _ in stored}
         if {(file, sha256) for file, sha256, _ in stored} != wanted and not any(row[2] for row in stored):
-            return version, is_new, False  # other files of the same content: the first bytes stay
+            # Other files of the same content: the first bytes stay.
+            added = [entry for entry in files if entry.file == CERTIFICATE_FILE and entry.file not in known_files]
+            tx.execute("UPDATE versions SET files = ? WHERE id = ?", (len(stored) + len(added), version))
+            _put_files(tx, version, added)
+            return version, is_new, added
         tx.execute("UPDATE versions SET spec = ?, files = ? WHERE id = ?", (encode_spec(spec), len(files), version))
         tx.execute("DELETE FROM version_files WHERE version = ?", (version,))
     else:
@@ -80,6 +155,11 @@ def _put_version(
             "INSERT INTO versions (tenant, digest, spec, files, bases) VALUES (?, ?, ?, ?, ?)",
             (tenant, spec.digest, encode_spec(spec), len(files), base),
         ).lastrowid
+    _put_files(tx, version, files)
+    return version, is_new, files
+
+
+def _put_files(tx: sqlite3.Connection, version: int | None, files: Iterable[FileEntry]) -> None:
     for entry in files:
         tx.execute(
             """INSERT INTO blobs (sha256, size) VALUES (?, ?)
@@ -89,7 +169,6 @@ def _put_version(
         tx.execute(
             "INSERT INTO version_files (version, file, sha256) VALUES (?, ?, ?)", (version, entry.file, entry.sha256)
         )
-    return version, is_new, True
 
 
 def _point(

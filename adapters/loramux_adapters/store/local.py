@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_adapters.errors import (
     AdapterConflict,
     AdapterCorrupt,
@@ -44,6 +45,7 @@ from loramux_adapters.store.records import (
     Health,
     Published,
     Quotas,
+    ReplayRecord,
     StagedFiles,
     UploadManifest,
     UploadProgress,
@@ -160,7 +162,9 @@ class LocalStore:
         except AdapterNotFound:
             return
 
-    def publish(self, tenant: str, upload_id: str, spec: AdapterSpec, base: str) -> Published:
+    def publish(
+        self, tenant: str, upload_id: str, spec: AdapterSpec, base: str, replay: ReplayRecord | None = None
+    ) -> Published:
         checks.check_upload(tenant, upload_id)
         checks.check_digest(spec.digest)
         checks.check_fingerprint(base)
@@ -172,26 +176,29 @@ class LocalStore:
             upload.sync()
             with self._changing:
                 now = self._clock()
-                created = self._publish(tenant, staged, spec, base, now)
+                created = self._publish(tenant, staged, spec, base, replay, now)
                 record = self._catalog.get(tenant, staged.manifest.name, published=now)
             self._uploads.end(tenant, upload_id, upload)
         self._collector.collect_quietly()
         return Published(record, created)
 
-    def _publish(self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str, now: float) -> bool:
+    def _publish(
+        self, tenant: str, staged: StagedFiles, spec: AdapterSpec, base: str, replay: ReplayRecord | None, now: float
+    ) -> bool:
         manifest = staged.manifest
         new: set[str] = set()
         try:
             with self._catalog.transaction() as tx:
-                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, now)
+                changed, install = changes.publish(tx, tenant, manifest, spec, base, self._quotas, now, replay)
                 if install:
                     with storage_errors("keep an adapter"):
-                        for entry in manifest.files:
+                        for entry in install:
                             if not self._blobs.exists(entry.sha256):
                                 new.add(entry.sha256)
                             self._blobs.install(staged.files[entry.file], entry.sha256)
                 if (changed or install) and not manifest.ends:  # restored it would have no end
-                    files = manifest.files if install else self._catalog.entries(tenant, spec.digest)
+                    is_whole = len(install) == len(manifest.files)
+                    files = manifest.files if is_whole else (*self._catalog.entries(tenant, spec.digest), *install)
                     hashes = {entry.file: entry.sha256 for entry in files}
                     with storage_errors("keep an adapter"):
                         self._journal.append(Publication(tenant, manifest.name, spec.digest, hashes))
@@ -220,13 +227,18 @@ class LocalStore:
         checks.check_reference(tenant, name, "")
         for alias in (*change.add_aliases, *change.remove_aliases):
             checks.check_name(alias, "alias")
+        for prefix in filter(None, (change.version, change.if_version)):
+            checks.check_prefix(prefix)
         checks.check_labels(change.set_labels)
         self.expire()
         with self._changing:
             with self._catalog.transaction() as tx:
+                changes.switch(tx, tenant, name, change, self._quotas, self._clock())
                 changes.update(tx, tenant, name, change, self._clock())
             self._collector.settle()
-            return self._catalog.get(tenant, name)
+            record = self._catalog.get(tenant, name)
+        self._collector.collect_quietly()
+        return record
 
     def delete(self, tenant: str, name: str) -> None:
         checks.check_reference(tenant, name, "")
@@ -320,6 +332,15 @@ class LocalStore:
         if not entries:
             raise AdapterNotFound(f"no adapter version {digest}", subject=digest)
         return entries
+
+    def certificate(self, digest: str) -> bytes | None:
+        checks.check_digest(digest)
+        entry = self._catalog.find_file(digest, CERTIFICATE_FILE)
+        if entry is None:
+            return None
+        self.check_file(entry)
+        with self.open_file(entry) as file:
+            return file.read()
 
     def open_file(self, entry: FileEntry) -> BinaryIO:
         checks.check_digest(entry.sha256)

@@ -20,6 +20,7 @@ from loramux_adapters.store.records import (
     DesiredState,
     FileEntry,
     Published,
+    ReplayRecord,
     StagedFiles,
     UploadManifest,
     UploadProgress,
@@ -64,13 +65,15 @@ class AdapterStore(Protocol):
         the others keep what they have.
         """
 
-    def publish(self, tenant: str, upload_id: str, spec: AdapterSpec, base: str) -> Published:
+    def publish(
+        self, tenant: str, upload_id: str, spec: AdapterSpec, base: str, replay: ReplayRecord | None = None
+    ) -> Published:
         """Make a staged upload visible under its name, in one step, durably; the upload ends.
 
-        `base` is the fingerprint of the base that `spec` was validated against. The same digest again is
-        idempotent: the first bytes stay, unless they are corrupt, in which case the new ones replace them; the
-        base is added to those it is accepted for. Labels of the manifest, if any, replace those of the name; its
-        desired state stays.
+        `base` is the fingerprint of the base that `spec` was validated against, `replay` what its certificate came to
+        there. The same digest again is idempotent: the first bytes stay, unless they are corrupt, in which case the new
+        ones replace them; a certificate comes to those that had none, and the base is added to those it is accepted
+        for. Labels of the manifest, if any, replace those of the name; its desired state stays.
         Raises AdapterNotFound, QuotaExceeded, AdapterConflict (the name has become an alias, or `staged_files`
         was not called on this upload); after any error the upload is still there and nothing is visible.
         """
@@ -141,8 +144,9 @@ class AdapterStore(Protocol):
     def update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
         """Apply `change` to a name in one step. An added alias moves here from any other adapter.
 
-        Raises AdapterNotFound (an alias is not a name here), AdapterInvalid (bad alias or label, too many),
-        AdapterConflict (a name with the alias' spelling exists).
+        Raises AdapterNotFound (an alias is not a name here, no such version), AdapterInvalid (bad alias or label, too
+        many; an ambiguous version), AdapterConflict (a name with the alias' spelling exists; the name does not point at
+        `if_version`), AdapterCorrupt (the version).
         """
 
     def delete(self, tenant: str, name: str) -> None:
@@ -166,6 +170,9 @@ class AdapterStore(Protocol):
 
     def entries(self, tenant: str, digest: str) -> tuple[FileEntry, ...]:
         """The files of a tenant's version by name, as first uploaded. AdapterNotFound."""
+
+    def certificate(self, digest: str) -> bytes | None:
+        """A version's certificate, of whatever tenant; None where there is none. AdapterCorrupt, see `check_file`."""
 
     def open_file(self, entry: FileEntry) -> BinaryIO:
         """Open a file's bytes for reading; they stay readable once opened. AdapterCorrupt if they are gone, as

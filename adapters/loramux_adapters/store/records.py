@@ -59,6 +59,16 @@ class Lifetime:
 
 
 @dataclass(frozen=True)
+class ReplayRecord:
+    """What replaying a certificate came to, by a server that computes in `dtype`; see `certificate.replay.Replay`."""
+
+    difference: float
+    divergence: float
+    tolerance: float
+    dtype: str
+
+
+@dataclass(frozen=True)
 class FileProgress:
     """How far one file of an upload has come: the next chunk starts at `received`."""
 
@@ -107,7 +117,7 @@ class AdapterRecord:
     """A name and the version it points at. `created` and `updated` are seconds since the epoch.
 
     `pinned` and `merge` are desired state that the name keeps when it is switched; the store only remembers them.
-    `bases` are those that `AdapterStore.accepted_bases` tells of the version.
+    `bases` are those that `AdapterStore.accepted_bases` tells of the version; `replays` of its certificate are by base.
     """
 
     id: AdapterId
@@ -122,6 +132,8 @@ class AdapterRecord:
     updated: float
     health: Health
     lifetime: Lifetime | None = None  # None: it stays until it is deleted
+    replays: Mapping[str, ReplayRecord] = field(default_factory=dict)
+    versions: tuple[str, ...] = ()  # digests that the name keeps, the newest first
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,8 @@ class AdapterUpdate:
     remove_aliases: tuple[str, ...] = ()
     set_labels: Mapping[str, str] = field(default_factory=dict)
     remove_labels: tuple[str, ...] = ()
+    version: str = ""  # the start of the digest to point at, of a version that the tenant's names keep
+    if_version: str = ""  # only if the name points at the digest that starts so
 
 
 @dataclass(frozen=True)

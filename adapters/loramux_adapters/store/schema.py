@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loramux_adapters.errors import AdapterError, StoreCorrupt, StoreFull, StoreUnavailable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TABLES = ("blobs", "versions", "version_files", "names", "history", "aliases")  # parents first
 
 # A version belongs to a tenant although its digest is global: two tenants may send different files of one
@@ -31,6 +31,8 @@ CREATE TABLE versions (
     files INTEGER NOT NULL,
     -- Fingerprints of the bases it was published for, a comma between; empty: before these were remembered.
     bases TEXT NOT NULL DEFAULT '',
+    -- JSON: fingerprint of a base -> what replaying the certificate on it came to.
+    replays TEXT NOT NULL DEFAULT '{}',
     UNIQUE (digest, tenant)
 );
 CREATE TABLE version_files (
@@ -80,6 +82,9 @@ _UPGRADES = {
 ALTER TABLE versions ADD COLUMN bases TEXT NOT NULL DEFAULT '';
 ALTER TABLE names ADD COLUMN materialised INTEGER NOT NULL DEFAULT 0 CHECK (materialised IN (0, 1));
 CREATE INDEX names_with_wishes ON names (version) WHERE pinned OR materialised;
+""",
+    2: """
+ALTER TABLE versions ADD COLUMN replays TEXT NOT NULL DEFAULT '{}';
 """,
 }
 

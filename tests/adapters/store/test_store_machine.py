@@ -171,6 +171,26 @@ class StoreMachine(RuleBasedStateMachine):
             elif self.aliases.get((tenant, alias)) == name:
                 del self.aliases[tenant, alias]
 
+    @rule(tenant=tenants, name=names, digest=digests, condition=st.none() | digests)
+    def switch(self, tenant: str, name: str, digest: str, condition: str | None) -> None:
+        change = AdapterUpdate(version=digest[:20], if_version=(condition or "")[:20])
+        versions = self.kept.get((tenant, name), [])
+        reachable = {each for (owner, _), kept in self.kept.items() if owner == tenant for each in kept}
+        expected: type[Exception] | None = None
+        if not versions or (digest not in reachable and condition in (None, versions[-1])):
+            expected = AdapterNotFound
+        elif condition not in (None, versions[-1]):
+            expected = AdapterConflict
+        elif digest in self.corrupt:
+            expected = AdapterCorrupt
+        if expected:
+            with pytest.raises(expected):
+                self.store.update(tenant, name, change)
+            return
+        record = self.store.update(tenant, name, change)
+        self.kept[tenant, name] = [*(d for d in versions if d != digest), digest][-QUOTAS.keep_versions :]
+        assert list(record.versions) == self.kept[tenant, name][::-1]
+
     @rule(tenant=tenants, name=names, pinned=st.none() | st.booleans(), merged=st.none() | st.booleans())
     def desire(self, tenant: str, name: str, pinned: bool | None, merged: bool | None) -> None:
         change = AdapterUpdate(pinned=pinned, merge=merged)
