@@ -5,7 +5,8 @@ Knows no format: what reads the files is injected. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -55,6 +56,28 @@ class AdapterLoader(Generic[W]):
                 remedy="remove it and upload it again",
             )
         return weights
+
+
+class LendingLoader(Generic[W]):
+    """Gives what is lent before it asks `load`: adapters that are tried out before they are published."""
+
+    def __init__(self, load: Callable[[str], W]) -> None:
+        self._load = load
+        self._lent: dict[str, W] = {}
+
+    @contextmanager
+    def lend(self, weights: W) -> Iterator[None]:
+        """While it lasts, `weights` are what their digest loads; one adapter at a time."""
+        self._lent[weights.spec.digest] = weights
+        try:
+            yield
+        finally:
+            del self._lent[weights.spec.digest]
+
+    def load(self, digest: str) -> W:
+        """Raises what loading raises."""
+        lent = self._lent.get(digest)
+        return self._load(digest) if lent is None else lent
 
 
 class Combine(Protocol[W]):

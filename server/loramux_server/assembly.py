@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -41,15 +40,16 @@ from loramux_adapters.residency.frequency import Frequency
 from loramux_adapters.residency.host import HostCache
 from loramux_adapters.residency.pool import AdapterPool
 from loramux_adapters.residency.slots import SlotTable
-from loramux_adapters.residency.tiers import Weights
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.lock import DirectoryLock
-from loramux_adapters.store.records import DesiredState, Quotas
+from loramux_adapters.store.records import Quotas
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.adapter_loader import AdapterLoader, CombinationLoader
+from loramux_server.adapter_loader import AdapterLoader, CombinationLoader, LendingLoader
+from loramux_server.adapter_states import AdapterStateView
 from loramux_server.api.gate import Services
-from loramux_server.api.ports import AdapterState, ModelInfo
+from loramux_server.api.ports import ModelInfo
 from loramux_server.api.server_limits import ServerLimits
+from loramux_server.certification import Certifier, ServedBase
 from loramux_server.combinations import Combinations
 from loramux_server.config import EMBEDDED_MODEL, ServeConfig
 from loramux_server.engine.client import EngineClient
@@ -58,6 +58,7 @@ from loramux_server.engine.limits import EngineLimits
 from loramux_server.engine.mailbox import Mailbox
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.errors import StartError
+from loramux_server.merge_trials import MergeTrials
 from loramux_server.model.cache import PagedCache, bytes_per_token
 from loramux_server.model.decode_attention import select_decode
 from loramux_server.model.guard import self_check
@@ -119,7 +120,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     engine_limits = _engine_limits(config, cache, examined, merged_rows)
     mailbox = Mailbox(engine_limits.max_live)
     combinations = Combinations(most_rank=capacity, most_bytes=config.max_adapter_bytes)
-    host = _host_cache(config, AdapterLoader(store, read, base.spec.fingerprint), combinations, base)
+    stored = LendingLoader(AdapterLoader(store, read, base.spec.fingerprint).load)
+    host = _host_cache(config, stored.load, combinations, base)
     loader = ThreadPoolExecutor(1, "loramux-loader")
     staged, merges = StagedAdapters(SlotTensors(adapted), mailbox.notify), Merges(adapted)
     pool = AdapterPool(
@@ -131,12 +133,27 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         frequency=Frequency() if config.adapter_eviction == "frequency" else None,
     )
     refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
+    client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
+    served = ServedBase(
+        base.spec.fingerprint,
+        tokenizer.template_digest,
+        str(base.compute_dtype).removeprefix("torch."),
+        base.spec.vocab_size,
+        context,
+    )
+    certifier = Certifier(client, served)
+    trials = MergeTrials(certifier, host.load, store.certificate, hooks.loop)
     merged_weights = MergedWeightsCache(
-        merges, partial(merged_bytes, adapted), host.load, mailbox.notify, config.merged_bytes, refusal
+        merges,
+        partial(merged_bytes, adapted),
+        host.load,
+        mailbox.notify,
+        config.merged_bytes,
+        refusal,
+        try_out=trials.begin,
     )
     runner = ModelRunner(adapted, cache, kernels, RunnerConfig(config.deterministic, examined.rope))
     scheduler = Scheduler(engine_limits, pool, merged_weights)
-    client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     engine = Engine(
         scheduler,
         Worker(runner, staged, merges, Verification(adapted)),
@@ -145,8 +162,16 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         observer=hooks.metrics,
         on_death=hooks.on_death,
     )
-    states = _States(pool, host, merged_weights)
-    registry = Registry(store, read, base.spec.fingerprint, states, combinations=combinations, check_texts=texts.check)
+    states = AdapterStateView(pool, host, merged_weights, stored)
+    registry = Registry(
+        store,
+        read,
+        base.spec.fingerprint,
+        states,
+        combinations=combinations,
+        check_texts=texts.check,
+        replay=certifier.replay,
+    )
     info = _model_info(config, base, context, engine_limits, limits, memory)
 
     def close() -> None:
@@ -160,12 +185,12 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
 
 
 def _host_cache(
-    config: ServeConfig, stored: AdapterLoader[AdapterWeights], combinations: Combinations, base: LoadedBase
+    config: ServeConfig, stored: Callable[[str], AdapterWeights], combinations: Combinations, base: LoadedBase
 ) -> HostCache[AdapterWeights]:
     """Over the store, and over itself for what is combined of several adapters."""
     frequency = Frequency() if config.adapter_eviction == "frequency" else None
     load = CombinationLoader(
-        combinations.find, lambda digest: host.load(digest), stored.load, partial(combine, base=base.spec)
+        combinations.find, lambda digest: host.load(digest), stored, partial(combine, base=base.spec)
     ).load
     host = HostCache(load, config.adapter_host_bytes, frequency)
     return host
@@ -326,37 +351,6 @@ def _model_info(
         ),
         weights=count_weights(base.spec),
     )
-
-
-class _States:
-    """Implements `api.ports.AdapterStates` and `registry.AdapterCaches`."""
-
-    def __init__(
-        self,
-        pool: AdapterPool[AdapterWeights],
-        host: HostCache[AdapterWeights],
-        merged_weights: MergedWeightsCache,
-    ) -> None:
-        self._pool, self._host, self._merged_weights = pool, host, merged_weights
-
-    def state(self, digest: str) -> AdapterState:
-        """Where the version is at this moment."""
-        view, dense = self._pool.residency(digest), self._merged_weights.state(digest)
-        return AdapterState(view.tier, view.slot, view.leases, dense.state, dense.reason, view.host_bytes)
-
-    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        """Keep what is pinned on the device and have merged weights of what is to be merged; nothing else."""
-        self._pool.pin(desired.pinned, retry)
-        self._merged_weights.reconcile(desired.merged, retry)
-
-    def offer(self, weights: Weights) -> None:
-        """Keep them in host memory, as if they had been loaded."""
-        self._host.offer(weights.spec.digest, cast(AdapterWeights, weights))  # the registry knows no more of them
-
-    def evict(self, digest: str) -> None:
-        """Free its slot once the last lease is back, its host bytes and its merged weights."""
-        self._merged_weights.evict(digest)
-        self._pool.discard(digest)
 
 
 def _read(

@@ -15,21 +15,18 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from loramux_adapters.adapter_files import TEXT_FILES
 from loramux_adapters.combination import Term, combine_specs
-from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid, StoreUnavailable
-from loramux_adapters.residency.tiers import Weights
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterInvalid
 from loramux_adapters.store.protocol import AdapterStore
 from loramux_adapters.store.records import (
     AdapterNames,
     AdapterPage,
     AdapterRecord,
     AdapterUpdate,
-    DesiredState,
     FileEntry,
     Published,
     UploadManifest,
@@ -37,39 +34,12 @@ from loramux_adapters.store.records import (
 )
 from loramux_server.combinations import Combinations
 from loramux_server.held import Held, HeldCombination, Resolved, name_of
+from loramux_server.publishing import AdapterCaches, CheckTexts, Publisher, ReadAdapter, ReplayCertificate, unreadable
 from loramux_server.registry_expiry import ExpiryThread
 
 _MIN_PREFIX = 8  # hex digits
 
 _log = logging.getLogger(__name__)
-
-
-class ReadAdapter(Protocol):
-    """Read an adapter's files and judge them against the base; raises AdapterInvalid or AdapterIncompatible."""
-
-    def __call__(self, files: Mapping[str, Path], *, allow_base_mismatch: bool) -> Weights: ...
-
-
-class CheckTexts(Protocol):
-    """Judge the tokenizer and template among an adapter's files; raises AdapterInvalid or AdapterIncompatible."""
-
-    def __call__(self, files: Mapping[str, Path]) -> object: ...
-
-
-class AdapterCaches(Protocol):
-    """What is kept of adapters beside the store: in host memory, on the device, merged. Safe from any thread."""
-
-    def offer(self, weights: Weights) -> None:
-        """They were read to be published, and are likely to be asked for at once: they need not be read again."""
-
-    def evict(self, digest: str) -> None:
-        """Free all of it: no name, kept version or request reaches this digest any more."""
-
-    def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        """The desired state from now on: bring it about in the background, and drop what is not in it.
-
-        What was refused or failed before is left alone, unless it is `retry`. Never waits.
-        """
 
 
 @dataclass(frozen=True)
@@ -107,7 +77,7 @@ class Download:
                     yield DownloadChunk(entry.file, offset, data)
                     offset += len(data)
             except OSError as error:
-                raise _unreadable() from error
+                raise unreadable() from error
             finally:
                 stream.close()
             if sha256.hexdigest() != entry.sha256:
@@ -139,27 +109,33 @@ class Registry:
         clock: Callable[[], float] = time.time,
         combinations: Combinations | None = None,
         check_texts: CheckTexts | None = None,
+        replay: ReplayCertificate | None = None,
     ) -> None:
         """`base` is the fingerprint of the base that `read` validates against; `clock` is the store's. In
         `combinations` a loader finds what the digests of combined adapters stand for."""
         self._store = store
-        self._read = read
-        self._check_texts = check_texts
-        self._base = base
         self._caches = caches
         self._combinations = combinations or Combinations()
         self._reconciling = threading.Lock()
         # One: memory is bounded by one adapter being read, and a collection never races a publish for the disk.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-registry")
-        # Of their own: a tokenizer takes seconds where it is made to, and processes of its own.
-        self._text_workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="loramux-texts")
+        self._publisher = Publisher(
+            store,
+            read,
+            base,
+            caches,
+            self._worker,
+            check_texts=check_texts,
+            replay=replay,
+            published=self._follow_publish,
+        )
         self._reconcile()
         self._expiry = ExpiryThread(store.next_expiry, self._expire, clock)
 
     def close(self) -> None:
         """Finish the publish under way, then close the store. Idempotent."""
         self._expiry.close()
-        self._text_workers.shutdown(wait=True, cancel_futures=True)
+        self._publisher.close()
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._store.close()
 
@@ -203,13 +179,13 @@ class Registry:
         return await asyncio.to_thread(self._store.query_upload, tenant, upload_id)
 
     async def publish(self, tenant: str, upload_id: str) -> Published:
-        """Compare hashes, validate, and make the upload visible in one step.
+        """Compare hashes, validate, replay the certificate if there is one, and make the upload visible in one step.
 
-        An upload whose files are invalid is discarded: no resume can mend it. After any other error
+        An upload whose files or certificate are invalid is discarded: no resume can mend it. After any other error
         it stays, so that a resume needs no byte again: with consent to another base, with room made, with
         one wrong file sent anew. Once begun it runs to its end even if the caller is cancelled.
         """
-        return await asyncio.shield(self._judge_and_publish(tenant, upload_id))
+        return await asyncio.shield(self._publisher.publish(tenant, upload_id))
 
     def names(self, digests: Collection[str]) -> Mapping[str, AdapterNames]:
         """What points at each of `digests` now. Reads the catalog; from any thread but the event loop's."""
@@ -274,42 +250,11 @@ class Registry:
         self._expire()  # what has ended and takes the place or the name still
         return self._store.begin_upload(tenant, upload_id, manifest)
 
-    async def _judge_and_publish(self, tenant: str, upload_id: str) -> Published:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._text_workers, self._judge_texts, tenant, upload_id)
-        return await loop.run_in_executor(self._worker, self._publish, tenant, upload_id)
-
-    def _judge_texts(self, tenant: str, upload_id: str) -> None:
-        """Files that are put in their place afterwards are judged before they are used."""
-        files = self._store.staged_files(tenant, upload_id).files
-        if self._check_texts is None or not any(name in TEXT_FILES for name in files):
-            return
-        try:
-            self._check_texts(files)
-        except AdapterInvalid:
-            self._store.discard_upload(tenant, upload_id)
-            raise
-        except OSError as error:
-            raise _unreadable() from error
-
-    def _publish(self, tenant: str, upload_id: str) -> Published:
-        staged = self._store.staged_files(tenant, upload_id)
-        try:
-            weights = self._read(staged.files, allow_base_mismatch=staged.manifest.allow_base_mismatch)
-        except AdapterInvalid:
-            self._store.discard_upload(tenant, upload_id)
-            raise
-        except OSError as error:
-            raise _unreadable() from error
-        published = self._store.publish(tenant, upload_id, weights.spec, self._base)
-        self._caches.offer(weights)
-        if not self._store.existing([weights.spec.digest]):  # deleted meanwhile, and evicted before it was offered
-            self._caches.evict(weights.spec.digest)
+    def _follow_publish(self, published: Published) -> None:
         # Whatever was wrong with this content, bytes or base, is right now.
         self._reconcile(retry=published.record.digest)
         self._evict_removed()
         self._expiry.look()
-        return published
 
     def _update(self, tenant: str, name: str, change: AdapterUpdate) -> AdapterRecord:
         self._expire()
@@ -388,7 +333,3 @@ def _read_hashed(stream: BinaryIO, size: int, sha256: hashlib._Hash) -> bytes:
 
 def _damaged(entry: FileEntry) -> AdapterCorrupt:
     return AdapterCorrupt(f"stored bytes of {entry.file} were damaged", subject=entry.file, remedy="try again")
-
-
-def _unreadable() -> StoreUnavailable:
-    return StoreUnavailable("the store cannot be read", subject="store", remedy="try again")

@@ -68,7 +68,7 @@ async def test_what_is_deleted_before_it_is_offered_is_not_kept(registry: Regist
 
     loop, late = asyncio.get_running_loop(), Late()
     late.desired = caches.desired
-    registry._caches = late
+    registry._caches = registry._publisher._caches = late
     await push(registry, "a", "one")
     assert late.offered == [ONE]
     assert late.evicted == [ONE, ONE]  # by the delete, and once more for what came after it

@@ -8,7 +8,7 @@ from pathlib import Path
 from loramux_adapters.apply.batch import MergedWeights
 from loramux_adapters.apply.merge import merged_bytes
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.model.merged_weights import MergedWeightsCache
+from loramux_server.model.merged_weights import MergedWeightsCache, TryOut
 from loramux_server.model.merging import Merges
 from support.against_peft import engine_for
 from support.checkpoints import make_adapter_for, save_checkpoint, wide_model
@@ -33,10 +33,19 @@ def in_order(engine: ModelEngine) -> list[str]:
 class Sets(MergedWeightsCache):
     """With a worker's share, done when a test says so."""
 
-    def __init__(self, engine: ModelEngine, load: Callable[[str], AdapterWeights], budget: int, refusal: str) -> None:
+    def __init__(
+        self,
+        engine: ModelEngine,
+        load: Callable[[str], AdapterWeights],
+        budget: int,
+        refusal: str,
+        try_out: TryOut | None = None,
+    ) -> None:
         self.merges = Merges(engine.adapted)
         self.notices = 0
-        super().__init__(self.merges, lambda w: merged_bytes(engine.adapted, w), load, self.notice, budget, refusal)
+        super().__init__(
+            self.merges, lambda w: merged_bytes(engine.adapted, w), load, self.notice, budget, refusal, try_out
+        )
 
     def notice(self) -> None:
         self.notices += 1

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +37,8 @@ from loramux_server.engine.mailbox import Mailbox
 from loramux_server.engine.plan import StepPlan
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.observe.metrics import AdapterReading
-from loramux_server.registry import ReadAdapter, Registry
+from loramux_server.publishing import ReadAdapter
+from loramux_server.registry import Registry
 from loramux_server.requests import RequestFailure
 from loramux_server.runtime import EngineCallbacks, ServerRuntime
 from support.fake_pool import FakePool
@@ -104,14 +105,18 @@ class FakeStates:
         return self.known.get(digest, desired)
 
     def reconcile(self, desired: DesiredState, retry: str | None = None) -> None:
-        """See `registry.AdapterCaches`."""
+        """See `publishing.AdapterCaches`."""
         self.desired = desired
 
     def offer(self, weights: Weights) -> None:
-        """See `registry.AdapterCaches`."""
+        """See `publishing.AdapterCaches`."""
+
+    def lend(self, weights: Weights) -> AbstractContextManager[None]:
+        """See `publishing.AdapterCaches`."""
+        return nullcontext()
 
     def evict(self, digest: str) -> None:
-        """See `registry.AdapterCaches`."""
+        """See `publishing.AdapterCaches`."""
 
 
 def read_fake_adapter(files: Mapping[str, Path], *, allow_base_mismatch: bool) -> FakeWeights:

@@ -94,7 +94,7 @@ class FileEntry(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     file: _builtins.str
-    """adapter_config.json, adapter_model.safetensors or loramux.json."""
+    """Such as adapter_config.json, adapter_model.safetensors, loramux_certificate.json; see docs/adapters.md."""
     size: _builtins.int
     sha256: _builtins.str
     """64 hex digits."""
@@ -348,6 +348,41 @@ class QueryUploadResponse(_message.Message):
 Global___QueryUploadResponse: _TypeAlias = QueryUploadResponse  # noqa: Y015
 
 @_typing.final
+class CertificateReplay(_message.Message):
+    """An adapter's certificate says what its training computed on a few probes. The server computes them again, as any
+    request is computed, before an upload becomes visible, and refuses it with CERTIFICATE_REFUSED where the two part.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    DIVERGENCE_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
+    difference: _builtins.float
+    """The largest difference of a log-probability, over the standard deviation of the position's logits."""
+    divergence: _builtins.float
+    """The largest Kullback-Leibler divergence of a position, in nats."""
+    tolerance: _builtins.float
+    """What `difference` may be at most, by the compute dtype."""
+    compute_dtype: _builtins.str
+    def __init__(
+        self,
+        *,
+        difference: _builtins.float = ...,
+        divergence: _builtins.float = ...,
+        tolerance: _builtins.float = ...,
+        compute_dtype: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "difference", b"difference", "divergence", b"divergence", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CertificateReplay: _TypeAlias = CertificateReplay  # noqa: Y015
+
+@_typing.final
 class Adapter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -393,6 +428,8 @@ class Adapter(_message.Message):
     USES_LEFT_FIELD_NUMBER: _builtins.int
     VOCABULARY_FIELD_NUMBER: _builtins.int
     TEXT_FILES_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     """The version this name points at."""
@@ -443,6 +480,14 @@ class Adapter(_message.Message):
     def text_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The files of its own tokenizer and chat template, by which texts of its requests become token ids."""
 
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Versions that the name keeps, which name@digest and UpdateAdapterRequest.version reach; the newest first."""
+
+    @_builtins.property
+    def certificate(self) -> Global___CertificateReplay:
+        """What its certificate came to on this server's base when it was uploaded; unset: it has none."""
+
     def __init__(
         self,
         *,
@@ -468,10 +513,12 @@ class Adapter(_message.Message):
         uses_left: _builtins.int | None = ...,
         vocabulary: _builtins.int = ...,
         text_files: _abc.Iterable[_builtins.str] | None = ...,
+        versions: _abc.Iterable[_builtins.str] | None = ...,
+        certificate: Global___CertificateReplay | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "created", b"created", "expires", b"expires", "max_uses", b"max_uses", "residency", b"residency", "updated", b"updated", "uses_left", b"uses_left"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "certificate", b"certificate", "created", b"created", "expires", b"expires", "max_uses", b"max_uses", "residency", b"residency", "updated", b"updated", "uses_left", b"uses_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "created", b"created", "digest", b"digest", "expires", b"expires", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "max_uses", b"max_uses", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "text_files", b"text_files", "updated", b"updated", "uses_left", b"uses_left", "vocabulary", b"vocabulary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_uses_left", b"_uses_left", "accepted_bases", b"accepted_bases", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "base_mismatch", b"base_mismatch", "certificate", b"certificate", "created", b"created", "digest", b"digest", "expires", b"expires", "health", b"health", "kind", b"kind", "labels", b"labels", "max_rank", b"max_rank", "max_uses", b"max_uses", "merge", b"merge", "name", b"name", "pinned", b"pinned", "residency", b"residency", "size_bytes", b"size_bytes", "targets", b"targets", "text_files", b"text_files", "updated", b"updated", "uses_left", b"uses_left", "versions", b"versions", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_uses: _TypeAlias = _typing.Literal["max_uses"]  # noqa: Y015
     _WhichOneofArgType__max_uses: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses"]  # noqa: Y015
@@ -496,6 +543,7 @@ class Residency(_message.Message):
     MERGED_FIELD_NUMBER: _builtins.int
     MERGED_REASON_FIELD_NUMBER: _builtins.int
     HOST_BYTES_FIELD_NUMBER: _builtins.int
+    MERGED_CERTIFICATE_FIELD_NUMBER: _builtins.int
     tier: Global___Tier.ValueType
     slot: _builtins.int
     leases: _builtins.int
@@ -504,6 +552,10 @@ class Residency(_message.Message):
     """Why it was refused, or empty."""
     host_bytes: _builtins.int
     """What it takes of host memory, also while it is on the device; 0 where it is not in host memory."""
+    @_builtins.property
+    def merged_certificate(self) -> Global___CertificateReplay:
+        """What the certificate came to through the merged weights, before requests used them; unset: not replayed."""
+
     def __init__(
         self,
         *,
@@ -513,10 +565,11 @@ class Residency(_message.Message):
         merged: Global___MergedState.ValueType = ...,
         merged_reason: _builtins.str = ...,
         host_bytes: _builtins.int = ...,
+        merged_certificate: Global___CertificateReplay | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "merged_certificate", b"merged_certificate", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "host_bytes", b"host_bytes", "leases", b"leases", "merged", b"merged", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "host_bytes", b"host_bytes", "leases", b"leases", "merged", b"merged", "merged_certificate", b"merged_certificate", "merged_reason", b"merged_reason", "slot", b"slot", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
     _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
@@ -628,11 +681,19 @@ class UpdateAdapterRequest(_message.Message):
     REMOVE_ALIASES_FIELD_NUMBER: _builtins.int
     SET_LABELS_FIELD_NUMBER: _builtins.int
     REMOVE_LABELS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    IF_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pinned: _builtins.bool
     """See Adapter.pinned."""
     merge: _builtins.bool
     """See Adapter.merge. Setting again what was refused tries again."""
+    version: _builtins.str
+    """Point the name at this version, which one of the caller's names keeps: at least 8 hex digits of its digest. The
+    switch is atomic; running requests end on their version.
+    """
+    if_version: _builtins.str
+    """Refuse the whole change with ADAPTER_CONFLICT unless the name points at the version that starts so."""
     @_builtins.property
     def add_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -651,10 +712,12 @@ class UpdateAdapterRequest(_message.Message):
         remove_aliases: _abc.Iterable[_builtins.str] | None = ...,
         set_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         remove_labels: _abc.Iterable[_builtins.str] | None = ...,
+        version: _builtins.str = ...,
+        if_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_merge", b"_merge", "_pinned", b"_pinned", "merge", b"merge", "pinned", b"pinned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_merge", b"_merge", "_pinned", b"_pinned", "add_aliases", b"add_aliases", "merge", b"merge", "name", b"name", "pinned", b"pinned", "remove_aliases", b"remove_aliases", "remove_labels", b"remove_labels", "set_labels", b"set_labels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_merge", b"_merge", "_pinned", b"_pinned", "add_aliases", b"add_aliases", "if_version", b"if_version", "merge", b"merge", "name", b"name", "pinned", b"pinned", "remove_aliases", b"remove_aliases", "remove_labels", b"remove_labels", "set_labels", b"set_labels", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__merge: _TypeAlias = _typing.Literal["merge"]  # noqa: Y015
     _WhichOneofArgType__merge: _TypeAlias = _typing.Literal["_merge", b"_merge"]  # noqa: Y015

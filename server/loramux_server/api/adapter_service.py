@@ -115,6 +115,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             validate.labels("set_labels", request.set_labels),
             validate.aliases("add_aliases", request.add_aliases),
             validate.aliases("remove_aliases", request.remove_aliases),
+            validate.version("version", request.version),
+            validate.version("if_version", request.if_version),
         )
         return _write(
             services, await services.registry.update(self.tenant_of(context), request.name, read_update(request))
@@ -153,4 +155,4 @@ def _page(size: int, token: str) -> Iterator[InvalidRequest]:
 
 
 def _write(services: Services, record: AdapterRecord) -> adapters_pb2.Adapter:
-    return write_adapter(record, services.states.state(record.digest))
+    return write_adapter(record, services.states.state(record.digest), services.model.fingerprint)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from loramux_adapters.certificate.replay import Replay
 from loramux_adapters.store.records import (
     UNKNOWN_BASE,
     AdapterRecord,
@@ -14,6 +15,7 @@ from loramux_adapters.store.records import (
     FileEntry,
     Health,
     Lifetime,
+    ReplayRecord,
     UploadManifest,
     UploadProgress,
 )
@@ -55,6 +57,8 @@ def read_update(request: adapters_pb2.UpdateAdapterRequest) -> AdapterUpdate:
         remove_aliases=tuple(request.remove_aliases),
         set_labels=dict(request.set_labels),
         remove_labels=tuple(request.remove_labels),
+        version=request.version,
+        if_version=request.if_version,
     )
 
 
@@ -68,8 +72,8 @@ def write_progress(progress: UploadProgress) -> adapters_pb2.QueryUploadResponse
     )
 
 
-def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Adapter:
-    """A name, the version it points at, and where that version is now."""
+def write_adapter(record: AdapterRecord, state: AdapterState, base: str) -> adapters_pb2.Adapter:
+    """A name, the version it points at, and where that version is now, on a server with the base `base`."""
     spec = record.spec
     residency = adapters_pb2.Residency(
         tier=_TIERS[state.tier],
@@ -77,6 +81,7 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         merged=_MERGED[state.merged],
         merged_reason=state.reason,
         host_bytes=state.host_bytes,
+        merged_certificate=_write_replay(state.merged_replay),
     )
     if state.slot is not None:
         residency.slot = state.slot
@@ -104,6 +109,8 @@ def write_adapter(record: AdapterRecord, state: AdapterState) -> adapters_pb2.Ad
         uses_left=lifetime.uses_left,
         vocabulary=spec.vocabulary,
         text_files=[name for name, _ in spec.text_files],
+        versions=record.versions,
+        certificate=_write_replay(record.replays.get(base)),
     )
 
 
@@ -116,6 +123,17 @@ def write_entries(digest: str, entries: tuple[FileEntry, ...]) -> adapters_pb2.D
 def write_chunk(file: str, offset: int, data: bytes) -> adapters_pb2.DownloadAdapterResponse:
     """Some bytes of a download."""
     return adapters_pb2.DownloadAdapterResponse(chunk=adapters_pb2.UploadChunk(file=file, offset=offset, data=data))
+
+
+def _write_replay(replay: Replay | ReplayRecord | None) -> adapters_pb2.CertificateReplay | None:
+    if replay is None:
+        return None
+    return adapters_pb2.CertificateReplay(
+        difference=replay.difference,
+        divergence=replay.divergence,
+        tolerance=replay.tolerance,
+        compute_dtype=replay.dtype,
+    )
 
 
 def _timestamp(seconds: float) -> Timestamp:

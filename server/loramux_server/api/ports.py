@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from loramux_adapters.certificate.replay import Replay
 from loramux_adapters.spec import AdapterSpec, WeightCounts
 from loramux_server.api.server_limits import ServerLimits
 
@@ -86,6 +87,7 @@ class AdapterState:
     merged: Merged = "none"
     reason: str = ""
     host_bytes: int = 0
+    merged_replay: Replay | None = None  # of its certificate through its merged weights
 
 
 class AdapterObserver(Protocol):

@@ -105,6 +105,12 @@ def name(field: str, value: str) -> Wrong:
         yield InvalidRequest(field, f"must be {NAME.words}")
 
 
+def version(field: str, value: str) -> Wrong:
+    """The start of a digest, or nothing."""
+    if value and not VERSION.allows(value):
+        yield InvalidRequest(field, f"must be {VERSION.words}")
+
+
 def upload_id(field: str, value: str) -> Wrong:
     """The id under which an upload is resumed."""
     if not UPLOAD_ID.allows(value):

@@ -14,12 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from loramux_adapters.certificate.replay import Replay
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.weights import AdapterWeights
 from loramux_server.engine.plan import Merge
 from loramux_server.model.merging import Merges
 
 logger = logging.getLogger(__name__)
+
+Tried = Callable[["Replay | None", str], None]
+"""What came of a trial, once, from any thread: the replay, where there is a certificate, and why it is refused."""
+TryOut = Callable[[str, Tried], None]
+"""Begins the trial of a digest's merged weights; never waits."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class SetState:
     state: Literal["none", "building", "ready", "refused"] = "none"
     reason: str = ""
     nbytes: int = 0
+    replay: Replay | None = None  # of the adapter's certificate through the merged weights
 
 
 @dataclass(eq=False)
@@ -38,6 +45,7 @@ class _Set:
     number: int
     state: SetState
     lacking: int | None = None  # bytes, where it was refused for them
+    is_built: bool = False  # while it is still to be tried
 
 
 class MergedWeightsCache:
@@ -51,14 +59,17 @@ class MergedWeightsCache:
         notify: Callable[[], None],
         budget_bytes: int,
         refusal: str = "",
+        try_out: TryOut | None = None,
     ) -> None:
         """`load` reads an adapter's weights (may raise AdapterError), `measure` says how many bytes merging them takes,
-        `notify` is called when the engine has something to take; a `refusal` is the answer to all.
+        `notify` is called when the engine has something to take; a `refusal` is the answer to all. What is built is
+        given to `try_out`, and ready once that says so.
         """
         self._merges, self._measure, self._load, self._notify = merges, measure, load, notify
-        self._budget, self._refusal = budget_bytes, refusal
+        self._budget, self._refusal, self._try_out = budget_bytes, refusal, try_out
         self._sets: dict[str, _Set] = {}
         self._ready: frozenset[str] = frozenset()
+        self._on_trial: frozenset[str] = frozenset()
         self._numbers = itertools.count()
         self._to_begin: dict[int, Merge] = {}
         self._begun: set[int] = set()  # by the worker, and not dropped
@@ -96,6 +107,10 @@ class MergedWeightsCache:
     def ready(self) -> frozenset[str]:
         """Digests a step may use."""
         return self._ready
+
+    def on_trial(self) -> frozenset[str]:
+        """Digests that are built and still to be tried."""
+        return self._on_trial
 
     def take_merges(self) -> tuple[tuple[int, ...], tuple[Merge, ...]]:
         """See `engine.leases.MergedAdapters`."""
@@ -142,6 +157,7 @@ class MergedWeightsCache:
     def _drop(self, digest: str) -> None:
         dropped = self._sets.pop(digest, None)
         self._ready -= {digest}
+        self._on_trial -= {digest}
         if dropped is None:
             return
         if self._to_begin.pop(dropped.number, None) is not None:
@@ -170,8 +186,10 @@ class MergedWeightsCache:
 
     def _hand_over(self, digest: str, begun: _Set, weights: AdapterWeights) -> None:
         def done(error: AdapterError | None) -> None:  # on the worker's thread
-            if error is None:
-                self._publish(digest, begun)
+            if error is None and self._try_out is None:
+                self._publish(digest, begun, None)
+            elif error is None:
+                self._try(digest, begun)
             else:
                 self._refuse(digest, begun, str(error))
 
@@ -199,17 +217,37 @@ class MergedWeightsCache:
             begun.state = SetState("building", nbytes=needed)
             return True
 
-    def _publish(self, digest: str, begun: _Set) -> None:
+    def _try(self, digest: str, begun: _Set) -> None:
+        def tried(replay: Replay | None, reason: str) -> None:
+            if reason:
+                self._refuse(digest, begun, reason, replay)
+            else:
+                self._publish(digest, begun, replay)
+
+        with self._lock:
+            if not self._is_desired(digest, begun):
+                return
+            begun.is_built = True
+            self._on_trial |= {digest}
+        if self._try_out is not None:
+            self._try_out(digest, tried)
+
+    def _publish(self, digest: str, begun: _Set, replay: Replay | None) -> None:
         with self._lock:
             if self._is_desired(digest, begun):
-                begun.state = SetState("ready", nbytes=begun.state.nbytes)
+                begun.state = SetState("ready", nbytes=begun.state.nbytes, replay=replay)
+                self._on_trial -= {digest}
                 self._ready |= {digest}
                 self._builds["built"] += 1
 
-    def _refuse(self, digest: str, begun: _Set, reason: str) -> None:
+    def _refuse(self, digest: str, begun: _Set, reason: str, replay: Replay | None = None) -> None:
         with self._lock:
-            self._begun.discard(begun.number)  # the worker keeps nothing of a merge that failed
+            if not begun.is_built:
+                self._begun.discard(begun.number)  # the worker keeps nothing of a merge that failed
             if self._is_desired(digest, begun):
-                begun.state = SetState("refused", reason)
+                if begun.is_built:
+                    self._drop(digest)
+                    self._sets[digest] = begun
+                begun.state = SetState("refused", reason, replay=replay)
                 self._builds["refused"] += 1
                 self._start_what_fits()

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from loramux_adapters.apply.merge import merged_bytes
+from loramux_adapters.certificate.replay import Replay
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.weights import AdapterWeights
-from loramux_server.model.merged_weights import SetState
+from loramux_server.model.merged_weights import SetState, Tried, TryOut
 from support.merged_sets import Sets, in_order, settle, small_engine
 from support.model_engine import ModelEngine
 
@@ -45,8 +46,13 @@ Make = Callable[..., Sets]
 def make(engine: ModelEngine) -> Iterator[Make]:
     made: list[Sets] = []
 
-    def make(budget: int, load: Callable[[str], AdapterWeights] | None = None, refusal: str = "") -> Sets:
-        made.append(Sets(engine, load or engine.weights.__getitem__, budget, refusal))
+    def make(
+        budget: int,
+        load: Callable[[str], AdapterWeights] | None = None,
+        refusal: str = "",
+        try_out: TryOut | None = None,
+    ) -> Sets:
+        made.append(Sets(engine, load or engine.weights.__getitem__, budget, refusal, try_out))
         return made[-1]
 
     yield make
@@ -268,3 +274,62 @@ def test_a_failed_build_is_refused_with_a_reason(
     sets.reconcile(frozenset({digest}), retry=digest)  # nothing to mend
     settle(sets)
     assert sets.usage()[2] == {"built": 1, "refused": 1}
+
+
+REPLAY = Replay(2e-6, 1e-13, 1e-3, "float32", "probe 0 after 1 tokens")
+
+
+def test_what_is_built_is_tried_before_it_is_ready(engine: ModelEngine, make: Make) -> None:
+    trials: list[tuple[str, Tried]] = []
+    size, digest = bytes_of(engine, "a"), engine.digests["a"]
+    sets = make(size, try_out=lambda *trial: trials.append(trial))
+    sets.reconcile(frozenset({digest}))
+    settle(sets)
+    assert (sets.state(digest).state, sets.ready(), sets.on_trial()) == ("building", frozenset(), {digest})
+    ((tried, done),) = trials
+    assert tried == digest
+    assert sets.find(digest) is not None
+    done(REPLAY, "")
+    assert sets.state(digest) == SetState("ready", nbytes=size, replay=REPLAY)
+    assert (sets.ready(), sets.on_trial()) == ({digest}, frozenset())
+    assert sets.usage()[2] == {"built": 1, "refused": 0}
+
+
+def test_what_does_not_hold_is_refused_and_freed(engine: ModelEngine, make: Make) -> None:
+    """With its reason and its replay; the bytes go to the next, and a new wish tries again."""
+    trials: list[tuple[str, Tried]] = []
+    size, (first, second, _) = bytes_of(engine, "a"), in_order(engine)
+    sets = make(size, try_out=lambda *trial: trials.append(trial))
+    sets.reconcile(frozenset({first, second}))
+    settle(sets)
+    assert sets.state(second).state == "refused"  # no room
+    trials.pop()[1](REPLAY, "it parts")
+    settle(sets)
+    assert sets.state(first) == SetState("refused", "it parts", replay=REPLAY)
+    assert sets.find(first) is None
+    assert [digest for digest, _ in trials] == [second]
+    trials.pop()[1](None, "")  # it has no certificate
+    assert sets.state(second) == SetState("ready", nbytes=size)
+    assert (sets.ready(), sets.on_trial()) == ({second}, frozenset())
+    sets.reconcile(frozenset({first}), retry=first)
+    settle(sets)
+    assert [digest for digest, _ in trials] == [first]
+
+
+def test_a_trial_of_what_is_desired_no_more_changes_nothing(engine: ModelEngine, make: Make) -> None:
+    trials: list[tuple[str, Tried]] = []
+    digest = engine.digests["a"]
+    sets = make(1 << 30, try_out=lambda *trial: trials.append(trial))
+    sets.reconcile(frozenset({digest}))
+    settle(sets)
+    sets.reconcile(frozenset())
+    sets.reconcile(frozenset({digest}))
+    settle(sets)
+    (_, stale), (_, current) = trials
+    stale(REPLAY, "it parts")
+    assert sets.state(digest).state == "building"
+    assert sets.find(digest) is not None
+    current(None, "")
+    stale(None, "")
+    assert sets.state(digest).state == "ready"
+    assert sets.usage()[2] == {"built": 1, "refused": 0}
