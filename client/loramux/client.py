@@ -18,7 +18,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loramux import convert, upload
 from loramux.channel import CALL_TIMEOUT, DEFAULT_ADDRESS
 from loramux.download import Download
-from loramux.errors import ClientClosed, DeadlineExceeded, LoramuxError, NotFound, Unavailable
+from loramux.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    ErrorDetails,
+    FailedPrecondition,
+    LoramuxError,
+    NotFound,
+    Unavailable,
+)
 from loramux.retry import Attempts, RetryPolicy
 from loramux.transport import CallError, Method, open_channel, read_error, run_blocking, send_all, sleep
 from loramux.types import (
@@ -214,15 +222,38 @@ class Client:
         remove_aliases: Sequence[str] = (),
         set_labels: Mapping[str, str] | None = None,
         remove_labels: Sequence[str] = (),
+        version: str = "",
+        if_version: str = "",
     ) -> Adapter:
-        """Change what is given and nothing else. `pinned` and `merge` are desired state: watch `residency`."""
+        """Change what is given and nothing else. `pinned` and `merge` are desired state: watch `residency`.
+
+        `version` (the start of a digest, at least 8 digits) is one that a name of yours keeps: the name points at it
+        from now on. With `if_version` all of it is refused (FailedPrecondition) unless the name points there now.
+        """
         changes = AdapterChanges(
-            pinned, merge, tuple(add_aliases), tuple(remove_aliases), set_labels or {}, tuple(remove_labels)
+            pinned,
+            merge,
+            tuple(add_aliases),
+            tuple(remove_aliases),
+            set_labels or {},
+            tuple(remove_labels),
+            version,
+            if_version,
         )
         request = convert.update_request(name, changes)
-        # An alias that was added may have been moved on before a repeat would add it again.
-        idempotent = not changes.add_aliases
+        # An alias that was added, or a name that was switched, may have been moved on before a repeat.
+        idempotent = not (changes.add_aliases or version or if_version)
         return convert.adapter(self._call(self._adapters.UpdateAdapter, request, idempotent=idempotent))
+
+    def rollback(self, name: str, to: str = "") -> Adapter:
+        """Point a name at the version it had before, or at the one that `to` begins; what points there now is kept too,
+        so a second rollback undoes the first. Refused where somebody else has moved it meanwhile.
+        """
+        now = self.adapter(name)
+        before = to or next((digest for digest in now.versions if digest != now.digest), "")
+        if not before:
+            raise FailedPrecondition(f"{now.name} has no other version", ErrorDetails(reason="ADAPTER_CONFLICT"))
+        return self.update(now.name, version=before, if_version=now.digest)
 
     def delete(self, name: str) -> None:
         """Remove a name and its aliases; running requests end on their version."""

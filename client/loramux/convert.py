@@ -127,6 +127,8 @@ def update_request(name: str, changes: types.AdapterChanges) -> adapters_pb2.Upd
         remove_aliases=changes.remove_aliases,
         set_labels=changes.set_labels,
         remove_labels=changes.remove_labels,
+        version=changes.version,
+        if_version=changes.if_version,
     )
     if changes.pinned is not None:
         request.pinned = changes.pinned
@@ -242,7 +244,13 @@ def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
         uses_left=message.uses_left if message.HasField("uses_left") else None,
         vocabulary=message.vocabulary or None,
         text_files=tuple(message.text_files),
+        versions=tuple(message.versions),
+        certificate=_replay(message.certificate) if message.HasField("certificate") else None,
     )
+
+
+def _replay(message: adapters_pb2.CertificateReplay) -> types.CertificateReplay:
+    return types.CertificateReplay(message.difference, message.divergence, message.tolerance, message.compute_dtype)
 
 
 def _residency(message: adapters_pb2.Residency) -> types.Residency:
@@ -255,6 +263,7 @@ def _residency(message: adapters_pb2.Residency) -> types.Residency:
         merged=cast(types.MergedState, state) if state in get_args(types.MergedState) else "none",
         merged_reason=message.merged_reason,
         host_bytes=message.host_bytes,
+        merged_certificate=_replay(message.merged_certificate) if message.HasField("merged_certificate") else None,
     )
 
 

@@ -196,6 +196,20 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class CertificateReplay:
+    """What the server computed of an adapter's certificate, beside what its training computed.
+
+    `difference`: of a log-probability at most, over the deviation of its position's logits; `divergence`:
+    Kullback-Leibler of a position at most, in nats.
+    """
+
+    difference: float
+    divergence: float
+    tolerance: float
+    compute_dtype: str
+
+
+@dataclass(frozen=True)
 class Residency:
     """Where an adapter was at the moment of the call; `slot` only when resident."""
 
@@ -205,6 +219,7 @@ class Residency:
     merged: MergedState
     merged_reason: str
     host_bytes: int = 0  # of the server's memory, also of one on the device
+    merged_certificate: CertificateReplay | None = None  # through the merged weights; None: not replayed
 
 
 @dataclass(frozen=True)
@@ -233,6 +248,8 @@ class Adapter:
     uses_left: int | None = None
     vocabulary: int | None = None  # token ids it knows; None: those of the base
     text_files: tuple[str, ...] = ()  # of its own tokenizer and chat template; empty: the base's
+    certificate: CertificateReplay | None = None  # as replayed when it was uploaded; None: it has none
+    versions: tuple[str, ...] = ()  # that name@digest reaches, the newest first
 
 
 @dataclass(frozen=True)
@@ -299,3 +316,5 @@ class AdapterChanges:
     remove_aliases: tuple[str, ...] = ()
     set_labels: Mapping[str, str] = field(default_factory=dict)
     remove_labels: tuple[str, ...] = ()
+    version: str = ""
+    if_version: str = ""

@@ -21,7 +21,8 @@ from loramux_protos.v1 import adapters_pb2
 _DECLARATIONS = ("loramux.json", "lorica.json")  # the second as the project was called before
 _INITIAL = "initial_adapter_model.safetensors"  # what PiSSA and its like subtracted from the base
 _TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # where they are other than the base's
-FILES = (CONFIG, WEIGHTS, _INITIAL, HUB_WEIGHTS, HUB_INTERFACE, *_DECLARATIONS, *_TEXT)
+_CERTIFICATE = "loramux_certificate.json"
+FILES = (CONFIG, WEIGHTS, _INITIAL, HUB_WEIGHTS, HUB_INTERFACE, *_DECLARATIONS, _CERTIFICATE, *_TEXT)
 """Every file that an adapter may have; its config and one of the weights it has."""
 CHUNK_BYTES = 512 * 1024  # the server takes at most 1 MiB
 

@@ -136,3 +136,23 @@ def test_merged_weights_of_a_shared_version_are_not_taken_for_desired_by_each_na
     shown = {name: adapters(fake, "show", name) for name in ("asked", "same")}
     assert "desired by another name" not in shown["asked"]
     assert "ready, desired by another name of this version" in shown["same"]
+
+
+def test_show_tells_what_the_certificate_came_to(fake: FakeServer) -> None:
+    replay = adapters_pb2.CertificateReplay(difference=7e-7, divergence=1e-13, tolerance=1e-3, compute_dtype="float32")
+    add(fake, "plain")
+    add(fake, "certified", certificate=replay, residency=adapters_pb2.Residency(merged_certificate=replay))
+    bad = adapters_pb2.CertificateReplay(difference=0.5, tolerance=1e-3, compute_dtype="float32")
+    add(fake, "parted", certificate=replay, residency=adapters_pb2.Residency(merged_certificate=bad))
+
+    def shown(name: str) -> tuple[str, str]:
+        rows = adapters(fake, "show", name).splitlines()
+        lines = (next(row for row in rows if row.startswith(key)) for key in ("certificate", "when merged"))
+        gathered, merged = (" ".join(line.split()) for line in lines)
+        return gathered, merged
+
+    assert shown("plain") == ("certificate none: uploaded without one", "when merged not replayed")
+    for text in shown("certified"):
+        assert "certified: logits differ by 7e-07 of their deviation" in text
+        assert "(0.001 allowed in float32), KL 1e-13" in text
+    assert "when merged refused: logits differ by 0.5" in shown("parted")[1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux.cli.adapter_fields import fields_of, of_another_name
 from loramux.cli.adapter_files import diff, names_directory, verify_directory
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
 from loramux.cli.completion import complete_adapters
@@ -116,33 +117,31 @@ def show(name: Reference, address: Address = DEFAULT_ADDRESS, as_json: AsJson = 
     if as_json:
         print_json(adapter)
         return
-    residency = adapter.residency
-    merged = ": ".join(filter(None, (residency.merged, residency.merged_reason))) + _of_another_name(adapter)
-    rows = [
-        ("name", adapter.name),
-        ("digest", adapter.digest),
-        ("kind", adapter.kind),
-        ("base", adapter.base_fingerprint or "undeclared"),
-        ("accepted for", ", ".join(adapter.accepted_bases) or "not known"),
-        ("rank", adapter.max_rank or "-"),
-        ("targets", ", ".join(adapter.targets)),
-        ("vocabulary", f"{adapter.vocabulary} tokens, other than the base's" if adapter.vocabulary else "the base's"),
-        ("text", ", ".join(adapter.text_files) or "by the base's tokenizer and chat template"),
-        ("size", f"{size(adapter.size_bytes)} ({adapter.size_bytes} bytes)"),
-        ("labels", ", ".join(f"{k}={v}" for k, v in sorted(adapter.labels.items())) or "-"),
-        ("aliases", ", ".join(adapter.aliases) or "-"),
-        ("pinned", "yes" if adapter.pinned else "no"),
-        ("merge", "yes" if adapter.merge else "no"),
-        ("health", adapter.health + (" (base mismatch allowed)" if adapter.base_mismatch else "")),
-        ("tier", residency.tier + (f", slot {residency.slot}" if residency.slot is not None else "")),
-        ("host memory", size(residency.host_bytes) if residency.host_bytes else "not there"),
-        ("leases", residency.leases),
-        ("merged", merged),
-        ("ends", describe_end(adapter) or "never by itself"),
-        ("created", adapter.created.isoformat(timespec="seconds")),
-        ("updated", adapter.updated.isoformat(timespec="seconds")),
-    ]
-    print_table(("FIELD", "VALUE"), rows, empty="")
+    print_table(("FIELD", "VALUE"), fields_of(adapter), empty="")
+
+
+@app.command("rollback")
+def rollback(
+    name: Name,
+    address: Address = DEFAULT_ADDRESS,
+    to: Annotated[
+        str, typer.Option("--to", help="Start of the digest (8 digits) of the version; default: the one before.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Point a name at the version that it had before; once more undoes it. Running requests end on their version.
+
+    What a name keeps is told by `adapters show`: the last three versions.
+    """
+    from loramux.cli.connecting import connect
+
+    with connect(address) as client:
+        before = client.adapter(name)
+        after = client.rollback(name, to)
+    if as_json:
+        print_json(after)
+    else:
+        print(f"{after.name}: {before.digest[:12]} -> {after.digest[:12]}")
 
 
 @app.command("rm")
@@ -297,7 +296,7 @@ def merge(
             f"{name} is not merged: {residency.merged_reason or 'refused'}",
             remedy=f"it stays desired, for a new version or room: loramux adapters merge {name} --off takes it back",
         )
-    print(f"{name}: merged weights {residency.merged}{_of_another_name(adapter)}")
+    print(f"{name}: merged weights {residency.merged}{of_another_name(adapter)}")
 
 
 def _set_pinned(name: str, pinned: bool, address: str) -> None:
@@ -335,12 +334,6 @@ def _labels(pairs: list[str]) -> dict[str, str]:
 def _desired(adapter: Adapter) -> str:
     """The desired state of the name, in the words of the commands that set it."""
     return ", ".join(word for word, is_set in (("pin", adapter.pinned), ("merge", adapter.merge)) if is_set)
-
-
-def _of_another_name(adapter: Adapter) -> str:
-    """What explains merged weights of a name that does not desire them: one version may have several names."""
-    is_explained = adapter.merge or adapter.residency.merged == "none"
-    return "" if is_explained else ", desired by another name of this version"
 
 
 def _remarks(adapter: Adapter, base: str) -> str:
