@@ -5,6 +5,7 @@ A mutant is one exact replacement in one file. One that changes nothing that can
 
 from __future__ import annotations
 
+from catalog_of_certificates import CERTIFICATE_MUTANTS
 from catalog_of_training import TRAINING_MUTANTS
 from mutant import Mutant
 
@@ -67,7 +68,7 @@ MUTANTS = (
     ),
     Mutant(
         "a step of two adapters runs on one's merged weights", ENGINE + "step_builder.py",
-        "replace(chunk, is_merged=True) if digest == chosen else chunk", "replace(chunk, is_merged=True)",
+        "replace(chunk, is_merged=True) if own else chunk", "replace(chunk, is_merged=True)",
         (TEST_ENGINE + "test_scheduler.py", TEST_ENGINE + "test_traffic.py"),
     ),
     Mutant(
@@ -373,4 +374,5 @@ MUTANTS = (
         ("tests/server/api/test_validate.py",),
     ),
     *TRAINING_MUTANTS,
+    *CERTIFICATE_MUTANTS,
 )  # fmt: skip
