@@ -55,7 +55,7 @@ CERTIFICATE_MUTANTS = (
         "merged weights that were refused stay on the device",
         SERVER + "model/merged_weights.py",
         "                    self._drop(digest)\n                    self._sets[digest] = begun\n",
-        "",
+        "                    self._on_trial -= {digest}\n",
         (TEST_SERVER + "model/test_merged_weights.py",),
     ),
     Mutant(
