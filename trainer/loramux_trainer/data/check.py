@@ -68,17 +68,21 @@ def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: Los
 
 def _sketches(
     path: Path, job: DataConfig, encoder: ExampleEncoder, loss: LossConfig, problems: Problems
-) -> Iterator[_Sketch]:
+) -> Iterator[tuple[_Sketch, ...]]:
+    """Those of each record."""
     for units in encode_records(path, job, encoder, loss, problems):
-        for unit in units:
-            fitted, was_longer = fit(unit, job)
-            yield _Sketch(
-                digest=_digest(unit),
-                tokens=0 if fitted is None else fitted.tokens,
-                longest=0 if fitted is None else fitted.longest,
-                was_longer=was_longer,
-                endless=fitted is not None and is_endless(fitted, encoder),
-            )
+        yield tuple(_sketch(unit, job, encoder) for unit in units)
+
+
+def _sketch(unit: Unit, job: DataConfig, encoder: ExampleEncoder) -> _Sketch:
+    fitted, was_longer = fit(unit, job)
+    return _Sketch(
+        digest=_digest(unit),
+        tokens=0 if fitted is None else fitted.tokens,
+        longest=0 if fitted is None else fitted.longest,
+        was_longer=was_longer,
+        endless=fitted is not None and is_endless(fitted, encoder),
+    )
 
 
 def _digest(unit: Unit) -> bytes:

@@ -6,6 +6,7 @@ Knows no batch and no model: how a record becomes tokens is handed in.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import statistics
@@ -24,6 +25,8 @@ from loramux_trainer.schema.loss_config import SFT, LossConfig
 
 Units = tuple[Unit, ...]
 E = TypeVar("E", bound=Hashable)
+Records = Sequence[Sequence[E]]
+"""The examples of each record."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: Loss
     """
     check_options(job, loss, encoder)
     problems = Problems()
-    records, raw = _read(job.train, job, encoder, loss, problems)
-    held_raw = None if job.eval is None else _read(job.eval, job, encoder, loss, problems)[1]
+    raw = tuple(encode_records(job.train, job, encoder, loss, problems))
+    held_raw = None if job.eval is None else tuple(encode_records(job.eval, job, encoder, loss, problems))
     problems.raise_any()
     sides = part(raw, held_raw, job, seed)
     train, held = _fit(sides.train, job), _fit(sides.held, job)
@@ -129,7 +132,7 @@ def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: Loss
     masked = sum(lengths) - sum(unit.supervised for unit in train.kept)
     dropped = len(sides.train) - len(train.kept) + len(sides.held) - len(held.kept)
     report = DataReport(
-        records=records,
+        records=len(raw),
         train=len(train.kept),
         eval=len(held.kept),
         duplicates=sides.duplicates,
@@ -166,8 +169,10 @@ def encode_records(
         problems.add(error)
 
 
-def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataConfig, seed: int) -> Sides[E]:
+def part(records: Records[E], held_records: Records[E] | None, job: DataConfig, seed: int) -> Sides[E]:
     """Which examples train and which are held out, copies left out. Raises DataInvalid where nothing is on a side."""
+    raw = tuple(itertools.chain.from_iterable(records))
+    held_raw = None if held_records is None else tuple(itertools.chain.from_iterable(held_records))
     train = raw if job.keep_duplicates else tuple(dict.fromkeys(raw))
     duplicates = len(raw) - len(train)
     held: tuple[E, ...] = ()
@@ -180,7 +185,7 @@ def part(raw: tuple[E, ...], held_raw: tuple[E, ...] | None, job: DataConfig, se
         if not held:
             raise DataInvalid(job.eval or "", 0, "every evaluation record is also in the training file")
     elif job.eval_fraction:
-        train, held = _split(train, job.eval_fraction, seed)
+        train, held = _split(train, records, job.eval_fraction, seed)
         if not train:
             raise DataInvalid(job.train, 0, "one distinct record cannot be split: leave out data.eval_fraction")
     return Sides(train, held, duplicates, leaked)
@@ -216,23 +221,35 @@ def check_context(longest: int, context: int) -> None:
         raise JobInvalid("data.max_length", f"an example has {longest} tokens, the base's context is {context}")
 
 
-def _read(
-    path: Path, job: DataConfig, encoder: ExampleEncoder, loss: LossConfig, problems: Problems
-) -> tuple[int, Units]:
-    """(how many records, their units)"""
-    records, units = 0, list[Unit]()
-    for encoded in encode_records(path, job, encoder, loss, problems):
-        units += encoded
-        records += 1
-    return records, tuple(units)
-
-
-def _split(units: tuple[E, ...], fraction: float, seed: int) -> tuple[tuple[E, ...], tuple[E, ...]]:
-    """Split by distinct content, so that copies of one example never stand on both sides."""
-    distinct = list(dict.fromkeys(units))
-    random.Random(f"split/{seed}").shuffle(distinct)
-    held = set(distinct[: max(1, round(fraction * len(distinct)))])
+def _split(
+    units: tuple[E, ...], records: Records[E], fraction: float, seed: int
+) -> tuple[tuple[E, ...], tuple[E, ...]]:
+    """Split by distinct content: neither copies of one example nor the examples of one record (turns of a conversation,
+    both answers of a pair) stand on both sides.
+    """
+    groups = _groups(records)
+    random.Random(f"split/{seed}").shuffle(groups)
+    held = {unit for group in groups[: max(1, round(fraction * len(groups)))] for unit in group}
+    distinct = itertools.chain.from_iterable(groups)
     return tuple(e for e in units if e not in held), tuple(e for e in distinct if e in held)
+
+
+def _groups(records: Records[E]) -> list[list[E]]:
+    """Distinct examples in order; those of one record together, and of all records that share one."""
+    found: dict[E, list[E]] = {}  # example -> the group it is in
+    for units in records:
+        own: list[E] = []
+        for unit in units:
+            known = found.get(unit)
+            if known is own:
+                continue
+            moved = [unit] if known is None else known
+            if not own:
+                own = moved
+            else:
+                own.extend(moved)
+            found.update(dict.fromkeys(moved, own))
+    return list({id(group): group for group in found.values()}.values())
 
 
 def _fit(units: Units, job: DataConfig) -> _Fitted:
