@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loramux.cli import adapters, bench, config, demo, doctor, generate, health, serve, status, train
+from loramux.cli import adapters, bench, config, demo, doctor, evaluate, generate, health, serve, status, train
 from loramux.cli.renamed import refuse_renamed
 from loramux.cli.server_options import ServerOptionsGroup
 from loramux.terminal.failures import CommandError, ExitCode, explain
@@ -75,6 +75,7 @@ app.command("status")(status.command)
 app.command("generate")(generate.command)
 app.add_typer(adapters.app, name="adapters")
 app.command("train")(train.command)
+app.command("eval")(evaluate.command)
 app.command("demo")(demo.command)
 app.command("bench")(bench.command)
 app.command("doctor")(doctor.command)
