@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,22 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_asked(fake: FakeSer
 def test_a_judge_must_return_a_number(fake: FakeServer, value: object) -> None:
     with Client(fake.address) as client, pytest.raises(EvaluationInvalid, match="f:1: the judge returned"):
         evaluate(client, [EvalRecord("f:1", "p", "r")], [], ["judge"], judge=lambda *_: value)
+
+
+def test_of_several_failures_the_earliest_record_is_named(fake: FakeServer) -> None:
+    second_has_failed = threading.Event()
+
+    def judge(prompt: object, *_: object) -> float:
+        if prompt == "1":
+            second_has_failed.wait(60)
+            time.sleep(0.2)  # in which the caller could end with the second one's
+        else:
+            second_has_failed.set()
+        raise ValueError("bad")
+
+    records = [EvalRecord(f"f:{i}", str(i), "r") for i in (1, 2)]
+    with Client(fake.address) as client, pytest.raises(EvaluationInvalid, match="f:1: the judge raised"):
+        evaluate(client, records, [], ["judge"], judge=judge, concurrency=2)
 
 
 def test_a_failure_names_the_earliest_record_and_stops_the_rest(fake: FakeServer) -> None:

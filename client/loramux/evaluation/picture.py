@@ -57,6 +57,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
                 ha="center",
                 color=color,
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # the base's line must not cross it
             )
         axes.set_ylim(len(names) + 0.6, -0.7)
         axes.margins(x=0.12)

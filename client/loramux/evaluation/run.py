@@ -42,9 +42,11 @@ def evaluate(
                 future.add_done_callback(lambda ended: None if ended.cancelled() else on_scored())
                 outcomes[name].append(future)
         wait([future for each in outcomes.values() for future in each], return_when=FIRST_EXCEPTION)
-        _raise_first(outcomes)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(
+            cancel_futures=True
+        )  # returns when what has begun has ended: the earliest failure among it is told
+    _raise_first(outcomes)
     rows = {
         name: Row(name, None if version is None else version[1], tuple(each.result() for each in outcomes[name]))
         for name, version in versions.items()
@@ -92,5 +94,5 @@ def _raise_first(outcomes: dict[str, list[Future[Outcome]]]) -> None:
     """The failure of the earliest record, whichever thread met one first."""
     for at_record in zip(*outcomes.values(), strict=True):
         for future in at_record:
-            if future.done() and not future.cancelled() and (error := future.exception()) is not None:
+            if not future.cancelled() and (error := future.exception()) is not None:
                 raise error
