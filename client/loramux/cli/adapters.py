@@ -131,7 +131,7 @@ def rollback(
 ) -> None:
     """Point a name at the version that it had before; once more undoes it. Running requests end on their version.
 
-    What a name keeps is told by `adapters show`: the last three versions.
+    A name keeps its last three versions; `adapters show` lists them.
     """
     from loramux.cli.connecting import connect
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux.cli.arguments import DEFAULT_ADDRESS, Address
+from loramux.cli.train_publish import prepare
+from loramux.terminal.failures import CommandError, ExitCode
 from loramux.terminal.output import print_json, say, step_progress
 
 if TYPE_CHECKING:
@@ -30,6 +33,19 @@ def command(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    publish: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Push the adapter, or the best of a sweep, under this name.")
+    ] = None,
+    if_better_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Publish only what is better on data.eval than: current (what NAME serves, or the base where it is "
+            "new), base, an adapter of the server, or a number.",
+        ),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Of --if-better-than: loss, or exact (exact matches).")] = "loss",
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Train adapters on the frozen NF4 base: one, or the jobs or the sweep of a file, all in one pass over it.
 
@@ -43,15 +59,21 @@ def command(
     if check:
         _check(job_file, file.jobs, resume=resume)
         return
+    if if_better_than is not None and publish is None:
+        raise CommandError("--if-better-than says when to publish", remedy="give a name with --publish too")
     for job in file.jobs:
         check_job(job, resume=resume)  # what can be known before torch is imported
+    publishing = None if publish is None else prepare(file, publish, if_better_than, metric, address)
     if len(file.jobs) == 1 and file.sweep is None:
-        _train_one(file.jobs[0], resume=resume, as_json=as_json)
+        output = _train_one(file.jobs[0], resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
     else:
-        _train_several(file, resume=resume, as_json=as_json)
+        output = _train_several(file, resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
+    if publishing is not None and not publishing.publish(output):
+        raise typer.Exit(ExitCode.NO)
 
 
-def _train_one(job: TrainConfig, *, resume: bool, as_json: bool) -> None:
+def _train_one(job: TrainConfig, *, resume: bool, as_json: bool, says_how_to_publish: bool) -> Path:
+    """Returns the adapter's directory."""
     from loramux.terminal.training_bar import COLUMN, TrainingBar
     from loramux_trainer.interrupt import stop_on_signals
     from loramux_trainer.run import train
@@ -60,12 +82,15 @@ def _train_one(job: TrainConfig, *, resume: bool, as_json: bool) -> None:
         result = train(job, resume=resume, progress=TrainingBar(bar, job.output.name), stop=stop)
     if as_json:
         print_json(result)
-        return
+        return result.output
     print(_described(result))
-    print(f"publish it with: loramux adapters push {result.output}")
+    if says_how_to_publish:
+        print(f"publish it with: loramux adapters push {result.output}")
+    return result.output
 
 
-def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
+def _train_several(file: JobFile, *, resume: bool, as_json: bool, says_how_to_publish: bool) -> Path:
+    """Returns the directory of the best adapter, or of the first one."""
     from rich.console import Console
 
     from loramux.terminal.training_table import TrainingTable
@@ -75,6 +100,9 @@ def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
     names = [job.run_name for job in file.jobs]
     with stop_on_signals(_say_stopping) as stop, TrainingTable(Console(stderr=True), names) as table:
         outcome = train_file(file, resume=resume, progress=table, stop=stop)
+    chosen = next(iter(outcome.results.values()), None)
+    if outcome.best is not None:
+        chosen = outcome.results[outcome.best.run]
     if as_json:
         print_json(outcome)
     else:
@@ -82,16 +110,17 @@ def _train_several(file: JobFile, *, resume: bool, as_json: bool) -> None:
             print(_described(result))
         for name, why in outcome.stopped.items():
             print(f"{name}: stopped at {why}")
-        published = next(iter(outcome.results.values()), None)
         if outcome.best is not None:
             print(f"best: {outcome.best.describe()}")
-            published = outcome.results[outcome.best.run]
-        if published is not None:
-            print(f"publish {'it' if outcome.best else 'one'} with: loramux adapters push {published.output}")
+        if chosen is not None and says_how_to_publish:
+            print(f"publish {'it' if outcome.best else 'one'} with: loramux adapters push {chosen.output}")
     for name, why in outcome.failures.items():
         say(f"{name} has no adapter: {why}")
-    if outcome.failures:
+    if outcome.failures or chosen is None:
         raise typer.Exit(1)
+    if outcome.best is None and not says_how_to_publish:
+        raise CommandError("the sweep has no best to publish: its jobs have no eval loss that could be compared")
+    return chosen.output
 
 
 def _described(result: TrainResult) -> str:
