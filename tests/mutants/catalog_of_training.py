@@ -69,7 +69,7 @@ TRAINING_MUTANTS = (
     ),
     Mutant(
         "the worst of a sweep goes on", TRAINER + "halving.py",
-        "if names[run] not in kept]", "if names[run] in kept]",
+        "if name not in kept:", "if name in kept:",
         (TESTS + "test_train_file.py",),
     ),
     Mutant(

@@ -85,6 +85,16 @@ def test_a_common_key_that_no_job_reads_is_refused_and_so_is_an_own_one() -> Non
         ({"jobs": [{"name": "a/b"}]}, "jobs[0].name", "must be 1 to 64 letters"),
         ({"jobs": [{"name": "a", "output": "x"}, {"name": "a"}]}, "name", "two jobs have a"),
         ({"jobs": [{"name": "a"}, {"name": "b", "output": "out/a"}]}, "output", "two jobs have out/a"),
+        (
+            {"jobs": [{"name": "a", "output": "x/../out/b"}, {"name": "b"}]},
+            "output",
+            "two jobs have out/b, one of them as x/../out/b",
+        ),
+        (
+            {"jobs": [{"name": "a", "output": "out"}, {"name": "checkpoints"}]},
+            "output",
+            "out/checkpoints is where the job of out keeps its checkpoints",
+        ),
         ({"jobs": [{"name": "a", "model": "org/other"}, {"name": "b"}]}, "model", "must be the same in all jobs"),
         ({"jobs": [{"name": "a", "lora": {"rank": 0}}]}, "jobs[0].lora.rank", "must be at least 1"),
         ({"jobs": [{"name": "a", "lora_r": 0}]}, "jobs[0].lora_r", "must be at least 1"),
@@ -98,6 +108,19 @@ def test_a_common_key_that_no_job_reads_is_refused_and_so_is_an_own_one() -> Non
         ({"sweep": {}}, "sweep.parameters", "is required"),
         ({"sweep": {"parameters": {"lora.rank": 4}}}, "sweep.parameters", "lora.rank must be a list of values"),
         ({"sweep": {"parameters": {"lora.rank": [4, 4]}}}, "sweep.parameters", "a value is given twice"),
+        (
+            {"sweep": {"parameters": {"lora.rank": [4, 4.0]}}},
+            "sweep.parameters",
+            "rank-4 and rank-4.0 are the same job",
+        ),
+        ({"sweep": {"parameters": {"lora.alpha": [16, "16"]}}}, "sweep.parameters", "are the same job"),
+        ({"sweep": {"parameters": {"training.optim": ["adamw", "adamw_torch"]}}}, "sweep.parameters", "the same job"),
+        (
+            {"sweep": {"parameters": {"method": ["lora", "rslora"], "lora.use_rslora": [True]}}},
+            "sweep.parameters",
+            "the same job",
+        ),
+        ({"sweep": {"parameters": {"lora.rank": [4]}, "seed": 3}}, "sweep.seed", "a grid draws nothing"),
         ({"sweep": {"parameters": {"lora.rank": [4, 0]}}}, "sweep.parameters.lora.rank", "must be at least 1, not 0"),
         ({"sweep": {"parameters": {"lora.rnk": [4]}}}, "sweep.parameters.lora.rnk", "did you mean rank?"),
         ({"sweep": {"parameters": {"output": ["a"]}}}, "sweep.parameters.output", "has its own already"),
@@ -145,7 +168,25 @@ def test_a_common_key_that_no_job_reads_is_refused_and_so_is_an_own_one() -> Non
         (
             {"sweep": {"parameters": {"loss": ["sft", "dpo"]}, "successive_halving": {"min_steps": 4}}},
             "sweep.successive_halving",
-            "different losses",
+            "another loss.name",
+        ),
+        (
+            {
+                "loss": "dpo",
+                "sweep": {"parameters": {"loss.beta": [0.1, 0.5]}, "successive_halving": {"min_steps": 4}},
+            },
+            "sweep.successive_halving",
+            "another loss.beta",
+        ),
+        (
+            {"sweep": {"parameters": {"data.max_length": [64, 128]}, "successive_halving": {"min_steps": 4}}},
+            "sweep.successive_halving",
+            "another data.max_length",
+        ),
+        (
+            {"sweep": {"parameters": {"training.seed": [1, 2]}, "successive_halving": {"min_steps": 4}}},
+            "sweep.successive_halving",
+            "another training.seed",
         ),
         (
             {
@@ -204,6 +245,15 @@ def test_presets_methods_and_lists_can_be_swept() -> None:
     assert [(job.method, job.lora.rank) for job in file.jobs] == [("lora", 4), ("ia3", 16)]
     file = sweep(parameters={"lora.target_modules": [["q_proj", "v_proj"], "all-linear"]})
     assert [job.name for job in file.jobs] == ["target_modules-q_proj_v_proj", "target_modules-all-linear"]
+
+
+def test_seeds_of_a_configuration_may_hold_out_other_records_and_a_file_of_its_own_needs_no_seed() -> None:
+    halving = {"min_steps": 4}
+    sweep(parameters={"lora.rank": [4, 8]}, repeat=2, successive_halving=halving)
+    data = {"train": "t.jsonl", "eval": "e.jsonl"}
+    parse(data=data, sweep={"parameters": {"training.seed": [1, 2]}, "successive_halving": halving})
+    assert sweep(parameters={"training.seed": [1, 2]}).incomparable_by == "training.seed"
+    assert sweep(parameters={"lora.rank": [4, 8]}, repeat=2).incomparable_by is None
 
 
 def test_a_drawn_sweep_is_the_same_each_time_and_another_with_another_seed() -> None:

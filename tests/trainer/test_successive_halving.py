@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loramux_trainer.halving import Halving, best_of
+from loramux_trainer.halving_record import HalvingRecord
+from loramux_trainer.schema.sweep_config import HalvingConfig
 from loramux_trainer.successive_halving import Rung, configuration_losses, ranked, rungs, survivors
 
 NAMES = st.text("abc", min_size=1, max_size=3)
@@ -36,6 +40,21 @@ def test_seeds_count_together() -> None:
     losses = configuration_losses({"a-0": 1.0, "a-1": 2.0, "b-0": 0.1, "b-1": math.inf}, configurations)
     assert losses["a"] == 1.5
     assert survivors(losses, 2) == ("a",)
+
+
+def test_a_configuration_of_which_a_seed_diverged_is_neither_kept_nor_the_best(tmp_path: Path) -> None:
+    configurations = {"a-0": "a", "a-1": "a", "b-0": "b", "b-1": "b", "c-0": "c", "c-1": "c"}
+    losses = {"a-0": 0.1, "b-0": 1.0, "b-1": 2.0, "c-0": 3.0, "c-1": 3.0}  # a-1 has diverged
+    best = best_of(losses, configurations)
+    assert best is not None
+    assert (best.name, best.run, best.loss, best.next_name) == ("b", "b-0", 1.5, "c")
+    record = HalvingRecord(tmp_path / "record.json", {})
+    halving = Halving(HalvingConfig(2, 3), configurations, dict.fromkeys(configurations, 6), record)
+    assert halving.decide(2, losses) == {
+        "a-0": "step 2: eval loss 0.1000 counts for nothing, as another seed has none",
+        "c-0": "step 2: eval loss 3.0000 was not enough",
+        "c-1": "step 2: eval loss 3.0000 was not enough",
+    }
 
 
 @pytest.mark.parametrize("wrong", [{"eta": 1}, {"min_steps": 0}, {"candidates": 0}, {"total_steps": 0}])

@@ -134,7 +134,10 @@ class FleetRun:
         best = None
         if self._file.sweep is not None:
             ended = {name: each.eval_loss for name, each in self._results.items() if each.eval_loss is not None}
-            best = best_of(ended, self._file.configurations)
+            if (key := self._file.incomparable_by) is None:
+                best = best_of(ended, self._file.configurations)
+            elif ended:
+                self._progress.warned(f"no best is named: eval losses mean another thing with another {key}")
         return FleetOutcome(self._results, self._failures, self._stopped, best)
 
     def _train(self, checkpoints: dict[Path, Path], stop: threading.Event) -> None:

@@ -35,7 +35,7 @@ class Best:
 
 def best_of(losses: Mapping[str, float], configurations: Mapping[str, str]) -> Best | None:
     """`losses`: run's name -> last eval loss, of runs that ended. None where no configuration has a finite one."""
-    means = configuration_losses(losses, configurations)
+    means = configuration_losses(_with_missing(losses, configurations), configurations)
     order = [name for name in ranked(means) if math.isfinite(means[name])]
     if not order:
         return None
@@ -74,13 +74,26 @@ class Halving:
         return step in self._rungs and not self._record.is_decided(step)
 
     def decide(self, step: int, losses: Mapping[str, float]) -> Mapping[str, str]:
-        """Runs that stop after this step by their eval losses, and why; those that diverged have none and are gone
-        already. Raises OSError where that cannot be kept.
+        """Runs that stop after this step by their eval losses, and why; those that diverged have none, are gone
+        already, and take the other seeds of their configurations with them. Raises OSError where that cannot be kept.
         """
-        names = {run: self._configurations[run] for run in losses}
-        means = configuration_losses(losses, names)
+        means = configuration_losses(_with_missing(losses, self._configurations), self._configurations)
         kept = set(survivors(means, self._rungs[step]))
-        losers = [run for run in losses if names[run] not in kept]
-        why = {run: f"step {step}: eval loss {losses[run]:.4f} was not enough" for run in losers}
+        why: dict[str, str] = {}
+        for run in losses:
+            name = self._configurations[run]
+            if name not in kept:
+                alone = math.isfinite(losses[run]) and not math.isfinite(means[name])
+                reason = "counts for nothing, as another seed has none" if alone else "was not enough"
+                why[run] = f"step {step}: eval loss {losses[run]:.4f} {reason}"
         self._record.decide(step, why)
         return why
+
+
+def _with_missing(losses: Mapping[str, float], configurations: Mapping[str, str]) -> dict[str, float]:
+    """NaN for a run that has no loss where its configuration's other seeds have one: it diverged, or could not go on.
+
+    A mean over the seeds that are left would be compared with means over all.
+    """
+    there = {configurations[run] for run in losses}
+    return {run: losses.get(run, math.nan) for run, name in configurations.items() if name in there}

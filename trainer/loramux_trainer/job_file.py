@@ -6,12 +6,16 @@ that job does not.
 
 from __future__ import annotations
 
+import json
+import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loramux_adapters.validation import ValuesInvalid, read
+from loramux_trainer.checkpoints import CHECKPOINTS
+from loramux_trainer.comparison import differing_key
 from loramux_trainer.errors import JobInvalid, KeyRenamed, Problems, SeveralInvalid
 from loramux_trainer.job import TrainConfig, parse_job, read_values
 from loramux_trainer.schema.effect import without_effect
@@ -45,6 +49,14 @@ class JobFile:
         _check_together(self.jobs)
         if self.sweep is not None and self.sweep.successive_halving is not None:
             _check_halving(self.jobs, self.fleet)
+            if (key := self.incomparable_by) is not None:
+                why = f"compares jobs by their eval losses, which mean another thing with another {key}"
+                raise JobInvalid("sweep.successive_halving", why, remedy="give all jobs the same, or remove it")
+
+    @property
+    def incomparable_by(self) -> str | None:
+        """The key that keeps eval losses of a sweep's configurations from being compared; None where they can be."""
+        return differing_key(self.jobs, self.configurations)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,9 @@ def parse_job_file(values: Mapping[str, Any], *, root: Path = Path()) -> JobFile
         return JobFile((parse_job(common, root=root),), fleet)
     config = _section(SweepConfig, sweep, "sweep")
     members, configurations = _swept(config, common)
-    return JobFile(_several(common, members, root), fleet, config, configurations)
+    swept = _several(common, members, root)
+    _check_distinct(swept)
+    return JobFile(swept, fleet, config, configurations)
 
 
 def _section(section: type[T], values: object, at: str) -> T:
@@ -175,21 +189,39 @@ def _check_together(jobs: Sequence[TrainConfig]) -> None:
         values = {str(getattr(getattr(job, section) if section else job, name)) for job in jobs}
         if len(values) > 1:
             problems.add(JobInvalid(key, f"must be the same in all jobs of a file, not {', '.join(sorted(values))}"))
-    for key in ("name", "output"):
-        seen: set[str] = set()
-        for job in jobs:
-            value = str(getattr(job, key))
-            if value in seen:
-                problems.add(JobInvalid(key, f"two jobs have {value}; give each its own"))
-            seen.add(value)
+    names: set[str] = set()
+    outputs: dict[str, Path] = {}
+    for job in jobs:
+        if job.run_name in names:
+            problems.add(JobInvalid("name", f"two jobs have {job.run_name}; give each its own"))
+        names.add(job.run_name)
+        place = os.path.realpath(job.output)  # one directory has many names
+        if place in outputs:
+            also = "" if outputs[place] == job.output else f", one of them as {outputs[place]}"
+            problems.add(JobInvalid("output", f"two jobs have {job.output}{also}; give each its own"))
+        outputs.setdefault(place, job.output)
+    kept = {os.path.join(place, CHECKPOINTS): output for place, output in outputs.items()}
+    for place, output in outputs.items():
+        for above in (place, *map(str, Path(place).parents)):
+            if above in kept:
+                problems.add(JobInvalid("output", f"{output} is where the job of {kept[above]} keeps its checkpoints"))
     problems.raise_any()
+
+
+def _check_distinct(jobs: Sequence[TrainConfig]) -> None:
+    """Values may be different words for one thing (8 and 8.0, adamw and adamw_torch, lora with rslora's scale)."""
+    seen: dict[str, str] = {}
+    for job in jobs:
+        facts = {key: value for key, value in job.to_dict().items() if key not in ("name", "output")}
+        first = seen.setdefault(json.dumps(facts, sort_keys=True), job.run_name)
+        if first != job.run_name:
+            why = f"{first} and {job.run_name} are the same job; remove one, or train it with several seeds by repeat"
+            raise JobInvalid("sweep.parameters", why)
 
 
 def _check_halving(jobs: Sequence[TrainConfig], fleet: FleetConfig) -> None:
     if any(job.data.eval is None and not job.data.eval_fraction for job in jobs):
         raise JobInvalid("sweep.successive_halving", "needs data.eval or data.eval_fraction to compare jobs by")
-    if len({job.loss.name for job in jobs}) > 1:
-        raise JobInvalid("sweep.successive_halving", "cannot compare jobs with different losses")
     if fleet.max_members is not None and fleet.max_members < len(jobs):
         why = f"{fleet.max_members} of {len(jobs)} jobs at a time cannot be compared at a rung; remove it"
         raise JobInvalid("fleet.max_members", why)

@@ -38,7 +38,7 @@ def _drawn(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
     trials = sweep.trials or 0
     if trials * sweep.repeat > MAX_JOBS:
         raise JobInvalid("sweep.trials", f"make {trials * sweep.repeat} jobs; at most {MAX_JOBS} can be in one file")
-    chance, seen = random.Random(sweep.seed), set[str]()
+    chance, seen = random.Random(sweep.seed or 0), set[str]()
     for _ in range(trials * _DRAWS):
         if len(seen) == trials:
             return

@@ -77,7 +77,7 @@ class SweepConfig(Section):
     parameters: Annotated[Mapping[str, Any], BeforeValidator(_parameters)]
     search: Literal["grid", "random"] = "grid"
     trials: Count | None = None
-    seed: Annotated[Whole, Field(ge=0)] = 0  # of the drawing; jobs have training.seed
+    seed: Annotated[Whole, Field(ge=0)] | None = None  # of the drawing, None: 0; jobs have training.seed
     repeat: Count = 1
     successive_halving: HalvingConfig | None = None
 
@@ -86,6 +86,8 @@ class SweepConfig(Section):
             raise JobInvalid("sweep.trials", "is required with search: random")
         if self.search == "grid" and self.trials is not None:
             raise JobInvalid("sweep.trials", "a grid has every combination; remove it, or use search: random")
+        if self.search == "grid" and self.seed is not None:
+            raise JobInvalid("sweep.seed", "a grid draws nothing; remove it: the jobs' own is training.seed")
         for key, values in self.parameters.items():
             if self.search == "grid" and isinstance(values, Range):
                 raise JobInvalid(f"sweep.parameters.{key}", "a grid needs a list of values; or use search: random")
