@@ -61,6 +61,17 @@ def test_a_row_is_named_by_its_number(tmp_path: Path) -> None:
 
 
 @needs_pyarrow
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["label", "text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataInvalid, match=r"t\.parquet: the column 'text' is there twice"):
+        list(read_records(tmp_path / "t.parquet"))
+
+
+@needs_pyarrow
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = _write(tmp_path / "t.arrow", "stream", VALUES)
     path.write_bytes(path.read_bytes()[:-3000])

@@ -78,6 +78,13 @@ def test_a_table_gives_its_rows_with_their_lines(tmp_path: Path) -> None:
         ("t.csv", "a,a\n1,2\n", "t.csv:1: the column 'a' is there twice"),
         ("t.csv", "a;b\n1;2\n", "t.csv:1: one column, 'a;b': columns are separated by ',' here, not ';'"),
         ("t.tsv", "a,b\n1,2\n", "t.tsv:1: one column, 'a,b': columns are separated by '\\t' here, not ','"),
+        ("t.csv", ",a\n0,1\n", "t.csv:1: column 1 has no name: give it one, or leave it out (pandas: index=False)"),
+        (
+            "t.csv",
+            "prompt,chosen\nx,\"[{'content': 'a', 'role': 'user'}]\"\n",
+            "t.csv:2: chosen has messages as Python prints them: write them with json.dumps",
+        ),
+        ("t.csv", 'chosen\n"[{""role"": ""user"", ""content"": 1"\n', "t.csv:2: not JSON"),
         ("t.csv", 'a,b\n1,2\n"x,3\n', "t.csv:3: not a table that can be read"),
         ("t.csv", "a,b\n", "t.csv: has no record"),
         ("t.csv", "", "t.csv: has no record"),
@@ -87,6 +94,16 @@ def test_a_broken_table_is_named_with_its_line(tmp_path: Path, name: str, text: 
     with pytest.raises(DataInvalid) as caught:
         _read(tmp_path, name, text)
     assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(says)
+
+
+def test_messages_in_a_cell_are_messages_and_other_json_is_text(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": 'say "x"\n'}], [{"from": "human", "value": "ä"}, {"from": "gpt", "value": "b"}]
+    texts = ['[{"value": 3, "unit": "m"}]', '{"role": "user", "content": "a"}', "[{'value': 3}]", "[1]"]
+    cells = [*map(json.dumps, turns), *texts]
+    with (tmp_path / "t.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["a", "b", "c", "d", "e", "f"], cells])
+    [(_, value)] = read_values(tmp_path / "t.csv")
+    assert list(value.values()) == [*turns, *texts]
 
 
 def test_json_lines_by_the_name_of_a_table_are_read(tmp_path: Path) -> None:

@@ -86,6 +86,15 @@ def test_turns_of_sharegpt_are_messages() -> None:
         ({"instruction": "a"}, "output is empty or no string"),
         ({"instruction": "a", "input": 3, "output": "b"}, "instruction, input, system must be strings"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history is not a key that training reads"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "instruction, input, system must be strings"),
+        (
+            {"conversations": [{"from": ["human"], "value": "a"}]},
+            r"conversations\[0\]\.from must be one of system, human",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": "f", "parameters": {"x": 1}}'}]},
+            r"conversations\[0\]\.value: parameters is not a key that training reads \(name, arguments\)",
+        ),
         ({"conversations": []}, "conversations must be a non-empty list"),
         ({"conversations": [{"from": "boss", "value": "a"}]}, r"conversations\[0\]\.from must be one of system, human"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\] needs a role and a content string"),

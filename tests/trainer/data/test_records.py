@@ -88,6 +88,8 @@ def test_keys_that_say_nothing_are_passed_over() -> None:
         ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers, input_ids has 2"),
         ({"input_ids": [1, 2], "labels": [1, 3]}, r"labels\[1\] is 3: it must be input_ids\[1\], or -100 for no loss"),
         ({"input_ids": [1, 2], "attention_mask": [0, 1]}, "leave the padding out of input_ids"),
+        ({"input_ids": [1, 2], "completion_mask": [-100, 1]}, "completion_mask must have 0 and 1 only, not -100"),
+        ({"text": "a", "\ud800": 1}, r"the key '\\ud800' has half a character at position 0"),
         ({"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [0, 1]}, "either labels or completion_mask, not"),
         ({"messages": "[{"}, "messages is not JSON that can be read"),
     ],

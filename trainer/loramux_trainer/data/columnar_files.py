@@ -50,6 +50,9 @@ def read_columnar(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for file_path in files:
         try:
             for batch in _batches(file_path):
+                names = batch.schema.names
+                if len(set(names)) < len(names):
+                    raise DataInvalid(path, 0, f"the column {max(names, key=names.count)!r} is there twice")
                 for start in range(0, batch.num_rows, _ROWS):
                     for value in batch.slice(start, _ROWS).to_pylist():
                         row += 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ _TABLES: Final = {".csv": ",", ".tsv": "\t"}
 _BLANK: Final = " \t\r\n"
 # csv refuses longer cells than 128 KiB by default: a conversation may be longer.
 _LONGEST_CELL: Final = 2**31 - 1
+_TURNS: Final = ({"role", "content"}, {"from", "value"})
+# How a list of messages, or of ShareGPT's turns, begins.
+_MESSAGES: Final = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
+_PYTHON_MESSAGES: Final = re.compile(r"\s*\[\s*\{\s*('role'|'content'(?=.*'role')|'from'(?=.*'value'))\s*:", re.DOTALL)
 
 
 def read_values(path: Path, problems: Problems | None = None) -> Iterator[tuple[int, Any]]:
@@ -135,16 +140,31 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
                     continue
                 if len(row) != len(header):
                     raise DataInvalid(path, begin, f"has {len(row)} cells, the first line names {len(header)} columns")
-                yield begin, dict(zip(header, row, strict=True))
+                yield begin, {name: _opened(path, begin, name, cell) for name, cell in zip(header, row, strict=True)}
         except csv.Error as error:
             raise DataInvalid(path, rows.line_num, f"not a table that can be read: {error}") from error
+
+
+def _opened(path: Path, line: int, name: str, cell: str) -> Any:
+    """Messages in a cell, which can only hold them as JSON; any other text as it is."""
+    if _PYTHON_MESSAGES.match(cell):
+        raise DataInvalid(path, line, f"{name} has messages as Python prints them: write them with json.dumps")
+    if not _MESSAGES.match(cell):
+        return cell
+    value = _located(path, line, cell)
+    are_turns = all(isinstance(turn, dict) and any(pair <= turn.keys() for pair in _TURNS) for turn in value)
+    return value if are_turns else cell
 
 
 def _check_header(path: Path, line: int, header: list[str], delimiter: str) -> list[str]:
     names = [name.strip() for name in header]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
+    if twice:
         raise DataInvalid(path, line, f"the column {twice!r} is there twice")
+    if "" in names:
+        raise DataInvalid(
+            path, line, f"column {names.index('') + 1} has no name: give it one, or leave it out (pandas: index=False)"
+        )
     other = next((sign for sign in ",;\t|" if sign != delimiter and sign in names[0]), None)
     if len(names) == 1 and other is not None:
         rule = f"columns are separated by {delimiter!r} here, not {other!r}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
+from loramux_trainer.data.record_messages import refuse_unread
 from loramux_trainer.data.record_types import RecordInvalid
 
 INSTRUCTION_KEYS: Final = ("instruction", "input", "system")
@@ -36,7 +37,7 @@ _CALL: Final = "function_call"
 
 def instruction_prompt(value: Mapping[str, Any], form: Literal["chat", "alpaca"]) -> str | list[dict[str, str]]:
     """The prompt of an Alpaca record: Stanford's text, or messages. Raises RecordInvalid."""
-    instruction, given, system = (value.get(key) or "" for key in INSTRUCTION_KEYS)
+    instruction, given, system = ("" if value.get(key) is None else value[key] for key in INSTRUCTION_KEYS)
     if not all(isinstance(text, str) for text in (instruction, given, system)):
         raise RecordInvalid(f"{', '.join(INSTRUCTION_KEYS)} must be strings")
     if not instruction:
@@ -68,7 +69,7 @@ def _as_message(where: str, turn: Any) -> Any:
     others = {key: content for key, content in turn.items() if key not in ("from", "value")}
     if role == _CALL:
         return {"role": "assistant", "content": None, "tool_calls": _calls(where, value), **others}
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise RecordInvalid(f"{where}.from must be one of {', '.join((*_ROLES, _CALL))}, not {role!r}")
     return {"role": _ROLES[role], "content": value, **others}
 
@@ -82,6 +83,8 @@ def _calls(where: str, value: Any) -> list[dict[str, Any]]:
     listed = calls if isinstance(calls, list) else [calls]
     if not listed or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in listed):
         raise RecordInvalid(f"{where}.value must be the JSON of a call: name and arguments")
+    for call in listed:
+        refuse_unread(call, ("name", "arguments"), f"{where}.value: ")
     return [
         {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
         for call in listed

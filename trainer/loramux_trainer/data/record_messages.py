@@ -64,6 +64,7 @@ def refuse_half_characters(where: str, value: Any) -> None:
     """JSON can contain half of a surrogate pair, which no tokenizer accepts."""
     if isinstance(value, Mapping):
         for key, content in value.items():
+            refuse_half_characters(f"{where}: the key {key!a}" if where else f"the key {key!a}", key)
             refuse_half_characters(f"{where}.{key}" if where else key, content)
     elif isinstance(value, list):
         for index, content in enumerate(value):

@@ -181,7 +181,13 @@ def _parse_tokens(value: Mapping[str, Any], data: DataConfig | None) -> Record:
                 f"labels[{wrong}] is {labels[wrong]}: it must be input_ids[{wrong}], or {IGNORE} for no loss"
             )
         return Tokens(ids, labels)
-    learned = [all(flags) for flags in zip(*(_whole_numbers(value, key, len(ids)) for key in masks), strict=True)]
+    flags = [_whole_numbers(value, key, len(ids)) for key in masks]
+    for key, given in zip(masks, flags, strict=True):
+        if not {0, 1}.issuperset(given):
+            raise RecordInvalid(
+                f"{key} must have 0 and 1 only, not {next(each for each in given if each not in (0, 1))}"
+            )
+    learned = [all(each) for each in zip(*flags, strict=True)]
     return Tokens(ids, tuple(i if yes else IGNORE for i, yes in zip(ids, learned or [True] * len(ids), strict=True)))
 
 
