@@ -69,6 +69,12 @@ def test_a_home_directory_is_written_with_a_tilde(tmp_path: Path, monkeypatch: p
         ),
         ({"training": {"betas": [0.9]}}, "training.betas", "must have 2 items"),
         ({"training": {"betas": [0.9, 1.0]}}, "training.betas[1]", "must be below 1"),
+        (
+            {"training": {"max_steps": 9, "num_train_epochs": 2}},
+            "training.num_train_epochs",
+            "max_steps is in its place",
+        ),
+        ({"method": "galore", "training": {"weight_decay": 0.1}}, "training.weight_decay", "decays the frozen weight"),
         ({"training": {"max_steps": 10, "warmup_steps": 10}}, "training.warmup_steps", "leaves none of 10"),
         ({"checkpoint": {"save_total_limit": 0}}, "checkpoint.save_total_limit", "must be at least 1"),
         ({"surprise": 1}, "surprise", "unknown key"),

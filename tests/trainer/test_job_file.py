@@ -214,6 +214,17 @@ def test_jobs_made_in_python_are_checked_too() -> None:
         JobFile((first, parse_job({**COMMON, "model": "org/other", "output": "other"})))
 
 
+def test_epochs_of_the_file_are_for_jobs_without_steps_of_their_own() -> None:
+    jobs = [{"name": "a"}, {"name": "b", "training": {"max_steps": 5}}]
+    first, second = parse(jobs=jobs, num_train_epochs=2).jobs
+    assert (first.training.num_train_epochs, first.training.max_steps, second.training.max_steps) == (2, None, 5)
+    jobs = [{"name": "a"}, {"name": "b", "training": {"num_train_epochs": 2}}]
+    [(field, why)] = refusals(jobs=jobs, max_steps=5)
+    assert (field, "set max_steps to null" in why) == ("jobs[1].training.num_train_epochs", True)
+    jobs[1]["training"] = {"num_train_epochs": 2, "max_steps": None}
+    assert [job.training.max_steps for job in parse(jobs=jobs, max_steps=5).jobs] == [5, None]
+
+
 def test_a_mistake_in_a_common_key_is_named_once() -> None:
     jobs = [{"name": "a"}, {"name": "b", "lora": {"rank": 0}}]
     assert [field for field, _ in refusals(jobs=jobs, training={"seed": -1})] == ["training.seed", "jobs[1].lora.rank"]

@@ -96,6 +96,10 @@ def _reason(section: str, name: str, value: Any, job: Mapping[str, Any], method:
     if section == "training.lr_scheduler_kwargs":
         readers = tuple(kind for kind, options in OPTIONS.items() if name in options)
         return None if schedule not in OPTIONS or schedule in readers or not readers else _not_read(schedule, readers)
+    if name == "num_train_epochs" and training.get("max_steps") is not None:
+        return "training.max_steps is in its place; remove one of them, or set max_steps to null"
+    if name == "weight_decay" and value != 0 and method == "galore":
+        return "GaLore's decays the frozen weight, which is not written to here; remove it"
     if name == "warmup_steps" and value != 0 and schedule == "constant":
         return "constant has no warm-up; remove it, or use constant_with_warmup"
     if name == "weight_decay" and value != 0 and method in _WITHOUT_DECAY:
