@@ -43,7 +43,7 @@ def test_options_are_read() -> None:
 @pytest.mark.parametrize(
     ("loss", "key", "says"),
     [
-        ("ppo", "loss.name", "must be one of sft, dpo, kto, orpo, not 'ppo'"),
+        ("ppo", "loss.name", "must be one of sft, dpo, kto, orpo, grpo, reward, not 'ppo'"),
         (3, "loss", "must be a mapping of name, loss_type, beta"),
         ({"name": "dpo", "loss_tpye": "ipo"}, "loss.loss_tpye", "did you mean loss_type?"),
         ({"name": "dpo", "loss_type": "discopop"}, "loss.loss_type", "of dpo must be one of sigmoid, sigmoid_norm"),
@@ -51,7 +51,7 @@ def test_options_are_read() -> None:
         ({"name": "dpo", "loss_type": ["sigmoid"]}, "loss.loss_type", "must be a non-empty string"),
         ({"name": "kto", "loss_type": "sigmoid"}, "loss.loss_type", "of kto must be one of kto, apo_zero_unpaired"),
         ({"name": "orpo", "loss_type": "sigmoid"}, "loss.loss_type", "is not read by loss orpo, but by sft, dpo, kto"),
-        ({"beta": 0.1}, "loss.beta", "is not read by loss sft, but by dpo, kto, orpo: leave it out"),
+        ({"beta": 0.1}, "loss.beta", "is not read by loss sft, but by dpo, kto, orpo, grpo: leave it out"),
         ({"name": "dpo", "beta": 0}, "loss.beta", "must be above 0"),
         ({"name": "dpo", "desirable_weight": 1}, "loss.desirable_weight", "is not read by loss dpo, but by kto"),
         (

@@ -21,7 +21,7 @@ from loramux_adapters.tokenization import find_chat_template
 from loramux_adapters.weights import AdapterWeights
 from loramux_trainer.base_reading import BaseReading
 from loramux_trainer.data.examples import Example
-from loramux_trainer.data.record_types import Conversation, RecordInvalid
+from loramux_trainer.data.record_types import RecordInvalid
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.parts import StepParts
 
@@ -91,5 +91,5 @@ def _conversation(reading: BaseReading) -> tuple[list[int] | None, str]:
         return None, ""
     ids: list[int] | None = None
     with suppress(RecordInvalid):  # templates refuse what they like
-        ids = reading.encoder.encode_question(Conversation(CONVERSATION, ()))
+        ids = reading.encoder.encode_prompt(CONVERSATION)
     return ids, hashlib.sha256(template.encode()).hexdigest()

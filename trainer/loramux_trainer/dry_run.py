@@ -9,7 +9,14 @@ from pathlib import Path
 
 from loramux_trainer.errors import ModelInvalid, Problems
 from loramux_trainer.job import TrainConfig
-from loramux_trainer.preflight import check_given_device, check_paths, check_records, find_model, is_readable
+from loramux_trainer.preflight import (
+    check_engine,
+    check_given_device,
+    check_paths,
+    check_records,
+    find_model,
+    is_readable,
+)
 from loramux_trainer.schedule import warmup_length
 
 
@@ -21,6 +28,7 @@ def check_whole_job(job: TrainConfig, *, resume: bool) -> bool:
         check_given_device(job)
     with problems.collecting():
         files = find_model(job)
+    check_engine(job, problems)
     check_paths(job, problems, resume=resume)
     if files is None:
         check_records(job, problems)
@@ -36,6 +44,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
     from loramux_trainer.batches import StepOrder
     from loramux_trainer.data.check import check_data
     from loramux_trainer.data.dataset import check_context
+    from loramux_trainer.data.prompts import encode_prompts
     from loramux_trainer.targets import modules_of
 
     try:
@@ -48,6 +57,10 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
         modules_of(job, base.outline)
     if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
         check_records(job, problems)
+        return
+    if job.loss.name == "grpo":
+        with problems.collecting():
+            encode_prompts(job.data, base.encoder, base.outline.context_length, job.loss.longest_completion)
         return
     with problems.collecting():
         lengths = check_data(job.data, base.encoder, seed=job.training.seed, loss=job.loss)

@@ -79,12 +79,15 @@ class BaseChanged(TrainerError):
 class Interrupted(TrainerError):
     """The run was stopped on request; resume continues from `checkpoints`, none where no step had been taken."""
 
-    def __init__(self, checkpoints: Sequence[Path]) -> None:
+    def __init__(
+        self, checkpoints: Sequence[Path], said: str = "stopped before the first step; nothing is saved"
+    ) -> None:
+        """`said` where there is no checkpoint."""
         several = f" and {len(checkpoints) - 1} more" if len(checkpoints) > 1 else ""
         if checkpoints:
             super().__init__(f"stopped after saving {checkpoints[0]}{several}; run again with --resume to continue")
         else:
-            super().__init__("stopped before the first step; nothing is saved")
+            super().__init__(said)
         self.checkpoints = tuple(checkpoints)
 
 

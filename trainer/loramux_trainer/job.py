@@ -31,6 +31,7 @@ from loramux_trainer.schema.adapter_config import (
 )
 from loramux_trainer.schema.data_config import DataConfig
 from loramux_trainer.schema.effect import Init, Method, without_effect
+from loramux_trainer.schema.engine import Engine, unread_by_engine
 from loramux_trainer.schema.fields import Count
 from loramux_trainer.schema.keys import CALLED, RENAMED, RENAMED_VALUES, canonical, hints
 from loramux_trainer.schema.loss_config import LossChoice, LossConfig
@@ -79,6 +80,7 @@ class TrainConfig(Section):
     output: FilePath
     data: DataConfig
     name: Text | None = None
+    engine: Engine = "fleet"
     method: Method = "lora"
     init: Init = "A"
     loss: LossChoice = field(default_factory=LossConfig)
@@ -96,12 +98,17 @@ class TrainConfig(Section):
         for name, section in _SECTIONS.items():  # made in Python, they have not been looked at
             with problems.collecting():
                 _read(section, vars(getattr(self, name)), at=name)
-        for key, choices in (("method", get_args(Method)), ("init", get_args(Init))):
+        for key, choices in (
+            ("engine", get_args(Engine)),
+            ("method", get_args(Method)),
+            ("init", get_args(Init)),
+        ):
             if getattr(self, key) not in choices:
                 value = getattr(self, key)
                 problems.add(JobInvalid(key, f"must be one of {', '.join(choices)}, not {value!r}"))
         problems.raise_any()
-        for key, why in without_effect(self._changed()):
+        changed = self._changed()
+        for key, why in (*without_effect(changed), *unread_by_engine(changed)):
             problems.add(JobInvalid(key, why))
         problems.raise_any()
         if self.name is None:
@@ -152,9 +159,12 @@ class TrainConfig(Section):
 
     def _changed(self) -> dict[str, Any]:
         """The values that are not the defaults, by section, and those that say which others take effect."""
-        changed: dict[str, Any] = {"method": self.method, "init": None if self.init == "A" else self.init}
-        for name, section in (*SHAPES.items(), ("training", OptimConfig)):
-            values, defaults = vars(getattr(self, name)), vars(cast("type[Section]", section)())
+        init = None if self.init == "A" else self.init
+        changed: dict[str, Any] = {"engine": self.engine, "method": self.method, "init": init}
+        sections: dict[str, type[Any]] = {**SHAPES, "training": OptimConfig, "loss": LossConfig}
+        plain = {name: section() for name, section in sections.items()}
+        for name, default in {**plain, "data": DataConfig(self.data.train)}.items():
+            values, defaults = vars(getattr(self, name)), vars(default)
             changed[name] = {key: value for key, value in values.items() if value != defaults[key]}
         changed["training"]["optimizer"] = self.training.optimizer
         return changed
@@ -202,7 +212,10 @@ def parse_job(values: Mapping[str, Any], *, root: Path = Path()) -> TrainConfig:
     # A model given as a path is one only if it exists there: "org/name" stays a hub id.
     local = _located(root, job.model)
     model = str(local) if job.model.startswith((".", "/", "~")) or local.is_dir() else job.model
-    return dataclasses.replace(job, model=model, output=_located(root, job.output), data=data)
+    loss = job.loss
+    if loss.reward_function is not None:
+        loss = dataclasses.replace(loss, reward_function=_beside(root, loss.reward_function))
+    return dataclasses.replace(job, model=model, output=_located(root, job.output), data=data, loss=loss)
 
 
 def _parse(values: Mapping[str, Any]) -> TrainConfig:
@@ -274,6 +287,13 @@ def _read(section: type[T], values: object, at: str = "", spelled: Mapping[str, 
             key = (spelled or {}).get(key, key)
             problems.add(KeyRenamed(key, rule) if key in RENAMED or key in CALLED else JobInvalid(key, rule))
         raise problems.whole() from error
+
+
+def _beside(root: Path, entry_point: str) -> str:
+    """With the path of the module where it lies beside the job; another one is imported from the environment."""
+    module, _, name = entry_point.rpartition(":")
+    file = _located(root, module if module.endswith(".py") else module.replace(".", "/") + ".py")
+    return f"{file}:{name}" if file.is_file() else entry_point
 
 
 def _located(root: Path, path: Path | str) -> Path:

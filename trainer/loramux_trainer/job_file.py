@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # One base in one form, on one device.
 _SHARED = (
-    "model", "training.device", "training.compute_dtype", "training.frozen_products", "training.double_quant",
+    "model", "engine", "training.device", "training.compute_dtype", "training.frozen_products", "training.double_quant",
     "training.deterministic", "training.gradient_checkpointing",
 )  # fmt: skip
 
@@ -47,6 +47,8 @@ class JobFile:
 
     def __post_init__(self) -> None:
         _check_together(self.jobs)
+        if self.jobs[0].engine != "fleet":
+            _check_alone(self)
         if self.sweep is not None and self.sweep.successive_halving is not None:
             _check_halving(self.jobs, self.fleet)
             if (key := self.incomparable_by) is not None:
@@ -217,6 +219,15 @@ def _check_distinct(jobs: Sequence[TrainConfig]) -> None:
         if first != job.run_name:
             why = f"{first} and {job.run_name} are the same job; remove one, or train it with several seeds by repeat"
             raise JobInvalid("sweep.parameters", why)
+
+
+def _check_alone(file: JobFile) -> None:
+    """Of jobs for another engine than the fleet."""
+    engine = file.jobs[0].engine
+    if len(file.jobs) > 1 or file.sweep is not None:
+        raise JobInvalid("engine", f"{engine} trains one job at a time; write a file for each, or use engine: fleet")
+    if file.fleet != FleetConfig():
+        raise JobInvalid("fleet", f"is not read by engine {engine}; remove it")
 
 
 def _check_halving(jobs: Sequence[TrainConfig], fleet: FleetConfig) -> None:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from loramux_adapters.base.source import find_base
 from loramux_adapters.errors import BaseInvalid
 from loramux_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from loramux_trainer.data.columnar_files import is_dataset
+from loramux_trainer.data.prompts import read_prompts
 from loramux_trainer.data.records import read_records
 from loramux_trainer.errors import JobInvalid, ModelInvalid, Problems
 from loramux_trainer.finished import has_adapter, read_finished
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.optimizers.devices import check_device
+from loramux_trainer.reward_function import load_reward_function
 
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:
@@ -29,6 +32,7 @@ def check_job(job: TrainConfig, *, resume: bool) -> None:
         check_given_device(job)
     with problems.collecting():
         find_model(job)
+    check_engine(job, problems)
     check_paths(job, problems, resume=resume)
     check_records(job, problems)
     problems.raise_any()
@@ -38,6 +42,19 @@ def check_given_device(job: TrainConfig) -> None:
     """Raises DeviceInvalid for an optimizer that the job's device is not for; of `auto`, the run knows."""
     if job.training.device != "auto":
         check_device(job.training.optimizer, job.training.device)
+
+
+def check_engine(job: TrainConfig, problems: Problems) -> None:
+    """Whether what the job's engine needs is installed, and its reward function can be imported."""
+    if job.engine != "trl":
+        return
+    missing = [name for name in ("trl", "peft") if find_spec(name) is None]
+    if missing:
+        what = f"trl needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
+        problems.add(JobInvalid("engine", f"{what}: install Loramux with the extra trl, or use engine: fleet"))
+    elif job.loss.reward_function is not None:
+        with problems.collecting():
+            load_reward_function(job.loss.reward_function)
 
 
 def find_model(job: TrainConfig) -> Path | None:
@@ -62,6 +79,12 @@ def check_paths(job: TrainConfig, problems: Problems, *, resume: bool) -> None:
 
 def check_records(job: TrainConfig, problems: Problems) -> None:
     """The form of the records of what data there is."""
+    if job.loss.name == "grpo":
+        if is_readable(job.data.train):
+            with problems.collecting():
+                for _ in read_prompts(job.data.train, problems, job.data):
+                    pass
+        return
     for path in (job.data.train, job.data.eval):
         if path is not None and is_readable(path):
             with problems.collecting():
@@ -84,7 +107,10 @@ def _check_output(job: TrainConfig, *, resume: bool) -> None:
             )
         read_finished(job)
         return
-    if not resume and list_checkpoints(output / CHECKPOINTS):
+    saved = list_checkpoints(output / CHECKPOINTS)
+    if saved and job.engine != "fleet":
+        raise JobInvalid("output", f"{output} has checkpoints of engine: fleet; choose another directory")
+    if not resume and saved:
         raise JobInvalid(
             "output",
             f"{output} has checkpoints of an unfinished run; continue with --resume, or choose another directory",

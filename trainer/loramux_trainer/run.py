@@ -59,9 +59,20 @@ def train_file(
         for job in jobs:
             outputs.enter_context(output_directory(job.output))
         try:
+            if jobs[0].engine == "trl":
+                return _by_trl(jobs[0], progress or OneJob(Silent()), stop or threading.Event())
             run = FleetRun(file, progress or OneJob(Silent()))
             return run.go({output: found[-1] for output, found in saved.items() if found}, stop or threading.Event())
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise DeviceFull from error
+
+
+def _by_trl(job: TrainConfig, progress: FleetProgress, stop: threading.Event) -> FleetOutcome:
+    # Seconds of imports, which a fleet need not wait for.
+    from loramux_trainer.trl_engine.run import train_by_trl
+
+    result = train_by_trl(job, progress=progress.of(job.run_name), stop=stop)
+    progress.ended(job.run_name, "finished")
+    return FleetOutcome({job.run_name: result}, {})

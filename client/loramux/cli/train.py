@@ -84,7 +84,9 @@ def _train_one(job: TrainConfig, *, resume: bool, as_json: bool, says_how_to_pub
         print_json(result)
         return result.output
     print(_described(result))
-    if says_how_to_publish:
+    if job.loss.name == "reward":
+        print("it scores texts and generates none: load it with PEFT, no server takes it")
+    elif says_how_to_publish:
         print(f"publish it with: loramux adapters push {result.output}")
     return result.output
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.formats.peft.writer import write_files
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.methods.bottlenecks import BottleneckKind, bottleneck
-from loramux_trainer.methods.layouts import write
 from loramux_trainer.methods.trained import TrainedAdapter
 from support.bottlenecks import with_bottlenecks
 from support.fleets import dequantize, examples_of, jitter, name_in_file, summed_loss
@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_adapterhub(
     gradients = {name: g for group in adapter.parameters.groups for name, g in group.gradients.items()}
 
     config, tensors = adapter.files()
-    write(tmp_path, adapter.layout, config, tensors, spec)
+    write_files(tmp_path, config, tensors, spec, weights_file=adapter.layout.weights_file)
     plain = load_tiny().model
     dequantize(plain)
     reference = with_bottlenecks(plain, tmp_path)

@@ -13,6 +13,7 @@ from loramux_adapters.base.load import LoadedBase, load_base, refingerprint
 from loramux_adapters.base.weight_formats import select_weight_formats
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.formats.limits import ReadLimits
+from loramux_adapters.formats.peft.writer import write_files
 from loramux_adapters.formats.registry import read
 from loramux_adapters.guard.examine import Examined, examine
 from loramux_adapters.kernels.select import select_kernels
@@ -20,7 +21,6 @@ from loramux_trainer.data.examples import IGNORE, Example
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.fleet.rows import Dropout
 from loramux_trainer.methods import low_rank
-from loramux_trainer.methods.layouts import write
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.trained import TrainedAdapter
 from loramux_trainer.preparation import enable_activation_checkpointing
@@ -63,7 +63,7 @@ def test_a_module_computes_in_training_what_it_computes_in_serving(
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     example = Example(tuple(torch.arange(tokens).remainder(200).tolist()), (IGNORE,) * (tokens - 1) + (7,))
     config, tensors = adapter.files()
-    write(tmp_path, adapter.layout, config, tensors, training.spec)
+    write_files(tmp_path, config, tensors, training.spec, weights_file=adapter.layout.weights_file)
     with FleetModel(training, examine(training, 512)) as model, torch.no_grad():
         for name in names:
             _watch(training.model.get_submodule(name), name, seen)

@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.formats.peft.writer import write_files
 from loramux_trainer.data.examples import Example
 from loramux_trainer.fleet.fleet import Fleet
 from loramux_trainer.fleet.member import Member
 from loramux_trainer.fleet.model import FleetModel, MemberRows
 from loramux_trainer.methods.adalora import Budget, adalora
 from loramux_trainer.methods.galore import galore
-from loramux_trainer.methods.layouts import write
 from loramux_trainer.methods.rules import BaseValues
 from loramux_trainer.methods.trained import TrainedAdapter
 from support.fleets import (
@@ -129,7 +129,13 @@ def test_galore_is_the_algorithm_on_plain_weights(
         assert exact.abs().max() > 1e-4
         assert float(torch.dist(ours, exact) / exact.norm()) < 1e-3, name
 
-    write(tmp_path, adapter.layout, written | {"base_model_name_or_path": "base"}, tensors, fleet_base.spec)
+    write_files(
+        tmp_path,
+        written | {"base_model_name_or_path": "base"},
+        tensors,
+        fleet_base.spec,
+        weights_file=adapter.layout.weights_file,
+    )
     fresh = load_tiny().model
     dequantize(fresh)
     theirs = summed_loss(PeftModel.from_pretrained(fresh, str(tmp_path)).double(), examples)

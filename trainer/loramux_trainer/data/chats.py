@@ -40,16 +40,16 @@ class ChatRenderer:
         """Whether the template has {% generation %} blocks."""
         return self._marked
 
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What the server renders before the answer to `messages`. Raises RecordInvalid."""
+        return self._render(Conversation(tuple(messages), ()), len(messages), prompt=True)[0]
+
     def turns(self, conversation: Conversation) -> Iterator[Turn]:
         """Each trained turn, in order. Raises RecordInvalid."""
         if conversation.tools and self._is_unused(conversation, dataclasses.replace(conversation, tools=None)):
             raise RecordInvalid("tools: the base's chat template does not use them; remove them, or write them as text")
         for index in conversation.trained:
             yield self._turn(conversation, index)
-
-    def question(self, conversation: Conversation) -> str:
-        """All its messages and what begins an answer. Raises RecordInvalid."""
-        return self._render(conversation, len(conversation.messages), prompt=True)[0]
 
     def _turn(self, conversation: Conversation, index: int) -> Turn:
         where = f"messages[{index}]"

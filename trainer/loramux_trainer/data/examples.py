@@ -7,7 +7,7 @@ never stop. Knows no file and no batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,13 @@ class ExampleEncoder:
                 )
         return tuple(examples)
 
-    def encode_question(self, conversation: Conversation) -> list[int]:
-        """A conversation up to its answer, as the server renders and encodes it. Raises RecordInvalid."""
+    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """What the server has before the answer to a text or to messages. Raises RecordInvalid."""
+        if isinstance(prompt, str):
+            return self._prompts.encode_prompt(prompt)
         if self._renderer is None:
-            raise RecordInvalid("the base has no chat template")
-        return self._prompts.encode_rendered(self._renderer.question(conversation))
+            raise RecordInvalid("the base has no chat template: give the prompt as a text")
+        return self._prompts.encode_rendered(self._renderer.prompt(prompt))
 
     def _encode_completion(self, record: Completion) -> Example:
         if self._eos is None:

@@ -13,11 +13,13 @@ _READ: Final[Mapping[str, tuple[type, ...]]] = {
     "dpo": (Pair,),
     "orpo": (Pair,),
     "kto": (Judged, Pair),
+    "reward": (Pair,),
 }
 _NEEDS: Final[Mapping[str, str]] = {
     "sft": "answers without label",
     "dpo": "pairs: prompt, chosen and rejected",
     "orpo": "pairs: prompt, chosen and rejected",
+    "reward": "pairs: prompt, chosen and rejected",
     "kto": "a label (true or false) beside each answer, or pairs of chosen and rejected",
 }
 

@@ -28,7 +28,7 @@ def conversation(
             raise RecordInvalid(f"{key} must be a non-empty list")
         named += [(f"{key}[{index}]", message) for index, message in enumerate(messages)]
     for where, message in named:
-        _check_message(where, message)
+        check_message(where, message)
     last = list(parts)[-1]
     if named[-1][1]["role"] != "assistant":
         raise RecordInvalid(f"the last message{_of(last)} must be the assistant's: there is nothing to learn")
@@ -79,7 +79,7 @@ def refuse_half_characters(where: str, value: Any) -> None:
             ) from error
 
 
-def _check_message(where: str, message: Any) -> None:
+def check_message(where: str, message: Any) -> None:
     if not isinstance(message, Mapping) or "role" not in message:
         raise RecordInvalid(f"{where} needs a role and a content string")
     if message["role"] not in ROLES:

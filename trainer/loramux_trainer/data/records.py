@@ -72,7 +72,7 @@ def parse_record(value: Any, data: DataConfig | None = None) -> Record:
     """A record of any format that is read. Raises RecordInvalid."""
     if not isinstance(value, Mapping):
         raise RecordInvalid("a record must be a JSON object")
-    value = _nested(_renamed(value, data))
+    value = _nested(renamed(value, data))
     refuse_half_characters("", value)
     form = next((form for key, form in _FORMATS.items() if value.get(key) is not None), _COMPLETION)
     if form is _TEXT and any(value.get(key) is not None for key in ("prompt", "completion")):
@@ -83,8 +83,8 @@ def parse_record(value: Any, data: DataConfig | None = None) -> Record:
     return form.parse(value, data)
 
 
-def _renamed(value: Mapping[str, Any], data: DataConfig | None) -> Mapping[str, Any]:
-    """With the keys that `data.columns` gives, and without those of `data.ignore_columns`."""
+def renamed(value: Mapping[str, Any], data: DataConfig | None) -> Mapping[str, Any]:
+    """A record's values with the keys that `data.columns` gives, and without those of `data.ignore_columns`."""
     if data is None or not (data.columns or data.ignore_columns):
         return value
     names = {theirs: ours for ours, theirs in data.columns.items()}

@@ -6,7 +6,6 @@ Thin over `loramux_adapters.formats`, which reads such files for the server.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,6 @@ from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.peft.reader import canonical_parts, resolve_targets
 from loramux_adapters.formats.peft.tensors import BIAS, tensor_name
 from loramux_adapters.formats.peft.tuner import Shape, Target
-from loramux_adapters.formats.peft.writer import write_files
 from loramux_adapters.formats.registry import parse_config
 from loramux_adapters.parts.part import Part
 from loramux_adapters.spec import BaseModelSpec
@@ -126,10 +124,3 @@ class HubLayout:
     def name(self, module: str, role: str) -> str:
         """See Layout."""
         return self._names[module, role]
-
-
-def write(
-    directory: Path, layout: Layout, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseModelSpec
-) -> None:
-    """Both files of an adapter."""
-    write_files(directory, config, tensors, base, weights_file=layout.weights_file)

@@ -5,15 +5,17 @@ An option that the loss, or its loss_type, does not read is refused: it would no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from loramux_adapters.validation import Number, Section, Text, YesNo
+from loramux_adapters.validation import Number, Section, Text, Whole, YesNo
+from loramux_trainer.schema.fields import Count, Positive
 
-LossName = Literal["sft", "dpo", "kto", "orpo"]
+LossName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward"]
 
 LOSS_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "sft": ("nll", "dft"),
@@ -32,6 +34,8 @@ LOSS_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "kto": ("kto", "apo_zero_unpaired"),
     "orpo": (),
+    "grpo": ("dapo", "grpo", "bnpo", "dr_grpo"),
+    "reward": (),
 }
 """Loss -> its loss types; the first one is the default."""
 
@@ -43,19 +47,25 @@ _WHY_NOT: Final[Mapping[str, str]] = {
 }
 # Option -> the losses that read it.
 _READ_BY: Final[Mapping[str, tuple[str, ...]]] = {
-    "loss_type": ("sft", "dpo", "kto"),
-    "beta": ("dpo", "kto", "orpo"),
+    "loss_type": ("sft", "dpo", "kto", "grpo"),
+    "beta": ("dpo", "kto", "orpo", "grpo"),
     "label_smoothing": ("dpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "precompute_ref_log_probs": ("dpo", "kto"),
+    **dict.fromkeys(("reward_function", "num_generations", "max_completion_length", "temperature"), ("grpo",)),
 }
 _SMOOTHED: Final = ("robust", "exo_pair")
+_ENTRY_POINT: Final = re.compile(r"[^:]+:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
 class LossConfig(Section):
-    """What is minimized. None is trl's default for the loss: beta 0.1, weights 1, the first of LOSS_TYPES."""
+    """What is minimized. None is trl's default for the loss: beta 0.1 (of grpo 0), weights 1, the first of LOSS_TYPES,
+    8 answers to a prompt of at most 256 tokens at temperature 1.
+
+    `reward_function` is `module:function`: what scores the answers of grpo, called as trl calls it.
+    """
 
     name: LossName = "sft"
     loss_type: Text | None = None
@@ -64,6 +74,10 @@ class LossConfig(Section):
     desirable_weight: Annotated[Number, Field(ge=0)] | None = None
     undesirable_weight: Annotated[Number, Field(ge=0)] | None = None
     precompute_ref_log_probs: YesNo = False
+    reward_function: Annotated[Text | None, Field(validate_default=True)] = None
+    num_generations: Annotated[Whole, Field(ge=2)] | None = None
+    max_completion_length: Count | None = None  # tokens
+    temperature: Positive | None = None
 
     @field_validator("loss_type")
     @classmethod
@@ -102,6 +116,15 @@ class LossConfig(Section):
             raise ValueError("is required with loss_type exo_pair: 1.0e-3 is what its paper recommends")
         return value
 
+    @field_validator("reward_function")
+    @classmethod
+    def _names_a_function(cls, value: str | None, others: ValidationInfo) -> str | None:
+        if value is None and others.data.get("name") == "grpo":
+            raise ValueError("is required with loss grpo: module:function, which scores what the adapter writes")
+        if value is not None and not _ENTRY_POINT.fullmatch(value):
+            raise ValueError(f"must be module:function, not {value!r}")
+        return value
+
     @property
     def kind(self) -> str:
         """The loss type in effect; empty for a loss that has none."""
@@ -111,6 +134,16 @@ class LossConfig(Section):
     def strength(self) -> float:
         """The beta in effect."""
         return 0.1 if self.beta is None else self.beta
+
+    @property
+    def generations(self) -> int:
+        """Answers that grpo samples to each prompt."""
+        return self.num_generations or 8
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens of an answer that grpo samples, at most."""
+        return self.max_completion_length or 256
 
 
 def _named(value: object) -> object:
