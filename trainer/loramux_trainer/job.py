@@ -161,7 +161,9 @@ class TrainConfig(Section):
         """The values that are not the defaults, by section, and those that say which others take effect."""
         init = None if self.init == "A" else self.init
         changed: dict[str, Any] = {"engine": self.engine, "method": self.method, "init": init}
-        sections: dict[str, type[Any]] = {**SHAPES, "training": OptimConfig, "loss": LossConfig}
+        sections: dict[str, type[Any]] = {
+            **SHAPES, "training": OptimConfig, "loss": LossConfig, "checkpoint": CheckpointConfig,
+        }  # fmt: skip
         plain = {name: section() for name, section in sections.items()}
         for name, default in {**plain, "data": DataConfig(self.data.train)}.items():
             values, defaults = vars(getattr(self, name)), vars(default)

@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.base.fingerprint import fingerprint
 from loramux_adapters.base.load import LoadedBase, quantized_modules
+from loramux_adapters.formats.registry import read
 from loramux_trainer.errors import BaseChanged, Interrupted, OutputFailed
 from loramux_trainer.export import export_files
-from loramux_trainer.finished import check_data, has_adapter, read_finished
+from loramux_trainer.finished import REPORT, check_data, has_adapter, read_finished
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.member_run import TrainResult, finished_result, writing
+from loramux_trainer.methods.layouts import LIMITS
 from loramux_trainer.optimizers.devices import check_device
 from loramux_trainer.preparation import compute_dtype, examine_base, find_device, load
 from loramux_trainer.progress import Progress
