@@ -316,3 +316,11 @@ def test_the_files_of_the_page_are_read() -> None:
     assert listed.fleet == FleetConfig()
     assert len(swept.jobs) == 16
     assert len(set(swept.configurations.values())) == 8
+
+
+@pytest.mark.parametrize("key", ["name", "run_name"])
+@pytest.mark.parametrize("several", [{"jobs": [{"name": "a"}]}, {"sweep": {"parameters": {"lora.rank": [2, 4]}}}])
+def test_a_name_for_all_jobs_of_a_file_is_refused(key: str, several: dict[str, Any]) -> None:
+    values = {"model": "loramux-tiny", "output": "out", "data": {"train": "train.jsonl"}, key: "all", **several}
+    with pytest.raises(JobInvalid, match=f"^{key}: is of one job"):
+        parse_job_file(values)

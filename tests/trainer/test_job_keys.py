@@ -58,6 +58,7 @@ def value_at(job: TrainConfig, key: str) -> Any:
             "linear does not read it",
         ),
         ({"training": {"lr_scheduler_type": "constant", "warmup_steps": 5}}, "training.warmup_steps", "no warm-up"),
+        ({"method": "rslora", "lora": {"use_rslora": False}}, "lora.use_rslora", "contradicts method rslora"),
         ({"method": "ia3", "training": {"weight_decay": 0.1}}, "training.weight_decay", "trains vectors"),
         ({"method": "vera", "training": {"weight_decay": 0.1}}, "training.weight_decay", "trains vectors"),
         ({"method": "bitfit", "training": {"weight_decay": 0.1}}, "training.weight_decay", "trains vectors"),

@@ -83,6 +83,10 @@ def parse_job_file(values: Mapping[str, Any], *, root: Path = Path()) -> JobFile
     jobs, sweep = common.pop("jobs", None), common.pop("sweep", None)
     if jobs is not None and sweep is not None:
         raise JobInvalid("sweep", "cannot go with jobs; write two files")
+    for key in ("name", "run_name"):
+        if (jobs is not None or sweep is not None) and key in common:
+            whose = "give each job its own" if jobs is not None else "jobs of a sweep are named by their values"
+            raise JobInvalid(key, f"is of one job: {whose}; remove it")
     if jobs is not None:
         return JobFile(_several(common, list(_listed(jobs, common)), root), fleet)
     if sweep is None:

@@ -61,6 +61,10 @@ def prepare(file: JobFile, name: str, if_better_than: str | None, metric: str, a
             "--publish takes one job, or a sweep, of which it publishes the best",
             remedy="push the others with loramux adapters push",
         )
+    if file.jobs[0].loss.name == "reward":
+        raise CommandError(
+            "a reward adapter scores texts and generates none: no server takes it", remedy="leave out --publish"
+        )
     gate = None if if_better_than is None else _gate(file, if_better_than, metric)
     try:
         with connect(address) as client:

@@ -112,6 +112,8 @@ def _reason(section: str, name: str, value: Any, job: Mapping[str, Any], method:
 
 def _reason_of_lora(name: str, value: Any, job: Mapping[str, Any], method: str) -> str | None:
     init = job.get("init")
+    if name == "use_rslora" and value is False and method == "rslora":
+        return "contradicts method rslora; remove it, or use method lora"
     if name == "rank_budget" and method in LOW_RANK and init not in DELTA_INITS:
         return f"init {init or 'A'} exports the rank it trains; remove it, or use init {', '.join(DELTA_INITS)}"
     if name == "rank" and method == "galore":
