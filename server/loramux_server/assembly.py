@@ -139,6 +139,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         tokenizer.template_digest,
         str(base.compute_dtype).removeprefix("torch."),
         base.spec.vocab_size,
+        base.spec.context_length,
         context,
     )
     certifier = Certifier(client, served)

@@ -6,6 +6,7 @@ Torch-free; knows no file but the certificate's bytes, and no wire format.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,22 @@ from loramux_server.errors import RequestFailed
 from loramux_server.requests import Route, SamplingParams, StopConditions, Submission, TokenLogprob
 
 _SAMPLING = SamplingParams(temperature=0.0, prompt_logprobs=ASKED)
+_SECONDS = 120.0
+"""After which a replay that waits in a full queue is given up: other uploads wait behind it."""
 
 
 @dataclass(frozen=True)
 class ServedBase:
-    """What a certificate is judged against: `chat_template` is its sha256, `dtype` what the server computes in."""
+    """What a certificate is judged against: `chat_template` is its sha256, `dtype` what the server computes in,
+    `context` the base's own length and `served` as much of it as requests may have.
+    """
 
     fingerprint: str
     chat_template: str
     dtype: str
     vocabulary: int
     context: int
+    served: int
 
 
 class Certifier:
@@ -61,7 +67,8 @@ class Certifier:
             base=base.fingerprint,
             chat_template=base.chat_template,
             vocabulary=base.vocabulary,
-            room=base.context - spec.virtual_tokens - 1,
+            context=base.context - spec.virtual_tokens - 1,
+            room=base.served - spec.virtual_tokens - 1,
         )
         served = await self._served(tenant, spec, certificate, route)
         return compare(certificate, served, base.dtype)
@@ -87,6 +94,7 @@ class Certifier:
             StopConditions(ignore_eos=True),
             max_tokens=1,
             cache_salt=own,  # computed, not found
+            deadline=time.monotonic() + _SECONDS,
             virtual_tokens=spec.virtual_tokens,
             route=route,
         )

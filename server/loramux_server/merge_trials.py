@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from loramux_adapters.certificate.replay import Replay, check_replay
 from loramux_adapters.errors import AdapterError
@@ -43,7 +44,8 @@ class MergeTrials:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-        self._loop.call_soon_threadsafe(start)
+        with suppress(RuntimeError):  # the server has ended, and nobody uses merged weights any more
+            self._loop.call_soon_threadsafe(start)
 
     async def _run(self, digest: str, tried: Tried) -> None:
         replay: Replay | None = None

@@ -27,6 +27,7 @@ from loramux_trainer.fleet.parts import StepParts
 
 _TOP = 8
 _DIGITS = 6
+_LEAST = 10.0**-_DIGITS  # of a head that says nothing
 _PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes")
 
 
@@ -74,7 +75,7 @@ def _probe(tokens: tuple[int, ...], logits: torch.Tensor) -> Probe:
     values, ids = torch.log_softmax(logits, 1).topk(min(_TOP, logits.shape[1]), dim=1)
     return Probe(
         tokens=tokens,
-        deviations=tuple(round(value, _DIGITS) for value in logits.std(1).tolist()),
+        deviations=tuple(max(round(value, _DIGITS), _LEAST) for value in logits.std(1).tolist()),
         top_tokens=tuple(tuple(row) for row in ids.tolist()),
         top_log_probs=tuple(tuple(round(value, _DIGITS) for value in row) for row in values.tolist()),
     )

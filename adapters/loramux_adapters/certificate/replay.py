@@ -43,11 +43,12 @@ class Replay:
 
 
 def check_identity(
-    certificate: Certificate, *, adapter: str, base: str, chat_template: str, vocabulary: int, room: int
+    certificate: Certificate, *, adapter: str, base: str, chat_template: str, vocabulary: int, context: int, room: int
 ) -> None:
     """Whether it is of this adapter on this base, and asks what it must: before anything is computed.
 
-    `room`: the context less the adapter's virtual tokens. Raises CertificateRefused.
+    `context`: the base's, less the adapter's virtual tokens and an answer; `room`: as much of it as is served. Raises
+    CertificateRefused.
     """
     if certificate.base != base:
         remedy = f"serve it on base {certificate.base}, or remove the file to upload it without a certificate"
@@ -57,7 +58,7 @@ def check_identity(
     if certificate.chat_template != chat_template:
         trained, served = (each[:12] or "none" for each in (certificate.chat_template, chat_template))
         raise refused(f"is of chat template {trained}, this server has {served}", remedy=_SAME_TEMPLATE)
-    drawn = drawn_tokens(adapter, vocabulary, room)
+    drawn = drawn_tokens(adapter, vocabulary, context)
     if tuple(probe.tokens for probe in certificate.probes[: len(drawn)]) != drawn:
         raise refused("asks other probes than those that follow from its adapter")
     for number, probe in enumerate(certificate.probes):

@@ -15,6 +15,9 @@ from loramux_adapters.errors import CertificateRefused
 
 ADAPTER, BASE, TEMPLATE = "a" * 64, "b" * 64, "c" * 64
 VOCABULARY, TOP = 40, 6
+SERVER: dict[str, Any] = {
+    "adapter": ADAPTER, "base": BASE, "chat_template": TEMPLATE, "vocabulary": VOCABULARY, "context": 4, "room": 4,
+}  # fmt: skip
 
 
 def logits_of(seed: int) -> torch.Tensor:
@@ -99,7 +102,8 @@ def test_a_narrower_server_may_be_farther_off() -> None:
         ({"adapter": "0" * 64}, f"is of adapter {ADAPTER[:12]}, the files beside it hold 000000000000"),
         ({"chat_template": ""}, f"is of chat template {TEMPLATE[:12]}, this server has none"),
         ({"vocabulary": VOCABULARY - 1}, "asks other probes"),
-        ({"room": 12}, "asks other probes"),
+        ({"context": 12}, "asks other probes"),
+        ({"room": 3}, "4 tokens in probe 0, this server has room for 3"),
     ],
 )
 def test_what_it_is_of_is_compared_before_anything_is_computed(changes: dict[str, Any], says: str) -> None:
@@ -108,20 +112,34 @@ def test_what_it_is_of_is_compared_before_anything_is_computed(changes: dict[str
     genuine = replace(
         genuine, probes=tuple(replace(own, tokens=tokens) for own, tokens in zip(genuine.probes, drawn, strict=True))
     )
-    server = {"adapter": ADAPTER, "base": BASE, "chat_template": TEMPLATE, "vocabulary": VOCABULARY, "room": 4}
-    check_identity(genuine, **server)
+    server = {
+        "adapter": ADAPTER,
+        "base": BASE,
+        "chat_template": TEMPLATE,
+        "vocabulary": VOCABULARY,
+        "context": 4,
+        "room": 4,
+    }
+    check_identity(genuine, **SERVER)
     with pytest.raises(CertificateRefused, match=says):
-        check_identity(genuine, **{**server, **changes})
+        check_identity(genuine, **{**SERVER, **changes})
 
 
 def test_tokens_beyond_the_base_are_refused() -> None:
     genuine = certified(logits_of(1))
     drawn = drawn_tokens(ADAPTER, VOCABULARY, 4)
     probes = [replace(own, tokens=tokens) for own, tokens in zip(genuine.probes, drawn, strict=True)]
-    server = {"adapter": ADAPTER, "base": BASE, "chat_template": TEMPLATE, "vocabulary": VOCABULARY, "room": 4}
+    server = {
+        "adapter": ADAPTER,
+        "base": BASE,
+        "chat_template": TEMPLATE,
+        "vocabulary": VOCABULARY,
+        "context": 4,
+        "room": 4,
+    }
     stranger = replace(probes[0], tokens=(1, 2, 3, VOCABULARY))
     with pytest.raises(CertificateRefused, match="a token in probe 2 that this base does not have"):
-        check_identity(replace(genuine, probes=(*probes, stranger)), **server)
+        check_identity(replace(genuine, probes=(*probes, stranger)), **SERVER)
     long = replace(probes[0], tokens=(1, 2, 3, 4, 5))
     with pytest.raises(CertificateRefused, match="5 tokens in probe 2, this server has room for 4"):
-        check_identity(replace(genuine, probes=(*probes, long)), **server)
+        check_identity(replace(genuine, probes=(*probes, long)), **SERVER)
