@@ -112,14 +112,6 @@ def test_what_it_is_of_is_compared_before_anything_is_computed(changes: dict[str
     genuine = replace(
         genuine, probes=tuple(replace(own, tokens=tokens) for own, tokens in zip(genuine.probes, drawn, strict=True))
     )
-    server = {
-        "adapter": ADAPTER,
-        "base": BASE,
-        "chat_template": TEMPLATE,
-        "vocabulary": VOCABULARY,
-        "context": 4,
-        "room": 4,
-    }
     check_identity(genuine, **SERVER)
     with pytest.raises(CertificateRefused, match=says):
         check_identity(genuine, **{**SERVER, **changes})
@@ -129,14 +121,6 @@ def test_tokens_beyond_the_base_are_refused() -> None:
     genuine = certified(logits_of(1))
     drawn = drawn_tokens(ADAPTER, VOCABULARY, 4)
     probes = [replace(own, tokens=tokens) for own, tokens in zip(genuine.probes, drawn, strict=True)]
-    server = {
-        "adapter": ADAPTER,
-        "base": BASE,
-        "chat_template": TEMPLATE,
-        "vocabulary": VOCABULARY,
-        "context": 4,
-        "room": 4,
-    }
     stranger = replace(probes[0], tokens=(1, 2, 3, VOCABULARY))
     with pytest.raises(CertificateRefused, match="a token in probe 2 that this base does not have"):
         check_identity(replace(genuine, probes=(*probes, stranger)), **SERVER)
