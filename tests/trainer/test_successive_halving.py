@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loramux_trainer.errors import CheckpointInvalid
 from loramux_trainer.halving import Halving, best_of
-from loramux_trainer.halving_record import HalvingRecord
+from loramux_trainer.halving_record import RECORD, HalvingRecord, record_of
+from loramux_trainer.job_file import parse_job_file
 from loramux_trainer.schema.sweep_config import HalvingConfig
 from loramux_trainer.successive_halving import Rung, configuration_losses, ranked, rungs, survivors
 
@@ -106,3 +109,27 @@ def test_means_of_seeds_have_the_same_bits_in_every_order(losses: dict[str, floa
     for configuration, mean in means.items():
         runs = [loss for name, loss in losses.items() if configurations[name] == configuration]
         assert min(runs) - 1e-9 <= mean <= max(runs) + 1e-9
+
+
+def test_a_sweep_judged_on_other_data_is_another(tmp_path: Path) -> None:
+    """A record of a version that did not keep it goes on."""
+    evals = tmp_path / "eval.jsonl"
+    evals.write_text('{"prompt": "a", "completion": "b"}\n')
+    values = {
+        "model": "loramux-tiny",
+        "output": str(tmp_path / "out"),
+        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(evals)},
+        "sweep": {"parameters": {"lora.rank": [2, 4]}, "successive_halving": {"min_steps": 2, "eta": 2}},
+    }
+    record_of(parse_job_file(values)).decide(2, {"lora.rank-2": "lost"})
+    again = record_of(parse_job_file(values))
+    again.read()
+    assert again.is_decided(2)
+    evals.write_text('{"prompt": "a", "completion": "c"}\n')
+    with pytest.raises(CheckpointInvalid, match="is of another sweep"):
+        record_of(parse_job_file(values)).read()
+    file = tmp_path / "out" / RECORD
+    earlier = json.loads(file.read_text())
+    del earlier["sweep"]["evals"]
+    file.write_text(json.dumps(earlier))
+    record_of(parse_job_file(values)).read()

@@ -5,6 +5,7 @@ Written before what loses is removed. Knows names and steps.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from loramux_trainer.job_file import JobFile
 
 RECORD = "successive_halving.json"
 """In the sweep's output."""
+_EVALS = "evals"
 
 
 class HalvingRecord:
@@ -60,17 +62,30 @@ class HalvingRecord:
             self._rungs = {int(step): dict(losers) for step, losers in found["rungs"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointInvalid(f"{self._path} cannot be read ({error}); choose another output") from error
-        if sweep != json.loads(json.dumps(self._sweep)):
+        expected = json.loads(json.dumps(self._sweep))
+        if {_EVALS: expected.get(_EVALS), **sweep} != expected:  # a record of an earlier version does not have them
             raise CheckpointInvalid(f"cannot resume: {self._path} is of another sweep; choose another output")
 
 
 def record_of(file: JobFile) -> HalvingRecord:
-    """A sweep is the same by its rungs, and by its jobs with all that decides their bytes."""
+    """A sweep is the same by its rungs, by all that decides the bytes of its jobs, and by what these are judged on."""
     halving = None if file.sweep is None else file.sweep.successive_halving
     if halving is None:
         return HalvingRecord(None, {})
     jobs = {job.run_name: job.reproducibility_key() for job in file.jobs}
-    return HalvingRecord(_directory(file) / RECORD, {"successive_halving": asdict(halving), "jobs": jobs})
+    evals = {str(path): _sha256(path) for path in {job.data.eval for job in file.jobs} if path is not None}
+    sweep = {"successive_halving": asdict(halving), "jobs": jobs, _EVALS: sorted(evals.values())}
+    return HalvingRecord(_directory(file) / RECORD, sweep)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all files of a saved dataset."""
+    total = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
 
 
 def check_record(file: JobFile, *, resume: bool) -> None:
