@@ -160,12 +160,12 @@ def load_in_peft(model: PreTrainedModel, directory: Path) -> PeftModel:
         return PeftModel.from_pretrained(copy.deepcopy(model), str(directory)).eval()
 
 
-def peft_deltas(wrapped: PeftModel) -> dict[str, torch.Tensor]:
-    """PEFT's own delta [out, in] of every adapted module (for an embedding [width, vocabulary])."""
+def peft_deltas(wrapped: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """PEFT's own delta [out, in] of every module that `adapter` adapts (for an embedding [width, vocabulary])."""
     deltas = {}
     for name, layer in wrapped.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            delta = layer.get_delta_weight("default").detach()
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling:
+            delta = layer.get_delta_weight(adapter).detach()
             is_transposed = isinstance(layer.get_base_layer(), (Conv1D, nn.Embedding))
             deltas[name] = delta.T if is_transposed else delta
     return deltas

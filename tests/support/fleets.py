@@ -118,7 +118,7 @@ def dequantize(model: torch.nn.Module) -> None:
 def peft_in_float64(adapter: TrainedAdapter, base: LoadedBase, plain: Any, directory: Path) -> Any:
     """What PEFT makes of the exported files on `plain`, a float model, trainable and in float64."""
     config, tensors = adapter.files()
-    write_files(directory, config | {"base_model_name_or_path": "base"}, tensors, base.spec)
+    write_files(directory, config | {"base_model_name_or_path": "base"}, tensors, base.spec.fingerprint)
     dequantize(plain)
     if config["peft_type"] in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):  # PEFT loads no trainable ones
         parsed = PeftConfig.from_pretrained(str(directory))

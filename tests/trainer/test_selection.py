@@ -60,7 +60,7 @@ def test_peft_and_we_read_the_same(
         b = torch.randn(module.out_features, rank, generator=generator)
         tensors |= {f"{PREFIX}{name}{suffixes['a']}": a, f"{PREFIX}{name}{suffixes['b']}": b}
         deltas[name] = scales[name] * b @ a
-    write_files(tmp_path, lora_config(base, shapes, use_rslora=use_rslora), tensors, base)
+    write_files(tmp_path, lora_config(base, shapes, use_rslora=use_rslora), tensors, base.fingerprint)
     weights = read(files_of(tmp_path), base, ReadLimits())
     in_peft = peft_deltas(load_in_peft(model, tmp_path))
     assert weights.spec.ranks == {name: rank for name, (rank, _) in wanted.items()}

@@ -1,4 +1,4 @@
-"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify, diff and remove adapters."""
+"""`loramux adapters`: push, list, show, pull, alias, pin, merge, verify, diff, sum and remove adapters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from loramux.cli.adapter_files import diff, names_directory, verify_directory
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address, AsJson
 from loramux.cli.completion import complete_adapters
 from loramux.cli.lifetimes import describe_end
+from loramux.cli.merging import merge_files
 from loramux.terminal.failures import CommandError, ExitCode
 from loramux.terminal.output import byte_progress, print_json, print_table, say, size
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Adapters of a running server.")
 app.command("diff")(diff)
+app.command("merge-files")(merge_files)
 
 Name = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapters)]
 Reference = Annotated[str, typer.Argument(help="Name, alias or name@digest.", autocompletion=complete_adapters)]

@@ -21,8 +21,8 @@ def test_it_declares_its_base_and_is_reproducible(tmp_path: Path) -> None:
         if name.endswith("q_proj"):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(2, module.in_features)
             tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(module.out_features, 2)
-    write_files(tmp_path / "one", config, tensors, base)
-    write_files(tmp_path / "two", dict(reversed(config.items())), dict(reversed(tensors.items())), base)
+    write_files(tmp_path / "one", config, tensors, base.fingerprint)
+    write_files(tmp_path / "two", dict(reversed(config.items())), dict(reversed(tensors.items())), base.fingerprint)
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with safe_open(tmp_path / "one" / WEIGHTS, "pt") as file:

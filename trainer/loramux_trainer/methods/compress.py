@@ -1,4 +1,4 @@
-"""A low rank brought to a smaller one, with what that loses."""
+"""An export brought to a smaller rank, and what that loses told."""
 
 from __future__ import annotations
 
@@ -7,22 +7,11 @@ from typing import Any
 
 import torch
 
+from loramux_adapters.compressing import compress, patterns
 from loramux_trainer.methods.method import Control
 
 Tell = Callable[[str], None]
 """Is told what a user should know."""
-
-
-def compress(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A [R, in], B [out, R] -> the best of at most `rank` rows, and the share of the energy of B A that is left."""
-    if len(a) <= rank:
-        return a, b, 1.0
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    left = float(s[:rank].square().sum() / s.square().sum().clamp_min(1e-30))
-    root = s[:rank].sqrt()
-    return root[:, None] * (vh[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root, left
 
 
 class Compressed(Control):
@@ -46,19 +35,6 @@ class Compressed(Control):
             least = min(least, left)
         self._tell(f"rank budget {self._rank_budget}: the worst module keeps {least:.2%} of its energy")
         return config | patterns({m: len(tensors[m, "a"]) for m in scale_of}, scale_of, config), tensors
-
-
-def patterns(ranks: Mapping[str, int], scales: Mapping[str, float], config: Mapping[str, Any]) -> dict[str, Any]:
-    """r, lora_alpha and patterns of a config whose modules have these ranks and scales."""
-    power = 0.5 if config.get("use_rslora") else 1.0
-    alphas = {name: scales[name] * rank**power for name, rank in ranks.items()}
-    most = max(ranks, key=lambda name: ranks[name])
-    return {
-        "r": ranks[most],
-        "lora_alpha": alphas[most],
-        "rank_pattern": {f"^{name}": rank for name, rank in ranks.items() if rank != ranks[most]},
-        "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items() if alpha != alphas[most]},
-    }
 
 
 def _scales(

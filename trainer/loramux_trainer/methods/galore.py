@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import torch
 
+from loramux_adapters.compressing import compress, patterns
 from loramux_trainer.fleet.parameters import FlatParameters
-from loramux_trainer.methods.compress import Tell, compress, patterns
+from loramux_trainer.methods.compress import Tell
 from loramux_trainer.methods.method import Beginning, Control, Made, Method, Start
 
 

@@ -16,20 +16,23 @@ from safetensors.torch import save_file
 
 from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.formats.declared_base import FINGERPRINT_KEY
-from loramux_adapters.spec import BaseModelSpec
 
 
 def write_files(
     directory: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
-    base: BaseModelSpec,
+    fingerprint: str | None,
     *,
     weights_file: str = WEIGHTS_FILE,
 ) -> None:
-    """Write both files, of whatever method, from an adapter_config.json and tensors by their names in the file."""
+    """Write both files, of whatever method, from an adapter_config.json and tensors by their names in the file.
+
+    `fingerprint` is that of the base it declares, None to declare none.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} if fingerprint is None else {FINGERPRINT_KEY: fingerprint}
     # One key only: safetensors writes several in an order that changes from call to call.
-    save_file(dict(tensors), directory / weights_file, metadata={FINGERPRINT_KEY: base.fingerprint})
+    save_file(dict(tensors), directory / weights_file, metadata=metadata)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
