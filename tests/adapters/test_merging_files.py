@@ -236,6 +236,14 @@ def test_any_weights_and_ranks(terms: list[Any], rank: int | None) -> None:
         assert merged.energy_kept == pytest.approx(min(float(s[:rank].sum() / s.sum()) for s in squares), abs=1e-4)
 
 
+def test_of_a_module_that_is_not_changed_nothing_is_lost(tmp_path: Path) -> None:
+    one = _synthetic(tmp_path / "one", 1, {"q": 3, "v": 2}, 1.0, torch.float32)
+    edit_tensors(one, lambda tensors: {name: each * ("q.lora_B" not in name) for name, each in tensors.items()})
+    merged = merge_files([(one, 1.0)], tmp_path / "out", LIMITS, rank=2)
+    assert merged.energy_kept == 1.0
+    assert not _deltas(tmp_path / "out")["q"].any()
+
+
 def _biases(wrapped: Any) -> dict[str, torch.Tensor]:
     state = wrapped.merge_and_unload().state_dict()
     return {name: tensor for name, tensor in state.items() if name.endswith("bias")}
