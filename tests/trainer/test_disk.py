@@ -31,7 +31,7 @@ def test_a_disk_that_fills_up_is_reported(make_job: JobMaker, monkeypatch: pytes
 def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, failed = make_job("whole"), make_job("failed")
     train(whole)
-    real = export.write
+    real = export.write_files
 
     def fill_up(directory: Path, *arguments: Any, **options: Any) -> None:
         real(directory, *arguments, **options)
@@ -39,7 +39,7 @@ def test_a_disk_that_fills_up_at_the_export_loses_nothing(make_job: JobMaker, mo
         file.write_bytes(file.read_bytes()[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write", fill_up)
+    monkeypatch.setattr(export, "write_files", fill_up)
     says = r"No space left on device; free some space and run again with --resume, which continues from .*step-00000010"
     with pytest.raises(OutputFailed, match=says):
         train(failed)

@@ -56,7 +56,7 @@ def export_files(
     for leftover in output.glob(TEMPORARY + "*"):  # of an export that was killed
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=output, prefix=TEMPORARY) as scratch:
-        write_files(Path(scratch), config, tensors, base, weights_file=weights_file)
+        write_files(Path(scratch), config, tensors, base.fingerprint, weights_file=weights_file)
         beside = describe(Path(scratch))
         for name, content in beside.items():
             (Path(scratch) / name).write_bytes(content)

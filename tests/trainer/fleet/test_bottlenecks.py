@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_adapterhub(
     gradients = {name: g for group in adapter.parameters.groups for name, g in group.gradients.items()}
 
     config, tensors = adapter.files()
-    write_files(tmp_path, config, tensors, spec, weights_file=adapter.layout.weights_file)
+    write_files(tmp_path, config, tensors, spec.fingerprint, weights_file=adapter.layout.weights_file)
     plain = load_tiny().model
     dequantize(plain)
     reference = with_bottlenecks(plain, tmp_path)

@@ -63,7 +63,7 @@ def test_a_module_computes_in_training_what_it_computes_in_serving(
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     example = Example(tuple(torch.arange(tokens).remainder(200).tolist()), (IGNORE,) * (tokens - 1) + (7,))
     config, tensors = adapter.files()
-    write_files(tmp_path, config, tensors, training.spec, weights_file=adapter.layout.weights_file)
+    write_files(tmp_path, config, tensors, training.spec.fingerprint, weights_file=adapter.layout.weights_file)
     with FleetModel(training, examine(training, 512)) as model, torch.no_grad():
         for name in names:
             _watch(training.model.get_submodule(name), name, seen)

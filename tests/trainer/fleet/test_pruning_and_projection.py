@@ -133,7 +133,7 @@ def test_galore_is_the_algorithm_on_plain_weights(
         tmp_path,
         written | {"base_model_name_or_path": "base"},
         tensors,
-        fleet_base.spec,
+        fleet_base.spec.fingerprint,
         weights_file=adapter.layout.weights_file,
     )
     fresh = load_tiny().model
