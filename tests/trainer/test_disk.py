@@ -96,6 +96,8 @@ def test_room_is_needed_for_the_checkpoints_that_are_kept_and_the_adapter(make_j
     assert megabytes(save_steps=3, save_total_limit=2) == 3 * 3 + 1
     assert megabytes(save_steps=3, save_total_limit=2, existing=2) == 3 + 1
     assert megabytes(save_steps=3, save_total_limit=9) == 4 * 3 + 1
+    best = make_job(training={"load_best_model_at_end": True}, checkpoint={"save_steps": 0})
+    assert space.needed_bytes(best, million, 10, 0) == 4 * million * (4 + 1) + (1 << 20)
 
 
 def test_room_is_needed_for_all_that_train_at_once(

@@ -179,11 +179,16 @@ def test_rslora_has_two_names_and_is_one_method() -> None:
 
 VALUES = {
     "training.lr_scheduler_type": "linear", "training.optimizer": "sgd", "training.gradient_checkpointing": True,
-    "training.double_quant": True,
+    "training.double_quant": True, "training.load_best_model_at_end": True,
     "lora.target_modules": ["q_proj"], "lora.use_rslora": True, "lora.dropout": 0.1, "training.weight_decay": 0.1,
     "training.warmup_steps": 0.1, "training.lr_scheduler_kwargs": {"num_cycles": 0.25}, "model": "org/other",
     "output": "elsewhere", "name": "n1", "training.learning_rate": 1e-3, "training.max_grad_norm": 0.5,
 }  # fmt: skip
+
+
+ON_EVALUATIONS = (
+    "training.early_stopping_patience", "training.early_stopping_threshold", "training.load_best_model_at_end",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -193,6 +198,10 @@ def test_an_alias_says_the_same_as_the_key(alias: str) -> None:
 
     def job(*names: str) -> TrainConfig:
         values: dict[str, Any] = {"model": "org/name", "output": "out", "data": {"train": "train.jsonl"}}
+        if key in ON_EVALUATIONS:
+            values |= {"data": {"train": "train.jsonl", "eval_fraction": 0.1}}
+        if key == "training.early_stopping_threshold":
+            values |= {"training": {"early_stopping_patience": 2}}
         values.pop(key, None)
         for name in names:
             section, _, last = name.rpartition(".")
@@ -211,7 +220,8 @@ def test_aliases_are_no_keys_and_stand_for_keys() -> None:
     for alias, key in ALIASES.items():
         assert alias not in RENAMED
         assert key not in ALIASES
-        assert value_at(parse(), key) is not None or key in ("training.max_steps", "training.eval_steps"), key
+        without = ("training.max_steps", "training.eval_steps", "training.early_stopping_patience")
+        assert value_at(parse(), key) is not None or key in without, key
         assert "." in alias or alias not in known
 
 

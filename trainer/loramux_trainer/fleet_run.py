@@ -260,6 +260,7 @@ class FleetRun:
         if member.state == "finished":
             if refingerprint(self._base) != self._base.spec.fingerprint:
                 raise BaseChanged("the frozen base was written to during training; nothing was exported")
+            run.load_best()
             self._results[member.name] = run.finish()
         elif member.state == "stopped":
             run.discard()

@@ -111,6 +111,10 @@ class TrainConfig(Section):
         for key, why in (*without_effect(changed), *unread_by_engine(changed)):
             problems.add(JobInvalid(key, why))
         problems.raise_any()
+        if self.training.is_guarded and self.data.eval is None and not self.data.eval_fraction:
+            key = "load_best_model_at_end" if self.training.load_best_model_at_end else "early_stopping_patience"
+            problems.add(JobInvalid(f"training.{key}", "needs an eval loss; set data.eval or data.eval_fraction"))
+        problems.raise_any()
         if self.name is None:
             object.__setattr__(self, "name", self.output.name)
         if self.method == "rslora":
@@ -259,7 +263,11 @@ def recorded_key(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in facts.items() if name not in ("model", "output", "name", "checkpoint")}
-    return {key: value for key, value in _flat(kept) if key not in _NOT_IN_KEY}
+    training = kept.get("training") or {}
+    # When to evaluate decides the bytes where the eval loss does.
+    is_guarded = training.get("early_stopping_patience") is not None or training.get("load_best_model_at_end")
+    left_out = _NOT_IN_KEY - {"training.eval_steps"} if is_guarded else _NOT_IN_KEY
+    return {key: value for key, value in _flat(kept) if key not in left_out}
 
 
 def _known_keys() -> Iterator[str]:

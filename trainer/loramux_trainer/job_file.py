@@ -237,6 +237,9 @@ def _check_alone(file: JobFile) -> None:
 def _check_halving(jobs: Sequence[TrainConfig], fleet: FleetConfig) -> None:
     if any(job.data.eval is None and not job.data.eval_fraction for job in jobs):
         raise JobInvalid("sweep.successive_halving", "needs data.eval or data.eval_fraction to compare jobs by")
+    if any(job.training.early_stopping_patience is not None for job in jobs):
+        why = "successive halving compares jobs after the same steps and stops them itself; remove one of them"
+        raise JobInvalid("training.early_stopping_patience", why)
     if fleet.max_members is not None and fleet.max_members < len(jobs):
         why = f"{fleet.max_members} of {len(jobs)} jobs at a time cannot be compared at a rung; remove it"
         raise JobInvalid("fleet.max_members", why)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.weights import AdapterWeights
+from loramux_trainer.advice import warnings_before
 from loramux_trainer.certify import Certified, certify
 from loramux_trainer.checkpoints import (
     CHECKPOINTS,
@@ -34,6 +35,7 @@ from loramux_trainer.errors import CheckpointInvalid, JobInvalid, OutputFailed
 from loramux_trainer.export import export
 from loramux_trainer.fleet.model import FleetModel
 from loramux_trainer.fleet.torch_errors import NoDecomposition
+from loramux_trainer.guard import best_of_evals, is_patience_over, worse_epochs
 from loramux_trainer.job import renamed_identity
 from loramux_trainer.members import BuiltMember
 from loramux_trainer.preparation import JobData
@@ -44,9 +46,15 @@ _ARITHMETIC = "fleet"
 """What steps are computed by; a checkpoint of another arithmetic does not go on."""
 
 
+_BEST = "best."
+"""Begins the names of a checkpoint's tensors of the best evaluation so far."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out. `output` is a directory that `adapters push` takes; `loss` is the mean of the last ten steps."""
+    """What came out. `output` is a directory that `adapters push` takes; `loss` is the mean of the last ten steps,
+    `eval_loss` that of what is exported.
+    """
 
     output: Path
     base_fingerprint: str
@@ -67,6 +75,7 @@ class MemberRun:
         self._model, self._reading = model, prepared.reading
         self.steps: list[StepReport] = []
         self.evals: list[EvalReport] = []
+        self._best: dict[str, torch.Tensor] = {}  # of the evaluation with the lowest loss, where the job wants it
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -74,6 +83,9 @@ class MemberRun:
         """Takes over a checkpoint's state. Raises CheckpointInvalid when it is of another job, data or base."""
         if checkpoint is not None:
             self._resume(read_checkpoint(checkpoint))
+        else:
+            for warning in self._warnings():
+                self.progress.warned(warning)
         self.progress.started(self.member.options.total_steps, self.member.step, self._data.report)
         self._started = time.monotonic()
 
@@ -93,9 +105,13 @@ class MemberRun:
                 "of a run that was never stopped"
             )
         self.member.restore(checkpoint.step, checkpoint.tensors)
+        self._best = {
+            name.removeprefix(_BEST): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(_BEST)
+        }
         self.steps = [StepReport(**values) for values in checkpoint.meta["history"]]
         self.evals = [EvalReport(**values) for values in checkpoint.meta["evals"]]
         self._seconds_before = float(checkpoint.meta["seconds"])
+        self._stop_early()
 
     def stepped(self, report: StepReport) -> None:
         """A step was taken."""
@@ -104,8 +120,26 @@ class MemberRun:
 
     def evaluated(self, report: EvalReport) -> None:
         """It was evaluated after its last step."""
+        known = self._worse_epochs()
         self.evals.append(report)
         self.progress.evaluated(report)
+        for notice in self._worse_epochs()[len(known) :]:
+            self.progress.warned(notice)
+        if self.job.training.load_best_model_at_end and best_of_evals(self.evals) is report:
+            self._best = self.member.adapter_tensors()
+        self._stop_early()
+
+    def _stop_early(self) -> None:
+        patience, threshold = self.job.training.early_stopping_patience, self.job.training.early_stopping_threshold
+        if patience is None or self.member.state != "running":
+            return
+        if is_patience_over(self.evals, patience, threshold):
+            self.member.state = "finished"
+
+    def load_best(self) -> None:
+        """Of a job that is finished: takes back the weights of its best evaluation, where it wants them exported."""
+        if self._best:
+            self.member.take_adapter(self._best)
 
     @property
     def is_eval_due(self) -> bool:
@@ -133,7 +167,8 @@ class MemberRun:
             "seconds": self._seconds(),
             "versions": _versions(),
         }
-        checkpoint = Checkpoint(self.member.step, self.member.tensors(), meta)
+        best = {_BEST + name: tensor for name, tensor in self._best.items()}
+        checkpoint = Checkpoint(self.member.step, self.member.tensors() | best, meta)
         with writing(self.job.output):
             root = self.job.output / CHECKPOINTS
             return write_checkpoint(root, checkpoint, keep=keep or self.job.checkpoint.save_total_limit)
@@ -160,17 +195,30 @@ class MemberRun:
         discard_checkpoints(self.job.output)
 
     def _result(self) -> TrainResult:
-        last = self.steps[-10:]
+        last, exported = self.steps[-10:], self._exported()
         return TrainResult(
             output=self.job.output,
             base_fingerprint=self._base.spec.fingerprint,
             steps=self.member.step,
             loss=sum(step.loss for step in last) / len(last),
-            eval_loss=self.evals[-1].loss if self.evals else None,
+            eval_loss=None if exported is None else exported.loss,
             supervised_tokens=sum(step.tokens for step in self.steps),
             seconds=self._seconds(),
             data=self._data.report,
         )
+
+    def _exported(self) -> EvalReport | None:
+        """The evaluation of what is exported."""
+        if self._best:
+            return best_of_evals(self.evals)
+        return self.evals[-1] if self.evals else None
+
+    def _warnings(self) -> list[str]:
+        steps, parameters = self.member.options.total_steps, self.member.adapter.parameters.weights.numel()
+        return list(warnings_before(self.job, self._data.report, steps / self._built.steps_per_epoch, parameters))
+
+    def _worse_epochs(self) -> list[str]:
+        return worse_epochs(self.evals, self._built.steps_per_epoch)
 
     def _certify(self, exported: AdapterWeights) -> Certified:
         adapter = self._built.adapter
@@ -188,12 +236,16 @@ class MemberRun:
         return json.dumps(self._values(result, certified), indent=2)
 
     def _values(self, result: TrainResult, certified: Certified) -> dict[str, Any]:
+        exported = self._exported()
         return {
             "adapter": certified.certificate.adapter,
             "export_difference": certified.difference,
             "job": self.job.to_dict(),
             "result": {key: value for key, value in asdict(result).items() if key not in ("output", "data")},
             "data": asdict(self._data.report),
+            "exported_step": exported.step if exported is not None and self._best else self.member.step,
+            "stopped_early": self.member.step < self.member.options.total_steps,
+            "warnings": [*self._warnings(), *self._worse_epochs()],
             "evals": [asdict(report) for report in self.evals],
             "history": [asdict(report) for report in self.steps],
             "versions": _versions(),
@@ -207,6 +259,7 @@ class MemberRun:
             "training.device": self._base.device.type,
             "training.compute_dtype": str(self._base.compute_dtype).removeprefix("torch."),
             "training data": self._data.digest,
+            **({"evaluation data": self._data.eval_digest} if self.job.training.is_guarded else {}),
             "base": self._base.spec.fingerprint,
             "arithmetic": _ARITHMETIC,
         }

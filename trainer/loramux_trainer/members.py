@@ -35,6 +35,7 @@ class BuiltMember:
     member: Member
     adapter: TrainedAdapter
     eval_every: int
+    steps_per_epoch: int
 
 
 def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], None]) -> BuiltMember:
@@ -43,6 +44,9 @@ def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], Non
     training = job.training
     loss = build_loss(job.loss, max_length=job.data.max_length)
     check_batch_size(loss, training.batch_size)
+    if training.is_guarded and not data.eval:
+        key = "load_best_model_at_end" if training.load_best_model_at_end else "early_stopping_patience"
+        raise JobInvalid(f"training.{key}", "the eval set is empty; raise data.eval_fraction, or set data.eval")
     order = _order(job, data)
     total = training.max_steps if training.max_steps is not None else training.num_train_epochs * order.steps_per_epoch
     shapes = modules_of(job, base.spec)
@@ -82,7 +86,7 @@ def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], Non
         data.eval,
         options,
     )
-    return BuiltMember(member, adapter, training.eval_steps or order.steps_per_epoch)
+    return BuiltMember(member, adapter, training.eval_steps or order.steps_per_epoch, order.steps_per_epoch)
 
 
 def _order(job: TrainConfig, data: DataSet) -> StepOrder:

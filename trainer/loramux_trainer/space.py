@@ -23,7 +23,8 @@ def needed_bytes(job: TrainConfig, parameters: int, total_steps: int, existing: 
     every = job.checkpoint.save_steps
     periodic = (total_steps - 1) // every if every else 0
     checkpoints = max(1, min(periodic, job.checkpoint.save_total_limit) + 1 - existing)
-    return parameters * _FLOAT * (_STATES * checkpoints + 1) + _TEXTS
+    states = _STATES + job.training.load_best_model_at_end  # the best weights beside the last ones
+    return parameters * _FLOAT * (states * checkpoints + 1) + _TEXTS
 
 
 def still_needed(job: TrainConfig, parameters: int, total_steps: int) -> int:

@@ -153,6 +153,8 @@ def test_what_trl_would_not_read_is_refused_before_anything_is_loaded(tmp_path: 
         ({"training": {"deterministic": True}}, r"training\.deterministic: cannot go"),
         ({"data": {**values["data"], "packing": True}}, r"data\.packing: cannot go"),
         ({"lora": {"bias": "all"}}, r"lora\.bias: cannot go"),
+        ({"training": {"early_stopping_patience": 2}, "data": {**values["data"], "eval_fraction": 0.2}},
+         r"training\.early_stopping_patience: cannot go"),
         ({"checkpoint": {"save_steps": 5}}, r"checkpoint\.save_steps: cannot go .* pickles"),
         ({"engine": "fleet", "loss": "reward"}, "loss: reward is computed by trl only"),
         ({"loss": {"name": "grpo"}}, r"loss\.reward_function: is required"),

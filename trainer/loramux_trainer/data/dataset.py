@@ -74,12 +74,13 @@ class DataReport:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Encoded units. `digest` identifies the training set in its order."""
+    """Encoded units. The digests identify the training set in its order, and the evaluation set."""
 
     train: Units
     eval: Units
     report: DataReport
     digest: str
+    eval_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: Loss
         desirable=sum(unit.label is True for unit in train.kept),
         undesirable=sum(unit.label is False for unit in train.kept),
     )
-    return DataSet(packs, held.kept, report, _digest(packs))
+    return DataSet(packs, held.kept, report, _digest(packs), _digest(held.kept))
 
 
 def encode_records(

@@ -177,23 +177,37 @@ class Member:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that changes from step to step, on the CPU."""
         state = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
-        state |= {f"adapter.{name}": tensor for name, tensor in self.adapter.tensors().items()}
-        state["weights"] = self.adapter.parameters.weights
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        return _copied(state) | self.adapter_tensors()
 
-    def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue after `step` steps. Raises CheckpointInvalid where the tensors are not this member's."""
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """What of them is exported, without the optimizer, on the CPU."""
+        state = {f"adapter.{name}": tensor for name, tensor in self.adapter.tensors().items()}
+        return _copied({**state, "weights": self.adapter.parameters.weights})
+
+    def take_adapter(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `adapter_tensors` gave; no step follows. Raises CheckpointInvalid where it is another's."""
         weights = self.adapter.parameters.weights
         try:
             if tensors["weights"].shape != weights.shape:
                 raise ValueError(f"{tensors['weights'].numel()} weights, not {weights.numel()}")
-            self.optimizer.restore(_below("optimizer.", tensors))
             self.adapter.restore(_below("adapter.", tensors))
             weights.copy_(tensors["weights"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointInvalid(f"the checkpoint's tensors are not those of this job ({error})") from error
+
+    def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue after `step` steps. Raises CheckpointInvalid where the tensors are not this member's."""
+        self.take_adapter(tensors)
+        try:
+            self.optimizer.restore(_below("optimizer.", tensors))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointInvalid(f"the checkpoint's tensors are not those of this job ({error})") from error
         self.step = step
         self.state = "running" if step < self.options.total_steps else "finished"
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -104,6 +104,8 @@ def _reason(section: str, name: str, value: Any, job: Mapping[str, Any], method:
         return "constant has no warm-up; remove it, or use constant_with_warmup"
     if name == "weight_decay" and value != 0 and method in _WITHOUT_DECAY:
         return f"method {method} trains vectors, which no weight decay acts on; remove it"
+    if name == "early_stopping_threshold" and value != 0 and training.get("early_stopping_patience") is None:
+        return "nothing is stopped early; set training.early_stopping_patience, or remove it"
     optimizer = str(training.get("optimizer") or "adamw")
     if optimizer in get_args(OptimizerName) and optimizer not in _OPTIMIZERS.get(name, (optimizer,)):
         return _not_read(f"optimizer {optimizer}", _OPTIMIZERS[name])

@@ -34,6 +34,8 @@ _KEYS: Final[Mapping[str, str]] = {
     "lora.loraplus_lr_ratio": "transformers' trainer gives all matrices one learning rate",
     "training.frozen_products": "PEFT multiplies as the base computes",
     "training.deterministic": "trl pads the rows of a batch to one length",
+    "training.early_stopping_patience": "its evaluations are means over batches",
+    "training.load_best_model_at_end": "transformers keeps what it goes back to as pickles",
     "checkpoint.save_steps": "transformers keeps optimizers as pickles, which nothing here reads or writes",
     "data.packing": "without FlashAttention the examples of a pack would see each other in trl",
 }

@@ -46,7 +46,8 @@ CALLED: Mapping[str, str] = {
 _TRAINING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "warmup_steps",
     "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim",
-    "weight_decay", "seed", "gradient_checkpointing", "eval_steps",
+    "weight_decay", "seed", "gradient_checkpointing", "eval_steps", "early_stopping_patience",
+    "early_stopping_threshold", "load_best_model_at_end",
 )  # fmt: skip
 _OWN = {
     "warmup_ratio": "training.warmup_steps",

@@ -56,6 +56,14 @@ class OptimConfig(Section):
     deterministic: YesNo = False
     gradient_checkpointing: YesNo = False
     eval_steps: Count | None = None  # None: each epoch
+    early_stopping_patience: Count | None = None  # evaluations without a lower loss; None: all steps are taken
+    early_stopping_threshold: Annotated[Number, Field(ge=0)] = 0.0  # how much lower
+    load_best_model_at_end: YesNo = False  # of the evaluations
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the eval loss decides what is exported."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
 
     def __post_init__(self) -> None:
         defaults: dict[str, Any] = {
