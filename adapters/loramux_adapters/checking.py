@@ -9,16 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.adapter_files import CONFIG_FILE, DECLARATION_FILES, WEIGHTS_FILE
+from loramux_adapters.adapter_files import CERTIFICATE_FILE, CONFIG_FILE, DECLARATION_FILES, WEIGHTS_FILE
 from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.certificate.document import Certificate
+from loramux_adapters.certificate.document import parse as parse_certificate
+from loramux_adapters.certificate.replay import check_identity
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats import strict_json
 from loramux_adapters.formats.declared_base import declared_fingerprint
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.safetensors_file import SafetensorsFile
 from loramux_adapters.residency.slots import ROW_MULTIPLE, SlotTable
+from loramux_adapters.spec import AdapterSpec, BaseModelSpec
 from loramux_adapters.weights import AdapterWeights
 
 
@@ -47,6 +51,7 @@ class Checked:
     base_fingerprint: str
     base_mismatch: bool
     cost: DeviceCost
+    certificate: bool  # whether there is one of this adapter and base, which a server replays
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,18 @@ class Outline:
     tensors: int
     nbytes: int
     declared_base: str | None
+    certificate: bool
 
 
 def check(files: Mapping[str, Path], base: LoadedBase, limits: ReadLimits, *, allow_base_mismatch: bool) -> Checked:
     """Read an adapter as a server with this base would, whose model is injected and of no other use afterwards.
 
-    Raises what an upload is refused with: AdapterInvalid, AdapterIncompatible; and OSError.
+    Raises what an upload is refused with before a replay: AdapterInvalid, AdapterIncompatible, CertificateRefused; and
+    OSError.
     """
     weights = formats.read(files, base.spec, limits, allow_base_mismatch=allow_base_mismatch)
     spec = weights.spec
+    certificate = _check_certificate(files, spec, base.spec)
     return Checked(
         kind=spec.kind,
         digest=spec.digest,
@@ -79,6 +87,7 @@ def check(files: Mapping[str, Path], base: LoadedBase, limits: ReadLimits, *, al
         base_fingerprint=base.spec.fingerprint,
         base_mismatch=spec.base_mismatch,
         cost=_cost(weights, base),
+        certificate=certificate,
     )
 
 
@@ -90,12 +99,39 @@ def outline(files: Mapping[str, Path], limits: ReadLimits) -> Outline:
         for name in DECLARATION_FILES
         if name in files
     }
+    certificate = _read_certificate(files)
     with SafetensorsFile(files[WEIGHTS_FILE], WEIGHTS_FILE, limits) as file:
         declared = declared_fingerprint(file.header.metadata, WEIGHTS_FILE, declarations)
         entries = file.header.tensors.values()
         return Outline(
-            str(config.get("peft_type", "unknown")).lower(), len(entries), sum(e.nbytes for e in entries), declared
+            str(config.get("peft_type", "unknown")).lower(),
+            len(entries),
+            sum(e.nbytes for e in entries),
+            declared,
+            certificate is not None,
         )
+
+
+def _read_certificate(files: Mapping[str, Path]) -> Certificate | None:
+    return parse_certificate(files[CERTIFICATE_FILE].read_bytes()) if CERTIFICATE_FILE in files else None
+
+
+def _check_certificate(files: Mapping[str, Path], adapter: AdapterSpec, base: BaseModelSpec) -> bool:
+    """All that is judged before a replay but the chat template, which the server knows. Raises CertificateRefused."""
+    certificate = _read_certificate(files)
+    if certificate is None:
+        return False
+    room = base.context_length - adapter.virtual_tokens - 1
+    check_identity(
+        certificate,
+        adapter=adapter.digest,
+        base=base.fingerprint,
+        chat_template=certificate.chat_template,
+        vocabulary=base.vocab_size,
+        context=room,
+        room=room,
+    )
+    return True
 
 
 def _cost(weights: AdapterWeights, base: LoadedBase) -> DeviceCost:

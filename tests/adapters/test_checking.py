@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_adapters.apply.inject import inject
 from loramux_adapters.apply.slots import SlotTensors
 from loramux_adapters.base.load import LoadedBase
+from loramux_adapters.certificate.document import Arithmetic, Certificate, Probe
+from loramux_adapters.certificate.probes import drawn_tokens
 from loramux_adapters.checking import check, outline
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_adapters.errors import AdapterError
+from loramux_adapters.errors import AdapterError, CertificateRefused
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
 from support.adapters import edit_config, files_of
@@ -90,3 +94,28 @@ def test_an_outline_refuses_what_no_base_can_mend(tmp_path: Path) -> None:
             outline(files_of(directory), ReadLimits())
         assert hostile.subject in caught.value.subject
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_certificate_is_judged_as_far_as_one_can_without_a_replay(base: LoadedBase, tmp_path: Path) -> None:
+    """Of this adapter, it is told; of another one it is refused as a push is, without a base if it was changed."""
+    files = write_files(tmp_path / "a", tiny_files(1, rank=4))
+    paths = files_of(files)
+    digest = formats.read(paths, base.spec, ReadLimits()).spec.digest
+    tokens = drawn_tokens(digest, base.spec.vocab_size, base.spec.context_length)
+    probes = tuple(
+        Probe(each, (1.0,) * (len(each) - 1), ((1,),) * (len(each) - 1), ((-1.0,),) * (len(each) - 1))
+        for each in tokens
+    )
+    computed = Arithmetic("cpu", "float32", "float32")
+    genuine = Certificate(digest, base.spec.fingerprint, "", computed, {}, probes)
+    (files / CERTIFICATE_FILE).write_bytes(genuine.to_json())
+    paths[CERTIFICATE_FILE] = files / CERTIFICATE_FILE
+    assert outline(paths, ReadLimits()).certificate
+    (files / CERTIFICATE_FILE).write_bytes(dataclasses.replace(genuine, adapter="0" * 64).to_json())
+    with pytest.raises(CertificateRefused, match="is of adapter 000000000000"):
+        check(paths, base, ReadLimits(), allow_base_mismatch=False)
+    (files / CERTIFICATE_FILE).write_bytes(genuine.to_json().replace(b"-1.0", b"-2.0", 1))
+    with pytest.raises(CertificateRefused, match="its seal does not fit"):
+        outline(paths, ReadLimits())
+    (files / CERTIFICATE_FILE).write_bytes(genuine.to_json())
+    assert check(paths, base, ReadLimits(), allow_base_mismatch=False).certificate

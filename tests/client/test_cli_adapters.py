@@ -153,6 +153,6 @@ def test_show_tells_what_the_certificate_came_to(fake: FakeServer) -> None:
 
     assert shown("plain") == ("certificate none: uploaded without one", "when merged not replayed")
     for text in shown("certified"):
-        assert "certified: logits differ by 7e-07 of their deviation" in text
-        assert "(0.001 allowed in float32), KL 1e-13" in text
-    assert "when merged refused: logits differ by 0.5" in shown("parted")[1]
+        assert "certified: log-probabilities differ by at most 7e-07 from the training's" in text
+        assert "0.001 allowed in float32), KL 1e-13" in text
+    assert "when merged refused: log-probabilities differ by at most 0.5" in shown("parted")[1]

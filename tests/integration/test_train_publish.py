@@ -70,7 +70,7 @@ def test_what_is_better_takes_the_name_and_what_is_not_leaves_it(
     worse = train(job(tmp_path, "worse", max_steps=1, learning_rate=1e-6), server, "--if-better-than", "current")
     assert worse.exit_code == ExitCode.NO
     assert "is not better than" in worse.stderr
-    assert f"{NAME} goes on with {serving.digest[:12]}" in worse.stderr
+    assert f"{NAME} still serves {serving.digest[:12]}" in worse.stderr
     assert client.adapter(NAME).digest == serving.digest
 
     better = train(job(tmp_path, "better", max_steps=20), server, "--if-better-than", "current", "--metric", "loss")
@@ -88,7 +88,7 @@ def test_what_cannot_be_published_is_refused_before_the_training(server: LocalSe
     values = yaml.safe_load(path.read_text())
     cases = {
         ("--publish", NAME, "--if-better-than", "base", "--metric", "bleu"): "--metric bleu is none of loss, exact",
-        ("--publish", NAME, "--address", "127.0.0.1:1"): "nothing could be published after the training",
+        ("--publish", NAME, "--address", "127.0.0.1:1"): "not trained, since nothing could be published afterwards",
         ("--if-better-than", "base"): "--if-better-than says when to publish",
     }
     for flags, says in cases.items():

@@ -55,6 +55,7 @@ def _certified(replay: CertificateReplay | None) -> str:
         return ""
     holds = replay.difference <= replay.tolerance
     return (
-        f"{'certified' if holds else 'refused'}: logits differ by {replay.difference:.2g} of their deviation from "
-        f"those of the training ({replay.tolerance:g} allowed in {replay.compute_dtype}), KL {replay.divergence:.2g}"
+        f"{'certified' if holds else 'refused'}: log-probabilities differ by at most {replay.difference:.2g} from the "
+        f"training's (in standard deviations of the logits; {replay.tolerance:g} allowed in {replay.compute_dtype}), "
+        f"KL {replay.divergence:.2g}"
     )

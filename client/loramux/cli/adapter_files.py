@@ -121,8 +121,10 @@ def _rows(found: Checked | Outline, bundle: Bundle) -> Sequence[tuple[str, objec
     declared = ("declared base", found.declared_base or "undeclared")
     tensors = ("tensors", f"{size(found.nbytes)} ({found.nbytes} bytes)")
     files = ("files", f"{', '.join(entry.file for entry in bundle.files)}; {size(bundle.total)} to send")
+    has = "is replayed by the server before the upload is visible" if found.certificate else "none"
+    certificate = ("certificate", has)
     if not isinstance(found, Checked):
-        return [("kind", found.kind), tensors, files, declared]
+        return [("kind", found.kind), tensors, files, declared, certificate]
     cost = found.cost
     return [
         ("kind", found.kind),
@@ -135,6 +137,7 @@ def _rows(found: Checked | Outline, bundle: Bundle) -> Sequence[tuple[str, objec
         ("on the device", f"{cost.rank_rows} rank rows, {size(cost.nbytes)} ({cost.nbytes} bytes) in {cost.dtype}"),
         declared,
         ("base", f"{found.base} {found.base_fingerprint}" + (" (mismatch allowed)" if found.base_mismatch else "")),
+        certificate,
     ]
 
 

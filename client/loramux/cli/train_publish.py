@@ -44,7 +44,8 @@ class Publishing:
         if done.verdict is not None:
             say(done.verdict.says)
         if not done.is_switched:
-            say(f"{self.name} goes on with {(done.before or 'the base')[:12]}; {output} was not published")
+            serves = f"{self.name} still serves {done.before[:12]}" if done.before else f"there is still no {self.name}"
+            say(f"{serves}; {output} was not published")
             return False
         before = f"{done.before[:12]} -> " if done.before and done.before != done.digest else ""
         print(f"published {self.name}: {before}{done.digest[:12]}")
@@ -71,8 +72,8 @@ def prepare(file: JobFile, name: str, if_better_than: str | None, metric: str, a
             client.model()
     except LoramuxError as error:
         raise CommandError(
-            f"nothing could be published after the training: {error}",
-            remedy="start the server, or train without --publish and push the adapter later",
+            f"not trained, since nothing could be published afterwards: {error}",
+            remedy="start the server, give its --address, or train without --publish and push the adapter later",
             code=ExitCode.UNAVAILABLE,
         ) from error
     return Publishing(name, address, gate)
@@ -88,8 +89,8 @@ def _gate(file: JobFile, if_better_than: str, metric: str) -> Gate:
     job = file.jobs[0]
     if job.data.eval is None or any(each.data.eval != job.data.eval for each in file.jobs):
         raise CommandError(
-            "--if-better-than compares on data.eval, which this file does not have for all of its jobs",
-            remedy="give a file of held-out records as data.eval",
+            "--if-better-than compares on data.eval, and the job has none",
+            remedy="give a file of held-out records as data.eval; data.eval_fraction is not compared on",
         )
     records = read_eval_records(job.data.eval, base=job.model if metric == "loss" else None)
     other: str | float | None = {"current": None, "base": BASE}.get(if_better_than, if_better_than)
