@@ -89,7 +89,7 @@ def test_the_first_ctrl_c_is_answered(
     def train(job: object, *, stop: threading.Event, **_: object) -> None:
         signal.raise_signal(signal.SIGINT)
         if stop.is_set():
-            raise Interrupted(None)
+            raise Interrupted(())
 
     monkeypatch.setattr("loramux_trainer.run.train", train)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))

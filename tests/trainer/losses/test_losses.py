@@ -19,6 +19,7 @@ from loramux_trainer.losses.dpo import DPO_TYPES
 from loramux_trainer.losses.kto import KtoLoss
 from loramux_trainer.losses.protocol import Loss, Totals
 from loramux_trainer.losses.select import build_loss, check_batch_size
+from loramux_trainer.schema.engine import TRL_LOSSES
 from loramux_trainer.schema.loss_config import LOSS_TYPES, LossConfig
 
 VOCABULARY = 50
@@ -26,6 +27,7 @@ SMOOTHING = {"robust": 0.1, "exo_pair": 0.001}
 ALL = [
     LossConfig(name, kind, label_smoothing=SMOOTHING.get(kind or ""))
     for name, kinds in LOSS_TYPES.items()
+    if name not in TRL_LOSSES
     for kind in (kinds or (None,))
 ]
 
