@@ -1,5 +1,6 @@
 """Directories we write name their base, and are the same bytes each time."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -30,3 +31,12 @@ def test_it_declares_its_base_and_is_reproducible(tmp_path: Path) -> None:
     weights = read(files_of(tmp_path / "one"), base, ReadLimits())
     assert weights.spec.base_fingerprint == base.fingerprint
     assert len(weights.spec.ranks) == 2
+
+
+def test_both_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_files(tmp_path, {"peft_type": "LORA"}, {"a": torch.ones(1)}, None)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in (CONFIG, WEIGHTS)] == [0o640, 0o640]

@@ -33,6 +33,9 @@ def write_files(
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} if fingerprint is None else {FINGERPRINT_KEY: fingerprint}
     # One key only: safetensors writes several in an order that changes from call to call.
-    save_file(dict(tensors), directory / weights_file, metadata=metadata)
+    weights = directory / weights_file
+    save_file(dict(tensors), weights, metadata=metadata)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+    # safetensors makes its file readable for its owner alone, whatever the umask says.
+    weights.chmod((directory / CONFIG_FILE).stat().st_mode & 0o777)
