@@ -26,8 +26,22 @@ CERTIFICATE_MUTANTS = (
     Mutant(
         "a log-probability that is no number is no distance",
         CERTIFICATE + "replay.py",
-        "apart = math.inf if math.isnan(apart) else apart / probe.deviations[place]",
-        "apart = apart / probe.deviations[place]",
+        "    apart |= {token: math.inf for token, own in found.items() if math.isnan(own)}\n",
+        "",
+        (TEST_CERTIFICATE + "test_replay.py",),
+    ),
+    Mutant(
+        "a certificate may name unlikely tokens as the most likely",
+        CERTIFICATE + "replay.py",
+        "max(0.0, own - uncertified)",
+        "0.0",
+        (TEST_CERTIFICATE + "test_replay.py",),
+    ),
+    Mutant(
+        "a wide deviation loosens the tolerance",
+        CERTIFICATE + "replay.py",
+        "min(probe.deviations[place], _WIDEST)",
+        "probe.deviations[place]",
         (TEST_CERTIFICATE + "test_replay.py",),
     ),
     Mutant(
@@ -61,8 +75,15 @@ CERTIFICATE_MUTANTS = (
     Mutant(
         "a name that somebody else has moved is switched",
         STORE + "changes.py",
-        "    if not current.startswith(change.if_version):\n",
+        "    if change.if_version:\n",
         "    if False:\n",
+        (TEST_STORE + "test_store_switch.py",),
+    ),
+    Mutant(
+        "an upload takes a name that somebody else has taken meanwhile",
+        STORE + "changes.py",
+        "    if manifest.if_version is not None and current != spec.digest:",
+        "    if manifest.if_version and current != spec.digest:",
         (TEST_STORE + "test_store_switch.py",),
     ),
     Mutant(

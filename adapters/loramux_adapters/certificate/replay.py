@@ -16,6 +16,10 @@ ASKED = 32
 """Most likely tokens that a server should give of each position: more than a certificate names, since they may have
 changed places."""
 
+_WIDEST = 16.0
+"""Of logits, the largest deviation that a difference is measured by; that of language models is 1 to 8. So that nobody
+loosens a tolerance by a deviation which no server can check."""
+
 Served = Sequence[Mapping[int, float]]
 """Of one probe: after each token but the last, token -> natural log-probability of the most likely next ones."""
 
@@ -26,8 +30,9 @@ _SAME_TEMPLATE = "serve the base with the chat template it was trained with, or 
 class Replay:
     """How far what is served is from what was certified, at the worst position.
 
-    `difference`: of a log-probability, over the deviation of the position's logits. `divergence`: Kullback-Leibler from
-    the certified to the served distribution, in nats, over the certified tokens and the rest as one.
+    `difference`: of a log-probability, over the deviation of the position's logits, 16 at most. `divergence`:
+    Kullback-Leibler from the certified to the served distribution, in nats, over the certified tokens and the rest as
+    one.
     """
 
     difference: float
@@ -76,9 +81,9 @@ def compare(certificate: Certificate, served: Sequence[Served], dtype: str) -> R
             own, token = _difference(probe, place, found)
             divergence = max(divergence, _divergence(probe, place, found))
             if own > difference:
-                trained = dict(zip(probe.top_tokens[place], probe.top_log_probs[place], strict=True))[token]
-                answer = f"{found[token]:.4f}" if token in found else f"below {min(found.values()):.4f}"
-                where = f"probe {number} after {place + 1} tokens: token {token} has {answer}, trained {trained:.4f}"
+                certified = dict(zip(probe.top_tokens[place], probe.top_log_probs[place], strict=True))
+                served_as, trained = _told(token, found), _told(token, certified)
+                where = f"probe {number} after {place + 1} tokens: token {token} has {served_as}, trained {trained}"
                 difference = own
     return Replay(difference, divergence, certificate.tolerance_on(dtype), dtype, where)
 
@@ -93,15 +98,23 @@ def check_replay(replay: Replay) -> None:
 
 
 def _difference(probe: Probe, place: int, found: Mapping[int, float]) -> tuple[float, int]:
-    """The largest of the position, and its token. One that is not served is at most the least likely that is."""
-    least = min(found.values())
-    worst, token = -1.0, probe.top_tokens[place][0]
-    for own, trained in zip(probe.top_tokens[place], probe.top_log_probs[place], strict=True):
-        apart = abs(found[own] - trained) if own in found else max(0.0, trained - least)
-        apart = math.inf if math.isnan(apart) else apart / probe.deviations[place]
-        if apart > worst:
-            worst, token = apart, own
-    return worst, token
+    """The largest of the position, and its token: one that is certified, or one that is served and more likely than
+    what is certified as the most likely.
+    """
+    certified = dict(zip(probe.top_tokens[place], probe.top_log_probs[place], strict=True))
+    unserved, uncertified = min(found.values()), min(certified.values())  # at most as likely as these
+    apart = {
+        token: abs(found[token] - trained) if token in found else max(0.0, trained - unserved)
+        for token, trained in certified.items()
+    }
+    apart |= {token: max(0.0, own - uncertified) for token, own in found.items() if token not in certified}
+    apart |= {token: math.inf for token, own in found.items() if math.isnan(own)}
+    token = max(apart, key=apart.__getitem__)
+    return apart[token] / min(probe.deviations[place], _WIDEST), token
+
+
+def _told(token: int, log_probs: Mapping[int, float]) -> str:
+    return f"{log_probs[token]:.4f}" if token in log_probs else f"below {min(log_probs.values()):.4f}"
 
 
 def _divergence(probe: Probe, place: int, found: Mapping[int, float]) -> float:

@@ -1,7 +1,7 @@
 """A certificate beside served log-probabilities: distances by hand, and what belongs to something else."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from loramux_adapters.certificate.probes import drawn_tokens
 from loramux_adapters.certificate.replay import check_identity, check_replay, compare
 from loramux_adapters.errors import CertificateRefused
 
+Forge = Callable[[Probe, torch.Tensor], Probe]
 ADAPTER, BASE, TEMPLATE = "a" * 64, "b" * 64, "c" * 64
 VOCABULARY, TOP = 40, 6
 SERVER: dict[str, Any] = {
@@ -79,6 +80,26 @@ def test_a_token_that_is_not_served_is_at_most_the_least_likely_that_is() -> Non
     replay = compare(certified(logits_of(1)), served(other, TOP + 2), "float32")
     assert "below -" in replay.where
     assert replay.difference > 0.1
+
+
+def _unlikely(probe: Probe, logits: torch.Tensor) -> Probe:
+    """What is least likely, with its true log-probabilities, in place of what is most likely."""
+    values, ids = torch.log_softmax(logits, 1).topk(TOP, largest=False)
+    return replace(probe, top_tokens=tuple(map(tuple, ids.tolist())), top_log_probs=tuple(map(tuple, values.tolist())))
+
+
+def _wide(probe: Probe, logits: torch.Tensor) -> Probe:
+    return replace(probe, deviations=tuple(1e12 for _ in probe.deviations))
+
+
+@pytest.mark.parametrize("forge", [_unlikely, _wide])
+@pytest.mark.parametrize("count", [TOP + 2, VOCABULARY])
+def test_nobody_forges_a_certificate_by_what_a_server_cannot_see(forge: Forge, count: int) -> None:
+    trained = logits_of(1)
+    genuine = certified(trained)
+    forged = replace(genuine, probes=tuple(map(forge, genuine.probes, trained)))
+    with pytest.raises(CertificateRefused, match="parts from what this server computes"):
+        check_replay(compare(forged, served(logits_of(2), count), "float32"))
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
