@@ -99,12 +99,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     context = min(config.context_tokens or base.spec.context_length, base.spec.context_length)
     with _loading(config):
         tokenizer = TextTokenizer.load(source, revision=config.revision)
-    if config.deterministic and is_mixture(base.config):
-        raise StartError(
-            f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
-            "of a step are routed to it, so --deterministic cannot be kept",
-            remedy="serve it without --deterministic",
-        )
+    _check_determinism(config, base)
     kernels = select_kernels(deterministic=config.deterministic, device=base.device, dtype=base.compute_dtype)
     with _refused():
         examined = examine(base, context)
@@ -132,17 +127,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         mailbox.notify,
         frequency=Frequency() if config.adapter_eviction == "frequency" else None,
     )
-    refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
-    served = ServedBase(
-        base.spec.fingerprint,
-        tokenizer.template_digest,
-        str(base.compute_dtype).removeprefix("torch."),
-        base.spec.vocab_size,
-        base.spec.context_length,
-        context,
-    )
-    certifier = Certifier(client, served)
+    certifier = Certifier(client, _served_base(base, tokenizer, context))
     trials = MergeTrials(certifier, host.load, store.certificate, hooks.loop)
     merged_weights = MergedWeightsCache(
         merges,
@@ -150,7 +136,7 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
         host.load,
         mailbox.notify,
         config.merged_bytes,
-        refusal,
+        "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else "",
         try_out=trials.begin,
     )
     runner = ModelRunner(adapted, cache, kernels, RunnerConfig(config.deterministic, examined.rope))
@@ -183,6 +169,27 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
 
     services = Services(client, registry, tokenizer, info, states, texts)
     return ServerRuntime(services, engine, lambda: _read(pool, host, merged_weights, registry), close)
+
+
+def _check_determinism(config: ServeConfig, base: LoadedBase) -> None:
+    if config.deterministic and is_mixture(base.config):
+        raise StartError(
+            f"{base.spec.architecture} is a mixture of experts: the products of an expert depend on how many tokens "
+            "of a step are routed to it, so --deterministic cannot be kept",
+            remedy="serve it without --deterministic",
+        )
+
+
+def _served_base(base: LoadedBase, tokenizer: TextTokenizer, context: int) -> ServedBase:
+    """What a certificate is compared with."""
+    return ServedBase(
+        base.spec.fingerprint,
+        tokenizer.template_digest,
+        str(base.compute_dtype).removeprefix("torch."),
+        base.spec.vocab_size,
+        base.spec.context_length,
+        context,
+    )
 
 
 def _host_cache(
