@@ -153,6 +153,7 @@ class Client:
         allow_base_mismatch: bool = False,
         ttl: float | None = None,
         max_uses: int | None = None,
+        if_version: str | None = None,
         tokenizer: bool = True,
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
@@ -161,6 +162,8 @@ class Client:
 
         The server removes the name `ttl` seconds after the push, and with the last of `max_uses` requests; those that
         were accepted end on their version. A name that stays is given no end, and a push without one takes it away.
+        With `if_version` it is refused (FailedPrecondition) unless the name points at the version that starts so, or at
+        this very content; empty: unless the name is new.
         Only the adapter's config, its safetensors, loramux.json and, unless `tokenizer` is off, its own tokenizer and
         chat template travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
@@ -174,6 +177,7 @@ class Client:
             allow_base_mismatch=allow_base_mismatch,
             ttl=ttl,
             max_uses=max_uses,
+            if_version=if_version,
             tokenizer=tokenizer,
         )
         attempts = Attempts(self._retry, timeout)
@@ -252,7 +256,10 @@ class Client:
         now = self.adapter(name)
         before = to or next((digest for digest in now.versions if digest != now.digest), "")
         if not before:
-            raise FailedPrecondition(f"{now.name} has no other version", ErrorDetails(reason="ADAPTER_CONFLICT"))
+            raise FailedPrecondition(
+                f"{now.name} has no other version: push another adapter under this name first",
+                ErrorDetails(reason="ADAPTER_CONFLICT"),
+            )
         return self.update(now.name, version=before, if_version=now.digest)
 
     def delete(self, name: str) -> None:

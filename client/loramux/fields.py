@@ -143,14 +143,16 @@ def _real(value: Any, within: Range) -> float:
     return number
 
 
-def ends(ttl: float | None, max_uses: int | None) -> dict[str, Any]:
-    """The fields of an upload that say when its name ends by itself, where given. InvalidArgument."""
+def upload_options(ttl: float | None, max_uses: int | None, if_version: str | None) -> dict[str, Any]:
+    """The optional fields of an upload, where given. InvalidArgument."""
     found: dict[str, Any] = {}
     with refusing() as refusals:
         if ttl is not None:
             found["ttl_seconds"] = refusals.take("ttl", ttl, lambda value: _real(value, TTL))
         if max_uses is not None:
             found["max_uses"] = refusals.take("max_uses", max_uses, lambda value: _whole(value, *MAX_USES))
+        if if_version is not None:
+            found["if_version"] = refusals.take("if_version", if_version, text)
     return found
 
 

@@ -69,7 +69,7 @@ def publish(
         if not verdict.passed:
             return Publication(name, digest, before, verdict, is_switched=False)
         if before is None:
-            return _published(client.push(directory, name), before, verdict)
+            return _published(client.push(directory, name, if_version=""), before, verdict)
         client.update(name, version=digest, if_version=before)
         return Publication(name, digest, before, verdict, is_switched=True)
     finally:

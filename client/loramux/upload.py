@@ -37,7 +37,7 @@ class Bundle:
     left_out: tuple[str, ...]
     labels: Mapping[str, str]
     allow_base_mismatch: bool
-    ends: Mapping[str, Any]  # ttl_seconds and max_uses, where given
+    options: Mapping[str, Any]  # ttl_seconds, max_uses and if_version, where given
     upload_id: str
     remark: str  # what its owner should know of the adapter, or nothing
 
@@ -55,13 +55,14 @@ def collect(
     allow_base_mismatch: bool,
     ttl: float | None = None,
     max_uses: int | None = None,
+    if_version: str | None = None,
     tokenizer: bool = True,
 ) -> Bundle:
     """Read and hash what a push of `directory` sends; without `tokenizer` its texts are left to the base's.
 
-    Raises LocalFilesError when it holds no adapter, InvalidArgument when `ttl` or `max_uses` is out of range.
+    Raises LocalFilesError when it holds no adapter, InvalidArgument when one of the others is out of range.
     """
-    ends = fields.ends(ttl, max_uses)
+    options = fields.upload_options(ttl, max_uses, if_version)
     if not directory.is_dir():
         raise LocalFilesError(f"{directory} is not a directory; give the directory that save_pretrained wrote")
     try:
@@ -89,8 +90,8 @@ def collect(
         tuple(sorted(present - set(sending))),
         labels,
         allow_base_mismatch,
-        ends,
-        _upload_id(name, files, labels, allow_base_mismatch, ends),
+        options,
+        _upload_id(name, files, labels, allow_base_mismatch, options),
         remarked,
     )
 
@@ -106,10 +107,10 @@ def _upload_id(
     files: tuple[FileEntry, ...],
     labels: Mapping[str, str],
     allow_base_mismatch: bool,
-    ends: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> str:
     content: list[object] = [name, [[f.file, f.size, f.sha256] for f in files], sorted(labels.items())]
-    content += [allow_base_mismatch, *([sorted(ends.items())] if ends else [])]
+    content += [allow_base_mismatch, *([sorted(options.items())] if options else [])]
     return "push-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
 
 
@@ -130,7 +131,7 @@ def messages(
             manifest=[adapters_pb2.FileEntry(file=f.file, size=f.size, sha256=f.sha256) for f in bundle.files],
             labels=bundle.labels,
             allow_base_mismatch=bundle.allow_base_mismatch,
-            **bundle.ends,
+            **bundle.options,
         )
     )
     done = sum(held.values())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,12 @@ from typer.testing import CliRunner, Result
 
 from loramux import Client
 from loramux.cli.main import app
-from loramux.errors import FailedPrecondition, NotFound
+from loramux.errors import FailedPrecondition, NotFound, Unavailable
 from loramux.evaluation.gate import BetterThan
 from loramux.evaluation.reading import read_eval_records
 from loramux.local_server import LocalServer
 from loramux.publishing import Verdict, publish
+from loramux.retry import RetryPolicy
 from loramux.terminal.failures import ExitCode
 from support.live import until_idle
 from support.tiny import write_jsonl
@@ -138,6 +143,73 @@ def test_a_gate_that_fails_leaves_nothing_behind(client: Client, trained: tuple[
     with pytest.raises(NotFound):
         client.adapter(NAME)
     assert versions(client) == []
+
+
+def test_a_new_name_that_somebody_takes_while_it_is_measured_is_left(
+    client: Client, trained: tuple[Path, Path]
+) -> None:
+    one, two = trained
+
+    def gate(client: Client, candidate: str, serving: str) -> Verdict:
+        assert serving == ""
+        client.push(two, NAME)  # somebody else
+        return Verdict(True, "better")
+
+    with pytest.raises(FailedPrecondition, match=f"'{NAME}' points at .* and was to be new"):
+        publish(client, one, NAME, gate=gate)
+    assert len(client.adapter(NAME).versions) == 1
+    assert versions(client) == [NAME]
+
+
+KILLED = """
+import sys
+from loramux import Client
+from loramux.publishing import publish
+
+def gate(client, candidate, serving):
+    print(candidate, flush=True)
+    sys.stdin.read()
+
+with Client(sys.argv[1]) as client:
+    publish(client, sys.argv[2], sys.argv[3], gate=gate)
+"""
+
+
+def test_a_publish_that_is_killed_leaves_the_name_and_a_candidate_that_ends(
+    client: Client, server: LocalServer, trained: tuple[Path, Path]
+) -> None:
+    one, two = trained
+    before = client.push(one, NAME).adapter.digest
+    command = [sys.executable, "-c", KILLED, server.address, str(two), NAME]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        candidate = process.stdout.readline().strip()  # it is being measured
+        process.kill()
+    assert client.adapter(NAME).digest == before
+    left = client.adapter(candidate)
+    assert left.expires is not None
+    publication = publish(client, two, NAME, gate=lambda *_: Verdict(True, "better"))
+    assert (publication.before, client.adapter(NAME).digest) == (before, left.digest)
+
+
+def test_a_server_that_goes_away_in_a_publish_serves_what_it_served(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = trained
+    options = {"model": "loramux-tiny", "data_dir": str(tmp_path / "data"), "kv_bytes": "8MiB"}
+    with (
+        LocalServer(options, log=tmp_path / "first.log") as first,
+        Client(first.address, retry=RetryPolicy(attempts=1)) as client,
+    ):
+        before = client.push(one, NAME).adapter.digest
+
+        def gate(client: Client, candidate: str, serving: str) -> Verdict:
+            os.kill(first.pid, signal.SIGKILL)
+            return Verdict(True, "better")
+
+        with pytest.raises(Unavailable):
+            publish(client, two, NAME, gate=gate)
+    with LocalServer(options, log=tmp_path / "second.log") as second, Client(second.address) as client:
+        assert client.adapter(NAME).digest == before
+        assert publish(client, two, NAME, gate=lambda *_: Verdict(True, "better")).before == before
 
 
 def test_a_gate_may_ask_for_a_number_or_another_adapter(

@@ -53,6 +53,9 @@ def publish(
     name = manifest.name
     if tx.execute("SELECT 1 FROM aliases WHERE tenant = ? AND alias = ?", (tenant, name)).fetchall():
         raise AdapterConflict(f"{name!r} is an alias", subject=name, remedy="choose another name or remove the alias")
+    current = _current(tx, tenant, name)
+    if manifest.if_version is not None and current != spec.digest:  # else it is published already, as by a lost call
+        _expect(name, current, manifest.if_version)
     version, is_new, install = _put_version(tx, tenant, spec, base, manifest.files)
     if replay is not None:
         tx.execute(
@@ -82,24 +85,37 @@ def switch(tx: sqlite3.Connection, tenant: str, name: str, change: AdapterUpdate
 
     Either may be empty. Raises AdapterNotFound, AdapterConflict, AdapterInvalid (ambiguous), AdapterCorrupt.
     """
-    key = (tenant, name)
-    rows = tx.execute(
-        "SELECT v.digest FROM names n JOIN versions v ON v.id = n.version WHERE n.tenant = ? AND n.name = ?", key
-    ).fetchall()
-    if not rows:
+    current = _current(tx, tenant, name)
+    if current is None:
         raise _absent(tx, tenant, name)
-    current = rows[0][0]
-    if not current.startswith(change.if_version):
-        raise AdapterConflict(
-            f"{name!r} points at {current[:12]}, not at {change.if_version[:12]}",
-            subject=name,
-            remedy="look at what was published meanwhile, and decide anew",
-        )
+    if change.if_version:
+        _expect(name, current, change.if_version)
     if not change.version:
         return
     version = _find_kept(tx, tenant, change.version)
-    tx.execute("UPDATE names SET version = ?, updated = ? WHERE tenant = ? AND name = ?", (version, now, *key))
+    tx.execute("UPDATE names SET version = ?, updated = ? WHERE tenant = ? AND name = ?", (version, now, tenant, name))
     _remember(tx, tenant, name, version, quotas)
+
+
+def _current(tx: sqlite3.Connection, tenant: str, name: str) -> str | None:
+    """The digest that a name points at, None where there is no such name."""
+    rows = tx.execute(
+        "SELECT v.digest FROM names n JOIN versions v ON v.id = n.version WHERE n.tenant = ? AND n.name = ?",
+        (tenant, name),
+    ).fetchall()
+    return str(rows[0][0]) if rows else None
+
+
+def _expect(name: str, current: str | None, wanted: str) -> None:
+    """Raises AdapterConflict unless a name points at the version that starts with `wanted`; empty: at none."""
+    if current is None if not wanted else current is not None and current.startswith(wanted):
+        return
+    found = f"points at {current[:12]}" if current is not None else "does not exist"
+    raise AdapterConflict(
+        f"{name!r} {found}, not at {wanted[:12]}" if wanted else f"{name!r} {found}, and was to be new",
+        subject=name,
+        remedy="look at what was published meanwhile, and decide anew",
+    )
 
 
 def _find_kept(tx: sqlite3.Connection, tenant: str, prefix: str) -> int:

@@ -80,6 +80,7 @@ def check_manifest(manifest: UploadManifest, quotas: Quotas) -> None:
     check_name(manifest.name)
     check_labels(manifest.labels)
     _check_lifetime(manifest.ttl_seconds, manifest.max_uses)
+    check_prefix(manifest.if_version or "")
     if not manifest.files:
         raise AdapterInvalid("the manifest names no file", subject="manifest")
     seen: set[str] = set()

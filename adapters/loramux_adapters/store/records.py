@@ -42,6 +42,7 @@ class UploadManifest:
     allow_base_mismatch: bool = False
     ttl_seconds: float | None = None  # from the publish on; then the name is removed
     max_uses: int | None = None  # accepted requests; with the last one the name is removed
+    if_version: str | None = None  # only if the name points at the digest that starts so; "": only a new name
 
     @property
     def ends(self) -> bool:

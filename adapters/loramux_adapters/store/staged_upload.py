@@ -212,6 +212,7 @@ def _encode(manifest: UploadManifest) -> bytes:
             "allow_base_mismatch": manifest.allow_base_mismatch,
             "ttl_seconds": manifest.ttl_seconds,
             "max_uses": manifest.max_uses,
+            "if_version": manifest.if_version,
         }
     ).encode()
 
@@ -225,4 +226,5 @@ def _decode(data: bytes) -> UploadManifest:
         allow_base_mismatch=fields["allow_base_mismatch"],
         ttl_seconds=fields.get("ttl_seconds"),  # older ones have none
         max_uses=fields.get("max_uses"),
+        if_version=fields.get("if_version"),
     )

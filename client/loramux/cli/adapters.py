@@ -44,6 +44,14 @@ def push(
     max_uses: Annotated[
         int | None, typer.Option("--max-uses", help="Requests with the last of which the server removes it.")
     ] = None,
+    if_version: Annotated[
+        str | None,
+        typer.Option(
+            "--if-version",
+            metavar="DIGEST",
+            help="Only if the name points at the version that starts so now; '' only if the name is new.",
+        ),
+    ] = None,
     no_tokenizer: Annotated[
         bool, typer.Option("--no-tokenizer", help="Leave its tokenizer and chat template here: the base's are used.")
     ] = False,
@@ -61,6 +69,7 @@ def push(
             allow_base_mismatch=allow_base_mismatch,
             ttl=ttl,
             max_uses=max_uses,
+            if_version=if_version,
             tokenizer=not no_tokenizer,
             progress=report,
         )

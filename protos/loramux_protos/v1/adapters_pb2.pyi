@@ -174,6 +174,7 @@ class UploadBegin(_message.Message):
     ALLOW_BASE_MISMATCH_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     MAX_USES_FIELD_NUMBER: _builtins.int
+    IF_VERSION_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
     """Chosen by the caller: 8 to 64 characters of [A-Za-z0-9_-]. The same id and manifest resume."""
     name: _builtins.str
@@ -185,6 +186,10 @@ class UploadBegin(_message.Message):
     """The name is removed with its use by this many requests: 1 to 1,000,000,000. Unset: no limit. A request counts when
     it is accepted, once, whatever its n; one that is refused does not, nor does a download. Requests that were accepted
     end on their version. Only a new name, or one that has an end already, is given one; every upload says it anew.
+    """
+    if_version: _builtins.str
+    """Refuse the publication with ADAPTER_CONFLICT unless the name points at the version that starts so (at least 8 hex
+    digits of its digest); empty: unless the name is new. A name that points at what is uploaded is left as it is.
     """
     @_builtins.property
     def manifest(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileEntry]: ...
@@ -200,15 +205,20 @@ class UploadBegin(_message.Message):
         allow_base_mismatch: _builtins.bool = ...,
         ttl_seconds: _builtins.float | None = ...,
         max_uses: _builtins.int | None = ...,
+        if_version: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_ttl_seconds", b"_ttl_seconds", "max_uses", b"max_uses", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "_max_uses", b"_max_uses", "_ttl_seconds", b"_ttl_seconds", "if_version", b"if_version", "max_uses", b"max_uses", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses", "_ttl_seconds", b"_ttl_seconds", "allow_base_mismatch", b"allow_base_mismatch", "labels", b"labels", "manifest", b"manifest", "max_uses", b"max_uses", "name", b"name", "ttl_seconds", b"ttl_seconds", "upload_id", b"upload_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "_max_uses", b"_max_uses", "_ttl_seconds", b"_ttl_seconds", "allow_base_mismatch", b"allow_base_mismatch", "if_version", b"if_version", "labels", b"labels", "manifest", b"manifest", "max_uses", b"max_uses", "name", b"name", "ttl_seconds", b"ttl_seconds", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__if_version: _TypeAlias = _typing.Literal["if_version"]  # noqa: Y015
+    _WhichOneofArgType__if_version: _TypeAlias = _typing.Literal["_if_version", b"_if_version"]  # noqa: Y015
     _WhichOneofReturnType__max_uses: _TypeAlias = _typing.Literal["max_uses"]  # noqa: Y015
     _WhichOneofArgType__max_uses: _TypeAlias = _typing.Literal["_max_uses", b"_max_uses"]  # noqa: Y015
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__if_version) -> _WhichOneofReturnType__if_version | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_uses) -> _WhichOneofReturnType__max_uses | None: ...
     @_typing.overload

@@ -45,6 +45,7 @@ def read_manifest(begin: adapters_pb2.UploadBegin) -> UploadManifest:
         allow_base_mismatch=begin.allow_base_mismatch,
         ttl_seconds=begin.ttl_seconds if begin.HasField("ttl_seconds") else None,
         max_uses=begin.max_uses if begin.HasField("max_uses") else None,
+        if_version=begin.if_version if begin.HasField("if_version") else None,
     )
 
 

@@ -77,6 +77,7 @@ class UploadStream:
             validate.name("begin.name", begin.name),
             validate.labels("begin.labels", begin.labels),
             validate.lifetime("begin", manifest.ttl_seconds, manifest.max_uses),
+            validate.version("begin.if_version", begin.if_version),
         )
         await self._registry.begin_upload(self._tenant, begin.upload_id, manifest)
         self._upload_id = begin.upload_id

@@ -43,6 +43,7 @@ tenants = st.sampled_from(["red", "blue"])
 names = st.sampled_from(["a", "b", "c", "x"])
 aliases = st.sampled_from(["a", "x", "y"])
 digests = st.sampled_from(sorted(CONTENTS))
+conditions = st.none() | st.just("") | digests
 upload_ids = st.sampled_from(["upload-1", "upload-2", "upload-3"])
 
 
@@ -58,7 +59,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.desired: dict[tuple[str, str], tuple[bool, bool]] = {}  # pinned, merged
         self.bases: dict[tuple[str, str], set[str]] = {}  # tenant, digest -> bases
         self.holds: Counter[str] = Counter()
-        self.uploads: dict[tuple[str, str], tuple[str, str, int]] = {}  # -> name, digest, received
+        # -> name, digest, condition, received
+        self.uploads: dict[tuple[str, str], tuple[str, str, str | None, int]] = {}
         self.corrupt: set[str] = set()  # digests; all tenants send the same files here
 
     def teardown(self) -> None:
@@ -69,9 +71,9 @@ class StoreMachine(RuleBasedStateMachine):
     def start_empty(self) -> None:
         assert blob_files(self.root) == set()
 
-    @rule(tenant=tenants, upload_id=upload_ids, name=names, digest=digests)
-    def begin(self, tenant: str, upload_id: str, name: str, digest: str) -> None:
-        manifest = manifest_of(name, CONTENTS[digest])
+    @rule(tenant=tenants, upload_id=upload_ids, name=names, digest=digests, condition=conditions)
+    def begin(self, tenant: str, upload_id: str, name: str, digest: str, condition: str | None) -> None:
+        manifest = manifest_of(name, CONTENTS[digest], if_version=condition and condition[:20])
         expected: type[Exception] | None = None
         open_here = [key for key in self.uploads if key[0] == tenant]
         if (tenant, name) in self.aliases:
@@ -88,7 +90,8 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.begin_upload(tenant, upload_id, manifest)
             return
         progress = self.store.begin_upload(tenant, upload_id, manifest)
-        received = self.uploads.setdefault((tenant, upload_id), (name, digest, 0))[2]
+        received = self.uploads.get((tenant, upload_id), (name, digest, condition, 0))[3]
+        self.uploads[tenant, upload_id] = (name, digest, condition, received)  # the condition is the last one given
         assert {entry.file: entry.received for entry in progress.files}[MODEL] == received
 
     @rule(tenant=tenants, upload_id=upload_ids, offset=st.sampled_from([0, 100, 200, 300]))
@@ -97,7 +100,7 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(AdapterNotFound):
                 self.store.write_chunk(tenant, upload_id, MODEL, offset, b"x")
             return
-        name, digest, received = self.uploads[tenant, upload_id]
+        name, digest, condition, received = self.uploads[tenant, upload_id]
         data = CONTENTS[digest][MODEL][offset : offset + 100]
         if offset != received:
             with pytest.raises(UploadOffset) as caught:
@@ -105,7 +108,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert caught.value.received == received
             return
         assert self.store.write_chunk(tenant, upload_id, MODEL, offset, data) == received + len(data)
-        self.uploads[tenant, upload_id] = (name, digest, received + len(data))
+        self.uploads[tenant, upload_id] = (name, digest, condition, received + len(data))
 
     @rule(tenant=tenants, upload_id=upload_ids, base=st.sampled_from([BASE, OTHER_BASE]))
     def publish(self, tenant: str, upload_id: str, base: str) -> None:
@@ -113,15 +116,16 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(AdapterNotFound):
                 self.store.staged_files(tenant, upload_id)
             return
-        name, digest, received = self.uploads[tenant, upload_id]
+        name, digest, condition, received = self.uploads[tenant, upload_id]
         if received < 300:
             with pytest.raises(AdapterInvalid):
                 self.store.staged_files(tenant, upload_id)
         send(self.store, upload_id, CONTENTS[digest], tenant=tenant)
-        self.uploads[tenant, upload_id] = (name, digest, 300)
+        self.uploads[tenant, upload_id] = (name, digest, condition, 300)
         self.store.staged_files(tenant, upload_id)
         expected: type[Exception] | None = None
-        if (tenant, name) in self.aliases:
+        current = self.kept.get((tenant, name), [""])[-1]
+        if (tenant, name) in self.aliases or (condition is not None and current not in (condition, digest)):
             expected = AdapterConflict
         elif (tenant, name) not in self.kept and self.count(tenant) >= QUOTAS.max_adapters:
             expected = QuotaExceeded

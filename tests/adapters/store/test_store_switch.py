@@ -9,7 +9,7 @@ import pytest
 from loramux_adapters.errors import AdapterConflict, AdapterCorrupt, AdapterInvalid, AdapterNotFound
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.records import AdapterUpdate, Quotas
-from support.stores import TENANT, content, digest_of, put, quick_store, stored
+from support.stores import BASE, TENANT, content, digest_of, put, quick_store, spec_of, stage, stored
 
 ONE, TWO, THREE, FOUR = (content(seed) for seed in ("one", "two", "three", "four"))
 
@@ -80,6 +80,34 @@ def test_a_name_that_was_moved_meanwhile_is_left_as_it_is(store: LocalStore) -> 
     assert (record.digest, record.pinned) == (digest_of(THREE), False)
     store.update(TENANT, "bot", AdapterUpdate(if_version=digest_of(THREE), pinned=True))  # a condition alone
     assert store.get(TENANT, "bot").pinned
+
+
+def test_an_upload_takes_a_name_only_as_its_caller_knows_it(store: LocalStore) -> None:
+    put(store, "bot", FOUR, if_version=digest_of(THREE)[:8])
+    assert store.get(TENANT, "bot").digest == digest_of(FOUR)
+    put(store, "bot", FOUR, if_version=digest_of(THREE))  # as when the first answer was lost
+    for condition, says in (
+        (digest_of(THREE), f"'bot' points at {digest_of(FOUR)[:12]}, not at {digest_of(THREE)[:12]}"),
+        ("", f"'bot' points at {digest_of(FOUR)[:12]}, and was to be new"),
+    ):
+        with pytest.raises(AdapterConflict, match=says):
+            put(store, "bot", ONE, if_version=condition)
+    with pytest.raises(AdapterConflict, match=f"'new' does not exist, not at {digest_of(ONE)[:12]}"):
+        put(store, "new", ONE, if_version=digest_of(ONE))
+    put(store, "new", ONE, if_version="")
+    assert store.get(TENANT, "new").digest == digest_of(ONE)
+    with pytest.raises(AdapterInvalid):
+        put(store, "bot", TWO, if_version="abc")
+
+
+def test_the_condition_of_an_upload_survives_the_store(tmp_path: Path) -> None:
+    with quick_store(tmp_path) as store:
+        upload = stage(store, "bot", ONE, if_version="")
+    with quick_store(tmp_path) as store:
+        put(store, "bot", TWO)
+        store.staged_files(TENANT, upload)
+        with pytest.raises(AdapterConflict, match="was to be new"):
+            store.publish(TENANT, upload, spec_of(ONE), BASE)
 
 
 def test_a_damaged_version_is_not_pointed_at(store: LocalStore, tmp_path: Path) -> None:
