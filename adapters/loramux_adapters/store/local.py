@@ -16,13 +16,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from loramux_adapters.adapter_files import CERTIFICATE_FILE
-from loramux_adapters.errors import (
-    AdapterConflict,
-    AdapterCorrupt,
-    AdapterError,
-    AdapterNotFound,
-    StoreUnavailable,
-)
+from loramux_adapters.errors import AdapterConflict, AdapterCorrupt, AdapterError, AdapterNotFound, StoreUnavailable
 from loramux_adapters.spec import AdapterId, AdapterSpec
 from loramux_adapters.store import changes, checks, lifetimes, schema
 from loramux_adapters.store.blobs import Blobs
