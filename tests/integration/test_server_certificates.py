@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from loramux_adapters.certificate.document import TOLERANCES, Probe, parse
 from loramux_adapters.certificate.probes import drawn_tokens
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
+from loramux_trainer.run import train
 from support.checkpoints import float_base
 from support.live import until, until_idle
-from support.trained_methods import Trained, train_rows
+from support.trained_methods import Trained, job_of, train_rows
 
 BOUND = 2e-5
 """Of a log-probability, over the deviation of the logits, in float32; a fiftieth of what is allowed."""
@@ -159,9 +161,13 @@ def test_a_certificate_that_does_not_fit_keeps_the_upload_out(
     client.delete("kept")
 
 
-@pytest.mark.parametrize("change", [lambda path: _scaled(path, 1.02), _one_tensor_changed], ids=["scale", "tensor"])
+@pytest.mark.parametrize(
+    ("change", "deviation"),
+    [(lambda path: _scaled(path, 1.02), 1.0), (_one_tensor_changed, 1.0), (lambda path: _scaled(path, 2), 1e9)],
+    ids=["scale", "tensor", "deviation"],
+)
 def test_a_forged_certificate_is_found_by_its_replay(
-    change: Callable[[Path], None], trained: Trained, client: Client, tmp_path: Path
+    change: Callable[[Path], None], deviation: float, trained: Trained, client: Client, tmp_path: Path
 ) -> None:
     """Of the adapter as it was, on the probes of the changed one, with all that can be made to fit: the server computes
     something else.
@@ -174,11 +180,26 @@ def test_a_forged_certificate_is_found_by_its_replay(
     digest = read(files, base, ReadLimits()).spec.digest
     asked = drawn_tokens(digest, base.vocab_size, base.context_length)
     genuine = parse((directory / CERTIFICATE_FILE).read_bytes())
-    probes = [_ask(client, tokens) for tokens in asked]
+    probes = [_ask(client, tokens, deviation) for tokens in asked]
     _resealed(directory, adapter=digest, probes=(*probes, *genuine.probes[len(probes) :]))
     with pytest.raises(FailedPrecondition, match=r"parts from what this server computes: probe \d after \d+ tokens"):
         client.push(directory, "forged")
     client.delete("original")
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl, whose trainers run here, is not installed")
+@pytest.mark.filterwarnings("ignore")  # of trl, peft and datasets
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_what_peft_computed_in_trl_is_what_is_served(
+    method: str, trained: Trained, client: Client, tmp_path: Path
+) -> None:
+    row = {"engine": "trl", "method": method, "data": {"train": str(trained.base.parent / "train.jsonl")}}
+    result = train(job_of(trained.base, method, row, tmp_path))
+    assert json.loads((result.output / "train_report.json").read_text())["export_difference"] < BOUND
+    certificate = client.push(result.output, "from-trl").adapter.certificate
+    assert certificate is not None
+    assert certificate.difference < BOUND
+    client.delete("from-trl")
 
 
 def test_an_honest_certificate_made_from_answers_is_accepted(trained: Trained, client: Client, tmp_path: Path) -> None:
@@ -194,13 +215,13 @@ def test_an_honest_certificate_made_from_answers_is_accepted(trained: Trained, c
         client.delete(name)
 
 
-def _ask(client: Client, tokens: tuple[int, ...]) -> Probe:
+def _ask(client: Client, tokens: tuple[int, ...], deviation: float = 1.0) -> Probe:
     """A probe of the adapter `original` by its own answers."""
     answer = client.generate(token_ids=list(tokens), adapter="original", max_tokens=1, temperature=0, prompt_logprobs=4)
     told = [entry.alternatives for entry in answer.prompt.logprobs[1:]]
     return Probe(
         tokens,
-        tuple(1.0 for _ in told),
+        tuple(deviation for _ in told),
         tuple(tuple(each.token_id for each in top) for top in told),
         tuple(tuple(each.logprob for each in top) for top in told),
     )

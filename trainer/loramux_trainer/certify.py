@@ -17,6 +17,7 @@ import torch
 
 from loramux_adapters.certificate.document import Arithmetic, Certificate, Dtype, Probe
 from loramux_adapters.certificate.probes import CONVERSATION, probe_tokens
+from loramux_adapters.spec import AdapterSpec, BaseModelSpec
 from loramux_adapters.tokenization import find_chat_template
 from loramux_adapters.weights import AdapterWeights
 from loramux_trainer.base_reading import BaseReading
@@ -32,6 +33,14 @@ _PACKAGES = ("loramux", "torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is asked of an adapter: token ids by probe, and the sha256 of the chat template that made some of them."""
+
+    probes: tuple[tuple[int, ...], ...]
+    template: str
+
+
+@dataclass(frozen=True)
 class Certified:
     """`difference`: of the logits of what was exported from those of what was trained, over their deviation."""
 
@@ -39,36 +48,47 @@ class Certified:
     difference: float
 
 
-@torch.no_grad()
-def certify(model: FleetModel, trained: StepParts, exported: AdapterWeights, reading: BaseReading) -> Certified:
-    """Computes in the training's own arithmetic, with `model` open. `trained`: what was exported, as it is trained."""
-    base, spec = model.base.spec, exported.spec
-    room = base.context_length - spec.virtual_tokens - 1
+def questions(exported: AdapterSpec, base: BaseModelSpec, reading: BaseReading) -> Asked:
+    """For an adapter as it was exported."""
+    room = base.context_length - exported.virtual_tokens - 1
     conversation, template = _conversation(reading)
-    asked = probe_tokens(spec.digest, base.vocab_size, room, conversation)
+    return Asked(probe_tokens(exported.digest, base.vocab_size, room, conversation), template)
+
+
+@torch.no_grad()
+def fleet_logits(model: FleetModel, parts: StepParts, asked: Asked, virtual_tokens: int) -> list[torch.Tensor]:
+    """Of each probe what is predicted after each token but the last: [len(tokens) - 1, vocabulary], float32.
+
+    `model` is open.
+    """
+    logits = []
+    for tokens in asked.probes:
+        rows = MemberRows(parts, (Example(tokens, tokens),), 0, virtual_tokens)
+        with model.running([rows]) as hidden:
+            logits.append(model.logits(hidden))
+    return logits
+
+
+def certify(model: FleetModel, asked: Asked, exported: AdapterWeights, as_trained: Sequence[torch.Tensor]) -> Certified:
+    """Computes in the training's own arithmetic, with `model` open. `as_trained`: the logits of what was exported, as
+    it was trained, shaped as fleet_logits gives them.
+    """
+    base, spec = model.base, exported.spec
     parts = StepParts({name: module.parts for name, module in exported.modules.items()})
-    logits = [_logits(model, parts, tokens, spec.virtual_tokens) for tokens in asked]
-    as_trained = [_logits(model, trained, tokens, spec.virtual_tokens) for tokens in asked]
+    logits = fleet_logits(model, parts, asked, spec.virtual_tokens)
     difference = max(
         float(((ours - theirs).abs().amax(1) / theirs.std(1)).max())
         for ours, theirs in zip(logits, as_trained, strict=True)
     )
     certificate = Certificate(
         adapter=spec.digest,
-        base=base.fingerprint,
-        chat_template=template,
-        computed=Arithmetic(model.base.device.type, _name(model.base.compute_dtype), _name(model.products)),
+        base=base.spec.fingerprint,
+        chat_template=asked.template,
+        computed=Arithmetic(base.device.type, _name(base.compute_dtype), _name(model.products)),
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-        probes=tuple(_probe(tokens, each) for tokens, each in zip(asked, logits, strict=True)),
+        probes=tuple(_probe(tokens, each) for tokens, each in zip(asked.probes, logits, strict=True)),
     )
     return Certified(certificate, difference)
-
-
-def _logits(model: FleetModel, parts: StepParts, tokens: Sequence[int], virtual_tokens: int) -> torch.Tensor:
-    """What is predicted after each token but the last: [len(tokens) - 1, vocabulary], float32."""
-    example = Example(tuple(tokens), tuple(tokens))
-    with model.running([MemberRows(parts, (example,), 0, virtual_tokens)]) as hidden:
-        return model.logits(hidden)
 
 
 def _probe(tokens: tuple[int, ...], logits: torch.Tensor) -> Probe:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.weights import AdapterWeights
 from loramux_trainer.advice import warnings_before
-from loramux_trainer.certify import Certified, certify
+from loramux_trainer.certify import Certified, certify, fleet_logits, questions
 from loramux_trainer.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -222,7 +222,9 @@ class MemberRun:
 
     def _certify(self, exported: AdapterWeights) -> Certified:
         adapter = self._built.adapter
-        certified = certify(self._model, adapter.parts(with_gradients=False), exported, self._reading)
+        asked = questions(exported.spec, self._base.spec, self._reading)
+        trained = fleet_logits(self._model, adapter.parts(with_gradients=False), asked, exported.spec.virtual_tokens)
+        certified = certify(self._model, asked, exported, trained)
         allowed = certified.certificate.tolerance_on(certified.certificate.computed.compute_dtype)
         if adapter.exports_exactly and not certified.difference <= allowed:
             raise OutputFailed(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loramux_adapters.adapter_files import CERTIFICATE_FILE
+from loramux_adapters.certificate.document import parse
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.formats.limits import ReadLimits
 from loramux_adapters.formats.registry import read
@@ -74,6 +76,7 @@ def test_losses_and_adapter_are_those_of_the_fleet(loss: str, tmp_path: Path) ->
     assert [step.learning_rate for step in trl.seen] == pytest.approx([step.learning_rate for step in fleet.seen])
     if loss == "sft":  # the fleet counts tokens of answers that are learned, not of those that are compared
         assert [step.tokens for step in trl.seen] == [step.tokens for step in fleet.seen]
+    assert parse((theirs / CERTIFICATE_FILE).read_bytes()).adapter == _reader_takes(theirs).digest
     assert (theirs / "adapter_config.json").read_bytes() == (ours / "adapter_config.json").read_bytes()
     left, right = (load_file(path / "adapter_model.safetensors") for path in (ours, theirs))
     assert left.keys() == right.keys()

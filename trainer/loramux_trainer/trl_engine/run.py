@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loramux_adapters.adapter_files import CONFIG_FILE
+from loramux_adapters.adapter_files import CERTIFICATE_FILE, CONFIG_FILE
 from loramux_adapters.base.fingerprint import fingerprint
 from loramux_adapters.base.load import LoadedBase, quantized_modules
 from loramux_adapters.formats.registry import read
+from loramux_adapters.guard.examine import Examined
 from loramux_trainer.errors import BaseChanged, Interrupted, OutputFailed
 from loramux_trainer.export import export_files
 from loramux_trainer.finished import REPORT, check_data, has_adapter, read_finished
@@ -30,6 +31,7 @@ from loramux_trainer.preparation import compute_dtype, examine_base, find_device
 from loramux_trainer.progress import Progress
 from loramux_trainer.space import check_space
 from loramux_trainer.trl_engine.adapter import PeftAdapter, changed, scoring_model
+from loramux_trainer.trl_engine.certificate import certify_peft
 from loramux_trainer.trl_engine.data import TrlData, read_data
 from loramux_trainer.trl_engine.trainers import build_trainer
 from loramux_trainer.trl_engine.watch import Watch
@@ -49,8 +51,7 @@ def train_by_trl(job: TrainConfig, *, progress: Progress, stop: threading.Event)
         progress.warned("a reward adapter scores texts and generates none: PEFT loads it, and no server takes it")
     dtype = compute_dtype(job, device)
     base = load(job, device, dtype)
-    examine_base(base, data.longest)
-    return _Run(job, base, data, progress).go(stop)
+    return _Run(job, base, examine_base(base, data.longest), data, progress).go(stop)
 
 
 def _fingerprint(base: LoadedBase) -> str:
@@ -60,8 +61,10 @@ def _fingerprint(base: LoadedBase) -> str:
 
 
 class _Run:
-    def __init__(self, job: TrainConfig, base: LoadedBase, data: TrlData, progress: Progress) -> None:
-        self._job, self._base, self._data, self._progress = job, base, data, progress
+    def __init__(
+        self, job: TrainConfig, base: LoadedBase, examined: Examined, data: TrlData, progress: Progress
+    ) -> None:
+        self._job, self._base, self._examined, self._data, self._progress = job, base, examined, data, progress
         self._adapter = PeftAdapter(job, base, data, progress)
 
     def go(self, stop: threading.Event) -> TrainResult:
@@ -93,16 +96,19 @@ class _Run:
                 self._adapter.config,
                 tensors,
                 base.spec,
-                partial(self._describe, json.dumps(self._report(result, watch), indent=2)),
+                partial(self._describe, trainer.model, self._report(result, watch)),
             )
         return result
 
-    def _describe(self, report: str, files: Path) -> Mapping[str, bytes]:
-        """What a server is to take is read as it reads it."""
-        if self._job.loss.name != "reward":
-            names = (self._adapter.weights_file, CONFIG_FILE)
-            read({name: files / name for name in names}, self._base.spec, LIMITS)
-        return {REPORT: report.encode()}
+    def _describe(self, model: Any, report: dict[str, Any], files: Path) -> Mapping[str, bytes]:
+        """What a server is to take is read as it reads it, and certified."""
+        if self._job.loss.name == "reward":
+            return {REPORT: _as_json(report)}
+        names = (self._adapter.weights_file, CONFIG_FILE)
+        exported = read({name: files / name for name in names}, self._base.spec, LIMITS)
+        certified = certify_peft(model, self._base, self._examined, exported, self._data.reading)
+        report = {"adapter": exported.spec.digest, "export_difference": certified.difference, **report}
+        return {CERTIFICATE_FILE: certified.certificate.to_json(), REPORT: _as_json(report)}
 
     def _tokens(self, step: int, metrics: dict[str, float]) -> int:
         """With a loss, in 0-based `step`."""
@@ -135,3 +141,7 @@ class _Run:
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
             "training_data": self._data.digest,
         }
+
+
+def _as_json(report: Mapping[str, Any]) -> bytes:
+    return json.dumps(report, indent=2).encode()

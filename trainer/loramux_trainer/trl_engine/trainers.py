@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from loramux_trainer.checkpoints import CHECKPOINTS
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.reward_function import load_reward_function
@@ -117,7 +115,7 @@ def _with_answers_before(self: Any, dataset: Any, processing_class: Any, args: A
 def _arguments(job: TrainConfig, device: str, *, evaluates: bool) -> dict[str, Any]:
     training, loss = job.training, job.loss
     values: dict[str, Any] = {
-        "output_dir": str(Path(job.output) / CHECKPOINTS),
+        "output_dir": str(job.output),
         "per_device_train_batch_size": training.batch_size,
         "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
