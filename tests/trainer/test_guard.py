@@ -187,8 +187,8 @@ DATA = DataReport(
     ("training", "data", "epochs", "parameters", "says"),
     [
         ({}, {"eval": 5}, 9.0, 5000 * 1000, None),
-        ({}, {}, 1.9, 1000, None),
-        ({}, {}, 3.0, 1000, "3 epochs without an eval set"),
+        ({}, {}, 3.0, 1000, None),
+        ({}, {}, 4.0, 1000, "4 epochs without an eval set"),
         ({}, {}, 6.0, 1000, "6 epochs over 100 examples"),
         ({}, {"eval": 5, "masked": 0}, 1.0, 1000, "none of the 100 training examples has a prompt"),
         ({}, {"eval": 5}, 1.0, 5000 * 1000 + 1, "rank 16 trains 5,000,001 parameters on 5,000 supervised tokens"),
@@ -208,7 +208,7 @@ def test_warnings_before_the_first_step(
 def test_they_come_before_the_first_step_of_a_run(make_job: JobMaker) -> None:
     watcher = StopAt(1)
     with pytest.raises(Interrupted):
-        train(make_job(data={"eval_fraction": 0}), progress=watcher, stop=watcher.event)
+        train(make_job(data={"eval_fraction": 0}, training={"max_steps": 20}), progress=watcher, stop=watcher.event)
     assert [warning.split(";")[0] for warning in watcher.warnings] == [
-        "2 epochs without an eval set do not show over-fitting"
+        "4 epochs without an eval set do not show over-fitting"
     ]

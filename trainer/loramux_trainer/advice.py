@@ -8,6 +8,7 @@ from loramux_trainer.data.dataset import DataReport
 from loramux_trainer.job import TrainConfig
 
 _LOW_RANK = ("lora", "rslora", "dora", "adalora")
+_SEVERAL_EPOCHS = 3  # the usual number; only beyond it a warning has something to say
 _FEW_EXAMPLES, _MANY_EPOCHS = 1000, 5
 _PARAMETERS_PER_TOKEN = 1000
 """Trained parameters for each supervised token. Rank 16 on all layers of a 7B model has 8 with Alpaca's 52,000
@@ -42,7 +43,7 @@ def _of_the_schedule(job: TrainConfig) -> Iterator[str]:
 
 
 def _of_epochs(data: DataReport, epochs: float) -> Iterator[str]:
-    if data.eval or epochs < 2:
+    if data.eval or epochs <= _SEVERAL_EPOCHS:
         return
     if epochs > _MANY_EPOCHS and data.train < _FEW_EXAMPLES:
         yield (

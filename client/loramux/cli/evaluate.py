@@ -7,7 +7,9 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from loramux.client import Client
     from loramux.evaluation.scoring import Judge
     from loramux.evaluation.values import Evaluation, Metric, Row
+
+
+_JUDGE_REMEDY = "name a function of (prompt, answer, reference) that returns a number"
 
 
 def command(
@@ -77,38 +82,19 @@ def command(
     ] = False,
 ) -> None:
     """Compare the base and any number of adapters on a file of records, by greedy answers and by loss."""
-    from loramux.evaluation.reading import read_eval_records
     from loramux.evaluation.run import evaluate
-    from loramux.evaluation.scoring import EvaluationInvalid
 
     metrics = cast("tuple[Metric, ...]", _metrics(metric, regex, judge))
     function = None if judge is None else _load(judge)
-    adapters = list(dict.fromkeys(adapter or []))
     if picture is not None:
         from loramux.evaluation.picture import check_picture
 
         check_picture(picture)
-    # Before a server is started or waited for; with tokens again once it said which base it holds.
-    records = read_eval_records(file, limit=limit)
-    with _connected(address, model, adapters) as (client, names):
-        if "loss" in metrics:
-            records = read_eval_records(file, base=base or model or client.model().model_id, limit=limit)
-        with count_progress() as bar:
-            task = bar.add_task("records", total=len(records) * (len(names) + 1))
-            try:
-                evaluation = evaluate(
-                    client,
-                    records,
-                    names,
-                    metrics,
-                    pattern=regex,
-                    judge=function,
-                    max_tokens=max_tokens,
-                    concurrency=concurrency,
-                    on_scored=lambda: bar.advance(task),
-                )
-            except EvaluationInvalid as error:
-                raise CommandError(str(error), remedy=error.remedy) from error
+    where = Where(address, model, tuple(dict.fromkeys(adapter or [])), base)
+    score = partial(
+        evaluate, metrics=metrics, pattern=regex, judge=function, max_tokens=max_tokens, concurrency=concurrency
+    )
+    evaluation = _evaluated(file, limit, where, score, with_tokens="loss" in metrics)
     if picture is not None:
         from loramux.evaluation.picture import draw
 
@@ -120,6 +106,42 @@ def command(
     for row in evaluation.rows.values():
         if row.cut:
             say(f"{_title(row)}: {row.cut} of {len(row.outcomes)} answers were cut at {max_tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Who is asked: the server at `address`, or one with `model` for this run alone. `base` has the tokenizer."""
+
+    address: str
+    model: str | None
+    adapters: tuple[str, ...]
+    base: str | None
+
+
+def _evaluated(
+    file: Path, limit: int | None, where: Where, score: Callable[..., Evaluation], *, with_tokens: bool
+) -> Evaluation:
+    """What `score` makes of the file's records; with their tokens for metric loss."""
+    from loramux.evaluation.reading import read_eval_records
+    from loramux.evaluation.scoring import EvaluationInvalid
+
+    # Before a server is started or waited for; with tokens again once it said which base it holds.
+    records = read_eval_records(file, limit=limit)
+    with _connected(where) as (client, names):
+        if with_tokens:
+            base = where.base or where.model or client.model().model_id
+            records = read_eval_records(file, base=base, limit=limit)
+        with count_progress() as bar:
+            # Not shown before the first score: until then a name may turn out to be unknown.
+            task = bar.add_task("records", total=len(records) * (len(names) + 1), visible=False)
+
+            def scored() -> None:
+                bar.update(task, advance=1, visible=True)
+
+            try:
+                return score(client, records, names, on_scored=scored)
+            except EvaluationInvalid as error:
+                raise CommandError(str(error), remedy=error.remedy) from error
 
 
 def as_document(evaluation: Evaluation, file: Path) -> dict[str, Any]:
@@ -205,32 +227,37 @@ def _load(judge: str) -> Judge:
     try:
         function = getattr(importlib.import_module(name), attribute)
     except Exception as error:  # whatever the module does while it is imported
-        raise CommandError(f"--judge {judge} cannot be loaded: {error}", code=ExitCode.USAGE) from error
+        raise CommandError(
+            f"--judge {judge} cannot be loaded: {error}",
+            remedy=f"have {name}.py in {here}, or on PYTHONPATH, define {attribute}",
+            code=ExitCode.USAGE,
+        ) from error
     if not callable(function):
-        raise CommandError(f"--judge {judge} is no function", code=ExitCode.USAGE)
+        raise CommandError(f"--judge {judge} is no function", remedy=_JUDGE_REMEDY, code=ExitCode.USAGE)
     return cast("Judge", function)
 
 
 @contextlib.contextmanager
-def _connected(address: str, model: str | None, adapters: list[str]) -> Iterator[tuple[Client, list[str]]]:
-    """A client and the adapters' references there: of the server at `address`, or of one for this run alone, to which
-    the directories are pushed under their last parts.
+def _connected(where: Where) -> Iterator[tuple[Client, tuple[str, ...]]]:
+    """A client and the adapters' references there; to a server for this run alone the directories are pushed under
+    their last parts.
     """
     from loramux.cli.connecting import connect
 
-    if model is None:
-        with connect(address) as client:
+    adapters = where.adapters
+    if where.model is None:
+        with connect(where.address) as client:
             yield client, adapters
         return
     from loramux.client import Client
     from loramux.local_server import LocalServer
 
-    names = [Path(directory).resolve().name for directory in adapters]
+    names = tuple(Path(directory).resolve().name for directory in adapters)
     if len(set(names)) != len(names):
         raise typer.BadParameter("two directories have the same last part", param_hint="--adapter")
     with tempfile.TemporaryDirectory(prefix="loramux-eval-") as directory:
         root = Path(directory)
-        options = {"model": model, "data_dir": str(root / "data")}
+        options = {"model": where.model, "data_dir": str(root / "data")}
         with LocalServer(options, log=root / "log") as server, Client(server.address) as client:
             for path, name in zip(adapters, names, strict=True):
                 client.push(path, name)

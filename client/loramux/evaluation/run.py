@@ -43,9 +43,7 @@ def evaluate(
                 outcomes[name].append(future)
         wait([future for each in outcomes.values() for future in each], return_when=FIRST_EXCEPTION)
     finally:
-        pool.shutdown(
-            cancel_futures=True
-        )  # returns when what has begun has ended: the earliest failure among it is told
+        pool.shutdown(cancel_futures=True)  # waits for what has begun: the earliest failure among it is raised
     _raise_first(outcomes)
     rows = {
         name: Row(name, None if version is None else version[1], tuple(each.result() for each in outcomes[name]))

@@ -157,7 +157,7 @@ def test_a_build_that_fails_leaves_its_bytes_to_the_next(engine: ModelEngine, ma
     assert sets.usage() == (1, size, {"built": 2, "refused": 3})
 
 
-def test_a_deterministic_server_refuses_every_wish(engine: ModelEngine, make: Make) -> None:
+def test_a_deterministic_server_refuses_every_adapter(engine: ModelEngine, make: Make) -> None:
     sets = make(1 << 30, refusal="merged weights are off in deterministic mode")
     sets.reconcile(frozenset({engine.digests["a"]}))
     settle(sets)
@@ -296,7 +296,7 @@ def test_what_is_built_is_tried_before_it_is_ready(engine: ModelEngine, make: Ma
 
 
 def test_what_does_not_hold_is_refused_and_freed(engine: ModelEngine, make: Make) -> None:
-    """With its reason and its replay; the bytes go to the next, and a new wish tries again."""
+    """With its reason and its replay; the bytes go to the next, and a new desired state tries again."""
     trials: list[tuple[str, Tried]] = []
     size, (first, second, _) = bytes_of(engine, "a"), in_order(engine)
     sets = make(size, try_out=lambda *trial: trials.append(trial))

@@ -39,12 +39,15 @@ def _adapter(base: LoadedBase, pair_of: Callable[[str], Pair]) -> TrainedAdapter
     return TrainedAdapter(delta_lora(CONFIG, 0, BaseValues(base), pair_of), base.spec, base.device)
 
 
+def _lora(**options: Any) -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=ALL_LINEAR, task_type="CAUSAL_LM", **options)
+
+
 def _peft(**options: Any) -> Any:
     """PEFT's LoRA on the dequantized base, in float32."""
     plain = load_tiny().model
     dequantize(plain)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=ALL_LINEAR, task_type="CAUSAL_LM", **options)
-    return get_peft_model(plain, config)
+    return get_peft_model(plain, _lora(**options))
 
 
 def _factors(peft: Any, name: str) -> Pair:
@@ -139,14 +142,7 @@ def test_the_trajectory_of_lora_ga_is_peft_s(
     _exact_svd(monkeypatch)
     plain = load_tiny().model
     dequantize(plain)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=ALL_LINEAR,
-        task_type="CAUSAL_LM",
-        init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(),
-    )
+    config = _lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
     tokens = sum(example.supervised for example in examples)
     preprocess_loraga(plain, config, lambda: (summed_loss(plain, examples) / tokens).backward())
     peft = get_peft_model(plain, config)
@@ -231,13 +227,7 @@ def test_corda_is_peft_s(model: FleetModel, fleet_base: LoadedBase, examples: li
     """The product of the pair: its factors have no sign of their own."""
     plain = load_tiny().model
     dequantize(plain)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=ALL_LINEAR,
-        init_lora_weights="corda",
-        corda_config=CordaConfig(corda_method="ipm"),
-    )
+    config = _lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
 
     def run() -> None:
         with torch.no_grad():

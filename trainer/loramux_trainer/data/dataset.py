@@ -170,6 +170,9 @@ def encode_records(
         problems.add(error)
 
 
+_ALL_LEAKED = "every evaluation record is also in the training file: give others, or data.eval_fraction in its place"
+
+
 def part(records: Records[E], held_records: Records[E] | None, job: DataConfig, seed: int) -> Sides[E]:
     """Which examples train and which are held out, copies left out. Raises DataInvalid where nothing is on a side."""
     raw = tuple(itertools.chain.from_iterable(records))
@@ -184,7 +187,7 @@ def part(records: Records[E], held_records: Records[E] | None, job: DataConfig, 
         held = tuple(unit for unit in read if unit not in trained)
         leaked = len(read) - len(held)
         if not held:
-            raise DataInvalid(job.eval or "", 0, "every evaluation record is also in the training file")
+            raise DataInvalid(job.eval or "", 0, _ALL_LEAKED)
     elif job.eval_fraction:
         train, held = _split(train, records, job.eval_fraction, seed)
         if not train:
