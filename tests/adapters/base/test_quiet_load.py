@@ -1,4 +1,5 @@
-"""Loading a base says nothing of its own accord: no bar, no advice; and nothing else is silenced with them."""
+"""Loading a base says nothing of its own accord: no bar, no advice; and nothing else is silenced with them. Nothing of
+bitsandbytes is compiled on the way."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from support.tiny import load_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
 LOAD = f"""
+import sys
 import torch
+compile = torch.compile
+import loramux_adapters.base.bitsandbytes_compat
+assert not [name for name in sys.modules if name.startswith("torch._inductor")]
+assert torch.compile is compile
 from loramux_adapters.base.load import load_base
 load_base({str(tiny_path())!r}, compute_dtype=torch.float32)
 """
