@@ -108,8 +108,10 @@ async def test_the_stream_of_a_client_that_stops_reading_is_ended(tmp_path: Path
 async def test_ten_times_the_concurrency_is_refused_fast(tmp_path: Path) -> None:
     """Also while a step takes long: no refusal waits for one."""
     go = threading.Event()
+    go.set()  # for the step that the server tries itself before it is ready
     inside = Inside(before_step=lambda plan: go.wait(60) and None)
     async with served(tmp_path, inside, max_running=4, max_queued=4) as server:
+        go.clear()
         refused = 0
         admitted: list[int] = []
 
