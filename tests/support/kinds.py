@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -134,6 +134,15 @@ def ask_oracle(
             if name == wanted:
                 found[index] = oracle.truth(name, prompt, count)
     return [found[index] for index in range(len(rows))]
+
+
+def assert_each_changes_what_is_said(checkpoint: Path, truths: Sequence[Truth]) -> None:
+    """The first token of each adapter's answer, beside the base's to the same prompt."""
+    adapted = [truth for truth in truths if truth.adapter is not None]
+    bases = ask_oracle(checkpoint, {}, [(None, truth.prompt) for truth in adapted], count=1)
+    for truth, base in zip(adapted, bases, strict=True):
+        apart = float((truth.logits[0] - base.logits[0]).abs().max() / base.logits[0].std())
+        assert apart > 0.01, truth.adapter
 
 
 def targets_of(architecture: str, *leaves: str) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import pytest
 from peft import PeftConfig
 
 from loramux_server.requests import SamplingParams
-from support.against_peft import assert_equal_to_peft, engine_for, prompts
+from support.against_peft import Truth, assert_equal_to_peft, engine_for, prompts
 from support.checkpoints import save_checkpoint, wide_model
-from support.kinds import ask_oracle, make_kind, targets_of
+from support.kinds import ask_oracle, assert_each_changes_what_is_said, make_kind, targets_of
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 INVOCATION = [7, 11]
@@ -61,6 +61,17 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     }
 
 
+@pytest.fixture(scope="module")
+def truths(case: tuple[Path, dict[str, Path]]) -> list[Truth]:
+    checkpoint, adapters = case
+    names = [None, *adapters]
+    return ask_oracle(
+        checkpoint,
+        adapters,
+        [(name, prompt_of(name, prompt)) for name, prompt in zip(names, prompts(len(names), step=2), strict=True)],
+    )
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "deterministic": {"deterministic": True, "prefill_chunk": 16},
@@ -71,12 +82,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_mixed_batch_equals_peft_alone(case: tuple[Path, dict[str, Path]], options: str) -> None:
+def test_a_mixed_batch_equals_peft_alone(case: tuple[Path, dict[str, Path]], truths: list[Truth], options: str) -> None:
     """The second half of the rows finds what the first left in the prefix cache."""
     checkpoint, adapters = case
-    names = [None, *adapters]
-    rows = [(name, prompt_of(name, prompt)) for name, prompt in zip(names, prompts(len(names), step=2), strict=True)]
-    truths = ask_oracle(checkpoint, adapters, rows)
     engine = engine_for(checkpoint, adapters, **OPTIONS[options])
     assert_equal_to_peft(engine, truths)
     assert_equal_to_peft(engine, truths)
@@ -84,12 +92,8 @@ def test_a_mixed_batch_equals_peft_alone(case: tuple[Path, dict[str, Path]], opt
         assert engine.scheduler.take_counters().preemptions
 
 
-def test_each_of_them_changes_what_is_said(case: tuple[Path, dict[str, Path]]) -> None:
-    checkpoint, adapters = case
-    rows = [(name, prompt_of("alora", prompts(3)[2])) for name in (None, *adapters)]
-    base, *adapted = ask_oracle(checkpoint, adapters, rows, count=1)
-    for truth in adapted:
-        assert float((truth.logits - base.logits).abs().max() / base.logits.std()) > 0.01, truth.adapter
+def test_each_of_them_changes_what_is_said(case: tuple[Path, dict[str, Path]], truths: list[Truth]) -> None:
+    assert_each_changes_what_is_said(case[0], truths)
 
 
 def test_virtual_tokens_are_not_in_usage_penalties_and_log_probabilities(case: tuple[Path, dict[str, Path]]) -> None:
