@@ -21,8 +21,6 @@ from loramux.download import Download
 from loramux.errors import (
     ClientClosed,
     DeadlineExceeded,
-    ErrorDetails,
-    FailedPrecondition,
     LoramuxError,
     NotFound,
     Unavailable,
@@ -169,10 +167,9 @@ class AsyncClient:
         chat template travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
-        path = Path(directory)
         bundle = await run_blocking(
             upload.collect,
-            path,
+            Path(directory),
             name,
             labels or {},
             allow_base_mismatch=allow_base_mismatch,
@@ -255,13 +252,7 @@ class AsyncClient:
         so a second rollback undoes the first. Refused where somebody else has moved it meanwhile.
         """
         now = await self.adapter(name)
-        before = to or next((digest for digest in now.versions if digest != now.digest), "")
-        if not before:
-            raise FailedPrecondition(
-                f"{now.name} has no other version: push another adapter under this name first",
-                ErrorDetails(reason="ADAPTER_CONFLICT"),
-            )
-        return await self.update(now.name, version=before, if_version=now.digest)
+        return await self.update(now.name, version=to or convert.version_before(now), if_version=now.digest)
 
     async def delete(self, name: str) -> None:
         """Remove a name and its aliases; running requests end on their version."""

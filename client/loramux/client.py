@@ -21,8 +21,6 @@ from loramux.download import Download
 from loramux.errors import (
     ClientClosed,
     DeadlineExceeded,
-    ErrorDetails,
-    FailedPrecondition,
     LoramuxError,
     NotFound,
     Unavailable,
@@ -168,10 +166,9 @@ class Client:
         chat template travel; `Pushed.left_out` lists the rest.
         `progress` is called from another thread.
         """
-        path = Path(directory)
         bundle = run_blocking(
             upload.collect,
-            path,
+            Path(directory),
             name,
             labels or {},
             allow_base_mismatch=allow_base_mismatch,
@@ -254,13 +251,7 @@ class Client:
         so a second rollback undoes the first. Refused where somebody else has moved it meanwhile.
         """
         now = self.adapter(name)
-        before = to or next((digest for digest in now.versions if digest != now.digest), "")
-        if not before:
-            raise FailedPrecondition(
-                f"{now.name} has no other version: push another adapter under this name first",
-                ErrorDetails(reason="ADAPTER_CONFLICT"),
-            )
-        return self.update(now.name, version=before, if_version=now.digest)
+        return self.update(now.name, version=to or convert.version_before(now), if_version=now.digest)
 
     def delete(self, name: str) -> None:
         """Remove a name and its aliases; running requests end on their version."""

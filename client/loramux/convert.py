@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 from loramux import fields, types
 from loramux.chat import fill_chat
-from loramux.errors import TransferError
+from loramux.errors import ErrorDetails, FailedPrecondition, TransferError
 from loramux_protos.v1 import adapters_pb2, common_pb2, inference_pb2
 
 _SAMPLING = (
@@ -216,6 +216,15 @@ def model_info(response: inference_pb2.GetModelResponse) -> types.ModelInfo:
         types.ServerLimits(**{name: getattr(response.limits, name) for name in names}),
         types.WeightCounts(response.weights.nf4, response.weights.unquantized, response.weights.experts),
     )
+
+
+def version_before(now: types.Adapter) -> str:
+    """The digest that a name pointed at before. Raises FailedPrecondition where it keeps no other."""
+    found = next((digest for digest in now.versions if digest != now.digest), "")
+    if not found:
+        message = f"{now.name} has no other version: push another adapter under this name first"
+        raise FailedPrecondition(message, ErrorDetails(reason="ADAPTER_CONFLICT"))
+    return found
 
 
 def adapter(message: adapters_pb2.Adapter) -> types.Adapter:
