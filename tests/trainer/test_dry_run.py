@@ -17,6 +17,7 @@ from loramux_trainer.data.examples import ExampleEncoder
 from loramux_trainer.dry_run import check_whole_job
 from loramux_trainer.errors import DataInvalid, JobInvalid, ModelInvalid, SeveralInvalid, TrainerError
 from loramux_trainer.job import TrainConfig
+from loramux_trainer.run import train
 from loramux_trainer.schema.data_config import DataConfig
 from loramux_trainer.schema.loss_config import LossConfig
 from support.hub_cache import cache_tiny
@@ -26,8 +27,18 @@ JobMaker = Callable[..., TrainConfig]
 
 
 def test_a_good_job_passes_and_leaves_nothing(make_job: JobMaker, tmp_path: Path) -> None:
-    assert check_whole_job(make_job(), resume=False)
+    assert check_whole_job(make_job(), resume=False) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_it_warns_as_the_run_does(make_job: JobMaker) -> None:
+    """By the report of the run itself."""
+    job = make_job(training={"max_steps": 12}, data={"eval_fraction": 0.0}, lora={"rank": 64})
+    warned = check_whole_job(job, resume=False)
+    train(job)
+    report = json.loads((job.output / "train_report.json").read_text())
+    assert warned
+    assert list(warned) == report["warnings"]
 
 
 def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_run(
@@ -36,7 +47,7 @@ def test_a_base_in_the_cache_is_looked_into_and_one_on_the_hub_is_left_to_the_ru
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     job = make_job(model="org/name", lora={"target_modules": ["q_prj"]})
-    assert not check_whole_job(job, resume=False)
+    assert check_whole_job(job, resume=False) is None
     cache_tiny(tmp_path / "hub", "org/name")
     with pytest.raises(JobInvalid, match=r"lora\.target_modules: q_prj names no module of org/name"):
         check_whole_job(job, resume=False)
@@ -145,6 +156,7 @@ def test_data_is_judged_as_the_run_judges_it(
             assert checked.train == tuple(unit.tokens for unit in ran.train)
             assert checked.held == tuple(unit.tokens for unit in ran.eval)
             assert checked.longest == max(unit.longest for unit in (*ran.train, *ran.eval))
+            assert checked.report == ran.report
 
 
 def test_lines_that_only_the_tokenizer_can_tell_are_named_by_both(tmp_path: Path, tokenizer: Any) -> None:
@@ -189,3 +201,4 @@ def test_units_are_judged_as_the_run_judges_them(
         assert checked.train == tuple(unit.tokens for unit in ran.train)
         assert checked.held == tuple(unit.tokens for unit in ran.eval)
         assert checked.longest == max(unit.longest for unit in (*ran.train, *ran.eval))
+        assert checked.report == ran.report

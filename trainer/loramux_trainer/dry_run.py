@@ -20,8 +20,10 @@ from loramux_trainer.preflight import (
 from loramux_trainer.schedule import warmup_length
 
 
-def check_whole_job(job: TrainConfig, *, resume: bool) -> bool:
-    """Whether the base is on this machine, so that targets and tokens were looked at too. Raises what a run would."""
+def check_whole_job(job: TrainConfig, *, resume: bool) -> tuple[str, ...] | None:
+    """What the run would warn of before its first step; None where the base is not on this machine, so that targets and
+    tokens were not looked at. Raises what a run would.
+    """
     problems = Problems()
     files: Path | None = None
     with problems.collecting():
@@ -32,19 +34,26 @@ def check_whole_job(job: TrainConfig, *, resume: bool) -> bool:
     check_paths(job, problems, resume=resume)
     if files is None:
         check_records(job, problems)
-    else:
-        _check_against_base(job, files, problems)
+        problems.raise_any()
+        return None
+    warnings = _check_against_base(job, files, problems)
     problems.raise_any()
-    return files is not None
+    return tuple(warnings)
 
 
-def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> None:
+def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> list[str]:
+    """The run's warnings."""
     # Seconds of imports, which a job with a broken base need not wait for.
+    import torch
+
+    from loramux_adapters.base.unloaded import read_unloaded
+    from loramux_trainer.advice import warnings_before
     from loramux_trainer.base_reading import read_base
     from loramux_trainer.batches import StepOrder
     from loramux_trainer.data.check import check_data
     from loramux_trainer.data.dataset import check_context
     from loramux_trainer.data.prompts import encode_prompts
+    from loramux_trainer.planning.member_bytes import member_bytes
     from loramux_trainer.targets import modules_of
 
     try:
@@ -52,24 +61,31 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> No
     except ModelInvalid as problem:
         problems.add(problem)
         check_records(job, problems)
-        return
+        return []
     with problems.collecting():
         modules_of(job, base.outline)
     if not all(is_readable(path) for path in (job.data.train, job.data.eval) if path is not None):
         check_records(job, problems)
-        return
+        return []
     if job.loss.name == "grpo":
         with problems.collecting():
             encode_prompts(job.data, base.encoder, base.outline.context_length, job.loss.longest_completion)
-        return
+        return []
     with problems.collecting():
         lengths = check_data(job.data, base.encoder, seed=job.training.seed, loss=job.loss)
         check_context(lengths.longest + job.virtual_tokens, base.outline.context_length)
-        if job.training.max_steps is None:
-            order = StepOrder(
-                lengths.train,
-                batch_size=job.training.batch_size,
-                accumulation=job.training.gradient_accumulation_steps,
-                seed=job.training.seed,
-            )
-            warmup_length(job.training.warmup_steps, job.training.num_train_epochs * order.steps_per_epoch)
+        order = StepOrder(
+            lengths.train,
+            batch_size=job.training.batch_size,
+            accumulation=job.training.gradient_accumulation_steps,
+            seed=job.training.seed,
+        )
+        steps = job.training.max_steps
+        if steps is None:
+            steps = job.training.num_train_epochs * order.steps_per_epoch
+            warmup_length(job.training.warmup_steps, steps)
+        if not problems and job.engine == "fleet":
+            unloaded = read_unloaded(files, compute_dtype=torch.float32, device=torch.device("cpu"))
+            parameters = member_bytes(job, unloaded, steps).parameters
+            return list(warnings_before(job, lengths.report, steps / order.steps_per_epoch, parameters))
+    return []

@@ -6,7 +6,7 @@ the base runs. Knows nothing of adapters or requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from loramux_adapters.base.bitsandbytes_compat import Linear4bit
 from loramux_adapters.base.fingerprint import QuantizedModule, fingerprint, parameter_spec, rounded_hashes
 from loramux_adapters.base.frozen import logical_nf4
 from loramux_adapters.base.quantize import exact_quantizer
-from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec
+from loramux_adapters.spec import BaseModelSpec, ModuleKind, ModuleSpec, ParameterSpec
 
 
 class BaseRefused(Exception):
@@ -161,12 +161,22 @@ def _describe(model: PreTrainedModel, source: str, config_json: dict[str, Any]) 
             if id(weight) not in rounded:
                 rounded[id(weight)] = rounded_hashes(weight)
             parameters[f"{name}.weight"] = replace(known, rounded=rounded[id(weight)])
+    digest = fingerprint(quantized_modules(model), parameters, config_json)
+    return base_spec(model, source, digest, parameters)
+
+
+def base_spec(
+    model: PreTrainedModel, source: str, digest: str, parameters: Mapping[str, ParameterSpec]
+) -> BaseModelSpec:
+    """What adapters see of a model whose fingerprint is `digest`; its tensors are not read."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     config = model.config.get_text_config()
     kv_shape = _kv_shape(config)
     return BaseModelSpec(
         model_id=model_id(source),
         architecture=model.config.model_type,
-        fingerprint=fingerprint(quantized_modules(model), parameters, config_json),
+        fingerprint=digest,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -229,7 +239,8 @@ def _module_spec(name: str, module: nn.Module, *, is_embedding: bool) -> ModuleS
     kind: ModuleKind
     if isinstance(module, Linear4bit):
         kind = "conv1d" if getattr(module, "source_cls", None) is Conv1D else "linear"
-        out_features, in_features = module.weight.quant_state.shape
+        state = module.weight.quant_state  # none where the weight has no memory
+        out_features, in_features = module.weight.shape if state is None else state.shape
     elif isinstance(module, nn.Linear) and _computes_as(module, nn.Linear):
         kind, out_features, in_features = "linear", module.out_features, module.in_features
     elif isinstance(module, Conv1D) and _computes_as(module, Conv1D):

@@ -133,9 +133,12 @@ def _described(result: TrainResult) -> str:
 def _check(job_file: Path, jobs: Sequence[TrainConfig], *, resume: bool) -> None:
     from loramux_trainer.dry_run import check_whole_job
 
-    complete = [check_whole_job(job, resume=resume) for job in jobs]
+    found = [check_whole_job(job, resume=resume) for job in jobs]
     what = "a valid job" if len(jobs) == 1 else f"{len(jobs)} valid jobs"
-    if all(complete):
+    for job, warnings in zip(jobs, found, strict=True):
+        for warning in warnings or ():
+            say(f"warning: {warning}" if len(jobs) == 1 else f"warning: {job.run_name}: {warning}")
+    if None not in found:
         print(f"ok: {job_file} is {what}")
     else:
         print(f"ok: {job_file} is {what}, as far as one can tell without its base")

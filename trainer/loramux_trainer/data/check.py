@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_trainer.data.dataset import Left, encode_records, part, refuse_empty
+from loramux_trainer.data.dataset import DataReport, Left, encode_records, make_report, part, refuse_empty
 from loramux_trainer.data.examples import ExampleEncoder, Unit
 from loramux_trainer.data.units import check_options, fit, is_endless, pack
 from loramux_trainer.errors import Problems
@@ -24,10 +24,16 @@ class _Sketch:
     """Stands for a unit: equal for equal ones."""
 
     digest: bytes
-    tokens: int  # of what is trained, 0 where it is left out
-    longest: int
+    rows: tuple[int, ...]  # tokens of each row of what is trained, none where it is left out
+    supervised: int
+    label: bool | None
     was_longer: bool
     endless: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return sum(self.rows)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class DataLengths:
     train: tuple[int, ...]
     held: tuple[int, ...]
     longest: int
+    report: DataReport
 
 
 def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: LossConfig = SFT) -> DataLengths:
@@ -47,23 +54,22 @@ def check_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: Los
     held_raw = None if job.eval is None else tuple(_sketches(job.eval, job, encoder, loss, problems))
     problems.raise_any()
     sides = part(raw, held_raw, job, seed)
-    train = [sketch for sketch in sides.train if sketch.tokens]
-    held = [sketch for sketch in sides.held if sketch.tokens]
-    refuse_empty(
-        job,
-        Left(
-            train=len(train),
-            train_cut=sum(sketch.was_longer for sketch in sides.train),
-            held=len(held),
-            held_cut=sum(sketch.was_longer for sketch in sides.held),
-            endless=sum(sketch.endless for sketch in train),
-        ),
+    train = [sketch for sketch in sides.train if sketch.rows]
+    held = [sketch for sketch in sides.held if sketch.rows]
+    left = Left(
+        train=len(train),
+        train_cut=sum(sketch.was_longer for sketch in sides.train),
+        held=len(held),
+        held_cut=sum(sketch.was_longer for sketch in sides.held),
+        endless=sum(sketch.endless for sketch in train),
     )
+    refuse_empty(job, left)
     lengths = [sketch.tokens for sketch in train]
     if job.packing:
         lengths = [sum(lengths[index] for index in group) for group in pack(lengths, job.max_length)]
-    longest = max(sketch.longest for sketch in (*train, *held))
-    return DataLengths(tuple(lengths), tuple(sketch.tokens for sketch in held), longest)
+    report = make_report(len(raw), sides, left, train, units=len(lengths))
+    longest = max(max(sketch.rows) for sketch in (*train, *held))
+    return DataLengths(tuple(lengths), tuple(sketch.tokens for sketch in held), longest, report)
 
 
 def _sketches(
@@ -78,8 +84,9 @@ def _sketch(unit: Unit, job: DataConfig, encoder: ExampleEncoder) -> _Sketch:
     fitted, was_longer = fit(unit, job)
     return _Sketch(
         digest=_digest(unit),
-        tokens=0 if fitted is None else fitted.tokens,
-        longest=0 if fitted is None else fitted.longest,
+        rows=() if fitted is None else tuple(len(row.ids) for row in fitted.rows),
+        supervised=0 if fitted is None else fitted.supervised,
+        label=unit.label,
         was_longer=was_longer,
         endless=fitted is not None and is_endless(fitted, encoder),
     )

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from loramux_trainer.data.examples import ExampleEncoder, Unit
 from loramux_trainer.data.record_types import RecordInvalid
@@ -124,34 +124,65 @@ def load_data(job: DataConfig, encoder: ExampleEncoder, *, seed: int, loss: Loss
     sides = part(raw, held_raw, job, seed)
     train, held = _fit(sides.train, job), _fit(sides.held, job)
     endless = sum(is_endless(unit, encoder) for unit in train.kept)
-    refuse_empty(
-        job,
-        Left(train=len(train.kept), train_cut=train.cut, held=len(held.kept), held_cut=held.cut, endless=endless),
-    )
+    left = Left(train=len(train.kept), train_cut=train.cut, held=len(held.kept), held_cut=held.cut, endless=endless)
+    refuse_empty(job, left)
     packs = packed(train.kept, job)
-    lengths = [len(row.ids) for unit in train.kept for row in unit.rows]
-    masked = sum(lengths) - sum(unit.supervised for unit in train.kept)
-    dropped = len(sides.train) - len(train.kept) + len(sides.held) - len(held.kept)
-    report = DataReport(
-        records=len(raw),
-        train=len(train.kept),
-        eval=len(held.kept),
+    kept = [_Counted(tuple(len(row.ids) for row in unit.rows), unit.supervised, unit.label) for unit in train.kept]
+    report = make_report(len(raw), sides, left, kept, units=len(packs))
+    return DataSet(packs, held.kept, report, _digest(packs), _digest(held.kept))
+
+
+class Counts(Protocol):
+    """What the report needs of an example that is trained."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        ...
+
+    @property
+    def supervised(self) -> int:
+        """Tokens with a loss, of all rows."""
+        ...
+
+    @property
+    def label(self) -> bool | None:
+        """KTO's."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Counted:
+    rows: tuple[int, ...]
+    supervised: int
+    label: bool | None
+
+
+def make_report(records: int, sides: Sides[E], left: Left, kept: Sequence[Counts], *, units: int) -> DataReport:
+    """`kept`: what is left to train; `units`: what of it a batch is made of."""
+    lengths = [length for each in kept for length in each.rows]
+    masked = sum(lengths) - sum(each.supervised for each in kept)
+    dropped = len(sides.train) - left.train + len(sides.held) - left.held
+    too_long = left.train_cut + left.held_cut
+    return DataReport(
+        records=records,
+        train=left.train,
+        eval=left.held,
         duplicates=sides.duplicates,
         leaked=sides.leaked,
-        too_long=train.cut + held.cut,
-        endless=endless,
+        too_long=too_long,
+        endless=left.endless,
         tokens=sum(lengths),
         masked=masked,
         longest=max(lengths),
         dropped=dropped,
-        truncated=train.cut + held.cut - dropped,
+        truncated=too_long - dropped,
         masked_share=round(masked / sum(lengths), 4),
         median=statistics.median(lengths),
-        units=len(packs),
-        desirable=sum(unit.label is True for unit in train.kept),
-        undesirable=sum(unit.label is False for unit in train.kept),
+        units=units,
+        desirable=sum(each.label is True for each in kept),
+        undesirable=sum(each.label is False for each in kept),
     )
-    return DataSet(packs, held.kept, report, _digest(packs), _digest(held.kept))
 
 
 def encode_records(
