@@ -6,7 +6,7 @@ The base is fingerprinted at load and again before anything is exported.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from loramux_trainer.halving import Best, Halving, best_of
 from loramux_trainer.halving_record import record_of
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.job_file import JobFile
+from loramux_trainer.least_memory import check_memory
 from loramux_trainer.member_run import MemberRun, TrainResult, discard_checkpoints, finished_result, writing
 from loramux_trainer.members import build_member
 from loramux_trainer.optimizers.devices import check_device
@@ -64,9 +65,11 @@ class FleetOutcome:
 class FleetRun:
     """The base, the jobs that take part, and those that wait."""
 
-    def __init__(self, file: JobFile, progress: FleetProgress) -> None:
+    def __init__(
+        self, file: JobFile, progress: FleetProgress, *, read: Callable[[TrainConfig], JobData] = read_job_data
+    ) -> None:
         jobs, first = file.jobs, file.jobs[0]
-        self._file, self._progress = file, progress
+        self._file, self._progress, self._read = file, progress, read
         self._most = file.fleet.max_members or len(jobs)
         device = find_device(first)
         for job in jobs:
@@ -93,6 +96,7 @@ class FleetRun:
         """Loads the base that they wait for."""
         jobs, first = [prepared.job for prepared in self._waiting], self._file.jobs[0]
         dtype, products = compute_dtype(first, device), frozen_products(first, device)
+        check_memory(jobs[: self._most], self._waiting[0].reading.outline, device, dtype)
         self._base: LoadedBase = load(first, device, dtype)
         examined = examine_base(self._base, max(job.data.max_length + job.virtual_tokens for job in jobs))
         if first.training.gradient_checkpointing:
@@ -116,7 +120,7 @@ class FleetRun:
             self._stopped[name] = self._record.stopped[name]
             self._progress.ended(name, "stopped")
             return
-        prepared = read_job_data(job)
+        prepared = self._read(job)
         if not has_adapter(job.output):
             _warn_of_lost_ends(prepared, self._progress.of(name))
             self._waiting.append(prepared)

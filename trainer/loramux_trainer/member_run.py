@@ -19,6 +19,7 @@ import transformers
 from safetensors import SafetensorError
 
 from loramux_adapters.errors import AdapterError
+from loramux_adapters.memory import peak_bytes
 from loramux_adapters.weights import AdapterWeights
 from loramux_trainer.advice import warnings_before
 from loramux_trainer.certify import Certified, certify, fleet_logits, questions
@@ -248,6 +249,7 @@ class MemberRun:
             "exported_step": exported.step if exported is not None and self._best else self.member.step,
             "stopped_early": self.member.step < self.member.options.total_steps,
             "warnings": [*self._warnings(), *self._worse_epochs()],
+            "peak_bytes": peak_bytes(self._base.device),
             "evals": [asdict(report) for report in self.evals],
             "history": [asdict(report) for report in self.steps],
             "versions": _versions(),

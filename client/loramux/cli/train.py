@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux.cli import train_plan
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address
 from loramux.cli.train_publish import prepare
 from loramux.terminal.failures import CommandError, ExitCode
@@ -30,6 +32,12 @@ def command(
         typer.Option(
             "--check",
             help="Only check the job, its base, targets and records, and that its output can be written.",
+        ),
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Only measure a few steps on the first layers: what memory and time the run takes."
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
@@ -59,15 +67,20 @@ def command(
     if check:
         _check(job_file, file.jobs, resume=resume)
         return
+    if plan:
+        train_plan.plan(job_file, file, as_json=as_json)
+        return
     if if_better_than is not None and publish is None:
         raise CommandError("--if-better-than says when to publish", remedy="give a name with --publish too")
     for job in file.jobs:
         check_job(job, resume=resume)  # what can be known before torch is imported
     publishing = None if publish is None else prepare(file, publish, if_better_than, metric, address)
+    begun = time.monotonic()
     if len(file.jobs) == 1 and file.sweep is None:
         output = _train_one(file.jobs[0], resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
     else:
         output = _train_several(file, resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
+    train_plan.compare(job_file, file, time.monotonic() - begun)
     if publishing is not None and not publishing.publish(output):
         raise typer.Exit(ExitCode.NO)
 

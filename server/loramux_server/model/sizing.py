@@ -5,12 +5,11 @@ Explicit settings win; what is unset gets a share. Knows sizes only.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
+
+from loramux_adapters.memory import free_bytes
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.6}
 ADAPTER_SHARE = {"cpu": 0.125, "cuda": 0.15}
@@ -51,21 +50,3 @@ class Memory:
             adapters=adapters if adapter_bytes is None else adapter_bytes,
             dense_base=dense_needed <= dense,
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(int(psutil.virtual_memory().available), _container_free())
-
-
-def _container_free(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit (cgroup v2) leaves, unlike the machine's own figures; file cache counts as free."""
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return sys.maxsize
-    cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
-    return max(0, limit - used + cached)

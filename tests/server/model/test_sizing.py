@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,28 +49,6 @@ def test_explicit_settings_win() -> None:
 )
 def test_a_dense_base_is_held_where_it_fits(given: int | None, needed: int, expected: bool) -> None:
     assert plan(dense_base_bytes=given, dense_needed=needed).dense_base == expected
-
-
-def test_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert 1 << 20 < sizing.free_bytes(CPU) < 1 << 50
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"memory.max": "1000\n", "memory.current": "300\n"}, 700),
-        ({"memory.max": "1000\n", "memory.current": "990\n", "memory.stat": "active_file 500\ninactive_file 400"}, 910),
-        ({"memory.max": "1000\n", "memory.current": "1300\n"}, 0),
-        ({"memory.max": "max\n", "memory.current": "300\n"}, sys.maxsize),
-        ({}, sys.maxsize),
-    ],
-    ids=["limit", "file cache", "over the limit", "no limit", "no group"],
-)
-def test_a_container_has_less_than_its_machine(files: dict[str, str], expected: int, tmp_path: Path) -> None:
-    for name, content in ({"memory.stat": ""} | files).items():
-        (tmp_path / name).write_text(content)
-    assert sizing._container_free(tmp_path) == expected
 
 
 def test_bytes_per_token_is_what_the_cache_takes() -> None:

@@ -1,0 +1,47 @@
+"""What memory is left, and the most that a process has had."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loramux_adapters.memory import container_free, forget_peak, free_bytes, peak_bytes, resident_bytes
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def test_free_memory_is_measured() -> None:
+    assert MIB < free_bytes(CPU) < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "1000\n", "memory.current": "300\n"}, 700),
+        ({"memory.max": "1000\n", "memory.current": "990\n", "memory.stat": "active_file 500\ninactive_file 400"}, 910),
+        ({"memory.max": "1000\n", "memory.current": "1300\n"}, 0),
+        ({"memory.max": "max\n", "memory.current": "300\n"}, sys.maxsize),
+        ({}, sys.maxsize),
+    ],
+    ids=["limit", "file cache", "over the limit", "no limit", "no group"],
+)
+def test_a_container_has_less_than_its_machine(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    for name, content in ({"memory.stat": ""} | files).items():
+        (tmp_path / name).write_text(content)
+    assert container_free(tmp_path) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak is of the whole life of a process")
+def test_a_peak_stays_until_it_is_forgotten() -> None:
+    forget_peak(CPU)
+    before = peak_bytes(CPU)
+    held = bytearray(256 * MIB)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # every page
+    del held
+    assert peak_bytes(CPU) >= before + 200 * MIB
+    forget_peak(CPU)
+    assert abs(peak_bytes(CPU) - resident_bytes()) < 64 * MIB

@@ -1,0 +1,161 @@
+"""`loramux train --plan`: what a run will take, from trials on the first layers of its base.
+
+A trial runs the trainer itself, so the plan knows no formula of what a method, a loss or an optimizer needs: what grows
+with the number of layers grows in a straight line, everything else is there in the trial as in the run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+
+from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
+from loramux_adapters.memory import free_bytes
+from loramux_trainer.batches import StepOrder
+from loramux_trainer.errors import ModelInvalid, TrainerError
+from loramux_trainer.job import TrainConfig
+from loramux_trainer.job_file import JobFile, read_job_file
+from loramux_trainer.planning.few_layers import layer_counts, write_few_layers
+from loramux_trainer.planning.trial import Request, Trial
+from loramux_trainer.preflight import check_job, find_model
+from loramux_trainer.preparation import find_device, read_job_data
+
+Measure = Callable[[Request], Trial]
+
+
+class TrialFailed(TrainerError):
+    """A trial of the run ended without figures."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all jobs of a file do together: optimizer steps, tokens of their examples in training and evaluation."""
+
+    steps: int
+    tokens: int
+    eval_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes and seconds. `peak` is the larger one of loading and of training; with it are the `process` with its
+    libraries and the `base`. `free` is what the device has left now, where the process of the run is not yet there.
+    """
+
+    device: str
+    layers: int
+    measured_layers: tuple[int, ...]
+    steps: int
+    tokens: int
+    process: int
+    base: int
+    loading: int
+    training: int
+    peak: int
+    free: int
+    load_seconds: float
+    train_seconds: float
+    eval_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.load_seconds + self.train_seconds + self.eval_seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is below what is free."""
+        return self.peak <= self.free
+
+
+def make_plan(path: Path, *, measure: Measure | None = None) -> Plan:
+    """Of the jobs in a file, looked at as a run looks at them. Raises the errors of a run, and TrialFailed."""
+    file = read_job_file(path)
+    for job in file.jobs:
+        check_job(job, resume=True)
+    first = file.jobs[0]
+    if first.engine != "fleet":
+        raise TrialFailed("only jobs with engine: fleet can be planned")
+    base = tiny_path() if first.model == TINY_NAME else find_model(first)
+    if base is None:
+        raise ModelInvalid(
+            f"{first.model} is not on this machine, and a plan measures its first layers", remedy="fetch it"
+        )
+    work, device = _work(file), find_device(first)
+    total, counts = layer_counts(base)
+    with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:
+        bases = {n: base if n == total else write_few_layers(base, Path(scratch) / f"{n}-layers", n) for n in counts}
+        trials = [(measure or in_process)(Request(str(path), str(each), n)) for n, each in bases.items()]
+    return plan_from(trials, total, work, device.type, free_bytes(device))
+
+
+def plan_from(trials: Iterable[Trial], layers: int, work: Work, device: str, free: int) -> Plan:
+    """Straight lines through one or two trials, at `layers`."""
+    trials = list(trials)
+
+    def at_all(values: Callable[[Trial], float]) -> float:
+        first, last = trials[0], trials[-1]
+        slope = (values(last) - values(first)) / max(1, last.layers - first.layers)
+        return values(first) + slope * (layers - first.layers)
+
+    last = trials[-1]
+    eval_rate = at_all(lambda t: t.eval_seconds) / max(1, last.eval_tokens)
+    loading, training = round(at_all(lambda t: t.load_peak)), round(at_all(lambda t: t.peak))
+    process = max(trial.process for trial in trials)
+    return Plan(
+        device=device,
+        layers=layers,
+        measured_layers=tuple(trial.layers for trial in trials),
+        steps=work.steps,
+        tokens=work.tokens,
+        process=process,
+        base=round(at_all(lambda t: t.loaded)) - process,
+        loading=loading,
+        training=training,
+        peak=max(loading, training),
+        free=free,
+        load_seconds=at_all(lambda t: t.load_seconds),
+        train_seconds=at_all(lambda t: t.step_seconds) / last.step_tokens * work.tokens,
+        eval_seconds=eval_rate * work.eval_tokens,
+    )
+
+
+def in_process(request: Request) -> Trial:
+    """A trial in a process of its own, whose memory is then its own. Raises TrialFailed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "loramux_trainer.planning.trial"],
+        input=json.dumps(asdict(request)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        said = "it was ended for want of memory" if done.returncode == -9 else lines[-1]
+        raise TrialFailed(f"a trial on {request.layers} layers of the base failed: {said}")
+    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _work(file: JobFile) -> Work:
+    works = [_work_of(job) for job in file.jobs]
+    return Work(*(sum(values) for values in zip(*map(astuple, works), strict=True)))
+
+
+def _work_of(job: TrainConfig) -> Work:
+    training, data = job.training, read_job_data(job).data
+    lengths = [unit.tokens for unit in data.train]
+    order = StepOrder(
+        lengths,
+        batch_size=training.batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seed=training.seed,
+    )
+    epochs = training.num_train_epochs if training.max_steps is None else training.max_steps / order.steps_per_epoch
+    steps = training.max_steps or training.num_train_epochs * order.steps_per_epoch
+    evaluations = -(-steps // (training.eval_steps or order.steps_per_epoch))
+    return Work(steps, round(epochs * sum(lengths)), evaluations * sum(unit.tokens for unit in data.eval))

@@ -1,0 +1,203 @@
+"""A few steps of a run on a base with few layers, in a process of its own: what it takes in memory and time.
+
+The trainer's own code on some of the job's own data. `python -m
+loramux_trainer.planning.trial` reads a request as JSON from stdin and writes what it measured to stdout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, TypeAlias
+
+from loramux_trainer.errors import TrainerError
+from loramux_trainer.job_file import JobFile, read_job_file
+from loramux_trainer.progress import EvalReport, Silent, StepReport
+from loramux_trainer.schema.adapter_config import AdaloraConfig
+from loramux_trainer.schema.optim_config import OptimConfig
+
+if TYPE_CHECKING:
+    from loramux_trainer.data.examples import Unit
+    from loramux_trainer.job import TrainConfig
+    from loramux_trainer.preparation import JobData
+
+_STEPS = 3  # the first one allocates, and is left out of the time
+_EVALUATED = 8  # batches of evaluation examples
+
+
+@dataclass(frozen=True)
+class Request:
+    """`base`: the directory that takes the place of the jobs' model; it has so many layers."""
+
+    job_file: str
+    base: str
+    layers: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Bytes and seconds; `step_tokens` and `eval_tokens` are of all jobs together, in one step and one evaluation."""
+
+    layers: int
+    process: int  # before the base is loaded
+    loaded: int  # with it
+    load_peak: int
+    peak: int  # of training, evaluation and export
+    load_seconds: float
+    step_seconds: float
+    step_tokens: int
+    eval_seconds: float
+    eval_tokens: int
+
+
+def measure(request: Request) -> Trial:
+    """Runs the trial in this process: once with the longest examples, for the memory, and once with typical ones, for
+    the time. Raises what the run would.
+    """
+    from loramux_adapters.memory import forget_peak, peak_bytes, resident_bytes
+    from loramux_trainer.fleet_run import FleetRun
+    from loramux_trainer.preparation import find_device
+
+    file = read_job_file(Path(request.job_file))
+    device = find_device(file.jobs[0])
+    in_use = resident_bytes if device.type == "cpu" else partial(peak_bytes, device)
+    with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:
+        process, begun = in_use(), time.monotonic()
+        longest = _Some(_longest)
+        run = FleetRun(_shortened(file, request.base, Path(scratch) / "memory"), _Watch(), read=longest.read)
+        load_seconds, loaded, load_peak = time.monotonic() - begun, in_use(), peak_bytes(device)
+        forget_peak(device)
+        run.go({}, threading.Event())
+        peak = peak_bytes(device)
+        typical, watch = _Some(_typical), _Watch()
+        run = FleetRun(_shortened(file, request.base, Path(scratch) / "time"), watch, read=typical.read)
+        run.go({}, threading.Event())
+    return Trial(
+        layers=request.layers,
+        process=process,
+        loaded=loaded,
+        load_peak=load_peak,
+        peak=peak,
+        load_seconds=load_seconds,
+        step_seconds=watch.step_seconds(),
+        step_tokens=typical.step_tokens,
+        eval_seconds=watch.eval_seconds(),
+        eval_tokens=typical.eval_tokens,
+    )
+
+
+Choose: TypeAlias = "Callable[[Sequence[Unit], int], Sequence[Unit]]"
+
+
+class _Some:
+    """Reads data as a run does, and keeps some of it: what each job takes in a step, and a short evaluation."""
+
+    def __init__(self, choose: Choose) -> None:
+        self._choose = choose
+        self.step_tokens = self.eval_tokens = 0
+
+    def read(self, job: TrainConfig) -> JobData:
+        """See preparation.read_job_data."""
+        from loramux_trainer.preparation import read_job_data
+
+        prepared = read_job_data(job)
+        batch = job.training.batch_size
+        train = tuple(self._choose(prepared.data.train, batch * job.training.gradient_accumulation_steps))
+        held = tuple(self._choose(prepared.data.eval, batch * _EVALUATED))
+        self.step_tokens += sum(unit.tokens for unit in train)
+        self.eval_tokens += sum(unit.tokens for unit in held)
+        return dataclasses.replace(prepared, data=dataclasses.replace(prepared.data, train=train, eval=held))
+
+
+def _longest(units: Sequence[Unit], count: int) -> Sequence[Unit]:
+    return sorted(units, key=lambda unit: unit.tokens, reverse=True)[:count]
+
+
+def _typical(units: Sequence[Unit], count: int) -> Sequence[Unit]:
+    """Of all lengths, as often as they are."""
+    ordered, count = sorted(units, key=lambda unit: unit.tokens), min(count, len(units))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+
+class _Watch(Silent):
+    """When steps and evaluations ended."""
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []
+        self._evals: list[float] = []
+        self._last: dict[int, float] = {}
+
+    def of(self, name: str) -> _Watch:
+        """One for all: they step together."""
+        return self
+
+    def ended(self, name: str, state: str) -> None:
+        """Nothing."""
+
+    def stepped(self, report: StepReport) -> None:
+        """All members of a step report one after the other: the first counts."""
+        if report.step not in self._last:
+            self._last[report.step] = time.monotonic()
+
+    def evaluated(self, report: EvalReport) -> None:
+        """After the last step."""
+        self._evals.append(time.monotonic())
+
+    def step_seconds(self) -> float:
+        """Median of all but the first."""
+        ends = list(self._last.values())
+        return median(later - earlier for earlier, later in pairwise(ends))
+
+    def eval_seconds(self) -> float:
+        """Of the one evaluation, of all members together."""
+        return max(self._evals) - max(self._last.values()) if self._evals else 0.0
+
+
+def _shortened(file: JobFile, base: str, scratch: Path) -> JobFile:
+    """The jobs that train at once, those of the largest rank, for a few steps on `base`."""
+    scratch.mkdir()
+    most = file.fleet.max_members or len(file.jobs)
+    jobs = sorted(file.jobs, key=lambda job: job.lora.rank, reverse=True)[:most]
+    return JobFile(tuple(_short(job, base, scratch / job.run_name) for job in jobs), file.fleet)
+
+
+def _short(job: TrainConfig, base: str, output: Path) -> TrainConfig:
+    output.mkdir()
+    plain = OptimConfig()
+    training = dataclasses.replace(
+        job.training,
+        max_steps=_STEPS,
+        num_train_epochs=plain.num_train_epochs,
+        lr_scheduler_type=plain.lr_scheduler_type,
+        lr_scheduler_kwargs=plain.lr_scheduler_kwargs,
+        warmup_steps=plain.warmup_steps,
+        eval_steps=_STEPS,
+        early_stopping_patience=plain.early_stopping_patience,
+        early_stopping_threshold=plain.early_stopping_threshold,
+        load_best_model_at_end=False,
+    )
+    adalora = dataclasses.replace(job.adalora, tinit=AdaloraConfig().tinit, tfinal=AdaloraConfig().tfinal)
+    return dataclasses.replace(job, model=base, output=output, training=training, adalora=adalora)
+
+
+def main() -> None:
+    """See the module."""
+    request = Request(**json.load(sys.stdin))
+    try:
+        print(json.dumps(asdict(measure(request))))
+    except TrainerError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
