@@ -12,11 +12,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Strict
 
 from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_adapters.errors import CertificateRefused
 from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.refusals import quote
 from loramux_adapters.validation import Section, ValuesInvalid, read
 
 VERSION = 1
@@ -31,6 +34,10 @@ MAX_TOP = 16
 _REMEDY = "train and export the adapter again, or remove the file to upload it without a certificate"
 
 
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+
+
 @dataclass(frozen=True)
 class Probe(Section):
     """Token ids, and what the model predicts after each of them but the last.
@@ -39,10 +46,10 @@ class Probe(Section):
     and `deviations[i]` the standard deviation of all logits.
     """
 
-    tokens: tuple[int, ...]
-    deviations: tuple[float, ...]
-    top_tokens: tuple[tuple[int, ...], ...]
-    top_log_probs: tuple[tuple[float, ...], ...]
+    tokens: tuple[Whole, ...]
+    deviations: tuple[Number, ...]
+    top_tokens: tuple[tuple[Whole, ...], ...]
+    top_log_probs: tuple[tuple[Number, ...], ...]
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -69,8 +76,8 @@ class Certificate(Section):
     computed: Arithmetic
     versions: Mapping[str, str]
     probes: tuple[Probe, ...]
-    tolerance: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(TOLERANCES))
-    version: int = VERSION
+    tolerance: Mapping[str, Number] = dataclasses.field(default_factory=lambda: dict(TOLERANCES))
+    version: Whole = VERSION
 
     def tolerance_on(self, dtype: str) -> float:
         """On a server that computes in `dtype`: that of the coarsest arithmetic that takes part."""
@@ -89,7 +96,7 @@ def parse(data: bytes) -> Certificate:
     values = strict_json.parse(data, CERTIFICATE_FILE)
     version = values.get("version")
     if version != VERSION:
-        raise refused(f"has version {version!r}, this program knows {VERSION}")
+        raise refused(f"has version {quote(version)}, this program knows {VERSION}")
     seal = values.pop("seal", None)
     if seal != _seal(values):
         raise refused("was changed after it was made: its seal does not fit what it says")
