@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +106,13 @@ class Scorer:
         prompt = record.prompt if isinstance(record.prompt, str) else [dict(turn) for turn in record.prompt or ()]
         try:
             value = self.judge(prompt, answer, record.reference)
-        except Exception as error:  # a user's function may raise anything
+            number = _number(value)
+            said = "" if number is not None else reprlib.repr(value)
+        except (Exception, SystemExit) as error:  # a user's function may raise anything, and end the program
             raise EvaluationInvalid(f"{record.where}: the judge raised {type(error).__name__}: {error}") from error
-        if not isinstance(value, bool | int | float) or not math.isfinite(value):
-            raise EvaluationInvalid(f"{record.where}: the judge returned {value!r}, which is no finite number")
-        return float(value)
+        if number is None:
+            raise EvaluationInvalid(f"{record.where}: the judge returned {said}, which is no finite number")
+        return number
 
     def _loss(self, record: EvalRecord, adapter: str) -> Score:
         total, tokens = 0.0, 0
@@ -127,3 +130,16 @@ class Scorer:
 
     def _pattern_of(self, record: EvalRecord) -> str | None:
         return self.pattern if record.regex is None else record.regex
+
+
+def _number(value: Any) -> float | None:
+    """A judge's value, of numpy and torch too, whose scalars are no Python numbers; None where it is none."""
+    if not isinstance(value, bool | int | float) and hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole number with hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
