@@ -16,7 +16,7 @@ from loramux_adapters.certificate.replay import ASKED, Replay, check_identity, c
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.spec import AdapterSpec
 from loramux_server.engine.client import EngineClient
-from loramux_server.errors import RequestFailed
+from loramux_server.errors import RequestFailed, Unavailable
 from loramux_server.requests import Route, SamplingParams, StopConditions, Submission, TokenLogprob
 
 _SAMPLING = SamplingParams(temperature=0.0, prompt_logprobs=ASKED)
@@ -105,4 +105,7 @@ class Certifier:
                 if event.failure is not None:
                     raise RequestFailed(event.failure)
                 told = event.prompt_logprobs or told
-        return [dict((*each.top, (each.token, each.logprob))) for each in told if each is not None]
+        found = [dict((*each.top, (each.token, each.logprob))) for each in told if each is not None]
+        if len(found) != len(tokens) - 1:  # aborted, as by a server that ends: nothing was compared yet
+            raise Unavailable("the server ended the replay of the certificate before it was complete")
+        return found
