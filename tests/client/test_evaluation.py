@@ -187,6 +187,9 @@ def test_an_error_of_the_server_keeps_its_kind_and_gets_the_line(fake: FakeServe
     fake.state.faults.finish = 3  # aborted, as a server that drains says
     with Client(fake.address) as client, pytest.raises(errors.Unavailable, match=r"^f:1: the server ended the answer"):
         evaluate(client, [EvalRecord("f:1", "p", "r")], [], ["exact"])
+    scored = EvalRecord("f:1", None, None, sequences=(LabeledTokens((1, 2), (1,)),))
+    with Client(fake.address) as client, pytest.raises(errors.Unavailable, match=r"^f:1: the server ended the answer"):
+        evaluate(client, [scored], [], ["loss"])
     with Client(fake.address) as client, pytest.raises(errors.NotFound):
         evaluate(client, [EvalRecord("f:1", "p", "r")], ["nobody"], ["exact"])
 

@@ -15,7 +15,7 @@ from typing import Any
 from loramux.client import Client
 from loramux.errors import Unavailable
 from loramux.evaluation.values import EvalRecord, Metric, Outcome, Score
-from loramux.types import GenerateOptions
+from loramux.types import GenerateOptions, Generation
 
 Judge = Callable[[Any, str, str | None], object]
 """(prompt: a text or a list of messages, answer, reference) -> a number; anything else is refused."""
@@ -88,10 +88,7 @@ class Scorer:
             if record.tools:
                 options["tools"] = record.tools
             said = self.client.generate(messages=record.prompt, adapter=adapter, **options)
-        reason = said.choices[0].finish.reason
-        if reason == "aborted":
-            raise Unavailable("the server ended the answer before it was complete")
-        return said.text.strip(), reason == "length"
+        return said.text.strip(), _ended(said) == "length"
 
     def _value(self, metric: Metric, record: EvalRecord, answer: str) -> float:
         if metric == "exact":
@@ -118,10 +115,11 @@ class Scorer:
         total, tokens = 0.0, 0
         for sequence in record.sequences:
             # The one token behind it is what a request must ask for; it is not looked at.
-            read = self.client.generate(
+            said = self.client.generate(
                 token_ids=sequence.ids, adapter=adapter, temperature=0.0, max_tokens=1, prompt_logprobs=0
-            ).prompt.logprobs
-            taken = [read[position].logprob for position in sequence.targets]
+            )
+            _ended(said)
+            taken = [said.prompt.logprobs[position].logprob for position in sequence.targets]
             total -= math.fsum(logprob for logprob in taken if logprob is not None)
             tokens += len(taken)
         if not math.isfinite(total):
@@ -130,6 +128,14 @@ class Scorer:
 
     def _pattern_of(self, record: EvalRecord) -> str | None:
         return self.pattern if record.regex is None else record.regex
+
+
+def _ended(said: Generation) -> str:
+    """Why the answer ended. Raises Unavailable where the server ended it before it was complete."""
+    reason = said.choices[0].finish.reason
+    if reason == "aborted":
+        raise Unavailable("the server ended the answer before it was complete")
+    return reason
 
 
 def _number(value: Any) -> float | None:
