@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Strict
+from pydantic import FailFast, Strict
 
 from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_adapters.errors import CertificateRefused
@@ -31,11 +31,15 @@ MAX_BYTES = 1 << 20
 MAX_PROBES = 8
 MAX_PROBE_TOKENS = 256
 MAX_TOP = 16
+MAX_KEYS = 64
 _REMEDY = "train and export the adapter again, or remove the file to upload it without a certificate"
 
 
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
+# A stranger's file may have a hundred thousand mistakes: the first of each list is told.
+Wholes = Annotated[tuple[Whole, ...], FailFast()]
+Numbers = Annotated[tuple[Number, ...], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class Probe(Section):
     and `deviations[i]` the standard deviation of all logits.
     """
 
-    tokens: tuple[Whole, ...]
-    deviations: tuple[Number, ...]
-    top_tokens: tuple[tuple[Whole, ...], ...]
-    top_log_probs: tuple[tuple[Number, ...], ...]
+    tokens: Wholes
+    deviations: Numbers
+    top_tokens: Annotated[tuple[Wholes, ...], FailFast()]
+    top_log_probs: Annotated[tuple[Numbers, ...], FailFast()]
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -75,7 +79,7 @@ class Certificate(Section):
     chat_template: str
     computed: Arithmetic
     versions: Mapping[str, str]
-    probes: tuple[Probe, ...]
+    probes: Annotated[tuple[Probe, ...], FailFast()]
     tolerance: Mapping[str, Number] = dataclasses.field(default_factory=lambda: dict(TOLERANCES))
     version: Whole = VERSION
 
@@ -100,6 +104,7 @@ def parse(data: bytes) -> Certificate:
     seal = values.pop("seal", None)
     if seal != _seal(values):
         raise refused("was changed after it was made: its seal does not fit what it says")
+    _check_keys(values)
     try:
         certificate = read(Certificate, values)
     except ValuesInvalid as error:
@@ -113,6 +118,14 @@ def parse(data: bytes) -> Certificate:
 def refused(what: str, *, remedy: str = _REMEDY) -> CertificateRefused:
     """`what` goes on from the file's name."""
     return CertificateRefused(f"{CERTIFICATE_FILE} {what}", subject=CERTIFICATE_FILE, remedy=remedy)
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    """Each key that is not known would be a finding."""
+    inner = [*values.values(), *(probes if isinstance(probes := values.get("probes"), list) else ())]
+    most = max((len(each) for each in (values, *inner) if isinstance(each, dict)), default=0)
+    if most > MAX_KEYS:
+        raise refused(f"is malformed: has {most} keys in one object, not at most {MAX_KEYS}")
 
 
 def _check_shape(probes: Sequence[Probe]) -> None:
