@@ -81,9 +81,11 @@ def merge_files(
     """Write the sum of adapters with weights to `out`, at once or not at all; each at most of `rank` if it is given.
 
     Raises AdapterInvalid and AdapterIncompatible, naming the directory that cannot be part of a sum; AdapterConflict
-    where `out` is there and `force` is not given or it holds something else; ValueError for a weight that is none; and
-    OSError.
+    where `out` is there and `force` is not given or it holds something else; ValueError for a weight that is none and
+    without adapters; and OSError.
     """
+    if not sources:
+        raise ValueError("there is no adapter to merge")
     out = Path(os.path.abspath(out))  # a link stays a link
     _check_out(out, force=force)
     read = [_read(directory, weight, limits) for directory, weight in sources]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -15,6 +16,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag, TypeAdapter, ValidationError
 
 T = TypeVar("T")
+
+_MOST_FINDINGS = 50
+"""That are put into words. Of a file from a stranger there may be hundreds of thousands, each of which takes time."""
 
 
 class Section:
@@ -84,7 +88,7 @@ class ValuesInvalid(ValueError):
 
 
 def read(model: type[T], values: object, *, hints: Mapping[str, str] | None = None, at: str = "") -> T:
-    """An instance of the dataclass `model`. Raises ValuesInvalid with everything that is wrong.
+    """An instance of the dataclass `model`. Raises ValuesInvalid with what is wrong, the first of very many.
 
     `hints`: what is said of an unknown dotted key, and of `key=value`, in place of the rule. `at`: where the values
     are, a key that precedes theirs.
@@ -92,7 +96,8 @@ def read(model: type[T], values: object, *, hints: Mapping[str, str] | None = No
     try:
         return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
-        raise ValuesInvalid(list(_findings(model, values, error, hints or {}, (at,) if at else ()))) from None
+        found = _findings(model, values, error, hints or {}, (at,) if at else ())
+        raise ValuesInvalid(list(itertools.islice(found, _MOST_FINDINGS))) from None
 
 
 def _findings(

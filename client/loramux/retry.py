@@ -45,8 +45,11 @@ class RetryPolicy:
             return error.retry_after if error.retry_after <= self.longest else None
         if not idempotent or not isinstance(error, Unavailable):
             return None
-        longest = min(self.longest, self.first * float(2 ** (attempt - 1)))
-        return longest * random.uniform(0.5, 1.0)  # spread, so that many clients do not return at once
+        return self.spread(attempt)
+
+    def spread(self, attempt: int) -> float:
+        """Seconds after failed attempt number `attempt`, so that many clients do not return at once."""
+        return min(self.longest, self.first * float(2 ** (attempt - 1))) * random.uniform(0.5, 1.0)
 
 
 NO_RETRY = RetryPolicy(attempts=1)
@@ -85,7 +88,7 @@ class Attempts:
         attempt = self._failed[counted]
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if moved:
-            pause = self._policy.first if attempt < self._policy.attempts else None
+            pause = self._policy.spread(attempt) if attempt < self._policy.attempts else None
         else:
             pause = self._policy.pause(error, attempt, idempotent=idempotent, left=left)
         if pause is None or (left is not None and pause >= left):

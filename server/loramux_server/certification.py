@@ -16,7 +16,7 @@ from loramux_adapters.certificate.replay import ASKED, Replay, check_identity, c
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.spec import AdapterSpec
 from loramux_server.engine.client import EngineClient
-from loramux_server.errors import RequestFailed
+from loramux_server.errors import RequestFailed, Unavailable
 from loramux_server.requests import Route, SamplingParams, StopConditions, Submission, TokenLogprob
 
 _SAMPLING = SamplingParams(temperature=0.0, prompt_logprobs=ASKED)
@@ -44,10 +44,10 @@ class Certifier:
     def __init__(self, engine: EngineClient, base: ServedBase) -> None:
         self._engine, self._base = engine, base
 
-    def concerns(self, content: bytes) -> bool:
+    async def concerns(self, content: bytes) -> bool:
         """Whether a stored certificate is one of this version and base; one of another base says nothing here."""
         try:
-            return parse(content).base == self._base.fingerprint
+            return (await asyncio.to_thread(parse, content)).base == self._base.fingerprint
         except AdapterError:
             return False
 
@@ -57,7 +57,8 @@ class Certifier:
         Raises CertificateRefused where it is not of this adapter and base, AdapterInvalid where it is no JSON, and what
         a request is refused with. Whether the replay holds is the caller's to judge.
         """
-        certificate = parse(content)
+        # Not on the event loop: a megabyte from a stranger is read for a while.
+        certificate = await asyncio.to_thread(parse, content)
         base = self._base
         if spec.invocation:
             raise refused("cannot be replayed: the adapter acts only behind tokens of its own")
@@ -71,7 +72,7 @@ class Certifier:
             room=base.served - spec.virtual_tokens - 1,
         )
         served = await self._served(tenant, spec, certificate, route)
-        return compare(certificate, served, base.dtype)
+        return await asyncio.to_thread(compare, certificate, served, base.dtype)
 
     async def _served(
         self, tenant: str, spec: AdapterSpec, certificate: Certificate, route: Route
@@ -104,4 +105,7 @@ class Certifier:
                 if event.failure is not None:
                     raise RequestFailed(event.failure)
                 told = event.prompt_logprobs or told
-        return [dict((*each.top, (each.token, each.logprob))) for each in told if each is not None]
+        found = [dict((*each.top, (each.token, each.logprob))) for each in told if each is not None]
+        if len(found) != len(tokens) - 1:  # aborted, as by a server that ends: nothing was compared yet
+            raise Unavailable("the server ended the replay of the certificate before it was complete")
+        return found

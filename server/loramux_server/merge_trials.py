@@ -66,7 +66,7 @@ class MergeTrials:
 
     async def _replay(self, digest: str) -> Replay | None:
         content = await asyncio.to_thread(self._certificate, digest)
-        if content is None or not self._certifier.concerns(content):
+        if content is None or not await self._certifier.concerns(content):
             return None
         weights = await asyncio.to_thread(self._load, digest)
         return await self._certifier.replay(_TENANT, weights.spec, content, "merged")

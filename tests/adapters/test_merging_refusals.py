@@ -139,3 +139,9 @@ def test_out_appears_at_once_and_replaces_adapters_only(tmp_path: Path, monkeypa
     with pytest.raises(AdapterConflict, match=r"out holds thesis.tex, which is no file of an adapter"):
         _merge(tmp_path, (1, 2), force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in1", "in2", "in3", "out"]
+
+
+def test_nothing_is_not_merged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no adapter to merge"):
+        merge_files([], tmp_path / "out", ReadLimits())
+    assert not (tmp_path / "out").exists()

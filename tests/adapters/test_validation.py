@@ -142,3 +142,10 @@ def test_a_finding_where_nothing_was_written_is_told_too(choice: object, finding
     with pytest.raises(ValuesInvalid) as caught:
         read(Chooser, {"choice": choice})
     assert caught.value.findings == (finding,)
+
+
+def test_of_very_many_findings_the_first_are_put_into_words() -> None:
+    """A stranger's file of a megabyte took 17 seconds otherwise."""
+    with pytest.raises(ValuesInvalid) as caught:
+        read(Chooser, {"choice": "a", **{f"key-{number}": 1 for number in range(1000)}})
+    assert len(caught.value.findings) == 50

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -123,7 +125,29 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_asked(fake: FakeSer
     assert fake.state.requests == []
 
 
-@pytest.mark.parametrize("value", [None, "0.5", math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(True, 1.0), (3, 3.0), (np.float32(0.5), 0.5), (np.int64(2), 2.0), (np.bool_(True), 1.0), (np.array(0.25), 0.25)],
+)
+def test_a_judge_may_return_a_number_of_numpys(fake: FakeServer, value: object, number: float) -> None:
+    with Client(fake.address) as client:
+        done = evaluate(client, [EvalRecord("f:1", "p", "r")], [], ["judge"], judge=lambda *_: value)
+    assert done.rows[BASE].mean("judge") == number
+
+
+def test_a_judge_that_ends_the_program_is_refused(fake: FakeServer) -> None:
+    """Else the command ended with the judge's own exit code, and printed nothing."""
+
+    def judge(*_: object) -> float:
+        sys.exit(0)
+
+    with Client(fake.address) as client, pytest.raises(EvaluationInvalid, match="f:1: the judge raised SystemExit: 0"):
+        evaluate(client, [EvalRecord("f:1", "p", "r")], [], ["judge"], judge=judge)
+
+
+@pytest.mark.parametrize(
+    "value", [None, "0.5", math.nan, math.inf, 10**400, 1j, [1.0], np.array([0.5]), np.float32(math.nan), np.str_("a")]
+)
 def test_a_judge_must_return_a_number(fake: FakeServer, value: object) -> None:
     with Client(fake.address) as client, pytest.raises(EvaluationInvalid, match="f:1: the judge returned"):
         evaluate(client, [EvalRecord("f:1", "p", "r")], [], ["judge"], judge=lambda *_: value)
@@ -163,6 +187,9 @@ def test_an_error_of_the_server_keeps_its_kind_and_gets_the_line(fake: FakeServe
     fake.state.faults.finish = 3  # aborted, as a server that drains says
     with Client(fake.address) as client, pytest.raises(errors.Unavailable, match=r"^f:1: the server ended the answer"):
         evaluate(client, [EvalRecord("f:1", "p", "r")], [], ["exact"])
+    scored = EvalRecord("f:1", None, None, sequences=(LabeledTokens((1, 2), (1,)),))
+    with Client(fake.address) as client, pytest.raises(errors.Unavailable, match=r"^f:1: the server ended the answer"):
+        evaluate(client, [scored], [], ["loss"])
     with Client(fake.address) as client, pytest.raises(errors.NotFound):
         evaluate(client, [EvalRecord("f:1", "p", "r")], ["nobody"], ["exact"])
 
@@ -208,6 +235,8 @@ def test_the_command_refuses_in_a_sentence_and_prints_no_half(
     assert (raised.exit_code, raised.stdout) == (ExitCode.REFUSED, "")
     assert f"{file}:1: the judge raised AttributeError: 'str' object has no attribute 'missing'" in raised.stderr
     assert invoke(file, "--judge", "judge_for_test:absent").exit_code == ExitCode.USAGE
+    (tmp_path / "ending_for_test.py").write_text("raise SystemExit(0)\n")
+    assert invoke(file, "--judge", "ending_for_test:judge").exit_code == ExitCode.USAGE
     assert invoke(file, "--metric", "bleu").exit_code == ExitCode.USAGE
     assert invoke(file, "--metric", "exact", "--regex", "a").exit_code == ExitCode.USAGE
     fake.state.faults.finish = 3

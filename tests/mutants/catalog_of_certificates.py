@@ -45,6 +45,13 @@ CERTIFICATE_MUTANTS = (
         (TEST_CERTIFICATE + "test_replay.py",),
     ),
     Mutant(
+        "a replay that was cut off holds",
+        SERVER + "certification.py",
+        "        if len(found) != len(tokens) - 1:",
+        "        if False:",
+        (TEST_SERVER + "test_certification.py",),
+    ),
+    Mutant(
         "what parts is published all the same",
         SERVER + "publishing.py",
         "            check_replay(replay)\n",

@@ -57,6 +57,8 @@ def make_job(tmp_path: Path) -> Callable[..., TrainConfig]:
         )
         for name, section in sections.items():
             values.setdefault(name, {}).update(section)
+        if not (values["data"]["eval_fraction"] or "eval" in values["data"]):
+            del values["training"]["eval_steps"]  # nothing is evaluated
         return parse_job(values, root=tmp_path)
 
     return make

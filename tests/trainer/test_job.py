@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -117,6 +118,15 @@ def test_a_former_key_is_refused_with_the_present_one(change: dict[str, object],
     assert (caught.value.field, caught.value.message) == (field, says)
 
 
+@pytest.mark.parametrize("data", [{}, {"eval_fraction": 0.0}])
+def test_when_to_evaluate_needs_something_to_evaluate(data: dict[str, Any]) -> None:
+    values = {**MINIMAL, "data": {"train": "train.jsonl", **data}, "training": {"eval_steps": 5}}
+    with pytest.raises(JobInvalid, match=r"^training\.eval_steps: needs an eval loss; set data\.eval"):
+        parse_job(values)
+    for given in ({"eval": "eval.jsonl"}, {"eval_fraction": 0.1}):
+        assert parse_job({**values, "data": {"train": "train.jsonl", **given}}).training.eval_steps == 5
+
+
 def test_all_mistakes_are_named_at_once_one_line_each() -> None:
     values = {
         "modle": "org/name",
@@ -203,7 +213,8 @@ def test_a_missing_job_file_is_refused(tmp_path: Path) -> None:
 
 def test_what_decides_the_bytes() -> None:
     deciding = parse_job(MINIMAL).reproducibility_key()
-    same = {"output": "elsewhere", "checkpoint": {"save_steps": 5}, "training": {"eval_steps": 3}}
+    data = {**MINIMAL["data"], "eval": "eval.jsonl"}
+    same = {"output": "elsewhere", "data": data, "checkpoint": {"save_steps": 5}, "training": {"eval_steps": 3}}
     assert parse_job({**MINIMAL, **same}).reproducibility_key() == deciding
     assert parse_job({**MINIMAL, "lora": {"rank": 8}}).reproducibility_key() == {**deciding, "lora.rank": 8}
     assert parse_job({**MINIMAL, "training": {"seed": 1}}).reproducibility_key() == {**deciding, "training.seed": 1}

@@ -291,6 +291,13 @@ def test_a_drawn_sweep_is_the_same_each_time_and_another_with_another_seed() -> 
     assert all(isinstance(job.lora.rank, int) for job in first.jobs)
 
 
+@pytest.mark.parametrize(("low", "high"), [("2", "64"), (2, "64"), ("+2", 64)])
+def test_a_whole_number_as_text_draws_whole_numbers(low: object, high: object) -> None:
+    options: dict[str, Any] = {"search": "random", "trials": 8}
+    jobs = sweep(parameters={"lora.rank": {"min": low, "max": high}}, **options).jobs
+    assert jobs == sweep(parameters={"lora.rank": {"min": 2, "max": 64}}, **options).jobs
+
+
 KEYS = st.sampled_from(["lora.rank", "training.learning_rate", "method", "lora.target_modules"])
 VALUES = st.lists(
     st.text(max_size=80) | st.floats(allow_nan=False) | st.lists(st.text(max_size=9)), min_size=1, max_size=4

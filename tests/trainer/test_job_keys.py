@@ -188,6 +188,7 @@ VALUES = {
 
 ON_EVALUATIONS = (
     "training.early_stopping_patience", "training.early_stopping_threshold", "training.load_best_model_at_end",
+    "training.eval_steps",
 )  # fmt: skip
 
 

@@ -111,9 +111,11 @@ class TrainConfig(Section):
         for key, why in (*without_effect(changed), *unread_by_engine(changed)):
             problems.add(JobInvalid(key, why))
         problems.raise_any()
-        if self.training.is_guarded and self.data.eval is None and not self.data.eval_fraction:
-            key = "load_best_model_at_end" if self.training.load_best_model_at_end else "early_stopping_patience"
-            problems.add(JobInvalid(f"training.{key}", "needs an eval loss; set data.eval or data.eval_fraction"))
+        if self.data.eval is None and not self.data.eval_fraction:
+            for key in ("load_best_model_at_end", "early_stopping_patience", "eval_steps"):
+                if getattr(self.training, key):
+                    rule = "needs an eval loss; set data.eval or data.eval_fraction, or remove it"
+                    problems.add(JobInvalid(f"training.{key}", rule))
         problems.raise_any()
         if self.name is None:
             object.__setattr__(self, "name", self.output.name)

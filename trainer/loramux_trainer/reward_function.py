@@ -24,7 +24,7 @@ def load_reward_function(entry_point: str) -> RewardFunction:
     module_name, _, name = entry_point.rpartition(":")
     try:
         module = _module_of(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
         raise JobInvalid(_KEY, f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     found: Any = getattr(module, name, None)
     if not callable(found):

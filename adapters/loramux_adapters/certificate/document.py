@@ -12,11 +12,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import FailFast, Strict
 
 from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_adapters.errors import CertificateRefused
 from loramux_adapters.formats import strict_json
+from loramux_adapters.formats.refusals import quote
 from loramux_adapters.validation import Section, ValuesInvalid, read
 
 VERSION = 1
@@ -28,7 +31,15 @@ MAX_BYTES = 1 << 20
 MAX_PROBES = 8
 MAX_PROBE_TOKENS = 256
 MAX_TOP = 16
+MAX_KEYS = 64
 _REMEDY = "train and export the adapter again, or remove the file to upload it without a certificate"
+
+
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+# A stranger's file may have a hundred thousand mistakes: the first of each list is told.
+Wholes = Annotated[tuple[Whole, ...], FailFast()]
+Numbers = Annotated[tuple[Number, ...], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,10 @@ class Probe(Section):
     and `deviations[i]` the standard deviation of all logits.
     """
 
-    tokens: tuple[int, ...]
-    deviations: tuple[float, ...]
-    top_tokens: tuple[tuple[int, ...], ...]
-    top_log_probs: tuple[tuple[float, ...], ...]
+    tokens: Wholes
+    deviations: Numbers
+    top_tokens: Annotated[tuple[Wholes, ...], FailFast()]
+    top_log_probs: Annotated[tuple[Numbers, ...], FailFast()]
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -68,9 +79,9 @@ class Certificate(Section):
     chat_template: str
     computed: Arithmetic
     versions: Mapping[str, str]
-    probes: tuple[Probe, ...]
-    tolerance: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(TOLERANCES))
-    version: int = VERSION
+    probes: Annotated[tuple[Probe, ...], FailFast()]
+    tolerance: Mapping[str, Number] = dataclasses.field(default_factory=lambda: dict(TOLERANCES))
+    version: Whole = VERSION
 
     def tolerance_on(self, dtype: str) -> float:
         """On a server that computes in `dtype`: that of the coarsest arithmetic that takes part."""
@@ -89,10 +100,11 @@ def parse(data: bytes) -> Certificate:
     values = strict_json.parse(data, CERTIFICATE_FILE)
     version = values.get("version")
     if version != VERSION:
-        raise refused(f"has version {version!r}, this program knows {VERSION}")
+        raise refused(f"has version {quote(version)}, this program knows {VERSION}")
     seal = values.pop("seal", None)
     if seal != _seal(values):
         raise refused("was changed after it was made: its seal does not fit what it says")
+    _check_keys(values)
     try:
         certificate = read(Certificate, values)
     except ValuesInvalid as error:
@@ -106,6 +118,14 @@ def parse(data: bytes) -> Certificate:
 def refused(what: str, *, remedy: str = _REMEDY) -> CertificateRefused:
     """`what` goes on from the file's name."""
     return CertificateRefused(f"{CERTIFICATE_FILE} {what}", subject=CERTIFICATE_FILE, remedy=remedy)
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    """Each key that is not known would be a finding."""
+    inner = [*values.values(), *(probes if isinstance(probes := values.get("probes"), list) else ())]
+    most = max((len(each) for each in (values, *inner) if isinstance(each, dict)), default=0)
+    if most > MAX_KEYS:
+        raise refused(f"is malformed: has {most} keys in one object, not at most {MAX_KEYS}")
 
 
 def _check_shape(probes: Sequence[Probe]) -> None:

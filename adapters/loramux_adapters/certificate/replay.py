@@ -74,10 +74,10 @@ def check_identity(
 
 
 def compare(certificate: Certificate, served: Sequence[Served], dtype: str) -> Replay:
-    """`served` of each probe, by a server that computes in `dtype`."""
+    """`served` of each probe, by a server that computes in `dtype`. ValueError where positions are missing."""
     difference, where, divergence = -1.0, "", 0.0
     for number, (probe, positions) in enumerate(zip(certificate.probes, served, strict=True)):
-        for place, found in enumerate(positions):
+        for place, (found, _) in enumerate(zip(positions, probe.deviations, strict=True)):
             own, token = _difference(probe, place, found)
             divergence = max(divergence, _divergence(probe, place, found))
             if own > difference:

@@ -56,7 +56,7 @@ def publish(
     current = _current(tx, tenant, name)
     if manifest.if_version is not None and current != spec.digest:  # else it is published already, as by a lost call
         _expect(name, current, manifest.if_version)
-    version, is_new, install = _put_version(tx, tenant, spec, base, manifest.files)
+    version, grows, install = _put_version(tx, tenant, spec, base, manifest.files)
     if replay is not None:
         tx.execute(
             "UPDATE versions SET replays = json_set(replays, '$.' || ?, json(?)) WHERE id = ?",
@@ -64,7 +64,7 @@ def publish(
         )
     changed = _point(tx, tenant, manifest, version, quotas, now)
     _remember(tx, tenant, name, version, quotas)
-    if is_new:
+    if grows:
         _make_room(tx, tenant, quotas)
     return changed, install
 
@@ -141,7 +141,7 @@ def _find_kept(tx: sqlite3.Connection, tenant: str, prefix: str) -> int:
 def _put_version(
     tx: sqlite3.Connection, tenant: str, spec: AdapterSpec, base: str, files: Sequence[FileEntry]
 ) -> tuple[int, bool, Sequence[FileEntry]]:
-    """The version's row id, whether no name kept it before, which of its files are to be installed."""
+    """The version's row id, whether kept bytes grow by it, which of its files are to be installed."""
     wanted = {(entry.file, entry.sha256) for entry in files}
     rows = tx.execute(
         "SELECT id, bases FROM versions WHERE digest = ? AND tenant = ?", (spec.digest, tenant)
@@ -163,7 +163,7 @@ def _put_version(
             added = [entry for entry in files if entry.file == CERTIFICATE_FILE and entry.file not in known_files]
             tx.execute("UPDATE versions SET files = ? WHERE id = ?", (len(stored) + len(added), version))
             _put_files(tx, version, added)
-            return version, is_new, added
+            return version, is_new or bool(added), added
         tx.execute("UPDATE versions SET spec = ?, files = ? WHERE id = ?", (encode_spec(spec), len(files), version))
         tx.execute("DELETE FROM version_files WHERE version = ?", (version,))
     else:

@@ -226,7 +226,7 @@ def _load(judge: str) -> Judge:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(name), attribute)
-    except Exception as error:  # whatever the module does while it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does while it is imported
         raise CommandError(
             f"--judge {judge} cannot be loaded: {error}",
             remedy=f"have {name}.py in {here}, or on PYTHONPATH, define {attribute}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from loramux.client import Client
 from loramux.errors import Unavailable
 from loramux.evaluation.values import EvalRecord, Metric, Outcome, Score
-from loramux.types import GenerateOptions
+from loramux.types import GenerateOptions, Generation
 
 Judge = Callable[[Any, str, str | None], object]
 """(prompt: a text or a list of messages, answer, reference) -> a number; anything else is refused."""
@@ -87,10 +88,7 @@ class Scorer:
             if record.tools:
                 options["tools"] = record.tools
             said = self.client.generate(messages=record.prompt, adapter=adapter, **options)
-        reason = said.choices[0].finish.reason
-        if reason == "aborted":
-            raise Unavailable("the server ended the answer before it was complete")
-        return said.text.strip(), reason == "length"
+        return said.text.strip(), _ended(said) == "length"
 
     def _value(self, metric: Metric, record: EvalRecord, answer: str) -> float:
         if metric == "exact":
@@ -105,20 +103,23 @@ class Scorer:
         prompt = record.prompt if isinstance(record.prompt, str) else [dict(turn) for turn in record.prompt or ()]
         try:
             value = self.judge(prompt, answer, record.reference)
-        except Exception as error:  # a user's function may raise anything
+            number = _number(value)
+            said = "" if number is not None else reprlib.repr(value)
+        except (Exception, SystemExit) as error:  # a user's function may raise anything, and end the program
             raise EvaluationInvalid(f"{record.where}: the judge raised {type(error).__name__}: {error}") from error
-        if not isinstance(value, bool | int | float) or not math.isfinite(value):
-            raise EvaluationInvalid(f"{record.where}: the judge returned {value!r}, which is no finite number")
-        return float(value)
+        if number is None:
+            raise EvaluationInvalid(f"{record.where}: the judge returned {said}, which is no finite number")
+        return number
 
     def _loss(self, record: EvalRecord, adapter: str) -> Score:
         total, tokens = 0.0, 0
         for sequence in record.sequences:
             # The one token behind it is what a request must ask for; it is not looked at.
-            read = self.client.generate(
+            said = self.client.generate(
                 token_ids=sequence.ids, adapter=adapter, temperature=0.0, max_tokens=1, prompt_logprobs=0
-            ).prompt.logprobs
-            taken = [read[position].logprob for position in sequence.targets]
+            )
+            _ended(said)
+            taken = [said.prompt.logprobs[position].logprob for position in sequence.targets]
             total -= math.fsum(logprob for logprob in taken if logprob is not None)
             tokens += len(taken)
         if not math.isfinite(total):
@@ -127,3 +128,24 @@ class Scorer:
 
     def _pattern_of(self, record: EvalRecord) -> str | None:
         return self.pattern if record.regex is None else record.regex
+
+
+def _ended(said: Generation) -> str:
+    """Why the answer ended. Raises Unavailable where the server ended it before it was complete."""
+    reason = said.choices[0].finish.reason
+    if reason == "aborted":
+        raise Unavailable("the server ended the answer before it was complete")
+    return reason
+
+
+def _number(value: Any) -> float | None:
+    """A judge's value, of numpy and torch too, whose scalars are no Python numbers; None where it is none."""
+    if not isinstance(value, bool | int | float) and hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole number with hundreds of digits
+        return None
+    return number if math.isfinite(number) else None

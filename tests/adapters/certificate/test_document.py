@@ -79,6 +79,54 @@ def test_a_key_that_nobody_knows_is_not_dropped() -> None:
         parse(sealed(values))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda values: values.update(version=True), "version: must be a whole number, not True"),
+        (lambda values: values.update(version=1.0), "version: must be a whole number, not 1.0"),
+        (lambda values: values["probes"][0]["tokens"].__setitem__(0, "5"), r"tokens\[0\]: must be a whole number"),
+        (lambda values: values["probes"][0]["tokens"].__setitem__(0, 5.0), r"tokens\[0\]: must be a whole number"),
+        (lambda values: values["probes"][0]["top_tokens"][0].__setitem__(0, True), r"top_tokens\[0\]\[0\]: must be"),
+        (lambda values: values["probes"][0]["deviations"].__setitem__(0, "1.5"), r"deviations\[0\]: must be a number"),
+        (lambda values: values["probes"][0]["top_log_probs"][0].__setitem__(0, "-1"), "must be a number, not '-1'"),
+        (lambda values: values["tolerance"].update(float32="1e-3"), "tolerance.float32: must be a number"),
+    ],
+)
+def test_a_number_is_a_number(change: Callable[[dict[str, Any]], object], says: str) -> None:
+    """No text, no flag, and no fraction where numbers are whole."""
+    values = json.loads(CERTIFICATE.to_json())
+    change(values)
+    with pytest.raises(CertificateRefused, match=says):
+        parse(sealed(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda values: values.update({f"key-{i}": 1 for i in range(9999)}), "has 10007 keys in one object"),
+        (lambda values: values.update(versions={f"key-{i}": 1 for i in range(65)}), "has 65 keys in one object"),
+        (lambda values: values["probes"][0].update({f"key-{i}": 1 for i in range(65)}), "has 69 keys in one object"),
+        (lambda values: values.update(probes=[[]] * 9999), r"malformed: probes\[0\]: must be a mapping of [a-z_, ]+;"),
+        (lambda values: values["probes"][0].update(tokens=["x"] * 9999), r"tokens\[0\]: must be a whole [^:]+$"),
+        (lambda values: values["probes"][0].update(top_tokens=[["x"] * 99] * 99), r"top_tokens\[0\]\[0\]: [^:]+$"),
+    ],
+)  # fmt: skip
+def test_of_very_many_mistakes_the_first_is_told(change: Callable[[dict[str, Any]], object], says: str) -> None:
+    """All of them took a server's processor for many seconds."""
+    values = json.loads(CERTIFICATE.to_json())
+    change(values)
+    with pytest.raises(CertificateRefused, match=says):
+        parse(sealed(values))
+
+
+@pytest.mark.parametrize("version", [[1] * 50_000, 10**4000])
+def test_a_long_version_is_quoted_in_short(version: object) -> None:
+    values = {**json.loads(CERTIFICATE.to_json()), "version": version}
+    with pytest.raises(CertificateRefused, match="has version") as refused:
+        parse(sealed(values))
+    assert len(str(refused.value)) < 400
+
+
 def sealed(values: dict[str, Any]) -> bytes:
     """As somebody who knows the format would forge it."""
     values = {key: value for key, value in values.items() if key != "seal"}

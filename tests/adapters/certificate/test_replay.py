@@ -66,6 +66,12 @@ def test_distances_are_those_of_the_whole_distributions() -> None:
         check_replay(replay)
 
 
+def test_what_was_not_served_does_not_hold() -> None:
+    logits = logits_of(1)
+    with pytest.raises(ValueError, match="zip"):
+        compare(certified(logits), [[], *served(logits)[1:]], "float32")
+
+
 def test_the_worst_position_is_named() -> None:
     other = logits_of(1)
     other[1, 2, int(other[1, 2].argmax())] -= 3.0

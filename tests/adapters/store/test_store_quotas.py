@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from loramux_adapters.adapter_files import CERTIFICATE_FILE
 from loramux_adapters.errors import AdapterConflict, AdapterInvalid, AdapterNotFound, QuotaExceeded, UploadOffset
 from loramux_adapters.store.local import LocalStore
 from loramux_adapters.store.records import Published, Quotas
@@ -188,3 +189,19 @@ def test_two_streams_of_one_upload_id_never_mix_their_bytes(tmp_path: Path) -> N
         assert len(blob_files(tmp_path)) == 2
         store.discard_upload(TENANT, "upload-0001")
         assert not list((tmp_path / "uploads" / TENANT).iterdir())
+
+
+def test_a_certificate_that_comes_later_is_held_against_the_bytes_too(tmp_path: Path) -> None:
+    plain = content("a")
+    certified = {**plain, CERTIFICATE_FILE: b"c" * 1000}
+    kept = sum(map(len, plain.values()))
+    with LocalStore(tmp_path, Quotas(max_bytes=kept + 999)) as store:
+        put(store, "a", plain)
+        with pytest.raises(QuotaExceeded, match="bytes of adapters would be more than"):
+            put(store, "a", certified)
+        assert store.usage() == (1, kept)
+        assert store.certificate(digest_of(plain)) is None
+        put(store, "a", plain)
+    with LocalStore(tmp_path, Quotas(max_bytes=kept + 1000)) as store:
+        put(store, "a", certified)
+        assert store.usage() == (1, kept + 1000)

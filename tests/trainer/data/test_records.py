@@ -49,6 +49,19 @@ def test_keys_that_say_nothing_are_passed_over() -> None:
     assert _conversation({**USER, "refusal": None}, ANSWER, prompt=None, completion=None).trained == (1,)
 
 
+def test_an_empty_cell_of_a_table_says_nothing() -> None:
+    """Of two kinds of records in one table, each has the other's cells empty."""
+    messages = json.dumps([USER, ANSWER])
+    cells = {"tools": "", "input_ids": " ", "conversations": "", "id": ""}
+    assert parse_record({"messages": "", "prompt": "a", "completion": "b", **cells}) == Completion("a", "b")
+    assert parse_record({"messages": " ", "text": "a", **cells}) == Completion("", "a")
+    record = parse_record({"messages": messages, "prompt": "", "completion": "", **cells})
+    assert isinstance(record, Conversation)
+    assert (record.messages, record.tools) == ((USER, ANSWER), None)
+    with pytest.raises(RecordInvalid, match="a record needs either messages, or prompt and completion"):
+        parse_record({"messages": "", **cells})
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [

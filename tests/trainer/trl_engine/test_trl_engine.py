@@ -174,6 +174,7 @@ def test_what_trl_would_not_read_is_refused_before_anything_is_loaded(tmp_path: 
         ("rewards:missing", "has no function missing"),
         ("nowhere:score", "nowhere cannot be imported"),
         ("broken:a", "NameError"),
+        ("ending:a", "SystemExit"),
     ],
 )
 def test_a_reward_function_that_cannot_be_imported_is_refused_by_the_check(
@@ -181,6 +182,7 @@ def test_a_reward_function_that_cannot_be_imported_is_refused_by_the_check(
 ) -> None:
     (tmp_path / "rewards.py").write_text("")
     (tmp_path / "broken.py").write_text("unknown")
+    (tmp_path / "ending.py").write_text("raise SystemExit(0)")
     values = _values(tmp_path, "grpo")
     values["loss"] = {"name": "grpo", "reward_function": function}
     job = parse_job({**values, "output": "out", "engine": "trl", "training": {}}, root=tmp_path)

@@ -103,11 +103,12 @@ def renamed(value: Mapping[str, Any], data: DataConfig | None) -> Mapping[str, A
 
 
 def _nested(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    texts = [key for key in _NESTED if isinstance(value.get(key), str) and value[key].lstrip()[:1] in ("[", "{")]
+    """With what is written as JSON opened; an empty cell of a table is none."""
+    texts = {key: value[key].strip() for key in _NESTED if isinstance(value.get(key), str)}
     if not texts:
         return value
-    opened = dict(value)
-    for key in texts:
+    opened = {key: content for key, content in value.items() if texts.get(key) != ""}
+    for key in (key for key, text in texts.items() if text[:1] in ("[", "{")):
         try:
             opened[key] = json.loads(value[key])
         except (ValueError, RecursionError) as error:
@@ -116,7 +117,7 @@ def _nested(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _parse_messages(value: Mapping[str, Any], data: DataConfig | None) -> Record:
-    if any(value.get(key) is not None for key in ("prompt", "completion")):
+    if any(value.get(key) for key in ("prompt", "completion")):
         raise RecordInvalid("give either messages, or prompt and completion, not both")
     return _judged(
         value, lambda judged: conversation({"messages": value["messages"]}, value.get("tools"), judged=judged)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -23,6 +24,7 @@ class Range:
 
 
 Values = tuple[Any, ...] | Range
+_WHOLE: Final = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def _parameters(value: object) -> Mapping[str, Values]:
@@ -45,9 +47,9 @@ def _values(key: str, values: object) -> Values:
 
 
 def _number(value: object) -> float | None:
-    """YAML 1.1 reads 2e-4 as a string."""
+    """YAML 1.1 reads 2e-4 as a string. A text that is a whole number is one: ranks are drawn from it."""
     try:
-        number = float(value) if isinstance(value, str) else value
+        number = (int(value) if _WHOLE.fullmatch(value) else float(value)) if isinstance(value, str) else value
     except ValueError:
         return None
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < float("inf")
