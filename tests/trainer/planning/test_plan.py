@@ -16,7 +16,7 @@ from loramux_trainer.errors import JobInvalid
 from loramux_trainer.job_file import read_job_file
 from loramux_trainer.planning.plan import TrialFailed, Work, in_process, make_plan, plan_from
 from loramux_trainer.planning.record import Taken, add_taken, plan_path, write_plan
-from loramux_trainer.planning.trial import Request, Trial
+from loramux_trainer.planning.trial import Request, Trial, shortened
 from support.training import job_values
 
 GIB = 1 << 30
@@ -80,6 +80,34 @@ def test_the_work_is_that_of_all_jobs(tmp_path: Path) -> None:
     assert [request.layers for request in asked] == [one.layers, one.layers]
     assert one.free > 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"eval_fraction": 0}},
+        {"training": {"lr_scheduler_type": "constant", "warmup_steps": None}},
+        {"training": {"lr_scheduler_type": "wsd", "lr_scheduler_kwargs": {"num_decay_steps": 4}, "warmup_steps": 2}},
+        {"training": {"max_steps": None, "num_train_epochs": 2, "early_stopping_patience": 1}},
+        {"method": "adalora", "adalora": {"tinit": 2, "tfinal": 2}},
+        {"jobs": [{"name": f"r{rank}", "lora": {"rank": rank}} for rank in (2, 8, 4)], "fleet": {"max_members": 2}},
+        {"sweep": {"parameters": {"lora.rank": [2, 8]}, "successive_halving": {"min_steps": 2}}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_jobs_of_every_kind_are_cut_short(changes: dict[str, Any], tmp_path: Path) -> None:
+    values = job_values(tmp_path)
+    merged = dict(changes)
+    for section in changes.keys() & values.keys():
+        both = {**values[section], **changes[section]}
+        merged[section] = {key: value for key, value in both.items() if value is not None}
+    short = shortened(read_job_file(_write(tmp_path, **merged)), "base", tmp_path / "scratch")
+    assert {job.training.max_steps for job in short.jobs} == {3}
+    assert {job.model for job in short.jobs} == {"base"}
+    assert len(short.jobs) == (2 if "jobs" in changes or "sweep" in changes else 1)
+    if "jobs" in changes:
+        assert [job.lora.rank for job in short.jobs] == [8, 4]
+    assert all(job.output.is_dir() for job in short.jobs)
 
 
 def test_what_cannot_be_planned_says_so(tmp_path: Path) -> None:

@@ -74,13 +74,13 @@ def measure(request: Request) -> Trial:
     with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:
         process, begun = in_use(), time.monotonic()
         longest = _Some(_longest)
-        run = FleetRun(_shortened(file, request.base, Path(scratch) / "memory"), _Watch(), read=longest.read)
+        run = FleetRun(shortened(file, request.base, Path(scratch) / "memory"), _Watch(), read=longest.read)
         load_seconds, loaded, load_peak = time.monotonic() - begun, in_use(), peak_bytes(device)
         forget_peak(device)
         run.go({}, threading.Event())
         peak = peak_bytes(device)
         typical, watch = _Some(_typical), _Watch()
-        run = FleetRun(_shortened(file, request.base, Path(scratch) / "time"), watch, read=typical.read)
+        run = FleetRun(shortened(file, request.base, Path(scratch) / "time"), watch, read=typical.read)
         run.go({}, threading.Event())
     return Trial(
         layers=request.layers,
@@ -163,7 +163,7 @@ class _Watch(Silent):
         return max(self._evals) - max(self._last.values()) if self._evals else 0.0
 
 
-def _shortened(file: JobFile, base: str, scratch: Path) -> JobFile:
+def shortened(file: JobFile, base: str, scratch: Path) -> JobFile:
     """The jobs that train at once, those of the largest rank, for a few steps on `base`."""
     scratch.mkdir()
     most = file.fleet.max_members or len(file.jobs)
@@ -174,6 +174,7 @@ def _shortened(file: JobFile, base: str, scratch: Path) -> JobFile:
 def _short(job: TrainConfig, base: str, output: Path) -> TrainConfig:
     output.mkdir()
     plain = OptimConfig()
+    evaluates = job.data.eval is not None or bool(job.data.eval_fraction)
     training = dataclasses.replace(
         job.training,
         max_steps=_STEPS,
@@ -181,7 +182,7 @@ def _short(job: TrainConfig, base: str, output: Path) -> TrainConfig:
         lr_scheduler_type=plain.lr_scheduler_type,
         lr_scheduler_kwargs=plain.lr_scheduler_kwargs,
         warmup_steps=plain.warmup_steps,
-        eval_steps=_STEPS,
+        eval_steps=_STEPS if evaluates else None,
         early_stopping_patience=plain.early_stopping_patience,
         early_stopping_threshold=plain.early_stopping_threshold,
         load_best_model_at_end=False,
