@@ -4,10 +4,6 @@ nothing of it is compiled.
 Without the package `kernels` it recommends, at every import on a CPU, to install it; with it, it fetches another
 4-bit kernel from a hub, unasked and unpinned, and the layouts we depend on would be that kernel's.
 `loramux doctor` warns of the package instead. Whatever else bitsandbytes has to say is let through.
-
-It hands four functions, of 8-bit optimizers and of devices without kernels of their own, to torch.compile, which
-imports the whole of inductor: 2.3 of the 13 seconds of CPU time that the imports of a server took (medians, an AMD EPYC
-core). They are left as they are written, which is also what it falls back to.
 """
 
 from __future__ import annotations
@@ -31,7 +27,12 @@ logging.getLogger(_ADVISER).addFilter(_is_wanted)
 
 
 def _as_written(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """In place of torch.compile, called or used as a decorator."""
+    """In place of torch.compile, called or used as a decorator.
+
+    bitsandbytes hands it four functions at import, of 8-bit optimizers and of devices without kernels of their own, which
+    imports the whole of inductor: 2.3 of the 13 seconds of CPU time that the imports of a server took (medians, an AMD
+    EPYC core). They are left as they are written, which is also what it falls back to.
+    """
     return _as_written if function is None else function
 
 
