@@ -29,9 +29,9 @@ logging.getLogger(_ADVISER).addFilter(_is_wanted)
 def _as_written(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """In place of torch.compile, called or used as a decorator.
 
-    bitsandbytes hands it four functions at import, of 8-bit optimizers and of devices without kernels of their own, which
-    imports the whole of inductor: 2.3 of the 13 seconds of CPU time that the imports of a server took (medians, an AMD
-    EPYC core). They are left as they are written, which is also what it falls back to.
+    bitsandbytes hands it four functions at import, of 8-bit optimizers and of devices without kernels of their own,
+    which imports the whole of inductor: 2.3 of the 13 seconds of CPU time that the imports of a server took (medians,
+    an AMD EPYC core). They are left as they are written, which is also what it falls back to.
     """
     return _as_written if function is None else function
 
