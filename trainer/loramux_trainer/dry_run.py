@@ -14,6 +14,7 @@ from loramux_trainer.preflight import (
     check_given_device,
     check_paths,
     check_records,
+    check_trackers,
     find_model,
     is_readable,
 )
@@ -31,6 +32,7 @@ def check_whole_job(job: TrainConfig, *, resume: bool) -> tuple[str, ...] | None
     with problems.collecting():
         files = find_model(job)
     check_engine(job, problems)
+    check_trackers(job, problems)
     check_paths(job, problems, resume=resume)
     if files is None:
         check_records(job, problems)

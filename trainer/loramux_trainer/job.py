@@ -36,6 +36,7 @@ from loramux_trainer.schema.fields import Count
 from loramux_trainer.schema.keys import CALLED, RENAMED, RENAMED_VALUES, canonical, hints
 from loramux_trainer.schema.loss_config import LossChoice, LossConfig
 from loramux_trainer.schema.optim_config import OptimConfig
+from loramux_trainer.schema.tracking_config import TrackingConfig
 
 __all__ = [
     "RENAMED",
@@ -57,6 +58,7 @@ __all__ = [
 T = TypeVar("T")
 
 # Paths do not decide the trained bytes (what lies there has digests of its own), nor does when to evaluate.
+_NO_SECTION_OF_KEY = ("model", "output", "name", "checkpoint", "tracking")
 _NOT_IN_KEY = frozenset({"data.train", "data.eval", "training.eval_steps"})
 
 
@@ -92,6 +94,7 @@ class TrainConfig(Section):
     galore: GaloreConfig = field(default_factory=GaloreConfig)
     training: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -184,6 +187,7 @@ _SECTIONS: Mapping[str, type[Any]] = {
     **SHAPES,
     "training": OptimConfig,
     "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
 }
 
 _SEVERAL = ("jobs", "sweep", "fleet")
@@ -264,7 +268,7 @@ def recorded_key(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key_of(facts: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in facts.items() if name not in ("model", "output", "name", "checkpoint")}
+    kept = {name: value for name, value in facts.items() if name not in _NO_SECTION_OF_KEY}
     training = kept.get("training") or {}
     # When to evaluate decides the bytes where the eval loss does.
     is_guarded = training.get("early_stopping_patience") is not None or training.get("load_best_model_at_end")

@@ -21,6 +21,7 @@ from loramux_trainer.finished import has_adapter, read_finished
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.optimizers.devices import check_device
 from loramux_trainer.reward_function import load_reward_function
+from loramux_trainer.tracking.packages import missing_packages
 
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:
@@ -33,6 +34,7 @@ def check_job(job: TrainConfig, *, resume: bool) -> None:
     with problems.collecting():
         find_model(job)
     check_engine(job, problems)
+    check_trackers(job, problems)
     check_paths(job, problems, resume=resume)
     check_records(job, problems)
     problems.raise_any()
@@ -55,6 +57,13 @@ def check_engine(job: TrainConfig, problems: Problems) -> None:
     elif job.loss.reward_function is not None:
         with problems.collecting():
             load_reward_function(job.loss.reward_function)
+
+
+def check_trackers(job: TrainConfig, problems: Problems) -> None:
+    """Whether their packages are installed."""
+    for name in missing_packages(job):
+        extra = "install Loramux with the extra track" if name == "tensorboard" else f"pip install {name}"
+        problems.add(JobInvalid("tracking.report_to", f"package {name} is not installed: {extra}, or leave it out"))
 
 
 def find_model(job: TrainConfig) -> Path | None:

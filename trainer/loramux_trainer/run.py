@@ -15,6 +15,7 @@ from loramux_trainer.job_file import JobFile
 from loramux_trainer.member_run import TrainResult, output_directory
 from loramux_trainer.preflight import check_job
 from loramux_trainer.progress import FleetProgress, OneJob, Progress, Silent
+from loramux_trainer.tracking.observer import TrackedFleet
 
 __all__ = ["FleetOutcome", "TrainResult", "train", "train_file"]
 
@@ -58,10 +59,11 @@ def train_file(
     with ExitStack() as outputs:
         for job in jobs:
             outputs.enter_context(output_directory(job.output))
+        tracked = outputs.enter_context(TrackedFleet(progress or OneJob(Silent()), jobs))
         try:
             if jobs[0].engine == "trl":
-                return _by_trl(jobs[0], progress or OneJob(Silent()), stop or threading.Event())
-            run = FleetRun(file, progress or OneJob(Silent()))
+                return _by_trl(jobs[0], tracked, stop or threading.Event())
+            run = FleetRun(file, tracked)
             return run.go({output: found[-1] for output, found in saved.items() if found}, stop or threading.Event())
         except Exception as error:
             if not is_out_of_memory(error):

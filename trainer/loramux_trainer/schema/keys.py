@@ -75,6 +75,8 @@ ALIASES: Mapping[str, str] = {
     "training.lr": "training.learning_rate",
     "bnb_4bit_use_double_quant": "training.double_quant",
     "use_bnb_nested_quant": "training.double_quant",
+    "report_to": "tracking.report_to",
+    "training.report_to": "tracking.report_to",
     "save_steps": "checkpoint.save_steps",
     "save_total_limit": "checkpoint.save_total_limit",
 }
