@@ -31,9 +31,12 @@ def _scalars(output: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
-def test_tensorboard_reads_each_step_once_also_after_a_resume(tmp_path: Path) -> None:
-    """Steps behind the last checkpoint are taken, and logged, again: what was logged of them is void."""
-    values = _values(tmp_path, "tensorboard", checkpoint={"save_steps": 2})
+@pytest.mark.parametrize(("save_steps", "again"), [(2, [3, 4, 5, 6]), (200, [1, 2, 3, 4, 5, 6])])
+def test_tensorboard_reads_each_step_once_also_after_a_resume(
+    save_steps: int, again: list[int], tmp_path: Path
+) -> None:
+    """Steps behind the last checkpoint, or all without one, are taken and logged again: those of before are void."""
+    values = _values(tmp_path, "tensorboard", checkpoint={"save_steps": save_steps})
     values["training"] |= {"eval_steps": 3}
     job = parse_job(values)
 
@@ -49,7 +52,7 @@ def test_tensorboard_reads_each_step_once_also_after_a_resume(tmp_path: Path) ->
     watch = StopAt(10**9)
     train(job, resume=True, progress=watch)
     found = _scalars(job.output)
-    assert [report.step for report in watch.seen] == [3, 4, 5, 6]
+    assert [report.step for report in watch.seen] == again
     assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in found["eval/loss"]] == [3, 6]
     assert {"train/learning_rate", "train/grad_norm", "train/num_tokens"} <= found.keys()
@@ -93,7 +96,8 @@ class FakeRun:
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, values))
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
+        assert exit_code == 0
         self.ended += 1
 
 
@@ -130,8 +134,8 @@ class FakeClient:
     def log_metric(self, run: str, key: str, value: float, step: int) -> None:
         self.calls.append((key, step))
 
-    def set_terminated(self, run: str) -> None:
-        self.calls.append(("ended", run))
+    def set_terminated(self, run: str, status: str) -> None:
+        self.calls.append(("ended", run, status))
 
 
 def test_mlflow_gets_a_run_of_the_jobs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +146,7 @@ def test_mlflow_gets_a_run_of_the_jobs_name(tmp_path: Path, monkeypatch: pytest.
     train(parse_job(_values(tmp_path, "mlflow", name="mine")))
     assert client.calls[:2] == [("experiment", "loramux"), ("run", "7", "mine")]
     assert [step for key, step, *_ in client.calls if key == "train/loss"] == [1, 2, 3, 4, 5, 6]
-    assert client.calls[-1] == ("ended", "r1")
+    assert client.calls[-1] == ("ended", "r1", "FINISHED")
 
 
 @pytest.mark.parametrize("when", ["open", "log", "close"])
@@ -159,7 +163,10 @@ def test_a_tracker_that_fails_ends_nothing(when: str, tmp_path: Path, monkeypatc
             if when == "log":
                 raise OSError("no space left on device")
 
-        def close(self) -> None:
+        def flush(self) -> None:
+            pass
+
+        def close(self, *, finished: bool) -> None:
             if when == "close":
                 raise OSError("no space left on device")
 

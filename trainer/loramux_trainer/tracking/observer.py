@@ -33,7 +33,7 @@ class TrackedFleet:
 
     def ended(self, name: str, state: str) -> None:
         """See FleetProgress."""
-        self._jobs[name].close()
+        self._jobs[name].close(finished=state == "finished")
         self._progress.ended(name, state)
 
     def __enter__(self) -> TrackedFleet:
@@ -43,7 +43,7 @@ class TrackedFleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for job in self._jobs.values():
-            job.close()
+            job.close(finished=False)
 
 
 class _TrackedJob:
@@ -74,15 +74,17 @@ class _TrackedJob:
     def saved(self, checkpoint: Path) -> None:
         """See Progress."""
         self._progress.saved(checkpoint)
+        for name, tracker in list(self._open.items()):
+            self._guarded(name, tracker.flush)
 
     def warned(self, message: str) -> None:
         """See Progress."""
         self._progress.warned(message)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool) -> None:
         """Ends what is open. Idempotent."""
         for name, tracker in list(self._open.items()):
-            self._guarded(name, tracker.close)
+            self._guarded(name, partial(tracker.close, finished=finished))
         self._open.clear()
 
     def _begin(self, name: TrackerName, taken: int) -> None:

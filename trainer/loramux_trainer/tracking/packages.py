@@ -28,16 +28,18 @@ class _TensorBoard:
     def __init__(self, job: TrainConfig, taken: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(
-            str(job.output / LOGS), purge_step=taken + 1 if taken else None, flush_secs=_FLUSH_SECONDS
-        )
+        self._writer: Any = SummaryWriter(str(job.output / LOGS), purge_step=taken + 1, flush_secs=_FLUSH_SECONDS)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See Tracker."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """See Tracker."""
+        self._writer.flush()
+
+    def close(self, *, finished: bool) -> None:
         """See Tracker."""
         self._writer.close()
 
@@ -58,9 +60,12 @@ class _WandB:
         """See Tracker."""
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Its own process keeps what it was given."""
+
+    def close(self, *, finished: bool) -> None:
         """See Tracker."""
-        self._run.finish()
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 class _MlFlow:
@@ -78,9 +83,12 @@ class _MlFlow:
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self, *, finished: bool) -> None:
         """See Tracker."""
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, status="FINISHED" if finished else "KILLED")
 
 
 OPEN: Final[Mapping[TrackerName, Open]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MlFlow}

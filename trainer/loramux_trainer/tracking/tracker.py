@@ -15,8 +15,12 @@ class Tracker(Protocol):
         """Scalars after `step` steps, counted from 1, by transformers' names."""
         ...
 
-    def close(self) -> None:
-        """The run has ended."""
+    def flush(self) -> None:
+        """A checkpoint was saved: what was logged until now is not logged again after a resume."""
+        ...
+
+    def close(self, *, finished: bool) -> None:
+        """The run has ended; not `finished`: it was stopped, diverged or failed."""
         ...
 
 
