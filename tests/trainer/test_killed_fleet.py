@@ -40,7 +40,13 @@ JOBS: dict[str, dict[str, Any]] = {
         "method": "galore",
         "galore": {"rank": 2, "update_proj_gap": 3, "rank_budget": 6},
         "lora": {"target_modules": ["v_proj", "down_proj"]},
-        "training": {"optimizer": "sophia", "hessian_update_period": 3, "max_steps": 10, "learning_rate": 0.1},
+        "training": {
+            "optimizer": "sophia",
+            "hessian_update_period": 3,
+            "max_steps": 10,
+            "learning_rate": 0.1,
+            "eval_steps": 5,
+        },
         "data": {"train": "chats.jsonl", "eval_fraction": 0.2},
     },
     "pissa": {
@@ -76,7 +82,7 @@ def _values(root: Path, output: str) -> list[dict[str, Any]]:
             "name": name,
             "output": str(root / output / name),
             "data": {**job["data"], "train": str(root / job["data"]["train"])},
-            "training": {"batch_size": 3, "seed": seed, "deterministic": True, "eval_steps": 5, **job["training"]},
+            "training": {"batch_size": 3, "seed": seed, "deterministic": True, **job["training"]},
             "checkpoint": {"save_steps": 2, "save_total_limit": 1},
         }
         for seed, (name, job) in enumerate(JOBS.items())
