@@ -45,7 +45,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A step that is logged again after a resume is left out by W&B: it has the values of the first time."""
+    """A run that is resumed begins a new one here, with the steps that it takes."""
 
     def __init__(self, job: TrainConfig, taken: int) -> None:
         self._run: Any = import_module("wandb").init(
