@@ -108,7 +108,8 @@ def _current(tx: sqlite3.Connection, tenant: str, name: str) -> str | None:
 
 def _expect(name: str, current: str | None, wanted: str) -> None:
     """Raises AdapterConflict unless a name points at the version that starts with `wanted`; empty: at none."""
-    if current is None if not wanted else current is not None and current.startswith(wanted):
+    holds = (current or "").startswith(wanted) if wanted else current is None
+    if holds:
         return
     found = f"points at {current[:12]}" if current is not None else "does not exist"
     raise AdapterConflict(
