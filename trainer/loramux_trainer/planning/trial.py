@@ -1,7 +1,7 @@
 """A few steps of a run on a base with few layers, in a process of its own: what it takes in memory and time.
 
-The trainer's own code on some of the job's own data. `python -m
-loramux_trainer.planning.trial` reads a request as JSON from stdin and writes what it measured to stdout.
+The trainer's own code on some of the job's own data. `python -m loramux_trainer.planning.trial` reads a request as JSON
+from stdin and writes what it measured to stdout.
 """
 
 from __future__ import annotations
