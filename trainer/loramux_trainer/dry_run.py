@@ -55,7 +55,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> li
     from loramux_trainer.data.check import check_data
     from loramux_trainer.data.dataset import check_context
     from loramux_trainer.data.prompts import encode_prompts
-    from loramux_trainer.planning.member_bytes import member_bytes
+    from loramux_trainer.parameter_count import count_parameters
     from loramux_trainer.targets import modules_of
 
     try:
@@ -88,6 +88,6 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> li
             warmup_length(job.training.warmup_steps, steps)
         if not problems and job.engine == "fleet":
             unloaded = read_unloaded(files, compute_dtype=torch.float32, device=torch.device("cpu"))
-            parameters = member_bytes(job, unloaded, steps).parameters
+            parameters = count_parameters(job, unloaded, steps)
             return list(warnings_before(job, lengths.report, steps / order.steps_per_epoch, parameters))
     return []

@@ -44,12 +44,12 @@ def frozen_groups(base: LoadedBase, weight_formats: WeightFormats, *, stack: boo
 
     `stack` joins siblings whose weights stack exactly: bitwise the same products, in fewer calls.
     """
-    for names in grouped_names(base.spec, stack):
+    for names in _grouped_names(base.spec, stack):
         for part in _stackable(base, names):
             yield _make_group(base, part, weight_formats)
 
 
-def grouped_names(spec: BaseModelSpec, stack: bool) -> list[tuple[str, ...]]:
+def _grouped_names(spec: BaseModelSpec, stack: bool) -> list[tuple[str, ...]]:
     """Linear modules in model order, siblings together."""
     groups: dict[tuple[str, int] | str, list[str]] = {}
     for module in linear_specs(spec):

@@ -66,11 +66,6 @@ class TrainedAdapter:
         return self._control.is_exact
 
     @property
-    def constant_bytes(self) -> int:
-        """Of tensors that are exported and not trained."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._constants.values())
-
-    @property
     def virtual_tokens(self) -> int:
         """Positions before every prompt."""
         return self.layout.virtual_tokens

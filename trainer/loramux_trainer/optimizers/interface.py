@@ -53,10 +53,6 @@ class MemberOptimizer(Protocol):
         """The whole state on the CPU, for `restore`."""
         ...
 
-    def state_bytes(self) -> int:
-        """Bytes of the state's tensors after a step; makes the state, so that no step is to follow."""
-        ...
-
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue bit for bit from `tensors`. Raises CheckpointInvalid when they are not of this optimizer."""
         ...

@@ -67,12 +67,6 @@ class LibraryOptimizer:
         """See MemberOptimizer."""
         return {name: torch.as_tensor(state[key]).detach().cpu().clone() for name, state, key in self._entries()}
 
-    def state_bytes(self) -> int:
-        """Bytes of the state's tensors after a step; makes the state, so that no step is to follow."""
-        self._make_state()
-        values = [state[key] for _, state, key in self._entries()]
-        return sum(each.numel() * each.element_size() for each in values if isinstance(each, torch.Tensor))
-
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """See MemberOptimizer."""
         if tensors:
