@@ -130,14 +130,10 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     client = EngineClient(mailbox, engine_limits, loop=hooks.loop, observer=hooks.metrics)
     certifier = Certifier(client, _served_base(base, tokenizer, context))
     trials = MergeTrials(certifier, host.load, store.certificate, hooks.loop)
+    cost = partial(merged_bytes, adapted)
+    refusal = "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else ""
     merged_weights = MergedWeightsCache(
-        merges,
-        partial(merged_bytes, adapted),
-        host.load,
-        mailbox.notify,
-        config.merged_bytes,
-        "merged weights are off in deterministic mode: their rounding differs" if config.deterministic else "",
-        try_out=trials.begin,
+        merges, cost, host.load, mailbox.notify, config.merged_bytes, refusal, try_out=trials.begin
     )
     runner = ModelRunner(adapted, cache, kernels, RunnerConfig(config.deterministic, examined.rope))
     scheduler = Scheduler(engine_limits, pool, merged_weights)

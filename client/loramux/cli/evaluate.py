@@ -103,9 +103,7 @@ def command(
         print_json(as_document(evaluation, file))
     else:
         _print(evaluation)
-    for row in evaluation.rows.values():
-        if row.cut:
-            say(f"{_title(row)}: {row.cut} of {len(row.outcomes)} answers were cut at {max_tokens} tokens")
+    _say_cuts(evaluation, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -142,6 +140,12 @@ def _evaluated(
                 return score(client, records, names, on_scored=scored)
             except EvaluationInvalid as error:
                 raise CommandError(str(error), remedy=error.remedy) from error
+
+
+def _say_cuts(evaluation: Evaluation, max_tokens: int) -> None:
+    for row in evaluation.rows.values():
+        if row.cut:
+            say(f"{_title(row)}: {row.cut} of {len(row.outcomes)} answers were cut at {max_tokens} tokens")
 
 
 def as_document(evaluation: Evaluation, file: Path) -> dict[str, Any]:
