@@ -137,14 +137,8 @@ def _assemble(config: ServeConfig, hooks: EngineCallbacks, store: LocalStore) ->
     )
     runner = ModelRunner(adapted, cache, kernels, RunnerConfig(config.deterministic, examined.rope))
     scheduler = Scheduler(engine_limits, pool, merged_weights)
-    engine = Engine(
-        scheduler,
-        Worker(runner, staged, merges, Verification(adapted)),
-        mailbox,
-        client,
-        observer=hooks.metrics,
-        on_death=hooks.on_death,
-    )
+    worker = Worker(runner, staged, merges, Verification(adapted))
+    engine = Engine(scheduler, worker, mailbox, client, observer=hooks.metrics, on_death=hooks.on_death)
     states = AdapterStateView(pool, host, merged_weights, stored)
     registry = Registry(
         store,
