@@ -8,6 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loramux_trainer.schema.optim_config import OptimConfig
 
 _POOL = 16  # batches sorted by length together: little padding, still well mixed
 
@@ -20,6 +24,12 @@ class StepOrder:
         micro_batches = -(-len(lengths) // batch_size)
         self.steps_per_epoch = -(-micro_batches // accumulation)
         self._epoch_order = lru_cache(maxsize=1)(self._order)
+
+    @classmethod
+    def of(cls, training: OptimConfig, lengths: Sequence[int]) -> StepOrder:
+        """Of a job's units with so many tokens."""
+        size, accumulation = training.batch_size, training.gradient_accumulation_steps
+        return cls(lengths, batch_size=size, accumulation=accumulation, seed=training.seed)
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Indices of the examples of 0-based `step`, one list per micro-batch."""

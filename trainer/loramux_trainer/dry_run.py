@@ -76,12 +76,7 @@ def _check_against_base(job: TrainConfig, files: Path, problems: Problems) -> li
     with problems.collecting():
         lengths = check_data(job.data, base.encoder, seed=job.training.seed, loss=job.loss)
         check_context(lengths.longest + job.virtual_tokens, base.outline.context_length)
-        order = StepOrder(
-            lengths.train,
-            batch_size=job.training.batch_size,
-            accumulation=job.training.gradient_accumulation_steps,
-            seed=job.training.seed,
-        )
+        order = StepOrder.of(job.training, lengths.train)
         steps = job.training.max_steps
         if steps is None:
             steps = job.training.num_train_epochs * order.steps_per_epoch

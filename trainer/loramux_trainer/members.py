@@ -47,7 +47,7 @@ def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], Non
     if training.is_guarded and not data.eval:
         key = "load_best_model_at_end" if training.load_best_model_at_end else "early_stopping_patience"
         raise JobInvalid(f"training.{key}", "the eval set is empty; raise data.eval_fraction, or set data.eval")
-    order = _order(job, data)
+    order = StepOrder.of(job.training, [unit.tokens for unit in data.train])
     total = training.max_steps if training.max_steps is not None else training.num_train_epochs * order.steps_per_epoch
     shapes = modules_of(job, base.spec)
     values = BaseValues(base)
@@ -87,15 +87,6 @@ def build_member(prepared: JobData, model: FleetModel, tell: Callable[[str], Non
         options,
     )
     return BuiltMember(member, adapter, training.eval_steps or order.steps_per_epoch, order.steps_per_epoch)
-
-
-def _order(job: TrainConfig, data: DataSet) -> StepOrder:
-    return StepOrder(
-        [unit.tokens for unit in data.train],
-        batch_size=job.training.batch_size,
-        accumulation=job.training.gradient_accumulation_steps,
-        seed=job.training.seed,
-    )
 
 
 def _factors(

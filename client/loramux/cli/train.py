@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loramux.cli import train_plan
+from loramux.cli import train_plan, train_table
 from loramux.cli.arguments import DEFAULT_ADDRESS, Address
 from loramux.cli.train_publish import prepare
 from loramux.terminal.failures import CommandError, ExitCode
@@ -40,6 +40,16 @@ def command(
             "--plan", help="Only measure a few steps on the first layers: what memory and time the run takes."
         ),
     ] = False,
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table",
+            help="Only compare, on this machine and base: LoRA on 16 bits, QLoRA, all layers, SGD, ranks 8 to 256.",
+        ),
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help=f"Of each row of --table ({train_table.STEPS} by default).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     publish: Annotated[
         str | None, typer.Option(metavar="NAME", help="Push the adapter, or the best of a sweep, under this name.")
@@ -70,6 +80,11 @@ def command(
     if plan:
         train_plan.plan(job_file, file, as_json=as_json)
         return
+    if table:
+        train_table.table(job_file, steps or train_table.STEPS, as_json=as_json)
+        return
+    if steps is not None:
+        raise CommandError("--steps is of --table", remedy="the job's own are training.max_steps")
     if if_better_than is not None and publish is None:
         raise CommandError("--if-better-than says when to publish", remedy="give a name with --publish too")
     for job in file.jobs:

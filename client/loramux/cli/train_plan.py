@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramux.terminal.failures import CommandError, ExitCode
-from loramux.terminal.output import print_json, print_table, say
+from loramux.terminal.output import decimal_size, duration, print_json, print_table, say
 
 if TYPE_CHECKING:
     from loramux_trainer.job_file import JobFile
@@ -33,7 +33,7 @@ def plan(job_file: Path, file: JobFile, *, as_json: bool) -> None:
         say(f"not kept beside the job file: {error.strerror}")
     if not made.fits:
         raise CommandError(
-            f"the run needs {_size(made.peak)} and {made.device} has {_size(made.free)} free",
+            f"the run needs {decimal_size(made.peak)} and {made.device} has {decimal_size(made.free)} free",
             remedy="lower fleet.token_budget, training.batch_size, data.max_length, lora.rank or fleet.max_members, "
             "or set training.gradient_checkpointing",
             code=ExitCode.REFUSED,
@@ -52,22 +52,22 @@ def compare(job_file: Path, file: JobFile, seconds: float) -> None:
         planned = add_taken(job_file, file, taken)
     if planned is not None:
         say(
-            f"peak {_size(taken.peak)} (planned {_size(planned['peak'])}), {_duration(taken.seconds)} "
-            f"(planned {_duration(planned['seconds'])})"
+            f"peak {decimal_size(taken.peak)} (planned {decimal_size(planned['peak'])}), {duration(taken.seconds)} "
+            f"(planned {duration(planned['seconds'])})"
         )
 
 
 def _print(made: Plan) -> None:
     grown = made.training - made.process - made.base
     rows = [
-        ("process", _size(made.process), "Python and its libraries"),
-        ("base", _size(made.base), f"{made.layers} layers"),
-        ("training", _size(grown), "adapters, optimizer, activations, evaluation, export"),
-        ("peak", _size(made.peak), f"{_size(made.free)} free on {made.device}"),
-        ("time", _duration(made.seconds), _of_time(made)),
+        ("process", decimal_size(made.process), "Python and its libraries"),
+        ("base", decimal_size(made.base), f"{made.layers} layers"),
+        ("training", decimal_size(grown), "adapters, optimizer, activations, evaluation, export"),
+        ("peak", decimal_size(made.peak), f"{decimal_size(made.free)} free on {made.device}"),
+        ("time", duration(made.seconds), _of_time(made)),
     ]
     if made.loading > made.training:
-        rows.insert(3, ("loading", _size(made.loading), "at its most, while the base is read"))
+        rows.insert(3, ("loading", decimal_size(made.loading), "at its most, while the base is read"))
     print_table(("PART", "TAKES", ""), rows, empty="")
     measured = " and ".join(map(str, made.measured_layers))
     print(f"measured on {measured} of {made.layers} layers; {made.steps:,} steps, {made.tokens:,} tokens")
@@ -75,15 +75,4 @@ def _print(made: Plan) -> None:
 
 def _of_time(made: Plan) -> str:
     parts = {"load": made.load_seconds, "training": made.train_seconds, "evaluation": made.eval_seconds}
-    return ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())

@@ -14,9 +14,11 @@ import yaml
 
 from loramux_trainer.errors import JobInvalid
 from loramux_trainer.job_file import read_job_file
-from loramux_trainer.planning.plan import TrialFailed, Work, in_process, make_plan, plan_from
+from loramux_trainer.planning.apart import TrialFailed
+from loramux_trainer.planning.plan import in_process, make_plan, plan_from
 from loramux_trainer.planning.record import Taken, add_taken, plan_path, write_plan
 from loramux_trainer.planning.trial import Request, Trial, shortened
+from loramux_trainer.planning.work import Work
 from support.training import job_values
 
 GIB = 1 << 30

@@ -6,39 +6,23 @@ with the number of layers grows in a straight line, everything else is there in 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.memory import free_bytes
-from loramux_trainer.batches import StepOrder
-from loramux_trainer.errors import ModelInvalid, TrainerError
-from loramux_trainer.job import TrainConfig
-from loramux_trainer.job_file import JobFile, read_job_file
+from loramux_trainer.errors import ModelInvalid
+from loramux_trainer.job_file import read_job_file
+from loramux_trainer.planning.apart import TrialFailed, run_apart
 from loramux_trainer.planning.few_layers import layer_counts, write_few_layers
 from loramux_trainer.planning.trial import Request, Trial
+from loramux_trainer.planning.work import Work, work_of
 from loramux_trainer.preflight import check_job, find_model
-from loramux_trainer.preparation import find_device, read_job_data
+from loramux_trainer.preparation import find_device
 
 Measure = Callable[[Request], Trial]
-
-
-class TrialFailed(TrainerError):
-    """A trial of the run ended without figures."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all jobs of a file do together: optimizer steps, tokens of their examples in training and evaluation."""
-
-    steps: int
-    tokens: int
-    eval_tokens: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,7 @@ def make_plan(path: Path, *, measure: Measure | None = None) -> Plan:
         raise ModelInvalid(
             f"{first.model} is not on this machine, and a plan measures its first layers", remedy="fetch it"
         )
-    work, device = _work(file), find_device(first)
+    work, device = work_of(file.jobs), find_device(first)
     total, counts = layer_counts(base)
     with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:
         bases = {n: base if n == total else write_few_layers(base, Path(scratch) / f"{n}-layers", n) for n in counts}
@@ -127,35 +111,5 @@ def plan_from(trials: Iterable[Trial], layers: int, work: Work, device: str, fre
 
 def in_process(request: Request) -> Trial:
     """A trial in a process of its own, whose memory is then its own. Raises TrialFailed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "loramux_trainer.planning.trial"],
-        input=json.dumps(asdict(request)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-        said = "it was ended for want of memory" if done.returncode == -9 else lines[-1]
-        raise TrialFailed(f"a trial on {request.layers} layers of the base failed: {said}")
-    return Trial(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _work(file: JobFile) -> Work:
-    works = [_work_of(job) for job in file.jobs]
-    return Work(*(sum(values) for values in zip(*map(astuple, works), strict=True)))
-
-
-def _work_of(job: TrainConfig) -> Work:
-    training, data = job.training, read_job_data(job).data
-    lengths = [unit.tokens for unit in data.train]
-    order = StepOrder(
-        lengths,
-        batch_size=training.batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        seed=training.seed,
-    )
-    epochs = training.num_train_epochs if training.max_steps is None else training.max_steps / order.steps_per_epoch
-    steps = training.max_steps or training.num_train_epochs * order.steps_per_epoch
-    evaluations = -(-steps // (training.eval_steps or order.steps_per_epoch))
-    return Work(steps, round(epochs * sum(lengths)), evaluations * sum(unit.tokens for unit in data.eval))
+    what = f"a trial on {request.layers} layers of the base"
+    return Trial(**run_apart("loramux_trainer.planning.trial", asdict(request), what))

@@ -15,16 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
 from loramux_trainer.errors import TrainerError
 from loramux_trainer.job_file import JobFile, read_job_file
-from loramux_trainer.progress import EvalReport, Silent, StepReport
+from loramux_trainer.planning.short_job import Watch, few_steps
 from loramux_trainer.schema.adapter_config import AdaloraConfig
-from loramux_trainer.schema.optim_config import OptimConfig
 
 if TYPE_CHECKING:
     from loramux_trainer.data.examples import Unit
@@ -74,12 +72,12 @@ def measure(request: Request) -> Trial:
     with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:
         process, begun = in_use(), time.monotonic()
         longest = _Some(_longest)
-        run = FleetRun(shortened(file, request.base, Path(scratch) / "memory"), _Watch(), read=longest.read)
+        run = FleetRun(shortened(file, request.base, Path(scratch) / "memory"), Watch(), read=longest.read)
         load_seconds, loaded, load_peak = time.monotonic() - begun, in_use(), peak_bytes(device)
         forget_peak(device)
         run.go({}, threading.Event())
         peak = peak_bytes(device)
-        typical, watch = _Some(_typical), _Watch()
+        typical, watch = _Some(_typical), Watch()
         run = FleetRun(shortened(file, request.base, Path(scratch) / "time"), watch, read=typical.read)
         run.go({}, threading.Event())
     return Trial(
@@ -89,7 +87,7 @@ def measure(request: Request) -> Trial:
         load_peak=load_peak,
         peak=peak,
         load_seconds=load_seconds,
-        step_seconds=watch.step_seconds(),
+        step_seconds=median(watch.seconds_of_steps()),
         step_tokens=typical.step_tokens,
         eval_seconds=watch.eval_seconds(),
         eval_tokens=typical.eval_tokens,
@@ -129,40 +127,6 @@ def _typical(units: Sequence[Unit], count: int) -> Sequence[Unit]:
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 
-class _Watch(Silent):
-    """When steps and evaluations ended."""
-
-    def __init__(self) -> None:
-        self._steps: list[float] = []
-        self._evals: list[float] = []
-        self._last: dict[int, float] = {}
-
-    def of(self, name: str) -> _Watch:
-        """One for all: they step together."""
-        return self
-
-    def ended(self, name: str, state: str) -> None:
-        """Nothing."""
-
-    def stepped(self, report: StepReport) -> None:
-        """All members of a step report one after the other: the first counts."""
-        if report.step not in self._last:
-            self._last[report.step] = time.monotonic()
-
-    def evaluated(self, report: EvalReport) -> None:
-        """After the last step."""
-        self._evals.append(time.monotonic())
-
-    def step_seconds(self) -> float:
-        """Median of all but the first."""
-        ends = list(self._last.values())
-        return median(later - earlier for earlier, later in pairwise(ends))
-
-    def eval_seconds(self) -> float:
-        """Of the one evaluation, of all members together."""
-        return max(self._evals) - max(self._last.values()) if self._evals else 0.0
-
-
 def shortened(file: JobFile, base: str, scratch: Path) -> JobFile:
     """The jobs that train at once, those of the largest rank, for a few steps on `base`."""
     scratch.mkdir()
@@ -173,20 +137,7 @@ def shortened(file: JobFile, base: str, scratch: Path) -> JobFile:
 
 def _short(job: TrainConfig, base: str, output: Path) -> TrainConfig:
     output.mkdir()
-    plain = OptimConfig()
-    evaluates = job.data.eval is not None or bool(job.data.eval_fraction)
-    training = dataclasses.replace(
-        job.training,
-        max_steps=_STEPS,
-        num_train_epochs=plain.num_train_epochs,
-        lr_scheduler_type=plain.lr_scheduler_type,
-        lr_scheduler_kwargs=plain.lr_scheduler_kwargs,
-        warmup_steps=plain.warmup_steps,
-        eval_steps=_STEPS if evaluates else None,
-        early_stopping_patience=plain.early_stopping_patience,
-        early_stopping_threshold=plain.early_stopping_threshold,
-        load_best_model_at_end=False,
-    )
+    training = few_steps(job, _STEPS)
     adalora = dataclasses.replace(job.adalora, tinit=AdaloraConfig().tinit, tfinal=AdaloraConfig().tfinal)
     return dataclasses.replace(job, model=base, output=output, training=training, adalora=adalora)
 
