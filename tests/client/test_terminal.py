@@ -14,7 +14,50 @@ from rich.text import Text
 from loramux.terminal import output
 from loramux.terminal.failures import ExitCode, Failure
 from loramux.terminal.training_bar import COLUMN, TrainingBar
+from loramux.terminal.training_table import TrainingTable
 from loramux_trainer.data.dataset import DataReport
+from loramux_trainer.progress import EvalReport, StepReport
+
+DATA = DataReport(1, 1, 0, 0, 0, 0, 0, 1, 0, 1)
+SWEEP = [
+    f"method={method},learning_rate={rate}" for method in ("lora", "dora", "loha", "lokr") for rate in (0.001, 0.003)
+]
+
+
+class Clock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _step(step: int, loss: float = 0.5, tokens: int = 30) -> StepReport:
+    return StepReport(step, loss, 1e-3, 1.0, tokens)
+
+
+def _table(names: list[str], width: int, height: int = 40, *, terminal: bool = True, **more: bool) -> TrainingTable:
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=terminal, no_color=True)
+    return TrainingTable(console, names, clock=Clock(), **more)
+
+
+def _run(table: TrainingTable, name: str, steps: int, total: int, eval_loss: float | None = None) -> None:
+    """One second a step."""
+    row = table.of(name)
+    row.started(total, 0, DATA)
+    for step in range(1, steps + 1):
+        table.clock.now += 1.0
+        row.stepped(_step(step, loss=2.0 / step))
+    if eval_loss is not None:
+        row.evaluated(EvalReport(steps, eval_loss))
+
+
+def _drawn(table: TrainingTable, width: int) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table.drawn())
+    return stream.getvalue().splitlines()
 
 
 def _shown(bar: Progress) -> str:
@@ -84,3 +127,113 @@ def test_what_a_server_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixt
     assert r"a\x1b[2J\x9b1m\nrow\r" in shown.out
     assert "two\n" in shown.out
     assert shown.err == "error: a\\x1b[2J\\x9b1m\nrow\\r\tb\n"
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_a_fleet_fits_into_the_terminal(width: int) -> None:
+    table = _table(SWEEP, width, marks_best=True)
+    for number, name in enumerate(SWEEP[:-2]):
+        _run(table, name, 20 * (number + 1), 120, eval_loss=0.5 - 0.01 * number)
+    table.ended(SWEEP[5], "finished")
+    _run(table, SWEEP[6], 3, 120)
+    table.ended(SWEEP[6], "diverged")
+    head, *rows, total = _drawn(table, width)
+    assert head.split() == ["job", "step", "loss", "eval", "left", "state"]
+    assert all(len(line) <= width for line in (head, *rows, total))
+    begins = {row.split()[0] for row in rows}
+    assert len(begins) == len(SWEEP)  # shortened or not, no two are alike
+    assert rows[0].split()[-5:] == ["20/120", "0.1000", "0.5000", "0:37:01", "running"]
+    assert rows[5].split()[-4:] == ["120/120", "0.0167", "0.4500*", "finished"]
+    assert rows[6].split()[-3:] == ["3/120", "0.6667", "diverged"]
+    assert rows[7].split()[-1] == "waiting"
+    assert total == "8 jobs: 5 running, 1 waiting, 1 finished, 1 diverged; 30 tokens/s; * best eval"
+
+
+def test_the_best_is_marked_only_where_losses_can_be_compared() -> None:
+    for marks, marked in ((True, 1), (False, 0)):
+        table = _table(["a", "b"], 80, marks_best=marks)
+        _run(table, "a", 2, 9, eval_loss=0.5)
+        assert not any("*" in line for line in _drawn(table, 80))  # of one there is no best
+        _run(table, "b", 2, 9, eval_loss=0.4)
+        _, first, second, total = _drawn(table, 80)
+        assert ["*" in line for line in (first, second, total)] == [False, bool(marked), bool(marked)]
+
+
+def test_the_time_left_is_that_of_the_last_one() -> None:
+    table = _table(["a", "b"], 80)
+    _run(table, "a", 2, 3)
+    assert "left" not in table.total()  # b waits, and nobody knows for how long
+    _run(table, "b", 1, 11)
+    assert "left" not in table.total()
+    table.of("b").stepped(_step(2))
+    table.clock.now += 4.0
+    table.of("b").stepped(_step(3))
+    assert table.total() == "2 jobs: 2 running; 20 tokens/s; 0:00:16 left"
+    table.ended("b", "finished")
+    assert table.total() == "2 jobs: 1 running, 1 finished; 20 tokens/s; 0:00:06 left"
+
+
+def test_of_more_jobs_than_lines_those_that_run_are_shown() -> None:
+    names = [f"job-{number}" for number in range(30)]
+    table = _table(names, 80, height=12)
+    for name in names[10:14]:
+        _run(table, name, 2, 9)
+    for name in names[:4]:
+        _run(table, name, 2, 2)
+        table.ended(name, "finished")
+    _, *rows, total = _drawn(table, 80)
+    assert [row.split()[0] for row in rows] == [*names[10:14], *names[:4]]
+    assert total.endswith("; 22 more not shown")
+
+
+def test_a_live_table_is_drawn_and_left_as_it_ended() -> None:
+    table = _table(["a", "[b]"], 80)
+    with table:
+        _run(table, "[b]", 3, 3, eval_loss=0.25)
+        table.of("[b]").warned("[bold]loud")
+        table.ended("[b]", "finished")
+    said = table._console.file.getvalue()
+    assert "warning: [b]: [bold]loud" in said
+    last = said[said.rindex("step") :]
+    assert "[b]" in last
+    assert "3/3" in last
+    assert "0.2500" in last
+    assert "2 jobs: 1 waiting, 1 finished" in last
+
+
+def test_without_a_terminal_a_fleet_is_lines() -> None:
+    table = _table(["a", "b"], 300, terminal=False)
+    with table:
+        _run(table, "a", 2, 4, eval_loss=0.5)
+        table.clock.now = 61.0
+        table.of("a").stepped(_step(3))
+        table.of("a").stepped(_step(4, loss=0.125))
+        table.of("a").evaluated(EvalReport(4, 0.25))
+        table.ended("a", "finished")
+        table.ended("b", "finished")
+    begun, *rest = table._console.file.getvalue().splitlines()
+    assert begun.startswith("a: 1 examples to train")
+    assert rest == [
+        "a: step 2/4, loss 1.0000, eval loss 0.5000",
+        "2 jobs: 1 running, 1 waiting; 1 tokens/s",
+        "a: finished at step 4/4, loss 0.1250, eval loss 0.2500",
+        "b: finished before this run",
+    ]
+
+
+def test_without_a_terminal_one_run_is_lines_too() -> None:
+    bar = output.step_progress(COLUMN)
+    bar.live.console = Console(file=io.StringIO(), width=200)
+    clock = Clock()
+    watcher = TrainingBar(bar, "a", clock=clock)
+    watcher.started(5, 0, DATA)
+    watcher.stepped(_step(1, loss=2.0))
+    watcher.evaluated(EvalReport(1, 1.5))
+    clock.now = 60.0
+    watcher.stepped(_step(2, loss=1.0))
+    watcher.stepped(_step(3, loss=0.5))
+    watcher.stepped(_step(5, loss=0.25))
+    watcher.evaluated(EvalReport(5, 0.125))
+    _, *lines = bar.console.file.getvalue().splitlines()
+    assert lines == ["a: step 1/5, loss 2.0000, eval 1.5000", "a: step 2/5, loss 1.0000, eval 1.5000"]
+    assert "eval 0.1250" in _shown(bar)

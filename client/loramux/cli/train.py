@@ -128,7 +128,9 @@ def _train_several(file: JobFile, *, resume: bool, as_json: bool, says_how_to_pu
     from loramux_trainer.run import train_file
 
     names = [job.run_name for job in file.jobs]
-    with stop_on_signals(_say_stopping) as stop, TrainingTable(Console(stderr=True), names) as table:
+    comparable = file.sweep is not None and file.incomparable_by is None
+    watched = TrainingTable(Console(stderr=True), names, marks_best=comparable)
+    with stop_on_signals(_say_stopping) as stop, watched as table:
         outcome = train_file(file, resume=resume, progress=table, stop=stop)
     chosen = next(iter(outcome.results.values()), None)
     if outcome.best is not None:

@@ -10,20 +10,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
 from loramux.aio import AsyncClient
 from loramux.demo import asking
 from loramux.demo.values import Ask, DemoOutcome, TaskOutcome, interleave
 from loramux.local_server import LocalServer
 from loramux.terminal.failures import CommandError, ExitCode
-from loramux.terminal.output import count_progress, step_progress
-from loramux.terminal.training_bar import COLUMN, TrainingBar
+from loramux.terminal.output import count_progress
+from loramux.terminal.training_table import TrainingTable
 from loramux_trainer.demo_tasks import DEMO_TASKS, DemoTask, demo_job, held_out_questions
 from loramux_trainer.errors import TrainerError
 from loramux_trainer.job_file import JobFile
@@ -90,33 +88,14 @@ def run(options: DemoOptions, console: Console) -> tuple[DemoOutcome, Kept | Non
 def train_adapters(tasks: tuple[DemoTask, ...], directory: Path) -> dict[str, float]:
     """Train one adapter per task, all in one fleet, into `directory`/<name>/adapter; seconds by name."""
     jobs = tuple(demo_job(task, directory / task.name) for task in tasks)
-    with step_progress(COLUMN) as bar:
+    with TrainingTable(Console(stderr=True), [task.name for task in tasks]) as table:
         try:
-            outcome = train_file(JobFile(jobs), progress=_Bars(bar, [task.name for task in tasks]))
+            outcome = train_file(JobFile(jobs), progress=table)
         except TrainerError as error:
             raise CommandError(f"training failed: {error}") from error
     for name, why in outcome.failures.items():
         raise CommandError(f"training {name} failed: {why}")
     return {name: result.seconds for name, result in outcome.results.items()}
-
-
-class _Bars:
-    """A bar for each adapter. Implements FleetProgress."""
-
-    def __init__(self, bar: Progress, names: Sequence[str]) -> None:
-        self._bar = bar
-        self._bars = {name: TrainingBar(bar, f"train {name}") for name in names}
-
-    def of(self, name: str) -> TrainingBar:
-        """One adapter's."""
-        return self._bars[name]
-
-    def warned(self, message: str) -> None:
-        """Something that concerns all."""
-        self._bar.console.print(f"warning: {message}", markup=False, highlight=False)
-
-    def ended(self, name: str, state: str) -> None:
-        """Its bar is full."""
 
 
 async def _ask(

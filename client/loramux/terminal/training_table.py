@@ -1,34 +1,63 @@
-"""Several training runs as a live table: step, loss, eval loss, tokens a second, state. Implements FleetProgress.
+"""Several training runs as a live table: a bar a job, losses, time left, and a line of all together.
 
-Where nobody watches, each job's begin and end is a line. Knows the trainer's reports by their attributes only.
+Implements FleetProgress. Where nobody watches, begins, evaluations and ends are lines, and once a minute the line of
+all. Knows the trainer's reports by their attributes only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
+
+from loramux.terminal.output import visible
+from loramux.terminal.training_bar import SECONDS_OF_LINE
 
 if TYPE_CHECKING:
     from loramux_trainer.data.dataset import DataReport
     from loramux_trainer.progress import EvalReport, StepReport
 
-_MOST_SHOWN = 40
+_STYLES = {
+    "running": "",
+    "waiting": "dim",
+    "stopped": "dim",
+    "finished": "green",
+    "diverged": "red",
+    "failed": "red",
+    "refused": "red",
+}
+_BAR = 8  # columns, at least
+_AROUND = 4  # lines of the terminal that are no rows
 
 
 class TrainingTable:
-    """A context manager, since a live table takes the terminal."""
+    """A context manager, since a live table takes the terminal. `marks_best`: evaluation losses can be compared."""
 
-    def __init__(self, console: Console, names: Sequence[str]) -> None:
-        self._console = console
+    def __init__(
+        self,
+        console: Console,
+        names: Sequence[str],
+        *,
+        marks_best: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._marks_best, self.clock = console, marks_best, clock
         self._rows = {name: _Row(name, self) for name in names}
-        self._live = Live(self._table(), console=console, refresh_per_second=4, transient=False)
+        self._began: float | None = None  # the first step's end, from which tokens count
+        self._tokens = 0
+        self._line_at = clock() + SECONDS_OF_LINE
+        self._live = Live(get_renderable=self.drawn, console=console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> TrainingTable:
         if self._console.is_terminal:
@@ -39,7 +68,7 @@ class TrainingTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._console.is_terminal:
-            self._live.update(self._table(), refresh=True)
+            self._live.refresh()
             self._live.stop()
 
     def of(self, name: str) -> _Row:
@@ -54,68 +83,104 @@ class TrainingTable:
         """A job takes part no more."""
         row = self._rows[name]
         row.state = state
-        self.changed()
-        if not row.steps:
+        if not row.total:
             self.say(f"{name}: {state} before this run")
-        elif not self._console.is_terminal:
-            self.say(f"{name}: {state} at step {row.step}, loss {row.loss or '-'}, eval loss {row.eval_loss or '-'}")
+        else:
+            self.say_unwatched(f"{name}: {state} at {row.described()}")
 
     def say(self, message: str) -> None:
         """A line above the table."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(message, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
 
-    def changed(self) -> None:
-        """Draws what is there now."""
-        if self._console.is_terminal:
-            self._live.update(self._table())
+    def say_unwatched(self, message: str) -> None:
+        """A line where there is no table."""
+        if not self._console.is_terminal:
+            self.say(message)
 
-    def _table(self) -> Table:
-        table = Table("job", "step", "loss", "eval", "tokens/s", "state")
-        order = sorted(self._rows.values(), key=lambda row: (row.state != "running", row.state == "waiting"))
-        for row in order[:_MOST_SHOWN]:
-            table.add_row(row.name, row.steps, row.loss, row.eval_loss, row.rate, row.state)
-        if len(order) > _MOST_SHOWN:
-            table.caption = f"and {len(order) - _MOST_SHOWN} more"
-        return table
+    def stepped(self, tokens: int) -> None:
+        """A row took a step."""
+        now = self.clock()
+        if self._began is None:
+            self._began = now
+        else:
+            self._tokens += tokens
+        if now >= self._line_at:
+            self._line_at = now + SECONDS_OF_LINE
+            self.say_unwatched(self.total())
+
+    def total(self) -> str:
+        """All jobs in one line: their states, supervised tokens a second, time left."""
+        rows = list(self._rows.values())
+        counts = Counter(row.state for row in rows)
+        parts = [f"{len(rows)} jobs: " + ", ".join(f"{counts[state]} {state}" for state in _STYLES if counts[state])]
+        if self._began is not None and self._tokens:
+            parts.append(f"{self._tokens / max(self.clock() - self._began, 1e-9):,.0f} tokens/s")
+        left = [row.seconds_left() for row in rows if row.state == "running"]
+        if left and None not in left and not counts["waiting"]:  # nobody knows yet how long the others take
+            parts.append(f"{clock_time(max(seconds for seconds in left if seconds is not None))} left")
+        return "; ".join(parts)
+
+    def drawn(self) -> Group:
+        """The table as it is now, as many rows as the terminal has place for."""
+        rows = list(self._rows.values())
+        most = max(1, self._console.height - _AROUND)
+        if len(rows) > most:
+            rows.sort(key=lambda row: (row.state != "running", row.state == "waiting"))
+        shown = rows[:most]
+        best = self._best()
+        cells = [row.cells(row is best) for row in shown]
+        widths = [max([cell_len(head), *(cell_len(row[at].plain) for row in cells)]) for at, head in enumerate(_HEADS)]
+        free = self._console.width - sum(widths) - 2 * (len(_HEADS) + 1)
+        names = max(map(cell_len, ["job", *(row.name for row in shown)]))
+        bar = max(_BAR, min(40, free - names))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("job", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for head in _HEADS:
+            table.add_column(head, no_wrap=True, justify="left" if head == "state" else "right")
+        for row, own in zip(shown, cells, strict=True):
+            progress = ProgressBar(total=row.total or 1, completed=row.step if row.total else 0, width=bar)
+            table.add_row(Text(_in_width(row.name, max(_BAR, free - bar))), progress, *own)
+        more = f"; {len(rows) - len(shown)} more not shown" if len(rows) > len(shown) else ""
+        starred = "; * best eval" if best is not None else ""
+        return Group(table, Text(self.total() + starred + more, style="dim"))
+
+    def _best(self) -> _Row | None:
+        known = {row.eval_loss: row for row in reversed(self._rows.values()) if row.eval_loss is not None}
+        return known[min(known)] if self._marks_best and len(known) > 1 else None
+
+
+_HEADS = ("step", "loss", "eval", "left", "state")
 
 
 class _Row:
-    """One job; its fields are text."""
+    """One job, which is a Progress."""
 
     def __init__(self, name: str, table: TrainingTable) -> None:
         self.name, self._table = name, table
-        self.step, self._total = 0, 0
-        self.loss = self.eval_loss = self.rate = ""
+        self.step, self.total = 0, 0
+        self.loss: float | None = None
+        self.eval_loss: float | None = None
         self.state = "waiting"
-        self._seen: tuple[float, int] | None = None  # when the rate's count began, and its tokens
-
-    @property
-    def steps(self) -> str:
-        """Done and all."""
-        return f"{self.step}/{self._total}" if self._total else ""
+        self._began: tuple[float, int] | None = None  # the end of the first step seen, and its number
 
     def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
         """The job's first step begins."""
-        self._total, self.step, self.state = total_steps, first_step, "running"
+        self.total, self.step, self.state = total_steps, first_step, "running"
         self._table.say(f"{self.name}: {data.describe()}")
-        self._table.changed()
 
     def stepped(self, report: StepReport) -> None:
         """A step is done."""
-        now = time.monotonic()
-        if self._seen is None:
-            self._seen = (now, 0)
-        else:
-            began, tokens = self._seen
-            self._seen = (began, tokens + report.tokens)
-            self.rate = f"{(tokens + report.tokens) / max(now - began, 1e-9):,.0f}"
-        self.step, self.loss = report.step, f"{report.loss:.4f}"
-        self._table.changed()
+        self.step, self.loss = report.step, report.loss
+        if self._began is None:
+            self._began = (self._table.clock(), report.step)
+        self._table.stepped(report.tokens)
 
     def evaluated(self, report: EvalReport) -> None:
         """An evaluation is done."""
-        self.eval_loss = f"{report.loss:.4f}"
-        self._table.changed()
+        self.eval_loss = report.loss
+        if self.step < self.total:  # else its end says the same
+            self._table.say_unwatched(f"{self.name}: {self.described()}")
 
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint is on disk; the table is no place for it."""
@@ -123,3 +188,45 @@ class _Row:
     def warned(self, message: str) -> None:
         """Something that the user should know of."""
         self._table.say(f"warning: {self.name}: {message}")
+
+    def described(self) -> str:
+        """Where it is, in words."""
+        return f"step {self.step}/{self.total}, loss {_number(self.loss)}, eval loss {_number(self.eval_loss)}"
+
+    def seconds_left(self) -> float | None:
+        """By its own steps until now; None before there are two."""
+        if self._began is None or self.step <= self._began[1]:
+            return None
+        began, first = self._began
+        return (self.total - self.step) * (self._table.clock() - began) / (self.step - first)
+
+    def cells(self, is_best: bool) -> tuple[Text, ...]:
+        """By _HEADS."""
+        left = self.seconds_left() if self.state == "running" else None
+        evaluated = Text("" if self.eval_loss is None else _number(self.eval_loss) + ("*" if is_best else ""))
+        if is_best:
+            evaluated.stylize("bold green")
+        return (
+            Text(f"{self.step}/{self.total}" if self.total else ""),
+            Text("" if self.loss is None else _number(self.loss)),
+            evaluated,
+            Text("" if left is None else clock_time(left)),
+            Text(self.state, style=_STYLES.get(self.state, "")),
+        )
+
+
+def _number(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def clock_time(seconds: float) -> str:
+    """`0:01:20`."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _in_width(name: str, width: int) -> str:
+    """Begin and end of a name that is too long: names of a sweep differ at either."""
+    if cell_len(name) <= width:
+        return name
+    head = (width - 1) // 2
+    return set_cell_size(name, head) + "…" + name[-(width - 1 - head) :]
