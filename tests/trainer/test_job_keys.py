@@ -183,7 +183,7 @@ VALUES = {
     "lora.target_modules": ["q_proj"], "lora.use_rslora": True, "lora.dropout": 0.1, "training.weight_decay": 0.1,
     "training.warmup_steps": 0.1, "training.lr_scheduler_kwargs": {"num_cycles": 0.25}, "model": "org/other",
     "output": "elsewhere", "name": "n1", "training.learning_rate": 1e-3, "training.max_grad_norm": 0.5,
-    "tracking.report_to": ["wandb"],
+    "tracking.report_to": ["wandb"], "tracking.plot": True,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from loramux_trainer.job import TrainConfig
 from loramux_trainer.optimizers.devices import check_device
 from loramux_trainer.reward_function import load_reward_function
 from loramux_trainer.tracking.packages import missing_packages
+from loramux_trainer.tracking.picture import is_drawable
 
 
 def check_job(job: TrainConfig, *, resume: bool) -> None:
@@ -60,10 +61,13 @@ def check_engine(job: TrainConfig, problems: Problems) -> None:
 
 
 def check_trackers(job: TrainConfig, problems: Problems) -> None:
-    """Whether their packages are installed."""
+    """Whether their packages, and the one of the picture, are installed."""
     for name in missing_packages(job):
         extra = "install Loramux with the extra track" if name == "tensorboard" else f"pip install {name}"
         problems.add(JobInvalid("tracking.report_to", f"package {name} is not installed: {extra}, or leave it out"))
+    if job.tracking.plot and not is_drawable():
+        why = "package matplotlib is not installed: install Loramux with the extra plot, or leave it out"
+        problems.add(JobInvalid("tracking.plot", why))
 
 
 def find_model(job: TrainConfig) -> Path | None:

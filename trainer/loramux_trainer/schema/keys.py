@@ -77,6 +77,7 @@ ALIASES: Mapping[str, str] = {
     "use_bnb_nested_quant": "training.double_quant",
     "report_to": "tracking.report_to",
     "training.report_to": "tracking.report_to",
+    "plot_loss": "tracking.plot",
     "save_steps": "checkpoint.save_steps",
     "save_total_limit": "checkpoint.save_total_limit",
 }

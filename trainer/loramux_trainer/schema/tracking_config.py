@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from loramux_adapters.validation import Section
+from loramux_adapters.validation import Section, YesNo
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -21,6 +21,7 @@ def _several(value: object) -> object:
 
 @dataclass(frozen=True)
 class TrackingConfig(Section):
-    """Trackers that get a run of the job's name, with its losses, learning rate and gradient norm."""
+    """Trackers that get a run of the job's name, with its losses, learning rate and gradient norm; `plot`: loss.png."""
 
     report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_several)] = ()
+    plot: YesNo = False

@@ -1,4 +1,4 @@
-"""A run's reports, passed on as they are and handed to trackers beside. A tracker that fails ends no training."""
+"""A run's reports, passed on as they are, handed to trackers and drawn. What fails of that ends no training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from loramux_trainer.data.dataset import DataReport
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.progress import EvalReport, FleetProgress, Progress, StepReport
 from loramux_trainer.schema.tracking_config import TrackerName
+from loramux_trainer.tracking.curves import Curve
 from loramux_trainer.tracking.packages import open_tracker
+from loramux_trainer.tracking.picture import draw_all, draw_one
 from loramux_trainer.tracking.tracker import Tracker
 
 
 class TrackedFleet:
-    """A FleetProgress and a context manager: at its end what is open is closed."""
+    """A FleetProgress and a context manager: at its end what is open is closed, and what is to be drawn of all jobs
+    together is drawn into the directory that has all their outputs.
+    """
 
     def __init__(self, progress: FleetProgress, jobs: Sequence[TrainConfig]) -> None:
         self._progress = progress
@@ -33,7 +37,7 @@ class TrackedFleet:
 
     def ended(self, name: str, state: str) -> None:
         """See FleetProgress."""
-        self._jobs[name].close(finished=state == "finished")
+        self._jobs[name].ended(state)
         self._progress.ended(name, state)
 
     def __enter__(self) -> TrackedFleet:
@@ -44,6 +48,21 @@ class TrackedFleet:
     ) -> None:
         for job in self._jobs.values():
             job.close(finished=False)
+        if error is None:
+            self._draw()
+
+    def _draw(self) -> None:
+        curves = [job.curve for job in self._jobs.values() if job.plots and job.curve.steps]
+        directories = {job.output.parent for job in self._jobs.values()}
+        if len(curves) > 1 and len(directories) == 1:
+            _guard_picture(partial(draw_all, curves, directories.pop()), self._progress.warned)
+
+
+def _guard_picture(draw: Callable[[], None], warn: Callable[[str], None]) -> None:
+    try:
+        draw()
+    except Exception as error:  # matplotlib may raise anything
+        warn(f"the losses were not drawn: {type(error).__name__}: {error}")
 
 
 class _TrackedJob:
@@ -52,6 +71,17 @@ class _TrackedJob:
     def __init__(self, progress: Progress, job: TrainConfig) -> None:
         self._progress, self._job = progress, job
         self._open: dict[TrackerName, Tracker] = {}
+        self.curve = Curve(job.run_name)
+
+    @property
+    def plots(self) -> bool:
+        """Whether it is to be drawn."""
+        return self._job.tracking.plot
+
+    @property
+    def output(self) -> Path:
+        """The job's."""
+        return self._job.output
 
     def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
         """See Progress."""
@@ -62,6 +92,7 @@ class _TrackedJob:
     def stepped(self, report: StepReport) -> None:
         """See Progress."""
         self._progress.stepped(report)
+        self.curve.stepped(report)
         values = {"loss": report.loss, "learning_rate": report.learning_rate, "grad_norm": report.gradient_norm}
         values |= {"num_tokens": report.tokens, **report.metrics}
         self._log(report.step, {f"train/{name}": value for name, value in values.items()})
@@ -69,6 +100,7 @@ class _TrackedJob:
     def evaluated(self, report: EvalReport) -> None:
         """See Progress."""
         self._progress.evaluated(report)
+        self.curve.evaluated(report)
         self._log(report.step, {"eval/loss": report.loss})
 
     def saved(self, checkpoint: Path) -> None:
@@ -80,6 +112,14 @@ class _TrackedJob:
     def warned(self, message: str) -> None:
         """See Progress."""
         self._progress.warned(message)
+
+    def ended(self, state: str) -> None:
+        """See FleetProgress. A job that leaves nothing in its output has no picture of its own."""
+        self.close(finished=state == "finished")
+        if self.plots:
+            self.curve.ended(state, self._job.output)
+            if state in ("finished", "diverged") and self.curve.steps:
+                _guard_picture(partial(draw_one, self.curve, self._job.output), self._progress.warned)
 
     def close(self, *, finished: bool) -> None:
         """Ends what is open. Idempotent."""
