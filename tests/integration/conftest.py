@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from loramux import Client
+from loramux import Client, local_server
 from loramux.local_server import LocalServer
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_adapters.formats import registry as formats
 from loramux_adapters.formats.limits import ReadLimits
 from support.checkpoints import make_adapter_for
+from support.prepared import Preparation, PreparedPopen
 from support.stores import TENANT, manifest_of, quick_store
 from support.tiny import load_tiny
 from support.tiny_adapters import tiny_files
@@ -32,6 +33,16 @@ OPTIONS = {
     "drain_seconds": "20",
     "stall_seconds": "2",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_servers() -> Iterator[None]:
+    """Servers that tests start here are forks of one process that has imported everything; see support.prepared."""
+    preparation = Preparation()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_server, "subprocess", PreparedPopen(preparation))
+        yield
+    preparation.close()
 
 
 @pytest.fixture(scope="session")

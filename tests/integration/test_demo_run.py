@@ -19,9 +19,28 @@ from loramux.terminal.failures import ExitCode
 pytestmark = pytest.mark.slow
 
 
-def start_demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+HASTY = """
+import dataclasses, sys
+import loramux.demo.main as demo
+from loramux.cli.main import app
+from loramux_trainer.planning.short_job import few_steps
+
+whole = demo.demo_job
+
+def hasty(task, directory):
+    job = whole(task, directory)
+    return dataclasses.replace(job, training=few_steps(job, 2))
+
+demo.demo_job = hasty
+app(sys.argv[1:])
+"""
+"""The demo with two steps of training, where what it learns does not matter."""
+
+
+def start_demo(tmp_path: Path, *arguments: str, hasty: bool = False) -> subprocess.Popen[str]:
+    program = ["-c", HASTY] if hasty else ["-m", "loramux.cli.main"]
     return subprocess.Popen(
-        [sys.executable, "-m", "loramux.cli.main", "demo", *arguments],
+        [sys.executable, *program, "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,7 +76,7 @@ def test_one_task_from_training_to_table(tmp_path: Path) -> None:
 
 
 def test_terminated_while_serving_it_takes_everything_with_it(tmp_path: Path) -> None:
-    demo = start_demo(tmp_path, "--task", "capitals", "--questions", "2000")
+    demo = start_demo(tmp_path, "--task", "capitals", "--questions", "2000", hasty=True)
     address = ""
     if demo.stdout is not None:
         for line in demo.stdout:

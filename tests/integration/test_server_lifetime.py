@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loramux import Client
+from loramux import Client, local_server
 from loramux.errors import InvalidArgument, LoramuxError, Unavailable
 from loramux.local_server import LocalServer, free_ports
 from loramux.retry import NO_RETRY
@@ -22,6 +22,12 @@ from loramux.terminal.failures import ExitCode
 from support.live import until
 
 OPTIONS = {"dtype": "float32", "kv_bytes": "64MiB", "readiness_seconds": "0.2", "drain_seconds": "20"}
+
+
+@pytest.fixture(autouse=True)
+def _whole_processes(prepared_servers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users start them, here where it is about starts and ends."""
+    monkeypatch.setattr(local_server, "subprocess", subprocess)
 
 
 def _serve(*flags: str) -> tuple[int, str, float]:
