@@ -128,6 +128,17 @@ def test_nothing_is_unpickled(path: Path) -> None:
             assert not (is_torch and node.func.attr in {"load", "save"}), f"line {node.lineno}: torch.{node.func.attr}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_a_child_imports_nothing_from_where_the_user_is(path: Path) -> None:
+    """`python -m` looks for modules in the working directory first: a `statistics.py` there would be ours. `-I` leaves
+    it out too.
+    """
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.List(elts=[ast.Attribute(attr="executable"), ast.Constant(value=flag), *_]):
+                assert flag in ("-P", "-I"), f"{_name(path)}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", EVERYTHING, ids=_name)
 def test_no_comment_leaves_work_behind(path: Path) -> None:
     with tokenize.open(path) as file:

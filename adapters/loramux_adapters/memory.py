@@ -32,8 +32,10 @@ def container_free(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, limit - used + cached)
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in use now."""
+def used_bytes(device: torch.device) -> int:
+    """What this process has on `device` now."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 

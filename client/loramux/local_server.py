@@ -57,7 +57,7 @@ class LocalServer:
             if self._stopped:
                 raise Unavailable("the server was stopped before it started")
             self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "loramux.cli.main", "serve", *flags],
+                [sys.executable, "-P", "-m", "loramux.cli.main", "serve", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

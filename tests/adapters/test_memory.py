@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramux_adapters.memory import container_free, forget_peak, free_bytes, peak_bytes, resident_bytes
+from loramux_adapters.memory import container_free, forget_peak, free_bytes, peak_bytes, used_bytes
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -41,10 +41,17 @@ def test_a_peak_stays_until_it_is_forgotten() -> None:
     forget_peak(CPU)
     held = bytearray(256 * MIB)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # every page
-    in_use = resident_bytes()
+    in_use = used_bytes(CPU)
     assert in_use > 256 * MIB
     del held
     assert peak_bytes(CPU) >= in_use - MIB  # the kernel counts pages of each thread in rounds
     forget_peak(CPU)
     assert peak_bytes(CPU) < in_use - 64 * MIB
-    assert abs(peak_bytes(CPU) - resident_bytes()) < 64 * MIB
+    assert abs(peak_bytes(CPU) - used_bytes(CPU)) < 64 * MIB
+
+
+def test_what_a_gpu_holds_now_is_less_than_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantizing at load holds both forms of a weight for a moment."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    assert (used_bytes(torch.device("cuda")), peak_bytes(torch.device("cuda"))) == (3, 5)

@@ -77,14 +77,14 @@ def load_base(
             **options,
         )
     model.eval().requires_grad_(False)
-    _ask_for_logits_only(model.config)
+    ask_for_logits_only(model.config)
     switch_off_repacking(model)
     spec = _describe(model, source, config_json)
     _cast(model, compute_dtype)
     return LoadedBase(model, spec, source, model.config, config_json, compute_dtype, device)
 
 
-def _ask_for_logits_only(config: PretrainedConfig) -> None:
+def ask_for_logits_only(config: PretrainedConfig) -> None:
     """Fine-tunes leave switches of their training on, which make a forward give more than logits, or a tuple."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for switch in ("output_attentions", "output_hidden_states", "output_router_logits"):

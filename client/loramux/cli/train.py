@@ -15,6 +15,7 @@ from loramux.cli.arguments import DEFAULT_ADDRESS, Address
 from loramux.cli.train_publish import prepare
 from loramux.terminal.failures import CommandError, ExitCode
 from loramux.terminal.output import print_json, say, step_progress
+from loramux.terminal.signals import terminated_as_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,20 +74,20 @@ def command(
     from loramux_trainer.job_file import read_job_file
     from loramux_trainer.preflight import check_job
 
+    instead = [flag for flag, given in (("--check", check), ("--plan", plan), ("--table", table)) if given]
+    _refuse_what_has_no_effect(instead, steps, publish, if_better_than)
     file = read_job_file(job_file)
     if check:
         _check(job_file, file.jobs, resume=resume)
         return
     if plan:
-        train_plan.plan(job_file, file, as_json=as_json)
+        with terminated_as_interrupted():
+            train_plan.plan(job_file, file, as_json=as_json)
         return
     if table:
-        train_table.table(job_file, steps or train_table.STEPS, as_json=as_json)
+        with terminated_as_interrupted():
+            train_table.table(job_file, steps or train_table.STEPS, as_json=as_json)
         return
-    if steps is not None:
-        raise CommandError("--steps is of --table", remedy="the job's own are training.max_steps")
-    if if_better_than is not None and publish is None:
-        raise CommandError("--if-better-than says when to publish", remedy="give a name with --publish too")
     for job in file.jobs:
         check_job(job, resume=resume)  # what can be known before torch is imported
     publishing = None if publish is None else prepare(file, publish, if_better_than, metric, address)
@@ -98,6 +99,20 @@ def command(
     train_plan.compare(job_file, file, time.monotonic() - begun)
     if publishing is not None and not publishing.publish(output):
         raise typer.Exit(ExitCode.NO)
+
+
+def _refuse_what_has_no_effect(
+    instead: Sequence[str], steps: int | None, publish: str | None, if_better_than: str | None
+) -> None:
+    """`instead`: which of --check, --plan and --table were given."""
+    if len(instead) > 1:
+        raise CommandError(f"{' and '.join(instead)} are several commands", remedy="give one at a time")
+    if steps is not None and "--table" not in instead:
+        raise CommandError("--steps is of --table", remedy="the job's own are training.max_steps")
+    if if_better_than is not None and publish is None:
+        raise CommandError("--if-better-than says when to publish", remedy="give a name with --publish too")
+    if instead and publish is not None:
+        raise CommandError(f"{instead[0]} trains no adapter that --publish could push", remedy="leave one of them out")
 
 
 def _train_one(job: TrainConfig, *, resume: bool, as_json: bool, says_how_to_publish: bool) -> Path:

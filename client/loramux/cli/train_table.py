@@ -9,6 +9,9 @@ from loramux.terminal.failures import CommandError
 from loramux.terminal.output import count_progress, decimal_size, duration, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loramux_trainer.planning.rows import Row
     from loramux_trainer.planning.table import MeasuredRow
 
 STEPS = 20
@@ -17,30 +20,44 @@ _BY = {"peft": "PEFT", "fleet": "Loramux"}
 
 
 def table(job_file: Path, steps: int, *, as_json: bool) -> None:
-    """Measures and prints it. Raises CommandError where no row could be measured."""
+    """Measures and prints it, up to where it is interrupted. Raises CommandError where no row could be measured."""
     from loramux_trainer.planning.rows import ROWS
     from loramux_trainer.planning.table import measure_table
 
     measured: list[MeasuredRow] = []
-    with count_progress() as bar:
-        task = bar.add_task(f"{steps} steps of each row", total=len(ROWS), visible=bar.console.is_terminal)
-        for row in measure_table(job_file, steps):
-            measured.append(row)
-            bar.advance(task)
+    try:
+        with count_progress() as bar:
+            task = bar.add_task(f"{steps} steps of each row", total=len(ROWS), visible=bar.console.is_terminal)
+            for row in measure_table(job_file, steps):
+                measured.append(row)
+                bar.advance(task)
+    except KeyboardInterrupt:
+        if measured:
+            _show(measured, as_json=as_json)
+        raise
+    _show(measured, as_json=as_json)
+    if all(row.failure for row in measured):
+        raise CommandError("no row could be measured")
+
+
+def _show(measured: Sequence[MeasuredRow], *, as_json: bool) -> None:
     if as_json:
         print_json(measured)
     else:
         print_table(_COLUMNS, [_cells(row) for row in measured], empty="")
     for row in measured:
         if row.failure:
-            say(f"{row.row.bits} bits, {row.row.adapted}, rank {row.row.rank}: {row.failure}")
-    if all(row.failure for row in measured):
-        raise CommandError("no row could be measured")
+            base, by, adapted, rank, optimizer = _name(row.row)
+            say(f"{base}, {by}, {adapted}, rank {rank}, {optimizer}: {row.failure}")
+
+
+def _name(row: Row) -> tuple[str, ...]:
+    """In the first columns."""
+    return "NF4" if row.bits == 4 else "bfloat16", _BY[row.by], row.adapted, str(row.rank), row.optimizer
 
 
 def _cells(measured: MeasuredRow) -> list[str]:
-    row, trial = measured.row, measured.trial
-    name = ["NF4" if row.bits == 4 else "bfloat16", _BY[row.by], row.adapted, str(row.rank), row.optimizer]
+    trial, name = measured.trial, _name(measured.row)
     if trial is None:
         return [*name, *["-"] * (len(_COLUMNS) - len(name))]
     return [

@@ -114,7 +114,7 @@ class _Child:
         # Without the server's environment: what is in it is nobody's business there.
         environment = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loramux_server.text.template_child"],
+            [sys.executable, "-P", "-m", "loramux_server.text.template_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,11 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux.terminal.failures import ExitCode
+from loramux_adapters.embedded.tiny import tiny_path
+from loramux_trainer import fleet_run
 from loramux_trainer.data.examples import Example
-from loramux_trainer.errors import JobInvalid
+from loramux_trainer.errors import Diverged, JobInvalid
+from loramux_trainer.fleet.member import Member
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.job_file import read_job_file
 from loramux_trainer.planning import table
@@ -84,6 +90,7 @@ def test_a_job_of_any_method_gives_its_examples_to_every_row(more: dict[str, Any
         assert (short.data, short.training.batch_size) == (job.data, job.training.batch_size)
         assert short.training.learning_rate == job.training.learning_rate
         assert short.tracking.report_to == ()
+        assert short.checkpoint.save_steps == 0  # no step waits for a disk
 
 
 def test_the_betas_of_a_job_are_those_of_its_own_optimizer(tmp_path: Path) -> None:
@@ -152,12 +159,55 @@ def test_peft_and_the_fleet_train_on_the_same_examples(tmp_path: Path) -> None:
     """B is zero before the first step, and hardly more after it at this rate: with either of them it is the base's."""
     training = {"gradient_accumulation_steps": 2, "max_grad_norm": None, "learning_rate": 1e-8}
     path = write(tmp_path, training=training, data={"packing": True})
-    peft, fleet = (measure(RowRequest(str(path), row, 2)) for row in (ROWS[1], ROWS[2]))
+    peft, fleet = (measure(RowRequest(str(path), row, 2), _empty(tmp_path, row.by)) for row in (ROWS[1], ROWS[2]))
     assert (peft.parameters, peft.tokens) == (fleet.parameters, fleet.tokens)
     assert peft.loss == pytest.approx(fleet.loss, abs=1e-4)
     assert peft.eval_loss == pytest.approx(fleet.eval_loss, abs=1e-4)
     assert fleet.loaded > 0
     assert fleet.seconds > 0
+
+
+def _empty(tmp_path: Path, name: str) -> Path:
+    scratch = tmp_path / f"scratch-{name}"
+    scratch.mkdir()
+    return scratch
+
+
+def test_a_row_that_diverges_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, loss = Member.finish_step, peft_loop.PeftLoop._loss
+    monkeypatch.setattr(Member, "finish_step", lambda self, value, *more: step(self, math.nan, *more))
+    monkeypatch.setattr(peft_loop.PeftLoop, "_loss", lambda self, batch: loss(self, batch) * math.nan)
+    path = write(tmp_path)
+    for row in (ROWS[1], ROWS[2]):
+        with pytest.raises(Diverged, match="step 1: loss nan"):
+            measure(RowRequest(str(path), row, 2), _empty(tmp_path, row.by))
+
+
+def test_what_the_file_says_of_its_fleet_is_of_the_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Seen(fleet_run.Fleet):
+        def __init__(self, *given: Any, token_budget: int, **more: Any) -> None:
+            seen.append(token_budget)
+            super().__init__(*given, token_budget=token_budget, **more)
+
+    monkeypatch.setattr(fleet_run, "Fleet", Seen)
+    path = write(tmp_path, fleet={"token_budget": 77}, data={"eval_fraction": 0})
+    trial = measure(RowRequest(str(path), ROWS[2], 2), _empty(tmp_path, "fleet"))
+    assert seen == [77]
+    assert trial.eval_loss is None
+
+
+def test_a_base_whose_configuration_asks_for_more_than_logits(tmp_path: Path) -> None:
+    """Fine-tunes leave such switches on; the base in NF4 is loaded without them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_path(), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "return_dict": False, "output_hidden_states": True}))
+    job = one_job(tmp_path, model=str(base))
+    watch = Watch()
+    peft_loop.PeftLoop(read_job_data(job_of(job, ROWS[0], 2, tmp_path / "row")), CPU, 16).go(watch)
+    assert len(watch.losses) == 2
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -214,7 +264,7 @@ def test_the_command_shows_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert " ".join(first.split()) == "bfloat16 PEFT query and value 8 adamw - - - - - -"
     assert second.startswith("NF4       PEFT     query and value  8     adamw      5        2 s   ")
     assert second.endswith("14.18 GB  1.5000  1.2500")
-    assert "16 bits, query and value, rank 8: it was ended for want of memory" in shown.stderr
+    assert "bfloat16, PEFT, query and value, rank 8, adamw: it was ended for want of memory" in shown.stderr
     as_json = CliRunner().invoke(app, ["train", path, "--table", "--json"])
     rows = json.loads(as_json.stdout)
     assert [row["row"]["rank"] for row in rows] == [row.rank for row in ROWS]
@@ -224,6 +274,16 @@ def test_the_command_shows_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert alone.exit_code == ExitCode.REFUSED
     assert "--steps is of --table" in alone.stderr
 
+    for flags, said in (
+        (["--table", "--check"], "--check and --table are several commands"),
+        (["--plan", "--publish", "a"], "--plan trains no adapter that --publish could push"),
+        (["--check", "--steps", "4"], "--steps is of --table"),
+        (["--table", "--if-better-than", "base"], "--if-better-than says when to publish"),
+    ):
+        refused = CliRunner().invoke(app, ["train", path, *flags])
+        assert (refused.exit_code, refused.stdout) == (ExitCode.REFUSED, "")
+        assert said in refused.stderr
+
     def never(_: RowRequest) -> RowTrial:
         raise TrialFailed("no")
 
@@ -231,3 +291,29 @@ def test_the_command_shows_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     failed = CliRunner().invoke(app, ["train", path, "--table"])
     assert failed.exit_code != 0
     assert "no row could be measured" in failed.stderr
+
+
+def test_terminated_in_the_middle_it_shows_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SIGTERM unwinds, so that the process of the row ends too, with what it wrote."""
+    unwound: list[bool] = []
+
+    def some(request: RowRequest) -> RowTrial:
+        if request.row == ROWS[1]:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                unwound.append(True)
+        return TRIAL
+
+    def by_default(number: int, frame: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(table, "in_process", some)
+    before = signal.signal(signal.SIGTERM, by_default)
+    try:
+        shown = CliRunner().invoke(app, ["train", str(write(tmp_path)), "--table", "--json"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert shown.exit_code == ExitCode.INTERRUPTED
+    assert unwound == [True]
+    assert [row["row"]["bits"] for row in json.loads(shown.stdout)] == [16]

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, whose memory is then its own."""
+"""A measurement in a process of its own, whose memory is then its own: how it is asked, and how it answers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from typing import Any
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from loramux_trainer.errors import TrainerError
+from loramux_trainer.errors import DeviceFull, TrainerError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class TrialFailed(TrainerError):
@@ -17,16 +23,38 @@ class TrialFailed(TrainerError):
 
 
 def run_apart(module: str, request: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Runs `python -m module` with the request as JSON on stdin; returns the JSON of its last line.
+    """Runs `python -m module`, which calls `answer`, and returns what it measured.
 
-    Raises TrialFailed, which begins with `what`.
+    Raises TrialFailed, which begins with `what`. What the process leaves in its scratch directory goes, also where it
+    was killed.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module], input=json.dumps(request), capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory(prefix="loramux-trial-") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", module],  # -P: what lies in the user's directory is no module of ours
+            input=json.dumps({"request": request, "scratch": scratch}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         said = "it was ended for want of memory" if done.returncode == -signal.SIGKILL else lines[-1]
         raise TrialFailed(f"{what} failed: {said}")
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return values
+
+
+def answer(measure: Callable[[dict[str, Any], Path], DataclassInstance]) -> None:
+    """The other side: `measure` is called with the request and the scratch directory, which is empty."""
+    values = json.load(sys.stdin)
+    try:
+        measured = measure(values["request"], Path(values["scratch"]))
+    except TrainerError as error:
+        sys.exit(str(error))
+    except Exception as error:
+        from loramux_trainer.fleet.torch_errors import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(str(DeviceFull()))
+    print(json.dumps(asdict(measured)))

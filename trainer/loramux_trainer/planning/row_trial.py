@@ -1,24 +1,22 @@
 """One row of the table, measured in a process of its own: the first steps of the job, trained as the row says.
 
-`python -m loramux_trainer.planning.row_trial` reads a request as JSON from stdin and writes what it measured to stdout.
+By `python -m loramux_trainer.planning.row_trial`, see apart.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from loramux_trainer.errors import TrainerError
+from loramux_trainer.errors import Diverged
 from loramux_trainer.job_file import JobFile, read_job_file
+from loramux_trainer.planning.apart import answer
 from loramux_trainer.planning.rows import Row, job_of
 from loramux_trainer.planning.short_job import Watch
 from loramux_trainer.progress import StepReport
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
     from loramux_trainer.job import TrainConfig
     from loramux_trainer.preparation import JobData
+    from loramux_trainer.schema.sweep_config import FleetConfig
 
 _EVALUATED = 16  # batches of evaluation examples, at most
 _LAST = 5  # steps whose mean is the loss
@@ -58,24 +57,23 @@ class RowTrial:
     eval_loss: float | None
 
 
-def measure(request: RowRequest) -> RowTrial:
+def measure(request: RowRequest, scratch: Path) -> RowTrial:
     """Runs the row in this process. Raises what a run would."""
-    from loramux_adapters.memory import forget_peak, peak_bytes, resident_bytes
+    from loramux_adapters.memory import forget_peak, peak_bytes, used_bytes
     from loramux_trainer.preparation import find_device, read_job_data
     from loramux_trainer.targets import modules_of
 
-    first = read_job_file(Path(request.job_file)).jobs[0]
+    file = read_job_file(Path(request.job_file))
+    first = file.jobs[0]
     device = find_device(first)
-    in_use = resident_bytes if device.type == "cpu" else partial(peak_bytes, device)
-    with tempfile.TemporaryDirectory(prefix="loramux-table-") as scratch:
-        job = job_of(first, request.row, request.steps, Path(scratch) / "row")
-        job.output.mkdir()
-        prepared = _with_fewer_evals(read_job_data(job))
-        watch = _PeakWatch(partial(peak_bytes, device))
-        go = _loader(request.row, prepared, device, watch)()
-        loaded = in_use()
-        forget_peak(device)
-        go()
+    job = job_of(first, request.row, request.steps, scratch / "row")
+    job.output.mkdir()
+    prepared = _with_fewer_evals(read_job_data(job))
+    watch = _PeakWatch(partial(peak_bytes, device))
+    train = _loaded(request.row, prepared, file.fleet, device, watch)
+    loaded = used_bytes(device)
+    forget_peak(device)
+    train()
     modules = [prepared.reading.outline.modules[name] for name in modules_of(job, prepared.reading.outline)]
     return RowTrial(
         parameters=sum(job.lora.rank * (module.in_features + module.out_features) for module in modules),
@@ -88,20 +86,23 @@ def measure(request: RowRequest) -> RowTrial:
     )
 
 
-def _loader(row: Row, prepared: JobData, device: torch.device, watch: Watch) -> Callable[[], Callable[[], object]]:
-    """Loads the base, and gives what then trains on it."""
-
-    def by_peft() -> Callable[[], object]:
+def _loaded(
+    row: Row, prepared: JobData, fleet: FleetConfig, device: torch.device, watch: Watch
+) -> Callable[[], object]:
+    """Loads the base, and gives what then trains on it, which raises Diverged."""
+    if row.by == "peft":
         from loramux_trainer.trl_engine.peft_loop import PeftLoop
 
         return partial(PeftLoop(prepared, device, row.bits).go, watch)
+    from loramux_trainer.fleet_run import FleetRun
 
-    def by_fleet() -> Callable[[], object]:
-        from loramux_trainer.fleet_run import FleetRun
+    run = FleetRun(JobFile((prepared.job,), fleet), watch, read=lambda _: prepared)
 
-        return partial(FleetRun(JobFile((prepared.job,)), watch, read=lambda _: prepared).go, {}, threading.Event())
+    def by_fleet() -> None:
+        for failure in run.go({}, threading.Event()).failures.values():
+            raise Diverged(failure)
 
-    return by_peft if row.by == "peft" else by_fleet
+    return by_fleet
 
 
 class _PeakWatch(Watch):
@@ -131,15 +132,9 @@ def _tokens_of_steps(job: TrainConfig, prepared: JobData) -> list[int]:
     return [sum(lengths[index] for batch in order.micro_batches(step) for index in batch) for step in steps]
 
 
-def main() -> None:
-    """See the module."""
-    values = json.load(sys.stdin)
-    request = RowRequest(values["job_file"], Row(**values["row"]), values["steps"])
-    try:
-        print(json.dumps(asdict(measure(request))))
-    except TrainerError as error:
-        sys.exit(str(error))
+def _answered(values: dict[str, Any], scratch: Path) -> RowTrial:
+    return measure(RowRequest(values["job_file"], Row(**values["row"]), values["steps"]), scratch)
 
 
 if __name__ == "__main__":
-    main()
+    answer(_answered)

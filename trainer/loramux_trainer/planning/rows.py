@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from loramux_trainer.errors import JobInvalid
-from loramux_trainer.job import TrainConfig
+from loramux_trainer.job import CheckpointConfig, TrainConfig
 from loramux_trainer.planning.short_job import few_steps
 from loramux_trainer.schema.adapter_config import LoraConfig
 from loramux_trainer.schema.optim_config import OptimConfig
@@ -67,4 +67,11 @@ def job_of(job: TrainConfig, row: Row, steps: int, output: Path) -> TrainConfig:
     lora = LoraConfig(
         target_modules=_TARGETS[row.adapted], rank=row.rank, alpha=_ALPHA * row.rank, dropout=job.lora.dropout
     )
-    return TrainConfig(model=job.model, output=output, data=job.data, lora=lora, training=training)
+    return TrainConfig(
+        model=job.model,
+        output=output,
+        data=job.data,
+        lora=lora,
+        training=training,
+        checkpoint=CheckpointConfig(save_steps=0),  # no step waits for a disk, as none of PEFT's loop does
+    )

@@ -1,26 +1,21 @@
 """A few steps of a run on a base with few layers, in a process of its own: what it takes in memory and time.
 
-The trainer's own code on some of the job's own data. `python -m loramux_trainer.planning.trial` reads a request as JSON
-from stdin and writes what it measured to stdout.
+The trainer's own code on some of the job's own data, by `python -m loramux_trainer.planning.trial`, see apart.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
-from loramux_trainer.errors import TrainerError
 from loramux_trainer.job_file import JobFile, read_job_file
+from loramux_trainer.planning.apart import answer
 from loramux_trainer.planning.short_job import Watch, few_steps
 from loramux_trainer.schema.adapter_config import AdaloraConfig
 
@@ -58,28 +53,26 @@ class Trial:
     eval_tokens: int
 
 
-def measure(request: Request) -> Trial:
+def measure(request: Request, scratch: Path) -> Trial:
     """Runs the trial in this process: once with the longest examples, for the memory, and once with typical ones, for
     the time. Raises what the run would.
     """
-    from loramux_adapters.memory import forget_peak, peak_bytes, resident_bytes
+    from loramux_adapters.memory import forget_peak, peak_bytes, used_bytes
     from loramux_trainer.fleet_run import FleetRun
     from loramux_trainer.preparation import find_device
 
     file = read_job_file(Path(request.job_file))
     device = find_device(file.jobs[0])
-    in_use = resident_bytes if device.type == "cpu" else partial(peak_bytes, device)
-    with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:
-        process, begun = in_use(), time.monotonic()
-        longest = _Some(_longest)
-        run = FleetRun(shortened(file, request.base, Path(scratch) / "memory"), Watch(), read=longest.read)
-        load_seconds, loaded, load_peak = time.monotonic() - begun, in_use(), peak_bytes(device)
-        forget_peak(device)
-        run.go({}, threading.Event())
-        peak = peak_bytes(device)
-        typical, watch = _Some(_typical), Watch()
-        run = FleetRun(shortened(file, request.base, Path(scratch) / "time"), watch, read=typical.read)
-        run.go({}, threading.Event())
+    process, begun = used_bytes(device), time.monotonic()
+    longest = _Some(_longest)
+    run = FleetRun(shortened(file, request.base, scratch / "memory"), Watch(), read=longest.read)
+    load_seconds, loaded, load_peak = time.monotonic() - begun, used_bytes(device), peak_bytes(device)
+    forget_peak(device)
+    run.go({}, threading.Event())
+    peak = peak_bytes(device)
+    typical, watch = _Some(_typical), Watch()
+    run = FleetRun(shortened(file, request.base, scratch / "time"), watch, read=typical.read)
+    run.go({}, threading.Event())
     return Trial(
         layers=request.layers,
         process=process,
@@ -142,14 +135,5 @@ def _short(job: TrainConfig, base: str, output: Path) -> TrainConfig:
     return dataclasses.replace(job, model=base, output=output, training=training, adalora=adalora)
 
 
-def main() -> None:
-    """See the module."""
-    request = Request(**json.load(sys.stdin))
-    try:
-        print(json.dumps(asdict(measure(request))))
-    except TrainerError as error:
-        sys.exit(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    answer(lambda values, scratch: measure(Request(**values), scratch))

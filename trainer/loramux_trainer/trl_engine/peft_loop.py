@@ -5,16 +5,18 @@ As PEFT's users write it: `get_peft_model`, rows padded to the longest one, logi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from loramux_adapters.base.load import refuse_foreign_quantization
+from loramux_adapters.base.load import ask_for_logits_only, refuse_foreign_quantization
 from loramux_trainer.base_reading import loading
 from loramux_trainer.batches import StepOrder
 from loramux_trainer.data.examples import IGNORE, Example, Unit
+from loramux_trainer.errors import Diverged
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.preparation import JobData, compute_dtype, enable_activation_checkpointing, load, source_of
 from loramux_trainer.progress import EvalReport, Progress, StepReport
@@ -51,7 +53,7 @@ class PeftLoop:
         self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def go(self, progress: Progress) -> None:
-        """Takes the job's steps, and evaluates after the last one."""
+        """Takes the job's steps, and evaluates after the last one. Raises Diverged as the fleet ends a job."""
         training = self._job.training
         steps = training.max_steps or 0
         own = {"betas": training.betas} if training.optimizer == "adamw" else {"momentum": training.momentum or 0.0}
@@ -71,11 +73,16 @@ class PeftLoop:
             loss = sum(self._backward(batch, tokens) for batch in batches)
             limit = training.max_grad_norm or float("inf")
             norm = float(torch.nn.utils.clip_grad_norm_(self._trained, limit))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}")
             optimizer.step()
             optimizer.zero_grad()
             progress.stepped(StepReport(step + 1, loss, rate, norm, tokens))
         if self._data.eval:
-            progress.evaluated(EvalReport(steps, self._evaluate()))
+            loss = self._evaluate()
+            if not math.isfinite(loss):
+                raise Diverged(f"step {steps}: eval loss {loss:g}")
+            progress.evaluated(EvalReport(steps, loss))
 
     def _backward(self, batch: Sequence[Unit], tokens: int) -> float:
         """The batch's part of a step's mean over `tokens`."""
@@ -121,4 +128,5 @@ def _load_16_bit(job: TrainConfig, device: torch.device) -> Any:
         if declared is not None:
             refuse_foreign_quantization(model.config.to_dict())
             model = model.dequantize().to(torch.bfloat16)
+    ask_for_logits_only(model.config)
     return model.eval().requires_grad_(False)
