@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from loramux_trainer.dry_run import check_whole_job
 from loramux_trainer.errors import Interrupted, JobInvalid
 from loramux_trainer.job import parse_job
 from loramux_trainer.job_file import JobFile, parse_job_file
+from loramux_trainer.progress import EvalReport, OneJob, StepReport
 from loramux_trainer.run import train, train_file
 from loramux_trainer.tracking import observer, picture
 from loramux_trainer.tracking.curves import Curve
+from loramux_trainer.tracking.observer import TrackedFleet
 from loramux_trainer.tracking.picture import draw_all, draw_one, smoothed, upper_limit
 from support.training import StopAt, Watcher, job_values
 
@@ -81,6 +84,66 @@ def test_pictures_of_any_number_of_jobs(count: int, evaluated: bool, tmp_path: P
     height, width, _ = imread(tmp_path / "loss.png").shape
     assert height > 500
     assert width > (1500 if evaluated and count > 1 else 900)
+
+
+@pytest.mark.parametrize("name", ["_hidden", r"a$\foo$b", "日本", "50% [x]{y}^z"])
+def test_a_name_is_text_in_a_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No formula, and no mark that leaves it out of the legend."""
+    figures: list[Figure] = []
+    write = picture._write
+    monkeypatch.setattr(picture, "_write", lambda figure, directory: figures.append(figure) or write(figure, directory))
+    curves = [Curve(name, [(1, 1.0), (2, 0.5)], state="finished"), Curve("other", [(1, 2.0)], state="finished")]
+    draw_one(curves[0], tmp_path)
+    draw_all(curves, tmp_path)
+    alone, together = figures
+    assert alone.axes[0].get_title() == name
+    assert [text.get_text() for text in together.legends[0].get_texts()] == [f"{name} (0.5)", "other (2)"]
+
+
+def test_the_legend_has_the_colors_of_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(picture, "_write", lambda figure, directory: figures.append(figure))
+    draw_all([Curve(f"job-{n}", [(1, float(n)), (2, float(n))], state="finished") for n in range(12)], tmp_path)
+    (figure,) = figures
+    colors = {line.get_ydata()[0]: line.get_color() for line in figure.axes[0].get_lines()}
+    (legend,) = figure.legends
+    texts, lines = legend.get_texts(), legend.get_lines()
+    assert [text.get_text() for text in texts] == [*(f"job-{n} ({n})" for n in range(10)), "2 more"]
+    assert [line.get_color() for line in lines] == [colors[n] for n in range(11)]
+
+
+def test_a_single_step_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(picture, "_write", lambda figure, directory: figures.append(figure))
+    single = Curve("a", [(1, 1.0)], state="finished")
+    draw_one(single, tmp_path)
+    draw_all([single, Curve("b", [(1, 1.0), (2, 1.0)], state="finished")], tmp_path)
+    alone, together = figures
+    assert any(line.get_marker() == "o" for line in alone.axes[0].get_lines())
+    assert [line.get_marker() for line in together.axes[0].get_lines()] == ["", "o"]
+
+
+def test_a_loss_that_is_no_number_is_no_point(tmp_path: Path) -> None:
+    curve = Curve("a")
+    for step in range(1, 41):
+        loss = math.nan if step == 20 else math.inf if step == 21 else 1e9 if step == 22 else 1 / step
+        curve.stepped(StepReport(step, loss, 1e-3, 1.0, 1))
+        curve.evaluated(EvalReport(step, -loss))
+    assert len(curve.steps) == len(curve.evals) == 38
+    assert all(math.isfinite(loss) for _, loss in smoothed(curve.steps))
+    draw_one(curve, tmp_path)
+    draw_all([curve, Curve("b")], tmp_path)
+    (tmp_path / "train_report.json").write_text('{"history": [{"step": 1, "loss": NaN}], "evals": []}')
+    curve.ended("finished", tmp_path)
+    assert curve.steps == []
+
+
+def test_only_what_is_drawn_is_kept(tmp_path: Path) -> None:
+    job = parse_job({**values(tmp_path), "tracking": {}})
+    tracked = TrackedFleet(OneJob(StopAt(9)), [job])
+    tracked.of("out").stepped(StepReport(1, 1.0, 1e-3, 1.0, 1))
+    tracked.of("out").evaluated(EvalReport(1, 1.0))
+    assert tracked._jobs["out"].curve == Curve("out")
 
 
 def test_a_job_has_its_picture_beside_its_report(tmp_path: Path) -> None:

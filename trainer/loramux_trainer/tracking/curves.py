@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ Points = list[tuple[int, float]]
 
 @dataclass
 class Curve:
-    """Of one job; `state` as FleetProgress has it."""
+    """Of one job; `state` as FleetProgress has it. A loss that is not finite is no point."""
 
     name: str
     steps: Points = field(default_factory=list)
@@ -35,11 +36,11 @@ class Curve:
 
     def stepped(self, report: StepReport) -> None:
         """A step was taken."""
-        self.steps.append((report.step, report.loss))
+        self.steps += _finite([(report.step, report.loss)])
 
     def evaluated(self, report: EvalReport) -> None:
         """It was evaluated."""
-        self.evals.append((report.step, report.loss))
+        self.evals += _finite([(report.step, report.loss)])
 
     def ended(self, state: str, output: Path) -> None:
         """Of a job that is finished, the steps of earlier runs come from its report."""
@@ -52,4 +53,8 @@ class Curve:
 
 
 def _points(reports: list[Mapping[str, Any]]) -> Points:
-    return [(int(report["step"]), float(report["loss"])) for report in reports]
+    return _finite((int(report["step"]), float(report["loss"])) for report in reports)
+
+
+def _finite(points: Iterable[tuple[int, float]]) -> Points:
+    return [(step, loss) for step, loss in points if math.isfinite(loss)]

@@ -52,7 +52,7 @@ class TrackedFleet:
             self._draw()
 
     def _draw(self) -> None:
-        curves = [job.curve for job in self._jobs.values() if job.plots and job.curve.steps]
+        curves = [job.curve for job in self._jobs.values() if job.curve.steps]
         directories = {job.output.parent for job in self._jobs.values()}
         if len(curves) > 1 and len(directories) == 1:
             _guard_picture(partial(draw_all, curves, directories.pop()), self._progress.warned)
@@ -92,7 +92,8 @@ class _TrackedJob:
     def stepped(self, report: StepReport) -> None:
         """See Progress."""
         self._progress.stepped(report)
-        self.curve.stepped(report)
+        if self.plots:  # else its points would be held to the end of all jobs
+            self.curve.stepped(report)
         values = {"loss": report.loss, "learning_rate": report.learning_rate, "grad_norm": report.gradient_norm}
         values |= {"num_tokens": report.tokens, **report.metrics}
         self._log(report.step, {f"train/{name}": value for name, value in values.items()})
@@ -100,7 +101,8 @@ class _TrackedJob:
     def evaluated(self, report: EvalReport) -> None:
         """See Progress."""
         self._progress.evaluated(report)
-        self.curve.evaluated(report)
+        if self.plots:
+            self.curve.evaluated(report)
         self._log(report.step, {"eval/loss": report.loss})
 
     def saved(self, checkpoint: Path) -> None:

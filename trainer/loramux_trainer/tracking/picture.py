@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,14 +37,15 @@ def draw_one(curve: Curve, directory: Path) -> None:
     axes = figure.subplots()
     axes.plot(*_xy(curve.steps), color=_TRAIN, alpha=0.28, linewidth=0.9)
     smooth = smoothed(curve.steps)
-    axes.plot(*_xy(smooth), color=_TRAIN, linewidth=1.8, label="training (smoothed)")
+    axes.plot(*_xy(smooth), color=_TRAIN, linewidth=1.8, marker=_marker(smooth), label="training (smoothed)")
     if curve.evals:
         axes.plot(*_xy(curve.evals), color=_EVAL, marker="o", markersize=4, linewidth=1.4, label="evaluation")
         step, best = min(curve.evals, key=lambda point: (point[1], point[0]))
         axes.annotate(
             f"{best:.4f}", (step, best), xytext=(0, 8), textcoords="offset points", ha="center", color=_EVAL, fontsize=8
         )
-    axes.set_title(curve.name if curve.state == "finished" else f"{curve.name} ({curve.state})", fontsize=10)
+    title = curve.name if curve.state == "finished" else f"{curve.name} ({curve.state})"
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.legend(frameon=False, fontsize=8)
     _dress(axes, [curve.steps, curve.evals])
     _write(figure, directory)
@@ -55,31 +57,34 @@ def draw_all(curves: Sequence[Curve], directory: Path) -> None:
     Raises OSError.
     """
     ordered = sorted(curves, key=lambda curve: (curve.state != "finished", curve.last, curve.name))
-    named = ordered[: len(_COLORS)]
     has_evals = any(curve.evals for curve in curves)
     figure = _figure(10.4 if has_evals else 7.0, 4.4)
     panels: Sequence[Axes] = figure.subplots(1, 1 + has_evals, squeeze=False)[0]
     series = [[smoothed(curve.steps) for curve in ordered], [curve.evals for curve in ordered]]
     for axes, title, points_of in zip(panels, ("training loss (smoothed)", "evaluation loss"), series, strict=False):
         for place, (curve, points) in reversed(list(enumerate(zip(ordered, points_of, strict=True)))):
-            color = _COLORS[place] if curve in named else _GREY
-            marker = "o" if title.startswith("eval") else ""
-            axes.plot(*_xy(points), color=color, linewidth=1.5, marker=marker, markersize=3, label=_label(curve))
+            color = _COLORS[place] if place < len(_COLORS) else _GREY
+            marker = "o" if title.startswith("eval") else _marker(points)
+            axes.plot(*_xy(points), color=color, linewidth=1.5, marker=marker, markersize=3)
             if points and curve.state != "finished":
                 axes.plot(*points[-1], color=color, marker="x", markersize=7)
         axes.set_title(title, fontsize=10)
         _dress(axes, points_of)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if rest := len(ordered) - len(named):
-        named_handles = handles[rest:]
-        labels = [*labels[rest:], f"{rest} more"]
-        handles = [*named_handles, handles[0]]
-        order = [*reversed(range(len(named_handles))), len(named_handles)]
-    else:
-        order = list(reversed(range(len(handles))))
-    figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
+    _explain_colors(figure, ordered)
+    _write(figure, directory)
+
+
+def _explain_colors(figure: Any, ordered: Sequence[Curve]) -> None:
+    from matplotlib.lines import Line2D
+
+    labels = [_label(curve) for curve in ordered[: len(_COLORS)]]
+    lines = [Line2D([], [], color=color, linewidth=1.5) for color in _COLORS[: len(labels)]]
+    if rest := len(ordered) - len(labels):
+        labels.append(f"{rest} more")
+        lines.append(Line2D([], [], color=_GREY, linewidth=1.5))
+    legend = figure.legend(
+        lines,
+        list(map(str, range(len(labels)))),  # a label that begins with an underscore would be left out
         loc="outside right upper",
         frameon=False,
         fontsize=7.5,
@@ -87,7 +92,9 @@ def draw_all(curves: Sequence[Curve], directory: Path) -> None:
         title_fontsize=7.5,
         alignment="left",
     )
-    _write(figure, directory)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)  # a name may have dollars
+        text.set_text(label)
 
 
 def smoothed(points: Points) -> Points:
@@ -95,7 +102,8 @@ def smoothed(points: Points) -> Points:
 
     What is above `upper_limit` counts as that, or one wild step would lift the line for many.
     """
-    limit = upper_limit([loss for _, loss in points]) or math.inf
+    limit = upper_limit([loss for _, loss in points])
+    limit = math.inf if limit is None else limit
     keep = math.exp(-_SMOOTHED / max(len(points), _SMOOTHED)) if len(points) > _SMOOTHED else 0.0
     total = weight = 0.0
     found: Points = []
@@ -119,6 +127,11 @@ def _label(curve: Curve) -> str:
     ended = "" if curve.state == "finished" else f", {curve.state}"
     name = curve.name if len(curve.name) <= 44 else curve.name[:21] + "…" + curve.name[-22:]
     return f"{name} ({curve.last:.4g}{ended})"
+
+
+def _marker(points: Points) -> str:
+    """A line of one point is not seen."""
+    return "o" if len(points) == 1 else ""
 
 
 def _xy(points: Points) -> tuple[list[int], list[float]]:
@@ -152,8 +165,10 @@ def _write(figure: Any, directory: Path) -> None:
     """Whole or not at all."""
     path, partial = directory / PICTURE, directory / f".{PICTURE}.partial.png"
     try:
-        figure.savefig(partial, dpi=160)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            figure.savefig(partial, dpi=160)
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
