@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
@@ -149,6 +151,84 @@ def test_a_fleet_fits_into_the_terminal(width: int) -> None:
     assert total == "8 jobs: 5 running, 1 waiting, 1 finished, 1 diverged; 30 tokens/s; * best eval"
 
 
+@pytest.mark.parametrize("width", range(1, 80, 4))
+@pytest.mark.parametrize("height", [0, 1, 7, 9, 24])
+def test_a_small_terminal_has_whole_cells_and_the_line_of_all(width: int, height: int) -> None:
+    """What has no place is left out, not cut: rows, then the bar, the time left, the losses, the state."""
+    table = _table(SWEEP, width, height=height, marks_best=True)
+    for number, name in enumerate(SWEEP[:-2]):
+        _run(table, name, 20 * (number + 1), 120, eval_loss=0.5 - 0.01 * number)
+    lines = _drawn(table, width)
+    assert all(cell_len(line) <= width for line in lines)
+    assert "".join("".join(lines).split()).endswith(("*besteval", "morenotshown"))
+    if width >= 20:
+        head = lines[0].split()
+        rows = [line for line in lines[1:] if "120" in line or "waiting" in line]
+        assert head[:2] == ["job", "step"]
+        assert rows
+        assert not any("…" in cell for row in rows for cell in row.split()[1:])
+        if height >= 9:
+            assert len(lines) < height  # one more is the cursor's
+        step = rows[0].split()
+        assert "20/120" in step
+        assert ("0:36:45" in step) == ("left" in head)
+
+
+@pytest.mark.parametrize("name", ["日本語のとても長い名前のジョブ", "a" * 300, "e\u0301" * 40, "\x1b[2Jred\nline" * 3])
+def test_a_name_of_any_letters_is_one_line(name: str) -> None:
+    table = _table([name, "b"], 62)
+    _run(table, name, 2, 4)
+    _, first, second, _ = _drawn(table, 62)
+    assert max(map(cell_len, (first, second))) <= 62
+    assert first.split()[-1] == "running"
+    assert first.split()[-4:-1] == ["2/4", "1.0000", "0:00:02"]
+    assert "\x1b" not in first
+
+
+def test_a_job_that_could_not_begin_is_not_said_to_have_ended_before() -> None:
+    table = _table(["a", "b"], 300, terminal=False)
+    table.ended("a", "refused")
+    table.ended("b", "stopped")
+    assert table._console.file.getvalue().splitlines() == ["a: refused", "b: stopped before this run"]
+
+
+def test_a_loss_on_its_way_to_diverge_takes_no_more_place() -> None:
+    table = _table(["a"], 80)
+    table.of("a").started(9, 0, DATA)
+    for loss, shown in ((1e30, "1.00e+30"), (math.nan, "nan"), (-math.inf, "-inf"), (-99999.0, "-99999.0000")):
+        table.of("a").stepped(_step(1, loss=loss))
+        assert _drawn(table, 80)[1].split()[-2] == shown
+
+
+def test_a_terminal_that_cannot_move_its_cursor_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of emacs and of some CI: rich draws nothing there before the end."""
+    monkeypatch.setenv("TERM", "dumb")
+    table = _table(["a"], 80)
+    bar = output.step_progress(COLUMN)
+    bar.live.console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with table, bar:
+        _run(table, "a", 1, 3, eval_loss=0.5)
+        watcher = TrainingBar(bar, "a")
+        watcher.started(3, 0, DATA)
+        watcher.stepped(_step(1))
+        watcher.evaluated(EvalReport(1, 0.5))
+    assert "a: step 1/3, loss 2.0000, eval loss 0.5000\n" in table._console.file.getvalue()
+    assert "a: step 1/3, loss 0.5000, eval 0.5000\n" in bar.console.file.getvalue()
+
+
+def test_of_steps_that_take_minutes_a_bar_knows_how_long_the_others_take() -> None:
+    bar = output.step_progress(COLUMN)
+    clock = Clock()
+    bar.get_time = clock
+    bar.live.console = Console(file=io.StringIO(), width=200)
+    watcher = TrainingBar(bar, "a")
+    watcher.started(10, 4, DATA)  # resumed
+    for step in (5, 6, 7):
+        clock.now += 120.0
+        watcher.stepped(_step(step))
+    assert bar.tasks[0].time_remaining == pytest.approx(360.0)
+
+
 def test_the_best_is_marked_only_where_losses_can_be_compared() -> None:
     for marks, marked in ((True, 1), (False, 0)):
         table = _table(["a", "b"], 80, marks_best=marks)
@@ -188,6 +268,7 @@ def test_of_more_jobs_than_lines_those_that_run_are_shown() -> None:
 
 def test_a_live_table_is_drawn_and_left_as_it_ended() -> None:
     table = _table(["a", "[b]"], 80)
+    assert table._live.refresh_per_second == 1  # the training thread waits for it
     with table:
         _run(table, "[b]", 3, 3, eval_loss=0.25)
         table.of("[b]").warned("[bold]loud")

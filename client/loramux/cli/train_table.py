@@ -27,7 +27,7 @@ def table(job_file: Path, steps: int, *, as_json: bool) -> None:
     measured: list[MeasuredRow] = []
     try:
         with count_progress() as bar:
-            task = bar.add_task(f"{steps} steps of each row", total=len(ROWS), visible=bar.console.is_terminal)
+            task = bar.add_task(f"{steps} steps of each row", total=len(ROWS), visible=bar.console.is_interactive)
             for row in measure_table(job_file, steps):
                 measured.append(row)
                 bar.advance(task)

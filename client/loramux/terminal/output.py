@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,7 +139,14 @@ def _counting(*more: ProgressColumn) -> Progress:
     from loramux.terminal.bar import Bar
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *more)
-    return Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    # Rich forgets steps after 30 s: of longer ones it would never know how long the others take.
+    return Bar(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        speed_estimate_period=math.inf,
+    )
 
 
 def size(nbytes: int) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramux.terminal.output import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -21,14 +23,19 @@ SECONDS_OF_LINE = 60.0
 """From one line to the next where nobody watches."""
 
 
+def loss_text(loss: float) -> str:
+    """Of one width, but for what is on its way to diverge."""
+    return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.2e}"
+
+
 class TrainingBar:
     """One task in `bar`; its fields `loss` and `eval_loss` are text."""
 
     def __init__(self, bar: Progress, description: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._bar, self._description, self._clock = bar, description, clock
+        self._bar, self._description, self._clock = bar, visible(description), clock
         self._line_at = clock() + SECONDS_OF_LINE
         self._task = bar.add_task(
-            description, total=None, loss="loading", eval_loss="", visible=bar.console.is_terminal
+            self._description, total=None, loss="loading", eval_loss="", visible=bar.console.is_interactive
         )
 
     def started(self, total_steps: int, first_step: int, data: DataReport) -> None:
@@ -38,14 +45,14 @@ class TrainingBar:
 
     def stepped(self, report: StepReport) -> None:
         """A step is done."""
-        self._bar.update(self._task, completed=report.step, loss=f"loss {report.loss:.4f}")
+        self._bar.update(self._task, completed=report.step, loss=f"loss {loss_text(report.loss)}")
         if self._clock() >= self._line_at:
             self._line_at = self._clock() + SECONDS_OF_LINE
             self._say_unwatched()
 
     def evaluated(self, report: EvalReport) -> None:
         """An evaluation is done."""
-        self._bar.update(self._task, eval_loss=f"eval {report.loss:.4f}")
+        self._bar.update(self._task, eval_loss=f"eval {loss_text(report.loss)}")
         if not self._bar.tasks[self._task].finished:  # else the last state says the same
             self._say_unwatched()
 
@@ -58,7 +65,7 @@ class TrainingBar:
         self._say(f"warning: {message}")
 
     def _say_unwatched(self) -> None:
-        if not self._bar.console.is_terminal:
+        if not self._bar.console.is_interactive:
             task = self._bar.tasks[self._task]
             done = f"step {task.completed:.0f}/{task.total or 0:.0f}"
             self._say(
@@ -66,7 +73,7 @@ class TrainingBar:
             )
 
     def _say(self, message: str) -> None:
-        self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(visible(message, keep="\n\t"), markup=False, highlight=False, soft_wrap=True)
 
 
 COLUMN = "{task.fields[loss]} {task.fields[eval_loss]}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loramux.terminal.output import visible
-from loramux.terminal.training_bar import SECONDS_OF_LINE
+from loramux.terminal.training_bar import SECONDS_OF_LINE, loss_text
 
 if TYPE_CHECKING:
     from loramux_trainer.data.dataset import DataReport
@@ -38,7 +38,8 @@ _STYLES = {
     "refused": "red",
 }
 _BAR = 8  # columns, at least
-_AROUND = 4  # lines of the terminal that are no rows
+_NAME = 8  # columns, at least
+_AROUND = 3  # lines of the terminal beside rows and the line of all
 
 
 class TrainingTable:
@@ -57,17 +58,18 @@ class TrainingTable:
         self._began: float | None = None  # the first step's end, from which tokens count
         self._tokens = 0
         self._line_at = clock() + SECONDS_OF_LINE
-        self._live = Live(get_renderable=self.drawn, console=console, refresh_per_second=4, transient=False)
+        # 36 rows are 50 ms of rich's, which the training thread waits for.
+        self._live = Live(get_renderable=self.drawn, console=console, refresh_per_second=1, transient=False)
 
     def __enter__(self) -> TrainingTable:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.refresh()
             self._live.stop()
 
@@ -84,7 +86,7 @@ class TrainingTable:
         row = self._rows[name]
         row.state = state
         if not row.total:
-            self.say(f"{name}: {state} before this run")
+            self.say(f"{name}: {state} before this run" if state in ("finished", "stopped") else f"{name}: {state}")
         else:
             self.say_unwatched(f"{name}: {state} at {row.described()}")
 
@@ -94,7 +96,7 @@ class TrainingTable:
 
     def say_unwatched(self, message: str) -> None:
         """A line where there is no table."""
-        if not self._console.is_terminal:
+        if not self._console.is_interactive:
             self.say(message)
 
     def stepped(self, tokens: int) -> None:
@@ -121,29 +123,36 @@ class TrainingTable:
         return "; ".join(parts)
 
     def drawn(self) -> Group:
-        """The table as it is now, as many rows as the terminal has place for."""
-        rows = list(self._rows.values())
-        most = max(1, self._console.height - _AROUND)
+        """The table as it is now: of rows and columns those that the terminal has place for."""
+        rows, best, width = list(self._rows.values()), self._best(), self._console.width
+        total = Text(self.total() + ("; * best eval" if best is not None else ""), style="dim")
+        most = self._console.height - _AROUND - len(total.wrap(self._console, width))
         if len(rows) > most:
             rows.sort(key=lambda row: (row.state != "running", row.state == "waiting"))
-        shown = rows[:most]
-        best = self._best()
-        cells = [row.cells(row is best) for row in shown]
-        widths = [max([cell_len(head), *(cell_len(row[at].plain) for row in cells)]) for at, head in enumerate(_HEADS)]
-        free = self._console.width - sum(widths) - 2 * (len(_HEADS) + 1)
-        names = max(map(cell_len, ["job", *(row.name for row in shown)]))
-        bar = max(_BAR, min(40, free - names))
+            more = Text(f"; {len(rows)} more not shown")
+            most = max(1, self._console.height - _AROUND - len((total + more).wrap(self._console, width)))
+            total.append(f"; {len(rows) - most} more not shown" if len(rows) > most else "")
+        shown = [(row.shown_name, row, row.cells(row is best)) for row in rows[:most]]
+        columns = {"": _BAR} | {
+            head: max([cell_len(head), *(cell_len(cells[at].plain) for *_, cells in shown)])
+            for at, head in enumerate(_HEADS)
+        }
+        for head in _DISPENSABLE:
+            if _free(columns, width) >= _NAME:
+                break
+            del columns[head]
+        free = max(1, _free(columns, width))
+        bar = min(40, _BAR + max(0, free - max(map(cell_len, ["job", *(name for name, *_ in shown)]))))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("job", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for head in _HEADS:
-            table.add_column(head, no_wrap=True, justify="left" if head == "state" else "right")
-        for row, own in zip(shown, cells, strict=True):
+        for head in columns:
+            table.add_column(head, no_wrap=True, justify="left" if head in ("", "state") else "right")
+        for name, row, cells in shown:
             progress = ProgressBar(total=row.total or 1, completed=row.step if row.total else 0, width=bar)
-            table.add_row(Text(_in_width(row.name, max(_BAR, free - bar))), progress, *own)
-        more = f"; {len(rows) - len(shown)} more not shown" if len(rows) > len(shown) else ""
-        starred = "; * best eval" if best is not None else ""
-        return Group(table, Text(self.total() + starred + more, style="dim"))
+            by_head = {"": progress, **dict(zip(_HEADS, cells, strict=True))}
+            name_width = free - (bar - _BAR if "" in columns else 0)
+            table.add_row(Text(_in_width(name, name_width)), *(by_head[head] for head in columns))
+        return Group(table, total)
 
     def _best(self) -> _Row | None:
         known = {row.eval_loss: row for row in reversed(self._rows.values()) if row.eval_loss is not None}
@@ -151,13 +160,15 @@ class TrainingTable:
 
 
 _HEADS = ("step", "loss", "eval", "left", "state")
+_DISPENSABLE = ("", "left", "loss", "eval", "state")
+"""Columns in the order in which a narrow terminal is without them; the first is the bar."""
 
 
 class _Row:
     """One job, which is a Progress."""
 
     def __init__(self, name: str, table: TrainingTable) -> None:
-        self.name, self._table = name, table
+        self.name, self.shown_name, self._table = name, visible(name), table
         self.step, self.total = 0, 0
         self.loss: float | None = None
         self.eval_loss: float | None = None
@@ -216,7 +227,12 @@ class _Row:
 
 
 def _number(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
+    return "-" if loss is None else loss_text(loss)
+
+
+def _free(columns: Mapping[str, int], width: int) -> int:
+    """What is left for names, with two columns between all."""
+    return width - sum(columns.values()) - 2 * len(columns)
 
 
 def clock_time(seconds: float) -> str:
@@ -229,4 +245,8 @@ def _in_width(name: str, width: int) -> str:
     if cell_len(name) <= width:
         return name
     head = (width - 1) // 2
-    return set_cell_size(name, head) + "…" + name[-(width - 1 - head) :]
+    room = width - 1 - head
+    tail = name[len(name) - room :]
+    while cell_len(tail) > room:
+        tail = tail[1:]
+    return set_cell_size(name, head) + "…" + tail
