@@ -149,7 +149,7 @@ class TrainingTable:
             table.add_column(head, no_wrap=True, justify="left" if head in ("", "state") else "right")
         for name, row, cells in shown:
             progress = ProgressBar(total=row.total or 1, completed=row.step if row.total else 0, width=bar)
-            by_head = {"": progress, **dict(zip(_HEADS, cells, strict=True))}
+            by_head: dict[str, ProgressBar | Text] = {"": progress, **dict(zip(_HEADS, cells, strict=True))}
             name_width = free - (bar - _BAR if "" in columns else 0)
             table.add_row(Text(_in_width(name, name_width)), *(by_head[head] for head in columns))
         return Group(table, total)
