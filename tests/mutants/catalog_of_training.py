@@ -10,7 +10,7 @@ FLEET, TEST_FLEET = TRAINER + "fleet/", TESTS + "fleet/"
 TRAINING_MUTANTS = (
     Mutant(
         "one that diverged is not saved", TRAINER + "fleet_run.py",
-        "            if member.step and not member.is_torn:\n                run.save()\n", "",
+        "            if self._writes and member.step and not member.is_torn:\n                run.save()\n", "",
         (TESTS + "test_train_file.py",),
     ),
     Mutant(
@@ -76,5 +76,25 @@ TRAINING_MUTANTS = (
         "an adapter is exported without a look at the base", TRAINER + "fleet_run.py",
         "if refingerprint(self._base) != self._base.spec.fingerprint:", "if False:",
         (TESTS + "test_run.py",),
+    ),
+    Mutant(
+        "a row of the table that diverges has figures", TRAINER + "planning/row_trial.py",
+        "            raise Diverged(failure)\n", "            pass\n",
+        (TESTS + "planning/test_table.py",),
+    ),
+    Mutant(
+        "a row of the table has a fleet of its own", TRAINER + "planning/row_trial.py",
+        "JobFile((prepared.job,), fleet)", "JobFile((prepared.job,))",
+        (TESTS + "planning/test_table.py",),
+    ),
+    Mutant(
+        "a measurement imports what lies in the user's directory", TRAINER + "planning/apart.py",
+        '"-P", ', "",
+        (TESTS + "planning/test_apart.py",),
+    ),
+    Mutant(
+        "one loss that is not finite ends the smoothed line", TRAINER + "tracking/curves.py",
+        " if math.isfinite(loss)]", "]",
+        (TESTS + "tracking/test_picture.py",),
     ),
 )  # fmt: skip

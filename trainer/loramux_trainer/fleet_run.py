@@ -63,13 +63,20 @@ class FleetOutcome:
 
 
 class FleetRun:
-    """The base, the jobs that take part, and those that wait."""
+    """The base, the jobs that take part, and those that wait. `writes`: else they are only watched, and neither an
+    adapter nor a checkpoint comes of them.
+    """
 
     def __init__(
-        self, file: JobFile, progress: FleetProgress, *, read: Callable[[TrainConfig], JobData] = read_job_data
+        self,
+        file: JobFile,
+        progress: FleetProgress,
+        *,
+        read: Callable[[TrainConfig], JobData] = read_job_data,
+        writes: bool = True,
     ) -> None:
         jobs, first = file.jobs, file.jobs[0]
-        self._file, self._progress, self._read = file, progress, read
+        self._file, self._progress, self._read, self._writes = file, progress, read, writes
         self._most = file.fleet.max_members or len(jobs)
         device = find_device(first)
         for job in jobs:
@@ -181,9 +188,10 @@ class FleetRun:
     def _begin(self, prepared: JobData, checkpoint: Path | None) -> MemberRun:
         job, progress = prepared.job, self._progress.of(prepared.job.run_name)
         built = build_member(prepared, self._model, progress.warned)
-        parameters = built.adapter.parameters.weights.numel()
-        beside = {run.job.output: run.bytes_to_write for run in self._runs}
-        check_space(job, parameters, built.member.options.total_steps, beside)
+        if self._writes:
+            parameters = built.adapter.parameters.weights.numel()
+            beside = {run.job.output: run.bytes_to_write for run in self._runs}
+            check_space(job, parameters, built.member.options.total_steps, beside)
         run = MemberRun(prepared, self._model, built, progress)
         run.begin(checkpoint)
         if built.member.loss.needs_reference and job.loss.precompute_ref_log_probs:
@@ -264,13 +272,14 @@ class FleetRun:
         if member.state == "finished":
             if refingerprint(self._base) != self._base.spec.fingerprint:
                 raise BaseChanged("the frozen base was written to during training; nothing was exported")
-            run.load_best()
-            self._results[member.name] = run.finish()
+            if self._writes:
+                run.load_best()
+                self._results[member.name] = run.finish()
         elif member.state == "stopped":
             run.discard()
         else:
             self._failures[member.name] = member.failure or member.state
-            if member.step and not member.is_torn:
+            if self._writes and member.step and not member.is_torn:
                 run.save()
 
     def _set_aside(self, run: MemberRun, error: OutputFailed) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from loramux.terminal.failures import ExitCode
 from loramux_adapters.embedded.tiny import tiny_path
-from loramux_trainer import fleet_run
+from loramux_trainer import fleet_run, space
 from loramux_trainer.data.examples import Example
 from loramux_trainer.errors import Diverged, JobInvalid
 from loramux_trainer.fleet.member import Member
@@ -180,7 +180,8 @@ def test_a_row_that_diverges_has_no_figures(tmp_path: Path, monkeypatch: pytest.
     path = write(tmp_path)
     for row in (ROWS[1], ROWS[2]):
         with pytest.raises(Diverged, match="step 1: loss nan"):
-            measure(RowRequest(str(path), row, 2), _empty(tmp_path, row.by))
+            measure(RowRequest(str(path), row, 2), scratch := _empty(tmp_path, row.by))
+        assert list(scratch.iterdir()) == []
 
 
 def test_what_the_file_says_of_its_fleet_is_of_the_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +194,11 @@ def test_what_the_file_says_of_its_fleet_is_of_the_rows_too(tmp_path: Path, monk
 
     monkeypatch.setattr(fleet_run, "Fleet", Seen)
     path = write(tmp_path, fleet={"token_budget": 77}, data={"eval_fraction": 0})
-    trial = measure(RowRequest(str(path), ROWS[2], 2), _empty(tmp_path, "fleet"))
+    monkeypatch.setattr(space, "_free_bytes", lambda directory: 0)  # nor does it need a disk
+    trial = measure(RowRequest(str(path), ROWS[2], 2), scratch := _empty(tmp_path, "fleet"))
     assert seen == [77]
     assert trial.eval_loss is None
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_base_whose_configuration_asks_for_more_than_logits(tmp_path: Path) -> None:

@@ -67,7 +67,6 @@ def measure(request: RowRequest, scratch: Path) -> RowTrial:
     first = file.jobs[0]
     device = find_device(first)
     job = job_of(first, request.row, request.steps, scratch / "row")
-    job.output.mkdir()
     prepared = _with_fewer_evals(read_job_data(job))
     watch = _PeakWatch(partial(peak_bytes, device))
     train = _loaded(request.row, prepared, file.fleet, device, watch)
@@ -96,7 +95,7 @@ def _loaded(
         return partial(PeftLoop(prepared, device, row.bits).go, watch)
     from loramux_trainer.fleet_run import FleetRun
 
-    run = FleetRun(JobFile((prepared.job,), fleet), watch, read=lambda _: prepared)
+    run = FleetRun(JobFile((prepared.job,), fleet), watch, read=lambda _: prepared, writes=False)
 
     def by_fleet() -> None:
         for failure in run.go({}, threading.Event()).failures.values():
