@@ -35,14 +35,20 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def prepared_servers() -> Iterator[None]:
-    """Servers that tests start here are forks of one process that has imported everything; see support.prepared."""
-    preparation = Preparation()
+@pytest.fixture(scope="session")
+def preparation() -> Iterator[Preparation]:
+    """A process that has imported what a server imports, begun when the first one is wanted."""
+    prepared = Preparation()
+    yield prepared
+    prepared.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_servers(preparation: Preparation) -> Iterator[None]:
+    """Servers that tests of this directory start are forks of that process, but for the session's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_server, "subprocess", PreparedPopen(preparation))
         yield
-    preparation.close()
 
 
 @pytest.fixture(scope="session")

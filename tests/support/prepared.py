@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from support.processes import environment
 
-_SERVE = [sys.executable, "-m", "loramux.cli.main", "serve"]
+_SERVE = ["-m", "loramux.cli.main", "serve"]
 _LARGEST = 1 << 20  # bytes of an order
 
 
@@ -110,7 +110,7 @@ class Prepared:
 
 
 class PreparedPopen:
-    """In place of the module `subprocess` for who starts servers: `loramux serve` is prepared, all else is as it is."""
+    """In place of the module `subprocess` for who starts servers, and nothing else."""
 
     DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
 
@@ -119,9 +119,10 @@ class PreparedPopen:
 
     def Popen(self, command: Sequence[str], **options: Any) -> Any:  # noqa: N802
         """See subprocess.Popen."""
-        if list(command[: len(_SERVE)]) != _SERVE:
-            return subprocess.Popen(command, **options)
-        return self._preparation.start(command[len(_SERVE) - 1 :], options["env"], options["stdout"])
+        at = next((at for at in range(len(command)) if list(command[at : at + len(_SERVE)]) == _SERVE), None)
+        if at is None:
+            raise AssertionError(f"no server that could be prepared: {command}")
+        return self._preparation.start(command[at + len(_SERVE) - 1 :], options["env"], options["stdout"])
 
 
 def main() -> None:
