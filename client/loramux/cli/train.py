@@ -80,22 +80,18 @@ def command(
     if check:
         _check(job_file, file.jobs, resume=resume)
         return
-    if plan:
+    if plan or table:
         with terminated_as_interrupted():
-            train_plan.plan(job_file, file, as_json=as_json)
-        return
-    if table:
-        with terminated_as_interrupted():
-            train_table.table(job_file, steps or train_table.STEPS, as_json=as_json)
+            if plan:
+                train_plan.plan(job_file, file, as_json=as_json)
+            else:
+                train_table.table(job_file, steps or train_table.STEPS, as_json=as_json)
         return
     for job in file.jobs:
         check_job(job, resume=resume)  # what can be known before torch is imported
     publishing = None if publish is None else prepare(file, publish, if_better_than, metric, address)
     begun = time.monotonic()
-    if len(file.jobs) == 1 and file.sweep is None:
-        output = _train_one(file.jobs[0], resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
-    else:
-        output = _train_several(file, resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
+    output = _train(file, resume=resume, as_json=as_json, says_how_to_publish=publishing is None)
     train_plan.compare(job_file, file, time.monotonic() - begun)
     if publishing is not None and not publishing.publish(output):
         raise typer.Exit(ExitCode.NO)
@@ -113,6 +109,13 @@ def _refuse_what_has_no_effect(
         raise CommandError("--if-better-than says when to publish", remedy="give a name with --publish too")
     if instead and publish is not None:
         raise CommandError(f"{instead[0]} trains no adapter that --publish could push", remedy="leave one of them out")
+
+
+def _train(file: JobFile, *, resume: bool, as_json: bool, says_how_to_publish: bool) -> Path:
+    """Returns the directory of the adapter, of the best one, or of the first."""
+    if len(file.jobs) == 1 and file.sweep is None:
+        return _train_one(file.jobs[0], resume=resume, as_json=as_json, says_how_to_publish=says_how_to_publish)
+    return _train_several(file, resume=resume, as_json=as_json, says_how_to_publish=says_how_to_publish)
 
 
 def _train_one(job: TrainConfig, *, resume: bool, as_json: bool, says_how_to_publish: bool) -> Path:

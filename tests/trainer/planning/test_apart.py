@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -53,6 +55,27 @@ def test_a_process_has_a_scratch_directory_that_goes_with_it(program: str, tmp_p
 def test_a_process_that_is_killed_leaves_nothing_behind(program: str, tmp_path: Path) -> None:
     with pytest.raises(TrialFailed, match="it failed: it was ended for want of memory"):
         run_apart(program, {"dies": True}, "it")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_who_is_interrupted_leaves_no_process_behind(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self._sigint_wait_secs = 0.0  # as where the process takes longer to end
+            started.append(self)
+
+        def communicate(self, *arguments: Any, **options: Any) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(program, {"dies": False}, "it")
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
     assert list((tmp_path / "scratch").iterdir()) == []
 
 

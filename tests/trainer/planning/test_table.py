@@ -20,7 +20,7 @@ from loramux.terminal.failures import ExitCode
 from loramux_adapters.embedded.tiny import tiny_path
 from loramux_trainer import fleet_run, space
 from loramux_trainer.data.examples import Example
-from loramux_trainer.errors import Diverged, JobInvalid
+from loramux_trainer.errors import Diverged, JobInvalid, ModelInvalid
 from loramux_trainer.fleet.member import Member
 from loramux_trainer.job import TrainConfig
 from loramux_trainer.job_file import read_job_file
@@ -142,6 +142,13 @@ def test_what_makes_no_table_is_refused_before_a_row(more: dict[str, Any], said:
         measure_table(write(tmp_path, **more), 4, measure=never)
     with pytest.raises(JobInvalid, match="2 steps at least"):
         measure_table(write(tmp_path), 1, measure=never)
+
+
+def test_a_base_that_is_not_here_is_not_fetched_by_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(ModelInvalid, match="org/absent is not on this machine"):
+        measure_table(write(tmp_path, model="org/absent"), 4)
 
 
 def test_without_peft_its_rows_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

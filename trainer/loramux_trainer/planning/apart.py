@@ -29,19 +29,34 @@ def run_apart(module: str, request: Mapping[str, Any], what: str) -> dict[str, A
     was killed.
     """
     with tempfile.TemporaryDirectory(prefix="loramux-trial-") as scratch:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", module],  # -P: what lies in the user's directory is no module of ours
-            input=json.dumps({"request": request, "scratch": scratch}),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-        said = "it was ended for want of memory" if done.returncode == -signal.SIGKILL else lines[-1]
+        code, output, errors = _run(module, json.dumps({"request": request, "scratch": scratch}))
+    if code:
+        lines = errors.strip().splitlines() or [f"it ended with {code}"]
+        said = "it was ended for want of memory" if code == -signal.SIGKILL else lines[-1]
         raise TrialFailed(f"{what} failed: {said}")
-    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    values: dict[str, Any] = json.loads(output.splitlines()[-1])
     return values
+
+
+def _run(module: str, asked: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr. When this returns or raises the process is gone: subprocess.run leaves it after a
+    quarter of a second where it is interrupted, still writing to what is then removed.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", module],  # -P: what lies in the user's directory is no module of ours
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(asked)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    return process.returncode, output, errors
 
 
 def answer(measure: Callable[[dict[str, Any], Path], DataclassInstance]) -> None:

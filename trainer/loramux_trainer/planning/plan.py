@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loramux_adapters.embedded.tiny import TINY_NAME, tiny_path
 from loramux_adapters.memory import free_bytes
-from loramux_trainer.errors import ModelInvalid
 from loramux_trainer.job_file import read_job_file
 from loramux_trainer.planning.apart import TrialFailed, run_apart
 from loramux_trainer.planning.few_layers import layer_counts, write_few_layers
 from loramux_trainer.planning.trial import Request, Trial
-from loramux_trainer.planning.work import Work, work_of
-from loramux_trainer.preflight import check_job, find_model
+from loramux_trainer.planning.work import Work, base_to_measure, work_of
+from loramux_trainer.preflight import check_job
 from loramux_trainer.preparation import find_device
 
 Measure = Callable[[Request], Trial]
@@ -65,11 +63,7 @@ def make_plan(path: Path, *, measure: Measure | None = None) -> Plan:
     first = file.jobs[0]
     if first.engine != "fleet":
         raise TrialFailed("only jobs with engine: fleet can be planned")
-    base = tiny_path() if first.model == TINY_NAME else find_model(first)
-    if base is None:
-        raise ModelInvalid(
-            f"{first.model} is not on this machine, and a plan measures its first layers", remedy="fetch it"
-        )
+    base = base_to_measure(first)
     work, device = work_of(file.jobs), find_device(first)
     total, counts = layer_counts(base)
     with tempfile.TemporaryDirectory(prefix="loramux-plan-") as scratch:

@@ -15,7 +15,7 @@ from loramux_trainer.job_file import read_job_file
 from loramux_trainer.planning.apart import TrialFailed, run_apart
 from loramux_trainer.planning.row_trial import RowRequest, RowTrial
 from loramux_trainer.planning.rows import ROWS, Row, check_table
-from loramux_trainer.planning.work import work_of
+from loramux_trainer.planning.work import base_to_measure, work_of
 from loramux_trainer.preflight import check_job
 
 MeasureRow = Callable[[RowRequest], RowTrial]
@@ -49,6 +49,7 @@ def measure_table(
     (job,) = file.jobs
     check_table(job)
     check_job(job, resume=True)
+    base_to_measure(job)
     tokens = work_of([job]).tokens
     return (_measured(RowRequest(str(path), row, steps), tokens, measure or in_process) for row in rows)
 

@@ -1,12 +1,15 @@
-"""How much there is to do in a job: steps, and tokens of its examples."""
+"""What a job's measurements begin with: its base's files, and how much there is to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 from loramux_trainer.batches import StepOrder
+from loramux_trainer.errors import ModelInvalid
 from loramux_trainer.job import TrainConfig
+from loramux_trainer.preflight import find_model
 from loramux_trainer.preparation import read_job_data
 
 
@@ -17,6 +20,16 @@ class Work:
     steps: int
     tokens: int
     eval_tokens: int
+
+
+def base_to_measure(job: TrainConfig) -> Path:
+    """The directory of its files. Raises ModelInvalid where they are not on this machine: to fetch them is no part of
+    a measurement.
+    """
+    base = find_model(job)
+    if base is None:
+        raise ModelInvalid(f"{job.model} is not on this machine, where it would be measured", remedy="fetch it")
+    return base
 
 
 def work_of(jobs: Iterable[TrainConfig]) -> Work:
